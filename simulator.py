@@ -16,7 +16,7 @@ the same payloads to `bot.event_manager.consume_raw_event(name, PretendShard(bot
 Run as a program it plays a lively guild: `python simulator.py --port 8123`.
 
 Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
-payloads · what intents let through · gateway sessions · gateway sockets · gateway · what people do ·
+payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
 REST · the server · a lively guild · command line.
 """
 
@@ -51,7 +51,6 @@ import tornado.websocket
 
 __all__ = [
     "PRIVILEGED",
-    "ApiError",
     "Channel",
     "ChannelType",
     "CloseCode",
@@ -66,6 +65,7 @@ __all__ = [
     "Role",
     "Thread",
     "User",
+    "activity_json",
     "guild_create_json",
     "guild_delete_json",
     "hidden_except",
@@ -81,6 +81,7 @@ __all__ = [
     "role_event_json",
     "snowflake",
     "thread_create_json",
+    "thread_delete_json",
     "typing_json",
     "voice_state_json",
 ]
@@ -88,13 +89,13 @@ __all__ = [
 Json = dict[str, Any]
 T = TypeVar("T")
 
-API_VERSION = 10
-TRACE = ["simulator"]  # what Discord fills with the names of its servers
-
 
 # ---- numbers of the protocol ----
 # Names and values as Discord documents them (Gateway: Opcodes and Close Codes, Permissions,
 # Channel Types). Nothing here does anything.
+
+API_VERSION = 10
+TRACE = ["simulator"]  # where Discord names the servers that a packet came through
 
 
 class Op(enum.IntEnum):
@@ -303,12 +304,21 @@ class Member:
         return self.user.name
 
     def appear(
-        self, status: str, client_status: Mapping[str, str], activities: Iterable[Json]
+        self,
+        status: str,
+        platforms: Iterable[str] | Mapping[str, str] = (),
+        activities: Iterable[Json] = (),
     ) -> None:
-        """Change the presence; who is offline has neither devices nor activities."""
+        """Change the presence silently; who is offline has neither devices nor activities.
+
+        Platforms are names (`desktop`, `mobile`, `web`) or a whole `client_status`; with none given
+        the devices of before stay, or it is the desktop.
+        """
+        names = platforms or list(self.client_status) or ["desktop"]
+        devices = names if isinstance(names, Mapping) else dict.fromkeys(names, status)
         online = status != "offline"
         self.status = status
-        self.client_status = dict(client_status) if online else {}
+        self.client_status = dict(devices) if online else {}
         self.activities = list(activities) if online else []
 
     def to_json(self, *, with_user: bool = True) -> Json:
@@ -588,7 +598,7 @@ def make_guild(
     watcher = guild.add_role(bot.name, Permission.VIEW_CHANNEL | Permission.READ_MESSAGE_HISTORY)
     watcher.bot_id = bot.id
     guild.add_member("owner", user_id=owner_id)
-    guild.add_member(bot.name, user=bot, roles=[watcher]).appear("online", {"web": "online"}, ())
+    guild.add_member(bot.name, user=bot, roles=[watcher]).appear("online", ["web"])
     guild.add_channel("general")
     return guild
 
@@ -748,7 +758,6 @@ def thread_delete_json(thread: Thread) -> Json:
 
 def voice_state_json(guild: Guild, member: Member) -> Json:
     """VOICE_STATE_UPDATE; the channel is null for who has hung up."""
-    flags = "deaf mute self_deaf self_mute self_video suppress".split()
     return {
         "guild_id": str(guild.id),
         "channel_id": _id_or_none(guild.voice.get(member.id)),
@@ -756,7 +765,13 @@ def voice_state_json(guild: Guild, member: Member) -> Json:
         "member": member.to_json(),
         "session_id": f"{member.id:032x}",
         "request_to_speak_timestamp": None,
-    } | dict.fromkeys(flags, False)
+        "deaf": False,
+        "mute": False,
+        "self_deaf": False,
+        "self_mute": False,
+        "self_video": False,
+        "suppress": False,
+    }
 
 
 def guild_create_json(
@@ -778,23 +793,21 @@ def guild_create_json(
     shown = (online if large else guild.members.values()) if with_presences else ()
     members = {m.id: m for m in [*always, *shown]}
     voice = guild.voice if intents & Intent.GUILD_VOICE_STATES else {}
-    return (
-        guild.to_json()
-        | {
-            "joined_at": guild.joined_at,
-            "large": large,
-            "member_count": len(guild.members),
-            "members": [member.to_json() for member in members.values()],
-            "presences": [presence_json(guild, m) for m in online] if with_presences else [],
-            "channels": [channel.to_json() for channel in guild.channels.values()],
-            "threads": [thread.to_json() for thread in guild.threads.values()],
-            "voice_states": [voice_state_json(guild, members[i]) for i in voice if i in members],
-            "stage_instances": [],
-            "guild_scheduled_events": [],
-            "soundboard_sounds": [],
-        }
-        | ({} if joined_now else {"unavailable": False})
-    )
+    seen_now: Json = {} if joined_now else {"unavailable": False}
+    content: Json = {
+        "joined_at": guild.joined_at,
+        "large": large,
+        "member_count": len(guild.members),
+        "members": [member.to_json() for member in members.values()],
+        "presences": [presence_json(guild, m) for m in online] if with_presences else [],
+        "channels": [channel.to_json() for channel in guild.channels.values()],
+        "threads": [thread.to_json() for thread in guild.threads.values()],
+        "voice_states": [voice_state_json(guild, members[i]) for i in voice if i in members],
+        "stage_instances": [],
+        "guild_scheduled_events": [],
+        "soundboard_sounds": [],
+    }
+    return guild.to_json() | content | seen_now
 
 
 def guild_delete_json(guild: Guild, *, outage: bool = False) -> Json:
@@ -991,16 +1004,17 @@ class RefusedError(Exception):
 class Gateway:
     """All sessions of all shards, and what is sent to them."""
 
-    def __init__(self, bot: User, token: str, allowed_privileged: int) -> None:
+    def __init__(self, bot: User, token: str, allowed_privileged: int, shards: int) -> None:
         self.bot = bot
         self.token = token
-        self.allowed_privileged = allowed_privileged
+        self.allowed_privileged = int(allowed_privileged)
+        self.shards = shards
         self.gateway_url = ""
         self.guilds: dict[int, Guild] = {}
         self.sessions: dict[str, Session] = {}
         self.sockets: set[Outlet] = set()
         self.frozen = False
-        self.identifies = self.resumes = self.heartbeats = 0
+        self.identifies = self.resumes = self.heartbeats = self.rest_calls = 0
         self._unannounced: list[Guild] = []
         self._changed = asyncio.Event()
 
@@ -1025,7 +1039,7 @@ class Gateway:
         self._check_token(identify.token)
         if not 0 <= shard_id < shard_count:
             raise RefusedError(CloseCode.INVALID_SHARD)
-        if identify.intents & ~ALL_INTENTS:
+        if identify.intents & ~int(ALL_INTENTS):
             raise RefusedError(CloseCode.INVALID_INTENTS)
         if identify.intents & PRIVILEGED & ~self.allowed_privileged:
             raise RefusedError(CloseCode.DISALLOWED_INTENTS)
@@ -1442,14 +1456,8 @@ class Happenings(Gateway):
         platforms: Iterable[str] | Mapping[str, str] = (),
         activities: Iterable[Json] = (),
     ) -> None:
-        """Someone comes, goes, or changes devices.
-
-        Platforms are names (`desktop`, `mobile`, `web`) or a whole `client_status`; with none given
-        the devices of before stay, or it is the desktop.
-        """
-        names = platforms or list(member.client_status) or ["desktop"]
-        devices = names if isinstance(names, Mapping) else dict.fromkeys(names, status)
-        member.appear(status, devices, activities)
+        """Someone comes, goes, or changes devices; the arguments are those of `Member.appear`."""
+        member.appear(status, platforms, activities)
         await self.dispatch("PRESENCE_UPDATE", presence_json(guild, member))
 
     async def voice(self, guild: Guild, member: Member, channel: Channel | None) -> None:
@@ -1629,22 +1637,22 @@ def _found(table: Mapping[int, T], key: str, what: str, code: int) -> T:
     return table[int(key)]
 
 
-def _gateway(discord: PretendDiscord) -> Json:
+def _gateway(discord: Gateway) -> Json:
     return {"url": discord.gateway_url}
 
 
-def _gateway_bot(discord: PretendDiscord) -> Json:
+def _gateway_bot(discord: Gateway) -> Json:
     # A thousand sessions a day as for small bots; sixteen may start at once, so that no test of
     # sharding has to sit out the five seconds between two waves.
     limit = {"total": 1000, "remaining": 1000, "reset_after": 86_400_000, "max_concurrency": 16}
     return {"url": discord.gateway_url, "shards": discord.shards, "session_start_limit": limit}
 
 
-def _me(discord: PretendDiscord) -> Json:
+def _me(discord: Gateway) -> Json:
     return discord.bot.to_json() | {"verified": True, "mfa_enabled": True, "flags": 0}
 
 
-def _application(discord: PretendDiscord) -> Json:
+def _application(discord: Gateway) -> Json:
     return {
         "id": str(discord.bot.id),
         "name": discord.bot.name,
@@ -1662,32 +1670,32 @@ def _application(discord: PretendDiscord) -> Json:
     }
 
 
-def _guild(discord: PretendDiscord, guild_id: str) -> Guild:
+def _guild(discord: Gateway, guild_id: str) -> Guild:
     return _found(discord.guilds, guild_id, "Guild", 10004)
 
 
-def _guild_body(discord: PretendDiscord, guild_id: str) -> Json:
+def _guild_body(discord: Gateway, guild_id: str) -> Json:
     return _guild(discord, guild_id).to_json()
 
 
-def _guild_channels(discord: PretendDiscord, guild_id: str) -> list[Json]:
+def _guild_channels(discord: Gateway, guild_id: str) -> list[Json]:
     return [channel.to_json() for channel in _guild(discord, guild_id).channels.values()]
 
 
-def _guild_roles(discord: PretendDiscord, guild_id: str) -> list[Json]:
+def _guild_roles(discord: Gateway, guild_id: str) -> list[Json]:
     return [role.to_json() for role in _guild(discord, guild_id).roles.values()]
 
 
-def _member(discord: PretendDiscord, guild_id: str, user_id: str) -> Json:
+def _member(discord: Gateway, guild_id: str, user_id: str) -> Json:
     return _found(_guild(discord, guild_id).members, user_id, "Member", 10007).to_json()
 
 
-def _user(discord: PretendDiscord, user_id: str) -> Json:
+def _user(discord: Gateway, user_id: str) -> Json:
     members = {i: m for guild in discord.guilds.values() for i, m in guild.members.items()}
     return _found(members, user_id, "User", 10013).user.to_json()
 
 
-def _channel(discord: PretendDiscord, channel_id: str) -> Json:
+def _channel(discord: Gateway, channel_id: str) -> Json:
     channels: dict[int, Channel | Thread] = {}
     for guild in discord.guilds.values():
         channels.update(guild.channels)
@@ -1714,7 +1722,7 @@ ROUTES: Mapping[str, Answer] = {
 class RestHandler(tornado.web.RequestHandler):
     """Answers GET requests that carry the bot's token."""
 
-    def initialize(self, discord: PretendDiscord, answer: Answer | None = None) -> None:
+    def initialize(self, discord: Gateway, answer: Answer | None = None) -> None:
         """Tornado's constructor; without an answer the route does not exist."""
         self.discord = discord
         self.answer = answer
@@ -1769,10 +1777,10 @@ class PretendDiscord(Happenings):
         bot_name: str = "watcher",
     ) -> None:
         token = token or make_token(snowflake(days_ago(300)))
-        super().__init__(User(bot_id_of(token), bot_name, bot=True), token, allowed_privileged)
+        super().__init__(
+            User(bot_id_of(token), bot_name, bot=True), token, allowed_privileged, shards
+        )
         self.port = port
-        self.shards = shards
-        self.rest_calls = 0
         self._application = self._routed(heartbeat_interval)
         self._server: tornado.httpserver.HTTPServer | None = None
 
@@ -1885,7 +1893,9 @@ class LivelyGuild:
         self.ranks = [self.guild.add_role(name) for name in ("Regular", "Veteran", "Artist")]
         staff = self.guild.add_role("Staff", Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES)
         self.guild.owner.role_ids.append(staff.id)
-        self.places = self._open_places(staff)
+        self.places = self._open_places()
+        private = hidden_except(self.guild, staff)
+        self.staff_room = self.guild.add_channel("staff-room", overwrites=private)
         people = [self._settle() for _ in range(max(members, 5))]
         self.lurkers = people[: len(people) // 5]
         self.ghosts = people[len(self.lurkers) : len(people) // 3]
@@ -1897,11 +1907,10 @@ class LivelyGuild:
         self.dice.shuffle(names)
         return itertools.chain(names, (f"owl{number}" for number in itertools.count(1)))
 
-    def _open_places(self, staff: Role) -> list[Channel | Thread]:
-        """Five public places; the staff's own channel is private."""
+    def _open_places(self) -> list[Channel | Thread]:
+        """Where everybody may write: three channels and two threads."""
         guild = self.guild
         channels = [guild.general, *(guild.add_channel(n) for n in ("art", "gaming"))]
-        guild.add_channel("staff-room", overwrites=hidden_except(guild, staff))
         guild.add_channel("Lounge", kind=ChannelType.VOICE)
         threads = [guild.add_thread(n, channels[-1]) for n in ("raid on friday", "mod list")]
         return [*channels, *threads]
@@ -1911,8 +1920,8 @@ class LivelyGuild:
         member = self.guild.add_member(
             next(self.names), account_age_days=self.dice.uniform(20, 2500)
         )
-        if self.dice.random() < 0.7:
-            member.appear(self.dice.choice(STATUSES), {self.dice.choice(DEVICES): "online"}, ())
+        if self._coin(0.7):
+            member.appear(self.dice.choice(STATUSES), [self.dice.choice(DEVICES)])
         return member
 
     async def play(self, rate: float) -> None:
@@ -1924,6 +1933,7 @@ class LivelyGuild:
             self.react: 12,
             self.change_devices: 9,
             self.change_status: 6,
+            self.confer: 3,
             self.promote: 2,
             self.arrive: 2,
             self.rename: 1,
@@ -1958,13 +1968,12 @@ class LivelyGuild:
     async def change_devices(self) -> None:
         """A regular picks up another device, or goes back to one."""
         member = self.dice.choice(self.regulars)
-        used = set(member.client_status)
-        more = [device for device in DEVICES if device not in used]
-        grown = (
-            used | {self.dice.choice(more)} if len(used) < 2 or (more and self._coin(0.3)) else used
-        )
-        devices = grown if grown != used else {self.dice.choice(DEVICES)}
-        await self.discord.presence(self.guild, member, "online", sorted(devices))
+        unused = [device for device in DEVICES if device not in member.client_status]
+        if unused and (len(unused) > 1 or self._coin(0.3)):
+            devices = [*member.client_status, self.dice.choice(unused)]
+        else:
+            devices = [self.dice.choice(DEVICES)]
+        await self.discord.presence(self.guild, member, "online", devices)
 
     async def change_status(self) -> None:
         """A regular comes, goes, or begins to play."""
@@ -1974,6 +1983,11 @@ class LivelyGuild:
             await self.discord.presence(self.guild, member, member.status, activities=game)
         else:
             await self._toggle(member)
+
+    async def confer(self) -> None:
+        """The owner writes where only the staff may read."""
+        line = self.dice.choice(CHATTER)
+        await self.discord.message(self.guild, self.guild.owner, self.staff_room, line)
 
     async def promote(self) -> None:
         """A regular gains a rank; who has them all begins again."""
@@ -2029,17 +2043,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 async def run(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM."""
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with PretendDiscord(port=options.port) as discord:
         lively = LivelyGuild(discord, members=options.members, seed=options.seed)
+        playing = asyncio.create_task(lively.play(options.rate))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
         print(f'rest_url = "{discord.rest_url}"\ntoken = "{discord.token}"', flush=True)
         print(f"# guild {lively.guild.id}, owner {lively.guild.owner_id}", flush=True)
-        playing = asyncio.create_task(lively.play(options.rate))
-        await stop.wait()
-        playing.cancel()
-        await asyncio.wait([playing])
+        with contextlib.suppress(asyncio.CancelledError):
+            await playing
 
 
 if __name__ == "__main__":
