@@ -10,6 +10,7 @@ The way of one event:
 The sections, each using only those above it:
     errors               whose fault it was, and what they are told
     settings             config.toml: one table of keys, types, defaults, meanings
+    metrics              what is counted, for Prometheus
     identity and access  who a viewer is, which guilds and channels they may see
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
     plugin API           all that a plugin may import
@@ -51,6 +52,7 @@ import socketio
 from engineio import packet as engineio_packet
 from hikari.events import base_events
 from msgspec import Meta
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
 from tornado.httpserver import HTTPServer
 from tornado.iostream import IOStream, StreamBufferFullError, StreamClosedError
@@ -344,6 +346,45 @@ def read_secret(value: str, file: str, folder: Path, key: str) -> str:
         return (folder / file).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise OperatorError(f"{key}_file: {file} cannot be read: {error}") from error
+
+
+# ------------------------------------------------------------------------------ metrics
+# What is counted, for Prometheus. Each part is handed its server's one `Metrics` and counts on
+# it where something happens; what only has to be read is read when a scrape asks. Counting
+# knows no part: names and labels are all that is here. A label's values come from this code
+# or from plugins, never from a client or from Discord, so that they stay few.
+
+
+class Metrics:
+    """All figures of one server: `metrics.refused.labels("banned").inc()`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        count = self._counter
+        self.refused = count("refused_connections", "Connections refused.", "reason")
+        self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
+        self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
+        self.received = count("received_events", "Discord's events handed to plugins.", "event")
+        self.sent = count("sent_events", "Events that went to a room with listeners.", "event")
+        self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
+        self.throttled = count("throttled_events", "Events held back to be merged.", "event")
+        self.deliveries = count("deliveries", "Events written to a client, each client counted.")
+        self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
+        self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
+        self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
+        self.storage_batches = count("storage_batches", "Writes to storage.", "outcome")
+        self.storage_seconds = count("storage_seconds", "Time spent writing to storage.")
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(name, meaning, labels, namespace="spywatcher", registry=self.registry)
+
+    def gauge(self, name: str, meaning: str, read: Callable[[], float]) -> None:
+        """A figure of now; `read` is called at each scrape. Names end in the unit, if there is one."""
+        Gauge(name, meaning, namespace="spywatcher", registry=self.registry).set_function(read)
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format 0.0.4."""
+        return generate_latest(self.registry)
 
 
 # ------------------------------------------------------------------ identity and access
