@@ -12,6 +12,7 @@ The sections, each using only those above it:
     settings             config.toml: one table of keys, types, defaults, meanings
     metrics              what is counted, for Prometheus
     identity and access  who a viewer is, which guilds and channels they may see
+    limits               how much one address, one viewer, one connection may have
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
     plugin API           all that a plugin may import
     plugin host          finds, loads, runs and fences plugins
@@ -25,13 +26,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import difflib
+import functools
 import importlib.util
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import secrets
 import signal
 import sys
@@ -47,6 +52,8 @@ from typing import Annotated, Any, Final, Literal, NoReturn, Self, TypeVar, get_
 import engineio
 import hikari
 import jwt
+import limits
+import limits.aio
 import msgspec
 import socketio
 from engineio import packet as engineio_packet
@@ -55,6 +62,7 @@ from msgspec import Meta
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
 from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
@@ -141,7 +149,9 @@ SecondsOrZero = Annotated[float, Meta(ge=0)]
 GuildId = Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")]
 PermissionName = Annotated[str, Meta(pattern=r"^[A-Z_]+$")]
 Role = Literal["USER", "ADMIN", "MODERATOR", "BANNED"]
-Algorithm = Literal["HS256", "HS384", "HS512"]
+Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
+Network = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$")]
+Rate = Annotated[str, Meta(pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$")]
 Transport = Literal["websocket", "polling"]
 
 
@@ -156,6 +166,10 @@ class ServerSettings(Section, frozen=True):
         tuple[Origin, ...],
         Meta(description='Pages that may connect from another origin; "*" is any.'),
     ] = ("http://localhost:5173", "http://127.0.0.1:5173")
+    trusted_proxies: Annotated[
+        tuple[Network, ...],
+        Meta(description="Addresses or networks that may set X-Forwarded-For."),
+    ] = ("127.0.0.1", "::1")
     transports: Annotated[
         tuple[Transport, ...], Meta(min_length=1, description="Engine.IO transports offered.")
     ] = ("websocket", "polling")
@@ -174,8 +188,16 @@ class HeartbeatSettings(Section, frozen=True):
 
 
 class AuthSettings(Section, frozen=True):
-    secret: Annotated[str, Meta(description="Key that signs the viewers' tokens.")] = ""
-    secret_file: Annotated[str, Meta(description="File that holds the key instead.")] = ""
+    secret: Annotated[
+        str | tuple[str, ...],
+        Meta(description="Key that signs the viewers' tokens; a list rotates keys, newest first."),
+    ] = ""
+    secret_file: Annotated[
+        str, Meta(description="File that holds the key instead, one a line.")
+    ] = ""
+    public_key_file: Annotated[
+        str, Meta(description="PEM file of the public key for RS256 or ES256.")
+    ] = ""
     algorithms: Annotated[
         tuple[Algorithm, ...], Meta(min_length=1, description="JWT algorithms accepted.")
     ] = ("HS256",)
@@ -186,6 +208,12 @@ class AuthSettings(Section, frozen=True):
         tuple[PermissionName, ...],
         Meta(description="Discord permissions of which others need one in the guild."),
     ] = ("MANAGE_GUILD",)
+    channel_visibility: Annotated[
+        bool, Meta(description="Channel events reach only viewers who may see the channel.")
+    ] = True
+    connect_timeout: Annotated[
+        Seconds, Meta(description="Seconds a connection may stay open without a valid token.")
+    ] = 10.0
 
 
 class DiscordSettings(Section, frozen=True):
@@ -201,6 +229,31 @@ class DiscordSettings(Section, frozen=True):
         SecondsOrZero,
         Meta(description="Seconds after a new gateway session without alerts and role changes."),
     ] = 5.0
+
+
+class LimitsSettings(Section, frozen=True):
+    connections_per_ip: Annotated[
+        Positive, Meta(description="Open connections of one address; IPv6 counts by /64.")
+    ] = 50
+    connections_per_viewer: Annotated[
+        Positive, Meta(description="Open connections of one viewer.")
+    ] = 20
+    unauthenticated: Annotated[
+        Positive, Meta(description="Connections without a valid token yet, all together.")
+    ] = 1_000
+    attempts_per_ip: Annotated[
+        Rate, Meta(description="Connections that one address may begin.")
+    ] = "60/minute"
+    block_after: Annotated[
+        Positive, Meta(description="Refused attempts in a row before the address is blocked.")
+    ] = 5
+    block_for: Annotated[Seconds, Meta(description="Seconds that a block lasts.")] = 600.0
+    events_per_connection: Annotated[Rate, Meta(description="Events that one client may send.")] = (
+        "20/second"
+    )
+    rooms_per_connection: Annotated[
+        Positive, Meta(description="Rooms that one client may be in.")
+    ] = 200
 
 
 class FanoutSettings(Section, frozen=True):
@@ -230,6 +283,7 @@ class Settings(Section, frozen=True):
     heartbeat: HeartbeatSettings = HeartbeatSettings()
     auth: AuthSettings = AuthSettings()
     discord: DiscordSettings = DiscordSettings()
+    limits: LimitsSettings = LimitsSettings()
     fanout: FanoutSettings = FanoutSettings()
     plugins: PluginsSettings = PluginsSettings()
     plugin: dict[str, dict[str, Any]] = {}
@@ -289,7 +343,7 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
         else:
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin'])}")
     settings = Settings(**sections)
-    faults += permission_faults(settings.auth)
+    faults += permission_faults(settings.auth) + network_faults(settings.server)
     if faults:
         raise OperatorError(*faults)
     return settings
@@ -317,6 +371,16 @@ def permission_faults(auth: AuthSettings) -> list[str]:
     ]
 
 
+def network_faults(server: ServerSettings) -> list[str]:
+    faults = []
+    for text in server.trusted_proxies:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as error:
+            faults.append(f"server.trusted_proxies: got {text}, expected a network: {error}")
+    return faults
+
+
 def read_settings(path: Path | None) -> Settings:
     """Read `path`, or the first config.toml found as the command line promises, or the defaults."""
     if path is None:
@@ -336,16 +400,19 @@ def read_settings(path: Path | None) -> Settings:
         raise OperatorError(*(f"{path}: {fault}" for fault in error.faults)) from error
 
 
-def read_secret(value: str, file: str, folder: Path, key: str) -> str:
-    """The secret itself, or what its file holds (without the line end). Empty if neither is set."""
-    if not file:
-        return value
-    if value:
-        raise OperatorError(f"{key}: set, and {key}_file too; expected one of them")
+def read_file(name: str, folder: Path, key: str) -> str:
+    """What a file named by a setting holds; raises OperatorError without showing it."""
     try:
-        return (folder / file).read_text("utf-8").strip()
+        return (folder / name).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{key}_file: {file} cannot be read: {error}") from error
+        raise OperatorError(f"{key}: {name} cannot be read: {error}") from error
+
+
+def read_secret(value: str, file: str, folder: Path, key: str) -> str:
+    """The secret itself, or what its file holds. Empty if neither is set."""
+    if value and file:
+        raise OperatorError(f"{key}: set, and {key}_file too; expected one of them")
+    return read_file(file, folder, f"{key}_file") if file else value
 
 
 # ------------------------------------------------------------------------------ metrics
@@ -362,6 +429,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         count = self._counter
         self.refused = count("refused_connections", "Connections refused.", "reason")
+        self.blocked = count("blocked_addresses", "Times that an address was blocked.")
         self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
         self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
         self.received = count("received_events", "Discord's events handed to plugins.", "event")
@@ -394,8 +462,11 @@ class Metrics:
 ROLES: Final = frozenset(get_args(Role))
 #: A token is a few hundred bytes; nothing longer is worth the work of checking it.
 MAX_TOKEN_BYTES: Final = 4096
+#: A key no shorter than the hash it makes (RFC 7518 §3.2).
+LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
 #: Unicode categories that steer a display instead of showing something.
 UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+LEFT_IN_TIMEOUT: Final = hikari.Permissions.VIEW_CHANNEL | hikari.Permissions.READ_MESSAGE_HISTORY
 ALL_PERMISSIONS: Final = hikari.Permissions.all_permissions()
 
 
@@ -408,12 +479,51 @@ class Viewer(msgspec.Struct, frozen=True):
     expires: float | None = None
 
 
-class Tokens:
-    """Checks and makes the viewers' tokens (JWT, RFC 7519)."""
+class Keys(msgspec.Struct, frozen=True):
+    """What tokens are checked with: secrets for HS*, newest first; a public key for RS*, ES*."""
 
-    def __init__(self, secret: str, algorithms: Sequence[str]) -> None:
-        self._secret = secret
-        self._algorithms = list(algorithms)
+    secrets: tuple[str, ...] = ()
+    public: str = ""
+
+    def of(self, algorithm: str) -> tuple[str, ...]:
+        """Never a public key for HS*: its bytes are known to all (RFC 8725 §2.1)."""
+        if algorithm.startswith("HS"):
+            return self.secrets
+        return (self.public,) if self.public else ()
+
+
+def read_keys(auth: AuthSettings, folder: Path) -> Keys:
+    """The keys that the settings name; raises OperatorError for one that is missing or too short."""
+    listed = auth.secret if isinstance(auth.secret, tuple) else (auth.secret,)
+    text = read_secret("\n".join(listed), auth.secret_file, folder, "auth.secret")
+    file = auth.public_key_file
+    keys = Keys(
+        secrets=tuple(text.split("\n")) if text else (),
+        public=read_file(file, folder, "auth.public_key_file") if file else "",
+    )
+    faults = [
+        f"auth.secret: got {len(secret.encode())} bytes, expected {LEAST_SECRET_BYTES[algorithm]}"
+        f" or more for {algorithm}"
+        for algorithm in auth.algorithms
+        for secret in keys.of(algorithm)
+        if len(secret.encode()) < LEAST_SECRET_BYTES.get(algorithm, 0)
+    ]
+    faults += [
+        f"auth.public_key_file: not set, expected the key for {algorithm}"
+        for algorithm in auth.algorithms
+        if algorithm not in LEAST_SECRET_BYTES and not keys.public
+    ]
+    if faults:
+        raise OperatorError(*faults)
+    return keys
+
+
+class Tokens:
+    """Checks and makes the viewers' tokens (JWT, RFC 7519; RFC 8725 for what to refuse)."""
+
+    def __init__(self, keys: Keys, algorithms: Sequence[str]) -> None:
+        self._keys = keys
+        self._algorithms = tuple(algorithms)
 
     def verify(self, token: object) -> Viewer:
         """The viewer a token stands for; raises RefusedConnectionError with the published message."""
@@ -428,16 +538,25 @@ class Tokens:
 
     def _claims(self, token: str) -> dict[str, Any]:
         try:
-            return jwt.decode(token, self._secret, algorithms=self._algorithms)
+            algorithm = jwt.get_unverified_header(token).get("alg")
+            if algorithm not in self._algorithms:
+                raise jwt.InvalidAlgorithmError
+            return self._decode(token, str(algorithm))
         except jwt.ExpiredSignatureError:
             code = "expired"
         except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidKeyError):
             code = "signature"
         except jwt.DecodeError:
             code = "malformed"
-        except (jwt.InvalidTokenError, TypeError, ValueError, OverflowError):
+        except (jwt.InvalidTokenError, TypeError, ValueError, OverflowError, RecursionError):
             code = "claims"
         raise RefusedConnectionError("Invalid token", code=code)
+
+    def _decode(self, token: str, algorithm: str) -> dict[str, Any]:
+        for key in self._keys.of(algorithm):
+            with contextlib.suppress(jwt.InvalidSignatureError):
+                return jwt.decode(token, key, algorithms=[algorithm])
+        raise jwt.InvalidSignatureError
 
     @staticmethod
     def _viewer(claims: dict[str, Any]) -> Viewer:
@@ -464,7 +583,10 @@ class Tokens:
     def issue(
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
     ) -> str:
-        """A token that `verify` accepts for `ttl` seconds."""
+        """A token that `verify` accepts for `ttl` seconds; raises OperatorError without a secret."""
+        algorithm = next((name for name in self._algorithms if name.startswith("HS")), None)
+        if algorithm is None or not self._keys.secrets:
+            raise OperatorError("auth.secret: not set, expected the key that signs tokens")
         claims: dict[str, Any] = {
             "discordId": discord_id,
             "access": True,
@@ -473,7 +595,7 @@ class Tokens:
         }
         if guilds:
             claims["guilds"] = list(guilds)
-        return jwt.encode(claims, self._secret, algorithm=self._algorithms[0])
+        return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
 
 
 def is_list_of_strings(value: object) -> bool:
@@ -481,30 +603,81 @@ def is_list_of_strings(value: object) -> bool:
 
 
 class Access:
-    """Decides which guilds a viewer may see, by hikari's cache as it is now."""
+    """Decides which guilds and channels a viewer may see, by hikari's cache as it is now.
+
+    While Discord refills the cache (a new gateway session, an outage that ends, the members of a
+    large guild) a missing entry proves nothing: `may_view` then answers None instead of False.
+    """
 
     def __init__(self, auth: AuthSettings, watched: Sequence[str], cache: hikari.api.Cache) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
         self._needed = hikari.Permissions.NONE
         for name in auth.viewer_permissions:
             self._needed |= hikari.Permissions[name]
+        self._channel_visibility = auth.channel_visibility
         self._watched = frozenset(watched)
         self._cache = cache
+        self._refilling: set[int] | None = None  # None: no gateway session yet
+        #: Guilds that hikari still has and the bot has not.
+        self.lost: frozenset[int] = frozenset()
+        self._filled = asyncio.Condition()
+
+    # -- how sure the cache is
+
+    def begin(self, guild_ids: Iterable[int], is_mine: Callable[[int], bool]) -> None:
+        """A new gateway session is about to send these guilds, out of those that `is_mine`.
+
+        hikari 2.7 keeps a guild that the bot lost while it was away, so that is noted here.
+        """
+        coming = frozenset(guild_ids)
+        mine = frozenset(filter(is_mine, self._cache.get_guilds_view()))
+        self.lost = (self.lost - coming) | (mine - coming)
+        self.refill(coming)
+
+    def refill(self, guild_ids: Iterable[int]) -> None:
+        """Discord is about to send more of these guilds."""
+        self._refilling = {*(self._refilling or ()), *guild_ids}
+
+    async def fill(self, guild_id: int) -> None:
+        """All of this guild is in the cache, or it is gone."""
+        self._refilling = (self._refilling or set()) - {guild_id}
+        self.lost -= {guild_id}
+        async with self._filled:
+            self._filled.notify_all()
+
+    async def wait_until_sure(self, viewer: Viewer, guild_id: str, timeout: float) -> bool:
+        """`may_view`, but an answer of None is waited for; after `timeout` seconds it is no."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout), self._filled:
+                await self._filled.wait_for(lambda: self.may_view(viewer, guild_id) is not None)
+        return bool(self.may_view(viewer, guild_id))
+
+    def _is_sure(self, guild_id: int) -> bool:
+        return self._refilling is not None and guild_id not in self._refilling
+
+    # -- guilds
 
     def watches(self, guild_id: str) -> bool:
         """Whether events of this guild are for anyone at all."""
         return not self._watched or guild_id in self._watched
 
-    def may_view(self, viewer: Viewer, guild_id: str) -> bool:
-        """Whether the bot watches this guild and the viewer may see it."""
-        guild = self._cache.get_guild(hikari.Snowflake(guild_id))
-        if guild is None or not self.watches(guild_id):
+    def may_view(self, viewer: Viewer, guild_id: str) -> bool | None:
+        """Whether the bot watches this guild and the viewer may see it; None: not known yet."""
+        if not self.watches(guild_id):
             return False
+        number = hikari.Snowflake(guild_id)
+        guild = self._cache.get_guild(number)
+        if guild is not None and number not in self.lost and self._may_view(viewer, guild):
+            return True
+        return False if self._is_sure(number) else None
+
+    def _may_view(self, viewer: Viewer, guild: hikari.Guild) -> bool:
         if viewer.role in self._admin_roles:
             return True
         if viewer.guilds is not None:
-            return guild_id in viewer.guilds
-        return bool(self._permissions(viewer, guild) & self._needed)
+            return str(guild.id) in viewer.guilds
+        member = self._member(viewer, guild.id)
+        return member is not None and bool(self._permissions(member, guild) & self._needed)
 
     def guilds_of(self, viewer: Viewer) -> list[dict[str, str | None]]:
         """`{id, name, icon}` of each guild that the viewer may see, by name."""
@@ -515,22 +688,75 @@ class Access:
         ]
         return sorted(guilds, key=lambda guild: (guild["name"] or "", guild["id"] or ""))
 
-    def _permissions(self, viewer: Viewer, guild: hikari.Guild) -> hikari.Permissions:
-        """Guild-wide permissions (Discord documentation: Permissions, computing base permissions)."""
-        if not viewer.discord_id.isdecimal() or len(viewer.discord_id) > 20:
+    # -- channels
+
+    def may_see(self, viewer: Viewer, guild_id: str, channel_id: str) -> bool:
+        """Whether a viewer of the guild may see this channel or thread in it."""
+        if not self._channel_visibility or viewer.role in self._admin_roles:
+            return True
+        guild = self._cache.get_guild(hikari.Snowflake(guild_id))
+        if guild is None:
+            return False
+        member = self._member(viewer, guild.id)
+        if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
+            return viewer.guilds is not None and self._is_sure(guild.id)
+        needed = hikari.Permissions.VIEW_CHANNEL
+        number = hikari.Snowflake(channel_id)
+        thread = self._cache.get_thread(number)
+        if thread is not None:
+            number = thread.parent_id
+            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
+                # Who else was invited to a private thread, hikari's cache cannot say.
+                needed |= hikari.Permissions.MANAGE_THREADS
+        return self._channel_permissions(member, guild, number) & needed == needed
+
+    def _channel_permissions(
+        self, member: hikari.Member, guild: hikari.Guild, channel_id: hikari.Snowflake
+    ) -> hikari.Permissions:
+        """Discord documentation: Permissions, Permission Overwrites."""
+        granted = self._permissions(member, guild)
+        if granted == ALL_PERMISSIONS:
+            return granted
+        channel = self._cache.get_guild_channel(channel_id)
+        if not isinstance(channel, hikari.PermissibleGuildChannel):
             return hikari.Permissions.NONE
-        user_id = hikari.Snowflake(viewer.discord_id)
-        if guild.owner_id == user_id:
+        overwrites = channel.permission_overwrites
+        everyone = overwrites.get(guild.id)
+        if everyone is not None:
+            granted = granted & ~everyone.deny | everyone.allow
+        allow = deny = hikari.Permissions.NONE
+        for role_id in set(member.role_ids) - {guild.id}:
+            if role_id in overwrites:
+                allow |= overwrites[role_id].allow
+                deny |= overwrites[role_id].deny
+        granted = granted & ~deny | allow
+        own = overwrites.get(member.id)
+        return granted if own is None else granted & ~own.deny | own.allow
+
+    # -- members
+
+    def _member(self, viewer: Viewer, guild_id: hikari.Snowflake) -> hikari.Member | None:
+        if not is_snowflake(viewer.discord_id):
+            return None
+        return self._cache.get_member(guild_id, hikari.Snowflake(viewer.discord_id))
+
+    def _permissions(self, member: hikari.Member, guild: hikari.Guild) -> hikari.Permissions:
+        """Guild-wide permissions (Discord documentation: Permissions, base permissions, time-outs)."""
+        if guild.owner_id == member.id:
             return ALL_PERMISSIONS
-        member = self._cache.get_member(guild.id, user_id)
-        if member is None:
-            return hikari.Permissions.NONE
         granted = hikari.Permissions.NONE
         for role_id in {guild.id, *member.role_ids}:  # the guild's own id is @everyone
             role = self._cache.get_role(role_id)
             if role is not None:
                 granted |= role.permissions
-        return ALL_PERMISSIONS if granted & hikari.Permissions.ADMINISTRATOR else granted
+        if granted & hikari.Permissions.ADMINISTRATOR:
+            return ALL_PERMISSIONS
+        return granted & LEFT_IN_TIMEOUT if member.communication_disabled_until() else granted
+
+
+def is_snowflake(text: str) -> bool:
+    """A Discord id, as text: 1 to 20 digits."""
+    return 1 <= len(text) <= 20 and text.isascii() and text.isdigit()
 
 
 def clean_text(text: str) -> str:
@@ -538,6 +764,198 @@ def clean_text(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(char for char in text if unicodedata.category(char) not in UNSEEN)
+
+
+# ------------------------------------------------------------------------------- limits
+# How much of everything one address, one viewer and one connection may have. Counted with the
+# library `limits`, so that the same rules can be counted for several machines together. It
+# knows neither protocols nor tokens: it is asked before work is done, and told how it ended.
+
+#: Addresses remembered at once; beyond it the one whose window began first is forgotten.
+MOST_REMEMBERED: Final = 100_000
+#: Told to clients that are one connection too many: nobody knows when one will be free.
+RETRY_AFTER: Final = 10.0
+
+
+class BoundedMemory(limits.aio.storage.Storage):
+    """Counters with an expiry, in memory. The library's own walks all of its keys at every hit."""
+
+    STORAGE_SCHEME = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counters: dict[str, tuple[int, float]] = {}  # in the order in which they began
+
+    @property
+    def base_exceptions(self) -> type[Exception]:
+        return LookupError
+
+    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+        count, until = self._counters.get(key, (0, 0.0))
+        if until <= time.time():
+            self._counters.pop(key, None)
+            count, until = 0, time.time() + expiry
+            if len(self._counters) >= MOST_REMEMBERED:
+                del self._counters[next(iter(self._counters))]
+        self._counters[key] = count + amount, until
+        return count + amount
+
+    async def get(self, key: str) -> int:
+        count, until = self._counters.get(key, (0, 0.0))
+        return count if until > time.time() else 0
+
+    async def get_expiry(self, key: str) -> float:
+        return self._counters.get(key, (0, time.time()))[1]
+
+    async def check(self) -> bool:
+        return True
+
+    async def reset(self) -> int:
+        count = len(self._counters)
+        self._counters.clear()
+        return count
+
+    async def clear(self, key: str) -> None:
+        self._counters.pop(key, None)
+
+
+class Lobby:
+    """Whoever has not authenticated yet: each for `patience` seconds, and no more than `capacity`.
+
+    Beyond that the longest silent one is dropped, so that a proper client, which authenticates
+    at once, always gets in.
+    """
+
+    def __init__(self, capacity: int, patience: float) -> None:
+        self._capacity = capacity
+        self._patience = patience
+        self._waiting: dict[object, tuple[float, Callable[[str], None]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, who: object) -> bool:
+        return who in self._waiting
+
+    def enter(self, who: object, drop: Callable[[str], None]) -> None:
+        """Let `who` wait; `drop(reason)` is called if it waits too long."""
+        loop = asyncio.get_running_loop()
+        self._waiting[who] = loop.time() + self._patience, drop
+        if len(self._waiting) > self._capacity:
+            self._drop_first("made room")
+        if self._timer is None:
+            self._timer = loop.call_later(self._patience, self._drop_late)
+
+    def leave(self, who: object) -> None:
+        """It has authenticated, or it is gone."""
+        self._waiting.pop(who, None)
+
+    def _drop_first(self, reason: str) -> None:
+        who = next(iter(self._waiting))
+        _, drop = self._waiting.pop(who)
+        drop(reason)
+
+    def _drop_late(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting and self._first_deadline() <= loop.time():
+            self._drop_first("not authenticated in time")
+        self._timer = (
+            loop.call_at(self._first_deadline(), self._drop_late) if self._waiting else None
+        )
+
+    def _first_deadline(self) -> float:
+        return next(iter(self._waiting.values()))[0]
+
+
+class Visit:
+    """One connection as the limits see it, from its first packet to its last."""
+
+    def __init__(
+        self, limits: Limits, address: str, refusal: RefusedConnectionError | None
+    ) -> None:
+        self.address = address
+        #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
+        self.refusal = refusal
+        self._limits = limits
+        limits.open[address] += 1
+
+    def end(self) -> None:
+        """Called once, when the connection is closed."""
+        self._limits.lobby.leave(self)
+        self._limits.open[self.address] -= 1
+        if not self._limits.open[self.address]:
+            del self._limits.open[self.address]
+
+
+class Limits:
+    """What addresses and connections may do, and who is blocked."""
+
+    def __init__(
+        self,
+        settings: LimitsSettings,
+        patience: float,
+        storage: limits.aio.storage.Storage,
+        metrics: Metrics,
+    ) -> None:
+        self.settings = settings
+        self.lobby = Lobby(settings.unauthenticated, patience)
+        self._storage = storage
+        self.metrics = metrics
+        self._attempts = limits.parse(settings.attempts_per_ip)
+        self._attempt_limiter = limits.aio.strategies.FixedWindowRateLimiter(storage)
+        # What one connection does never leaves this process.
+        self._events = limits.parse(settings.events_per_connection)
+        self._event_limiter = limits.aio.strategies.FixedWindowRateLimiter(BoundedMemory())
+        #: Connections open now, by address.
+        self.open: collections.Counter[str] = collections.Counter()
+
+    async def blocked_for(self, address: str) -> float:
+        """Seconds that the address is still blocked; 0 if it is not."""
+        key = f"blocked/{address}"
+        if not await self._storage.get(key):
+            return 0.0
+        return max(1.0, await self._storage.get_expiry(key) - time.time())
+
+    async def visit(self, address: str) -> Visit:
+        """A new connection. One too many is let in far enough to be told so."""
+        refusal = None
+        if not await self._attempt_limiter.hit(self._attempts, address):
+            window = await self._attempt_limiter.get_window_stats(self._attempts, address)
+            refusal = too_many(max(1.0, window.reset_time - time.time()))
+            await self.refused(address, refusal)
+        elif self.open[address] >= self.settings.connections_per_ip:
+            refusal = self.over("connections_per_ip")
+        return Visit(self, address, refusal)
+
+    async def refused(self, address: str, refusal: RefusedConnectionError) -> None:
+        """An attempt was refused; enough of them in a row block the address."""
+        self.metrics.refused.labels(refusal.data.get("code") or refusal.message).inc()
+        key = f"refused/{address}"
+        seconds = math.ceil(self.settings.block_for)
+        if await self._storage.incr(key, seconds) >= self.settings.block_after:
+            await self._storage.clear(key)
+            await self._storage.incr(f"blocked/{address}", seconds)
+            self.metrics.blocked.inc()
+            log.warning("address %s blocked for %d s", address, seconds)
+
+    async def accepted(self, address: str) -> None:
+        """An attempt succeeded: refusals are counted from the beginning again."""
+        await self._storage.clear(f"refused/{address}")
+
+    async def may_send(self, sid: str) -> bool:
+        """Whether this connection may send one more event."""
+        return await self._event_limiter.hit(self._events, sid)
+
+    def over(self, limit: str) -> RefusedConnectionError:
+        """The refusal of one connection too many; unlike a wrong token it leads to no block."""
+        self.metrics.refused.labels(limit).inc()
+        return too_many(RETRY_AFTER)
+
+
+def too_many(retry_after: float) -> RefusedConnectionError:
+    """`retryAfter` goes out in whole seconds."""
+    return RefusedConnectionError("Too many connections", retryAfter=math.ceil(retry_after))
 
 
 # -------------------------------------------------------------------- rooms and fan-out
@@ -602,9 +1020,9 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
     Either way no more than `max_queue_bytes` wait, or the client is cut off.
     """
 
-    def __init__(self, engine: Engine, sid: str, address: str) -> None:
+    def __init__(self, engine: Engine, sid: str, visit: Visit) -> None:
         super().__init__(engine, sid)
-        self.address = address
+        self.visit = visit
         self.handler: WebSocketHandler | None = None
         self._stream: IOStream | None = None
         self._waiting = 0  # bytes in the queue
@@ -755,7 +1173,8 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
     def cut(self, reason: str) -> None:
         """Drop the client now, without waiting for it; the reason is logged."""
         if not self.closed and not self.closing:
-            log.info("client %s cut off: %s", self.address, reason)
+            log.info("client %s cut off: %s", self.visit.address, reason)
+            self.server.metrics.cut.labels(reason).inc()
             if self._stream is not None:
                 self._stream.close()
             self._lose()
@@ -772,6 +1191,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
             return
         await super().close(wait=False, abort=True, reason=reason)
         self.server.sockets.pop(self.sid, None)
+        self.visit.end()
         if self._timer is not None:
             self._timer.cancel()
         if self.handler is not None:
@@ -786,13 +1206,14 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
     #: Seconds that a polling client has to fetch its last packets before it is forgotten.
     ending_timeout = 5.0
 
-    def __init__(self, *, max_queue_bytes: int, **options: Any) -> None:
+    def __init__(self, *, max_queue_bytes: int, metrics: Metrics, **options: Any) -> None:
         super().__init__(**options)
         self.max_queue_bytes = max_queue_bytes
+        self.metrics = metrics
 
-    async def admit(self, address: str, transport: str) -> Session:
+    async def admit(self, visit: Visit, transport: str) -> Session:
         """A new session, its OPEN packet already under way."""
-        session = Session(self, self.generate_id(), address)
+        session = Session(self, self.generate_id(), visit)
         self.sockets[session.sid] = session
         hello = {
             "sid": session.sid,
@@ -810,7 +1231,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         self, environ: dict[str, Any], transport: str, jsonp_index: int | None = None
     ) -> Any:
         """A first poll, by the library's `handle_request`."""
-        session = await self.admit(environ["tornado.handler"].address, transport)
+        session: Session = await environ["tornado.handler"].admit(transport)
         session.connected = True
         return self._ok(await session.poll(), jsonp_index=jsonp_index)
 
@@ -1567,6 +1988,10 @@ class Gateway:
 # handed to its session. Bounds and refusals come before any work.
 
 
+#: Headers of a request, together: a browser's are below 4 KiB.
+MAX_HEADER_BYTES: Final = 16_384
+
+
 class Origins:
     """Which pages may connect: the same host, or one that is listed; "https://*.host" is any below."""
 
@@ -1587,28 +2012,95 @@ class Origins:
         return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
 
 
+class FrontDoor:
+    """What is decided about a request before anything is spent on it."""
+
+    def __init__(self, settings: ServerSettings, limits: Limits) -> None:
+        self.origins = Origins(settings.cors_origins)
+        self.limits = limits
+        self._proxies = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
+
+    def address(self, request: HTTPServerRequest) -> str:
+        """Whom a request counts for: its peer or, of a trusted proxy, the right-most hop that is none.
+
+        An IPv6 address counts as its /64, of which every household has one.
+        """
+        hops = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
+        client = parse_address(request.remote_ip or "")
+        while hops and client is not None and self._is_proxy(client):
+            hop = parse_address(hops.pop().strip())
+            if hop is None:
+                break
+            client = hop
+        if client is None:
+            return "unknown"
+        if client.version == 6:
+            return str(ipaddress.ip_network((client, 64), strict=False))
+        return str(client)
+
+    def _is_proxy(self, address: Address) -> bool:
+        return any(address in network for network in self._proxies)
+
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def parse_address(text: str) -> Address | None:
+    """An address; one of IPv4 that was mapped into IPv6 is still one of IPv4."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return (address.ipv4_mapped or address) if address.version == 6 else address
+
+
 class SocketHandler(WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
 
-    def initialize(self, engine: Engine, origins: Origins) -> None:
+    def initialize(self, engine: Engine, door: FrontDoor) -> None:
         self._engine = engine
-        self._origins = origins
+        self._door = door
         self._session: Session | None = None
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
         self.set_header("Cache-Control", "no-store")
 
-    def prepare(self) -> None:
-        """Refuse foreign pages before anything is spent on them."""
-        self.address = self.request.remote_ip or "unknown"
+    async def prepare(self) -> None:
+        """Turn away blocked addresses and foreign pages."""
+        self._door.limits.lobby.leave(self._tcp_stream())
+        self._address = self._door.address(self.request)
         origin = self.request.headers.get("Origin")
-        if not self._origins.allow(origin, self.request.host):
-            self._refuse(403, "This origin is not allowed")
+        if blocked_for := await self._door.limits.blocked_for(self._address):
+            self.set_header("Retry-After", str(math.ceil(blocked_for)))
+            self._refuse(429, "blocked", "Too many refused attempts")
+        elif not self._door.origins.allow(origin, self.request.host):
+            self._refuse(403, "origin", "This origin is not allowed")
         elif origin is not None:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Allow-Credentials", "true")
             self.set_header("Vary", "Origin")
+
+    def on_finish(self) -> None:
+        """Kept alive for its next request, the connection of a stranger waits in the lobby again."""
+        stream = self._tcp_stream()
+        session = self._engine.sockets.get(self.get_query_argument("sid", None))
+        lobby = self._door.limits.lobby
+        if stream is not None and (session is None or session.visit in lobby):
+            lobby.enter(stream, lambda reason: stream.close())
+
+    def _tcp_stream(self) -> IOStream | None:
+        """The connection that the request came on; None once it has become a WebSocket."""
+        stream: IOStream | None = getattr(self.request.connection, "stream", None)
+        return stream
+
+    async def admit(self, transport: str) -> Session:
+        """A new session for this request, which has to authenticate in time."""
+        limits = self._door.limits
+        visit = await limits.visit(self._address)
+        session = await self._engine.admit(visit, transport)
+        limits.lobby.enter(visit, session.cut)
+        return session
 
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has done it, for polls too
@@ -1620,7 +2112,7 @@ class SocketHandler(WebSocketHandler):
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             await self._engine.handle_request(self)
         elif fault := self._websocket_fault():
-            self._refuse(400, fault)
+            self._refuse(400, "handshake", fault)
         else:
             await super().get(*args, **kwargs)
 
@@ -1646,19 +2138,26 @@ class SocketHandler(WebSocketHandler):
             return "Unknown session"
         return None
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, reason: str, message: str) -> None:
+        self._engine.metrics.refused.labels(reason).inc()
         self.set_status(status)
         self.finish({"message": message})
 
     async def open(self, *args: str, **kwargs: str) -> None:
         sid = self.get_query_argument("sid", None)
         if sid is None:
-            self._session = await self._engine.admit(self.address, "websocket")
+            self._session = await self.admit("websocket")
             self._session.attach(self)
         elif sid in self._engine.sockets:
             self._session = self._engine.sockets[sid]
+            self._door.limits.lobby.enter(self, self._give_up)
         else:
             self.close()
+
+    def _give_up(self, reason: str) -> None:
+        """The upgrade was not finished in time."""
+        self._engine.metrics.cut.labels(reason).inc()
+        self.close()
 
     async def on_message(self, message: str | bytes) -> None:
         session = self._session
@@ -1668,8 +2167,11 @@ class SocketHandler(WebSocketHandler):
             await session.feed(message)
         else:
             await session.feed_probe(self, message)
+            if session.handler is self:
+                self._door.limits.lobby.leave(self)
 
     def on_close(self) -> None:
+        self._door.limits.lobby.leave(self)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -1690,12 +2192,22 @@ class NotFoundHandler(RequestHandler):
 
 
 class WebServer(HTTPServer):
-    """Tornado's, with TCP_NODELAY: without it two small writes in a row stall for 40 ms."""
+    """Tornado's, with TCP_NODELAY (without it two small writes in a row stall for 40 ms), and
+    with a lobby for connections that have not sent a whole request yet.
+    """
+
+    #: Set by whoever makes the server: Tornado's has no constructor of its own to extend.
+    lobby: Lobby
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         with contextlib.suppress(OSError, StreamClosedError):  # it may have gone already
             stream.set_nodelay(True)
+        self.lobby.enter(stream, lambda reason: stream.close())
         super().handle_stream(stream, address)
+
+    def on_close(self, server_conn: Any) -> None:
+        self.lobby.leave(server_conn.stream)
+        super().on_close(server_conn)
 
 
 # ------------------------------------------------------------------------------- server
@@ -1703,10 +2215,27 @@ class WebServer(HTTPServer):
 # them all: the dashboards' requests, the way of an event to its room, start and stop.
 
 EVENT_SHOWN: Final = 40
+#: Seconds before a token ends that its dashboard is warned (design: identity and access).
+EXPIRY_WARNING: Final = 60.0
+#: Seconds that a subscription waits for guilds that Discord is still sending.
+SUBSCRIBE_PATIENCE: Final = 5.0
+
+
+class Dashboard:
+    """One connected dashboard: whose it is, and its transport."""
+
+    def __init__(self, viewer: Viewer, session: Session) -> None:
+        self.viewer = viewer
+        self.session = session
+        self.expiry: asyncio.TimerHandle | None = None
+
+    def tell(self, event: str, payload: object) -> None:
+        frame = event_frame(event, payload)
+        self.session.write((frame,), frame.bytes)
 
 
 class Dashboards:
-    """Answers what dashboards say: who comes in, and what they subscribe to (API page; design: rooms)."""
+    """Answers what dashboards say: who comes in, and what they subscribe to (design: identity, rooms)."""
 
     def __init__(
         self,
@@ -1714,26 +2243,60 @@ class Dashboards:
         rooms: Rooms,
         tokens: Tokens,
         access: Access,
+        limits: Limits,
         kinds: Callable[[], frozenset[str]],
     ) -> None:
         self._sio = sio
         self._rooms = rooms
         self._tokens = tokens
         self._access = access
+        self._limits = limits
         self._kinds = kinds
-        self._viewers: dict[Sid, Viewer] = {}
+        self._connected: dict[Sid, Dashboard] = {}
+        self._of_viewer: collections.Counter[str] = collections.Counter()
+        #: Called with a guild id when who is in its rooms, or as whom, has changed.
+        self.on_audience_change: Callable[[str], None] = lambda guild_id: None
         sio.on("connect", self._connect)
         sio.on("disconnect", self._disconnect)
         sio.on("*", self._request)
         sio.on("connect", self._refuse_namespace, namespace="*")
 
+    def viewer(self, sid: Sid) -> Viewer:
+        return self._connected[sid].viewer
+
+    def is_connected(self, discord_id: str) -> bool:
+        """Whether this Discord user has a dashboard open."""
+        return discord_id in self._of_viewer
+
+    # -- coming and going
+
     async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
+        session = self._sio.session_of(sid)
+        assert session is not None  # it has just sent CONNECT
+        try:
+            viewer = await self._identify(session.visit, auth)
+        except RefusedConnectionError as refusal:
+            # The library sends the refusal in this turn of the loop; then the transport goes too.
+            asyncio.get_running_loop().call_soon(session.end)
+            raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
+        self._limits.lobby.leave(session.visit)
+        self._of_viewer[viewer.discord_id] += 1
+        self._connected[sid] = Dashboard(viewer, session)
+        self._watch_expiry(sid)
+
+    async def _identify(self, visit: Visit, auth: object) -> Viewer:
+        if visit.refusal is not None:
+            raise visit.refusal
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
-            self._viewers[sid] = self._tokens.verify(token)
+            viewer = self._tokens.verify(token)
         except RefusedConnectionError as refusal:
-            self._end_soon(sid)
-            raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
+            await self._limits.refused(visit.address, refusal)
+            raise
+        if self._of_viewer[viewer.discord_id] >= self._limits.settings.connections_per_viewer:
+            raise self._limits.over("connections_per_viewer")
+        await self._limits.accepted(visit.address)
+        return viewer
 
     async def _refuse_namespace(
         self, namespace: str, sid: Sid, environ: dict[str, Any], auth: object
@@ -1741,24 +2304,80 @@ class Dashboards:
         raise SocketIORefusal("Invalid namespace")
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
-        self._viewers.pop(sid, None)
+        dashboard = self._connected.pop(sid)
+        if dashboard.expiry is not None:
+            dashboard.expiry.cancel()
+        self._of_viewer[dashboard.viewer.discord_id] -= 1
+        if not self._of_viewer[dashboard.viewer.discord_id]:
+            del self._of_viewer[dashboard.viewer.discord_id]
+        session = dashboard.session
+        if not session.closing:  # it left Socket.IO, and its transport is a stranger's again
+            self._limits.lobby.enter(session.visit, session.cut)
 
-    def _end_soon(self, sid: Sid) -> None:
-        """Close the transport once the library has sent its refusal, which it does in this turn."""
-        session = self._sio.session_of(sid)
-        if session is not None:
-            asyncio.get_running_loop().call_soon(session.end)
+    async def _kick(self, sid: Sid, message: str) -> None:
+        """Disconnect for good: a stock client does not come back by itself after this."""
+        dashboard = self._connected.get(sid)
+        if dashboard is not None:
+            dashboard.tell("error", {"message": message})
+            await self._sio.disconnect(sid)
+            dashboard.session.end()
+
+    # -- the life of a token
+
+    def _watch_expiry(self, sid: Sid) -> None:
+        dashboard = self._connected[sid]
+        if dashboard.expiry is not None:
+            dashboard.expiry.cancel()
+            dashboard.expiry = None
+        if dashboard.viewer.expires is not None:
+            warning = dashboard.viewer.expires - time.time() - EXPIRY_WARNING
+            dashboard.expiry = asyncio.get_running_loop().call_later(warning, self._expiring, sid)
+
+    def _expiring(self, sid: Sid) -> None:
+        dashboard = self._connected[sid]
+        expires = dashboard.viewer.expires or 0.0
+        moment = datetime.fromtimestamp(expires, UTC)
+        dashboard.tell("auth:expiring", {"expiresAt": timestamp(moment)})
+        loop = asyncio.get_running_loop()
+        dashboard.expiry = loop.call_later(expires - time.time(), self._expire, sid)
+
+    def _expire(self, sid: Sid) -> None:
+        self._sio.start_background_task(self._kick, sid, "Token expired")
+
+    async def _refresh(self, sid: Sid, args: tuple[object, ...]) -> dict[str, Any]:
+        """A new token for the same viewer; what it no longer allows is left."""
+        dashboard = self._connected[sid]
+        try:
+            viewer = self._tokens.verify(args[0] if len(args) == 1 else None)
+        except RefusedConnectionError as refusal:
+            raise ClientError("forbidden", refusal.message) from refusal
+        if viewer.discord_id != dashboard.viewer.discord_id:
+            raise ClientError("forbidden", "The token is another viewer's")
+        dashboard.viewer = viewer
+        self._watch_expiry(sid)
+        for guild_id in {room.partition(":")[2] for room in self._rooms.rooms_of(sid)}:
+            self.on_audience_change(guild_id)
+            self.check_right(sid, guild_id)
+        return {}
+
+    # -- requests
 
     async def _request(self, event: object, sid: Sid, *args: object) -> dict[str, Any]:
         try:
+            if not await self._limits.may_send(sid):
+                raise ClientError("rate_limited", "Too many events; slow down")
             return {"ok": True, **await self._answer(event, sid, args)}
         except ClientError as error:
-            self._tell(sid, "error", error.to_wire())
+            self._limits.metrics.refused_requests.labels(error.code).inc()
+            if sid in self._connected:
+                self._connected[sid].tell("error", error.to_wire())
             return {"ok": False, "error": error.to_wire()}
 
     async def _answer(self, event: object, sid: Sid, args: tuple[object, ...]) -> dict[str, Any]:
         if event == "guilds:list":
-            return {"guilds": self._access.guilds_of(self._viewers[sid])}
+            return {"guilds": self._access.guilds_of(self.viewer(sid))}
+        if event == "auth:refresh":
+            return await self._refresh(sid, args)
         verb, _, kind = event.partition(":") if isinstance(event, str) else ("", "", "")
         if kind in self._kinds() and verb == "subscribe":
             return {"room": await self._subscribe(sid, kind, guild_argument(args))}
@@ -1769,17 +2388,144 @@ class Dashboards:
         raise ClientError("unknown_event", f"Unknown event: {shown(event)[:EVENT_SHOWN]}")
 
     async def _subscribe(self, sid: Sid, kind: str, guild_id: str) -> str:
-        if not self._access.may_view(self._viewers[sid], guild_id):
-            raise ClientError("forbidden", f"No access to guild {guild_id}")
         room = f"{kind}:{guild_id}"
-        await self._rooms.enter_room(sid, NAMESPACE, room)
+        rooms = self._rooms.rooms_of(sid)
+        if room not in rooms and len(rooms) >= self._limits.settings.rooms_per_connection:
+            raise ClientError("too_many_rooms", f"Already in {len(rooms)} rooms")
+        viewer = self.viewer(sid)
+        if not await self._access.wait_until_sure(viewer, guild_id, SUBSCRIBE_PATIENCE):
+            raise ClientError("forbidden", f"No access to guild {guild_id}")
+        if sid in self._connected:  # it may have left meanwhile
+            await self._rooms.enter_room(sid, NAMESPACE, room)
+            self.on_audience_change(guild_id)
         return room
 
-    def _tell(self, sid: Sid, event: str, payload: object) -> None:
-        session = self._sio.session_of(sid)
-        if session is not None:
-            frame = event_frame(event, payload)
-            session.write((frame,), frame.bytes)
+    def check_right(self, sid: Sid, guild_id: str) -> None:
+        """Take a dashboard that may not view this guild any more out of its rooms."""
+        if self._access.may_view(self.viewer(sid), guild_id) is not False:
+            return
+        rooms = [room for room in self._rooms.rooms_of(sid) if room.endswith(f":{guild_id}")]
+        for room in rooms:
+            self._rooms.expel(sid, room)
+        if rooms:
+            lost = ClientError("forbidden", f"Access to guild {guild_id} was lost")
+            self._limits.metrics.refused_requests.labels("right_lost").inc()
+            self._connected[sid].tell("error", lost.to_wire())
+
+
+class Guard:
+    """Keeps rooms in line with Discord's permissions, as the gateway tells of each change.
+
+    hikari runs listeners in the order of the gateway's packets, and these are subscribed before
+    any plugin's: whatever comes after a change is already judged by it.
+    """
+
+    def __init__(
+        self,
+        access: Access,
+        dashboards: Dashboards,
+        rooms: Rooms,
+        kinds: Callable[[], frozenset[str]],
+    ) -> None:
+        self._access = access
+        self._dashboards = dashboards
+        self._rooms = rooms
+        self._kinds = kinds
+        #: Who may not see a channel, by guild, then by room and channel, until anything changes.
+        self._hidden: dict[str, dict[tuple[str, str], Hidden]] = {}
+        dashboards.on_audience_change = self._forget
+
+    #: What of a guild can change what its viewers may see.
+    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+        hikari.RoleUpdateEvent,
+        hikari.RoleDeleteEvent,
+        hikari.GuildUpdateEvent,
+        hikari.GuildChannelCreateEvent,
+        hikari.GuildChannelUpdateEvent,
+        hikari.GuildChannelDeleteEvent,
+        hikari.GuildThreadCreateEvent,
+        hikari.GuildThreadUpdateEvent,
+        hikari.GuildThreadDeleteEvent,
+    )
+    MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+        hikari.MemberCreateEvent,
+        hikari.MemberUpdateEvent,
+        hikari.MemberDeleteEvent,
+    )
+
+    @classmethod
+    def event_types(cls) -> tuple[type[hikari.Event], ...]:
+        """What it has to hear: intents follow from it."""
+        return cls.GUILD_CHANGES + cls.MEMBER_CHANGES
+
+    def subscribe(self, events: hikari.api.EventManager) -> None:
+        for change in self.GUILD_CHANGES:
+            events.subscribe(change, self._on_guild_change)
+        for change in self.MEMBER_CHANGES:
+            events.subscribe(change, self._on_member_change)
+        events.subscribe(hikari.ShardReadyEvent, self._on_new_session)
+        events.subscribe(hikari.GuildAvailableEvent, self._on_guild)
+        events.subscribe(hikari.GuildJoinEvent, self._on_guild)
+        events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
+        events.subscribe(hikari.MemberChunkEvent, self._on_members)
+
+    def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
+        """Who in the room may not see the channel; worked out once until something changes."""
+        known = self._hidden.setdefault(guild_id, {})
+        if (room, channel_id) not in known:
+            known[room, channel_id] = frozenset(
+                sid
+                for sid in self._rooms.members(room)
+                if not self._access.may_see(self._dashboards.viewer(sid), guild_id, channel_id)
+            )
+        return known[room, channel_id]
+
+    def _forget(self, guild_id: str) -> None:
+        self._hidden.pop(guild_id, None)
+
+    def _check(self, guild_id: str, discord_id: str | None = None) -> None:
+        """Judge anew those in the guild's rooms, or only one of them."""
+        self._forget(guild_id)
+        for kind in self._kinds():
+            for sid in self._rooms.members(f"{kind}:{guild_id}"):
+                if discord_id in (None, self._dashboards.viewer(sid).discord_id):
+                    self._dashboards.check_right(sid, guild_id)
+
+    async def _on_guild_change(self, event: Any) -> None:
+        self._check(str(event.guild_id))
+
+    async def _on_member_change(self, event: Any) -> None:
+        discord_id = str(event.user_id)
+        if self._dashboards.is_connected(discord_id):
+            self._check(str(event.guild_id), discord_id)
+
+    async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
+        shard = event.shard
+        self._access.begin(
+            event.unavailable_guilds,
+            lambda guild_id: (
+                hikari.snowflakes.calculate_shard_id(shard.shard_count, guild_id) == shard.id
+            ),
+        )
+        for guild_id in self._access.lost:
+            self._check(str(guild_id))
+
+    async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
+        if event.chunk_nonce is None:
+            await self._filled(event.guild_id)
+        else:  # hikari has asked for the rest of the members
+            self._access.refill([event.guild_id])
+
+    async def _on_members(self, event: hikari.MemberChunkEvent) -> None:
+        if event.chunk_index == event.chunk_count - 1:
+            await self._filled(event.guild_id)
+
+    async def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
+        await self._filled(event.guild_id)
+
+    async def _filled(self, guild_id: int) -> None:
+        await self._access.fill(guild_id)
+        self._check(str(guild_id))
 
 
 def guild_argument(args: tuple[object, ...]) -> str:
@@ -1787,12 +2533,7 @@ def guild_argument(args: tuple[object, ...]) -> str:
     if len(args) > 1:
         raise ClientError("bad_request", f"Expected one argument, the guild id; got {len(args)}")
     guild_id = args[0] if args else None
-    if (
-        isinstance(guild_id, str)
-        and len(guild_id) <= 20
-        and guild_id.isascii()
-        and guild_id.isdigit()
-    ):
+    if isinstance(guild_id, str) and is_snowflake(guild_id):
         return guild_id
     came = "a binary value" if isinstance(guild_id, bytes) else shown(guild_id)[:EVENT_SHOWN]
     raise ClientError("invalid_guild", f"Expected a guild id, a string of 1-20 digits; got {came}")
@@ -1801,13 +2542,20 @@ def guild_argument(args: tuple[object, ...]) -> str:
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them."""
 
-    def __init__(self, settings: Settings, *, secret: str, token: str) -> None:
+    def __init__(self, settings: Settings, *, keys: Keys, token: str) -> None:
         self._settings = settings
+        self.metrics = Metrics()
         self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder)
         self.plugins.load()
-        self.gateway = Gateway(settings.discord, token, self.plugins.event_types())
+        wanted = {event_type: ["access"] for event_type in Guard.event_types()}
+        for event_type, names in self.plugins.event_types().items():
+            wanted[event_type] = [*wanted.get(event_type, ()), *names]
+        self.gateway = Gateway(settings.discord, token, wanted)
         self.access = Access(settings.auth, settings.discord.guilds, self.gateway.bot.cache)
-        self.tokens = Tokens(secret, settings.auth.algorithms)
+        self.tokens = Tokens(keys, settings.auth.algorithms)
+        self.limits = Limits(
+            settings.limits, settings.auth.connect_timeout, BoundedMemory(), self.metrics
+        )
         self.rooms = Rooms(settings.fanout.max_delay)
         self.socketio = SocketIO(
             client_manager=self.rooms,
@@ -1822,26 +2570,39 @@ class Server:
             ping_timeout=settings.heartbeat.timeout,
             max_http_buffer_size=settings.server.max_message_bytes,
             max_queue_bytes=settings.server.max_queue_bytes,
+            metrics=self.metrics,
             logger=library_log("socketio"),
             engineio_logger=library_log("engineio"),
         )
         self.dashboards = Dashboards(
-            self.socketio, self.rooms, self.tokens, self.access, lambda: self.plugins.kinds
+            self.socketio, self.rooms, self.tokens, self.access, self.limits, self._kinds
         )
+        self.guard = Guard(self.access, self.dashboards, self.rooms, self._kinds)
         self.web = self._make_web()
         self.port = 0
         self._gateway_task: asyncio.Task[None] | None = None
 
+    def _kinds(self) -> frozenset[str]:
+        return self.plugins.kinds
+
     def _make_web(self) -> WebServer:
         limit = self._settings.server.max_message_bytes
-        origins = Origins(self._settings.server.cors_origins)
+        door = FrontDoor(self._settings.server, self.limits)
         application = Application(
-            [(r"/socket\.io/", SocketHandler, {"engine": self.socketio.eio, "origins": origins})],
+            [(r"/socket\.io/", SocketHandler, {"engine": self.socketio.eio, "door": door})],
             default_handler_class=NotFoundHandler,
             log_function=lambda handler: None,
             websocket_max_message_size=limit,
         )
-        return WebServer(application, max_body_size=limit, max_header_size=16_384)
+        heartbeat = self._settings.heartbeat
+        web = WebServer(
+            application,
+            max_body_size=limit,
+            max_header_size=MAX_HEADER_BYTES,
+            idle_connection_timeout=heartbeat.interval + heartbeat.timeout,
+        )
+        web.lobby = self.limits.lobby
+        return web
 
     async def __aenter__(self) -> Self:
         try:
@@ -1856,6 +2617,7 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
+        self.guard.subscribe(self.gateway.bot.event_manager)
         await self.plugins.start(self.gateway.bot, self.emit, self.gateway.settled)
         server = self._settings.server
         try:
@@ -1891,10 +2653,16 @@ class Server:
             async with asyncio.timeout(self._settings.server.shutdown_grace):
                 await asyncio.gather(*closing)
 
-    def emit(self, event: str, guild_id: str, payload: dict[str, Any], room: str) -> None:
+    def emit(self, event: str, guild_id: str, payload: dict[str, Any], kind: str) -> None:
         """The last step of an event: from a plugin to those in the room who may see it."""
-        if self.access.watches(guild_id):
-            self.rooms.broadcast(f"{room}:{guild_id}", event, payload)
+        if not self.access.watches(guild_id):
+            return
+        room = f"{kind}:{guild_id}"
+        channel_id = payload.get("channelId") or payload.get("channel_id")
+        hidden = None
+        if channel_id is not None:
+            hidden = functools.partial(self.guard.hidden, room, guild_id, str(channel_id))
+        self.rooms.broadcast(room, event, payload, hidden)
 
 
 # ------------------------------------------------------------------------- command line
@@ -1973,25 +2741,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def secret_of(settings: Settings) -> str:
-    auth = settings.auth
-    return read_secret(auth.secret, auth.secret_file, settings.folder, "auth.secret")
-
-
 def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    secret = secret_of(settings)
+    keys = read_keys(settings.auth, settings.folder)
     discord = settings.discord
     token = read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
-    if not secret or not token:
+    if keys == Keys() or not token:
         raise OperatorError(
             "auth.secret and discord.token must both be set (or auth.secret_file and"
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
-    run_until_stopped(run_server(Server(settings, secret=secret, token=token)))
+    run_until_stopped(run_server(Server(settings, keys=keys, token=token)))
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
+    read_keys(settings.auth, settings.folder)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder)
     host.load()
     print(settings_text(settings))
@@ -2014,10 +2778,7 @@ def settings_text(settings: Settings) -> str:
 
 
 def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    secret = secret_of(settings)
-    if not secret:
-        raise OperatorError("auth.secret: not set, expected the key that signs tokens")
-    tokens = Tokens(secret, settings.auth.algorithms)
+    tokens = Tokens(read_keys(settings.auth, settings.folder), settings.auth.algorithms)
     print(tokens.issue(arguments.discord_id, arguments.role, arguments.guild, arguments.ttl))
 
 
@@ -2031,14 +2792,15 @@ async def run_demo(settings: Settings, port: int | None) -> None:
 
     async with simulator.PretendDiscord() as discord:
         playing = asyncio.create_task(simulator.play(discord))
-        secret = secrets.token_hex(32)
+        keys = Keys(secrets=(secrets.token_hex(32),))
         replace = msgspec.structs.replace
         settings = replace(
             settings,
             server=replace(settings.server, port=settings.server.port if port is None else port),
+            auth=replace(settings.auth, algorithms=("HS256",)),
             discord=DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         )
-        server = Server(settings, secret=secret, token=discord.token)
+        server = Server(settings, keys=keys, token=discord.token)
         viewer = server.tokens.issue("1", role="ADMIN", ttl=86_400)
         watching = asyncio.create_task(print_events(server, viewer))
         try:
