@@ -30,6 +30,7 @@ import collections
 import contextlib
 import difflib
 import functools
+import heapq
 import importlib.util
 import inspect
 import ipaddress
@@ -39,15 +40,17 @@ import logging
 import math
 import secrets
 import signal
+import socket
 import sys
 import time
 import tomllib
 import unicodedata
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Final, Literal, NoReturn, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args
 
 import engineio
 import hikari
@@ -63,7 +66,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
-from tornado.iostream import IOStream, StreamBufferFullError, StreamClosedError
+from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketHandler
@@ -974,6 +977,12 @@ REST_PER_COST: Final = 1.5
 #: Bytes of one write; a longer burst goes out in several, so that a client that does read
 #: can drain its socket in between and is never taken for a slow one.
 MAX_WRITE_BYTES: Final = 131_072
+#: Bytes of events that may wait for resting rooms, all together, in one copy for all clients.
+#: Past it they leave at once: who produces faster than this process can write must not fill it.
+MAX_BACKLOG_BYTES: Final = 8_388_608
+#: Of a client's bytes, those kept for the frames that Tornado writes by itself: one pong and
+#: one close frame (RFC 6455 §5.5). It does not expect that the buffer has no room for them.
+CONTROL_BYTES: Final = 256
 MAX_ATTACHMENTS: Final = 8
 
 Sid = str
@@ -981,34 +990,44 @@ Hidden = frozenset[Sid]
 NOBODY: Final[Hidden] = frozenset()
 
 
-def websocket_frame(payload: bytes) -> bytes:
-    """One unmasked, final text frame (RFC 6455 §5.2)."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x81, size)) + payload
-    if size < 65_536:
-        return b"\x81\x7e" + size.to_bytes(2, "big") + payload
-    return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+class Frame:
+    """An Engine.IO packet, encoded once for all recipients: `bytes` is its WebSocket frame.
+
+    Unmasked and final (RFC 6455 §5.2). Where python-engineio expects a packet, this is one.
+    """
+
+    __slots__ = ("bytes",)
+
+    def __init__(self, payload: bytes, *, binary: bool = False) -> None:
+        size, start = len(payload), b"\x82" if binary else b"\x81"
+        if size < 126:
+            self.bytes = start + size.to_bytes(1, "big") + payload
+        elif size < 65_536:
+            self.bytes = start + b"\x7e" + size.to_bytes(2, "big") + payload
+        else:
+            self.bytes = start + b"\x7f" + size.to_bytes(8, "big") + payload
+
+    @classmethod
+    def of(cls, packet: engineio_packet.Packet) -> Frame:
+        encoded = packet.encode()
+        return cls(encoded, binary=True) if packet.binary else cls(encoded.encode())
+
+    def encode(self, b64: bool = False) -> str:
+        """The packet as one part of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
+        payload = self.bytes[{126: 4, 127: 10}.get(self.bytes[1], 2) :]
+        return payload.decode() if self.bytes[0] == 0x81 else "b" + b64encode(payload).decode()
 
 
-class Frame(engineio_packet.Packet):  # type: ignore[misc]  # python-engineio has no types
-    """An Engine.IO packet with its WebSocket frame, each encoded once for all recipients."""
-
-    def __init__(self, packet_type: int, data: object = None) -> None:
-        super().__init__(packet_type, data)
-        self.bytes = websocket_frame(self.encode().encode())
-
-
-def event_frame(event: str, payload: object) -> Frame:
+def event_frame(event: str, *arguments: object) -> Frame:
     """A Socket.IO EVENT in the main namespace (Socket.IO protocol v5)."""
-    return Frame(engineio_packet.MESSAGE, "2" + msgspec.json.encode([event, payload]).decode())
+    return Frame(b"42" + msgspec.json.encode((event, *arguments)))
 
 
-PING: Final = Frame(engineio_packet.PING)
-NOOP: Final = Frame(engineio_packet.NOOP)
-CLOSE: Final = Frame(engineio_packet.CLOSE)
+PING: Final = Frame(b"2")
+NOOP: Final = Frame(b"6")
+CLOSE: Final = Frame(b"1")
+PROBED: Final = Frame(b"3probe")
 PROBE: Final = "2probe"
-PROBED: Final = "3probe"
 UPGRADE: Final = "5"
 
 
@@ -1020,12 +1039,20 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
     Either way no more than `max_queue_bytes` wait, or the client is cut off.
     """
 
+    upgrading: bool
+
     def __init__(self, engine: Engine, sid: str, visit: Visit) -> None:
         super().__init__(engine, sid)
         self.visit = visit
         self.handler: WebSocketHandler | None = None
         self._stream: IOStream | None = None
-        self._waiting = 0  # bytes in the queue
+        self._socket: socket.socket | None = None  # None under TLS: only its stream may write
+        self._poller: WebSocketHandler | None = None  # the latest poll
+        self._polling = False  # it has no answer yet
+        self._prober: WebSocketHandler | None = None
+        self._waiting = 0  # bytes in the queue, and in the latest poll's answer
+        self._answered = 0  # bytes in that answer
+        self._lost = False
         self._ending = False  # closed as soon as a poll has fetched what waits
         self._awaits_pong = False
         self._timer: asyncio.TimerHandle | None = None
@@ -1034,39 +1061,45 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
 
     async def send(self, pkt: engineio_packet.Packet) -> None:
         """What the libraries call for each packet."""
-        frame = pkt if isinstance(pkt, Frame) else Frame(pkt.packet_type, pkt.data)
+        frame = pkt if isinstance(pkt, Frame) else Frame.of(pkt)
         self.write((frame,), frame.bytes)
 
-    def write(self, frames: Sequence[Frame], data: bytes) -> None:
-        """Send `frames`; `data` is their WebSocket frames joined. Never waits, never raises."""
-        if self.closed:
-            return
-        stream = self._stream
+    def write(self, frames: Sequence[Frame], data: bytes) -> bool:
+        """Send `frames`; `data` is their bytes joined. Never waits, never raises.
+
+        Returns whether the client has been keeping up: nothing of it waits in this process.
+        """
+        if self._lost:
+            return True
+        stream, rest = self._stream, memoryview(data)
         if stream is None:
             self._enqueue(frames, len(data))
-            return
-        rest: bytes | memoryview = data
+            return True
         try:
-            if not stream.writing():
+            if self._socket is not None and not stream.writing():
                 # The price of IOStream.write is three times that of the system call below.
-                sent = stream.socket.send(data)
+                sent = self._socket.send(data)
                 if sent == len(data):
-                    return
-                rest = memoryview(data)[sent:]
+                    return True
+                rest = rest[sent:]
         except BlockingIOError:
             pass
-        except (OSError, AttributeError):  # AttributeError: the stream has given up its socket
+        except OSError:
             self._lose()
-            return
+            return True
         self._write_later(stream, rest)
+        return False
 
-    def _write_later(self, stream: IOStream, data: bytes | memoryview) -> None:
+    def _write_later(self, stream: IOStream, data: memoryview) -> None:
+        limit = self.server.max_queue_bytes
+        stream.max_write_buffer_size = max(0, limit - CONTROL_BYTES)
         try:
             stream.write(data)
         except StreamBufferFullError:
             self.cut("too slow")
         except StreamClosedError:
             self._lose()
+        stream.max_write_buffer_size = max(CONTROL_BYTES, limit)
 
     def _enqueue(self, frames: Sequence[Frame], size: int) -> None:
         self._waiting += size
@@ -1076,10 +1109,27 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         for frame in frames:
             self.queue.put_nowait(frame)
 
-    async def poll(self) -> list[engineio_packet.Packet]:
+    # -- polls
+
+    async def handle_get_request(self, environ: dict[str, Any]) -> list[Frame]:
+        """Answer a poll. Two at a time end the session, as they do in Node's: which is read first?"""
+        if self._polling or (self._poller is not None and stream_of(self._poller).writing()):
+            self.cut("overlapping polls")
+            return []
+        self._poller = environ["tornado.handler"]
+        self._waiting -= self._answered  # the client asks for more: it has had that
+        self._answered = 0
+        self._polling = True
+        try:
+            packets: list[Frame] = await super().handle_get_request(environ)
+        finally:
+            self._polling = False
+        return packets
+
+    async def poll(self) -> list[Frame]:
         """All that waits for a polling client; returns once there is something."""
-        packets: list[engineio_packet.Packet] = await super().poll()
-        self._waiting = 0
+        packets: list[Frame] = await super().poll()
+        self._answered = sum(len(packet.bytes) for packet in packets)
         if self._ending:
             self._lose()
         return packets
@@ -1103,11 +1153,22 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         for message in body.split("\x1e"):
             await self.feed(message)
 
-    async def feed_probe(self, handler: WebSocketHandler, message: str | bytes) -> None:
-        """The upgrade from polling (Engine.IO protocol v4, Upgrade): 2probe, 3probe, 5."""
-        if message == PROBE and not self.upgraded:
+    # -- the upgrade from polling (Engine.IO protocol v4, Upgrade): 2probe, 3probe, 5
+
+    def begin_upgrade(self, handler: WebSocketHandler) -> None:
+        """A WebSocket wants to take over from polling; one at a time."""
+        if self._prober is not None or self.upgraded:
+            handler.close()
+        else:
+            self._prober = handler
+
+    def feed_probe(self, handler: WebSocketHandler, message: str | bytes) -> None:
+        if handler is not self._prober:
+            return
+        if message == PROBE and not self.upgrading:
             self.upgrading = True  # polls are answered with NOOP from now on
-            handler.write_message(PROBED)
+            with contextlib.suppress(StreamClosedError):
+                websocket_stream(handler).write(PROBED.bytes)
             self.queue.put_nowait(NOOP)  # ends the poll that waits
         elif message == UPGRADE and self.upgrading:
             self.attach(handler)
@@ -1116,26 +1177,24 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
 
     def attach(self, handler: WebSocketHandler) -> None:
         """From now on this WebSocket is the transport; what waited goes first."""
-        assert handler.ws_connection is not None
         self.connected = self.upgraded = True
         self.upgrading = False
-        self.handler = handler
-        stream: IOStream = handler.ws_connection.stream  # type: ignore[assignment]  # set once open
-        stream.max_write_buffer_size = self.server.max_queue_bytes
-        self._stream = stream
-        self._waiting = 0
+        self.handler, self._prober, self._poller = handler, None, None
+        self._stream = websocket_stream(handler)
+        if not isinstance(self._stream, SSLIOStream):
+            self._socket = self._stream.socket
         while not self.queue.empty():
             frame = self.queue.get_nowait()
-            if frame is not None:
-                self.write((frame,), frame.bytes)
-        self.queue.put_nowait(None)  # a poll that still waits returns empty
+            self.write((frame,), frame.bytes)
+        if self._polling:
+            self.queue.put_nowait(NOOP)  # a poll that still waits
 
     def detach(self, handler: WebSocketHandler) -> None:
-        """This WebSocket is gone: with it the session, or only the attempt to upgrade."""
-        if handler is self.handler:
+        """This connection is gone: with it the session, or only the attempt to upgrade."""
+        if handler is self.handler or (handler is self._poller and self._polling):
             self._lose()
-        else:
-            self.upgrading = False
+        elif handler is self._prober:
+            self._prober, self.upgrading = None, False
 
     # -- heartbeat: one timer, no task
 
@@ -1171,17 +1230,22 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
             )
 
     def cut(self, reason: str) -> None:
-        """Drop the client now, without waiting for it; the reason is logged."""
-        if not self.closed and not self.closing:
-            log.info("client %s cut off: %s", self.visit.address, reason)
-            self.server.metrics.cut.labels(reason).inc()
-            if self._stream is not None:
-                self._stream.close()
-            self._lose()
+        """Drop the client now, without waiting for it; the reason is logged and counted."""
+        if self._lost:
+            return
+        log.info("client %s cut off: %s", self.visit.address, reason)
+        self.server.metrics.cut.labels(reason).inc()
+        self._lose()
+        if self._stream is not None:
+            self._stream.close()
+        elif self._poller is not None and not self._polling:
+            stream_of(self._poller).close()  # an answer that nobody reads
 
     def _lose(self, reason: str | None = None) -> None:
-        reason = reason or self.server.reason.TRANSPORT_CLOSE
-        self.server.start_background_task(self.close, False, True, reason)
+        if not self._lost:
+            self._lost = True
+            reason = reason or self.server.reason.TRANSPORT_CLOSE
+            self.server.start_background_task(self.close, False, True, reason)
 
     async def close(
         self, wait: bool = True, abort: bool = False, reason: str | None = None
@@ -1189,15 +1253,32 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         """End the session and its transport; tells Socket.IO once."""
         if self.closed or self.closing:
             return
+        self._lost = True
+        if self._timer is not None:
+            self._timer.cancel()
         await super().close(wait=False, abort=True, reason=reason)
         self.server.sockets.pop(self.sid, None)
         self.visit.end()
-        if self._timer is not None:
-            self._timer.cancel()
-        if self.handler is not None:
-            self.handler.close()
-        else:
-            self.queue.put_nowait(CLOSE)  # for a poll that still waits
+        self.queue.put_nowait(CLOSE)  # for a poll that still waits
+        for handler in (self.handler, self._prober):
+            if handler is not None:
+                handler.close()
+        # What refers to each other stays in memory until the garbage collector comes by.
+        self.handler = self._prober = self._poller = None
+        self._stream = self._socket = self._timer = None
+
+
+def websocket_stream(handler: WebSocketHandler) -> IOStream:
+    """What carries an open WebSocket."""
+    assert handler.ws_connection is not None
+    assert handler.ws_connection.stream is not None
+    return handler.ws_connection.stream
+
+
+def stream_of(handler: RequestHandler) -> IOStream:
+    """What carries a request that is not a WebSocket's."""
+    stream: IOStream = handler.request.connection.stream  # type: ignore[union-attr]  # HTTP/1's
+    return stream
 
 
 class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has no types
@@ -1222,7 +1303,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
             "pingTimeout": int(self.ping_timeout * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
-        await session.send(Frame(engineio_packet.OPEN, hello))
+        await session.send(Frame(b"0" + msgspec.json.encode(hello)))
         await self._trigger_event("connect", session.sid, {}, run_async=False)
         session.schedule_ping()
         return session
@@ -1233,7 +1314,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         """A first poll, by the library's `handle_request`."""
         session: Session = await environ["tornado.handler"].admit(transport)
         session.connected = True
-        return self._ok(await session.poll(), jsonp_index=jsonp_index)
+        return self._ok(await session.handle_get_request(environ), jsonp_index=jsonp_index)
 
 
 class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio has no types
@@ -1270,6 +1351,12 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         if session is not None:
             session.cut("malformed packet")
 
+    async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
+        """Stock python-socketio keeps for ever who went while the connect handler was at work."""
+        await super()._handle_connect(eio_sid, namespace, data)
+        if eio_sid not in self.eio.sockets:
+            await self._handle_eio_disconnect(eio_sid, self.reason.TRANSPORT_CLOSE)
+
     async def _handle_event(self, eio_sid: str, namespace: str, ack: int, data: Any) -> None:
         """Stock python-socketio would let a client call the connect and disconnect handlers."""
         if data[0] in self.reserved_events:
@@ -1289,78 +1376,167 @@ def library_log(name: str) -> logging.Logger:
 
 
 class Room:
-    """Who listens to one room, and what waits to be written to them.
+    """Who listens to one room, and what waits for them while it rests."""
+
+    __slots__ = ("members", "rest", "waiting")
+
+    def __init__(self) -> None:
+        self.members: dict[Sid, Session] = {}
+        self.waiting: collections.deque[Outgoing] = collections.deque()
+        self.rest: asyncio.Handle | None = None  # runs out when the room may be written to
+
+
+class Outgoing(NamedTuple):
+    """An event on its way to a room; the numbers tell which was sent first."""
+
+    number: int
+    room: Room
+    frame: Frame
+    hidden: Hidden
+
+
+class Outbox:
+    """Room events on their way out.
 
     The first event of a burst leaves at once. What comes in the same turn of the loop is joined
-    into one write per client, and after such a write the room rests in proportion to its cost,
-    never over `max_delay`: so a flood shares writes and a single event is never held.
+    into one write per client, and after such a write its room rests in proportion to the cost,
+    never over `max_delay`: so a flood shares writes and a single event is never held. Whatever
+    rooms its events went to, each client gets them in the order in which they were sent.
     """
 
     def __init__(self, max_delay: float) -> None:
-        self.members: dict[Sid, Session] = {}
         self._max_delay = max_delay
-        self._pending: list[tuple[Frame, Hidden]] = []
-        self._timer: asyncio.Handle | None = None
+        self._numbers = itertools.count(1)
+        self._busy: dict[Room, None] = {}  # those with something waiting, in order
+        self._bytes = 0
+        self._had: dict[Session, int] = {}  # up to which number who got ahead of its rooms
 
-    def send(self, frame: Frame, hidden: Hidden) -> None:
-        self._pending.append((frame, hidden))
-        if self._timer is None:
-            self._flush()
+    @property
+    def crowded(self) -> bool:
+        """Whether a producer that can wait should give the loop a turn."""
+        return self._bytes > MAX_WRITE_BYTES
 
-    def drain(self) -> None:
-        """Write all that waits, now: what came before a join or a leave is for those of before."""
-        while self._pending:
-            deliver(self._next_batch(), self.members)
+    def send(self, room: Room, frame: Frame, hidden: Hidden) -> None:
+        room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
+        self._busy[room] = None
+        self._bytes += len(frame.bytes)
+        if room.rest is None or self._bytes > MAX_BACKLOG_BYTES:
+            self._flush(room)
 
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _flush(self) -> None:
-        self._timer = None
-        batch = self._next_batch()
-        if not batch:
+    def catch_up(self, sid: Sid, session: Session) -> None:
+        """Write now what one client is due, so that only later events find its rooms changed."""
+        if not self._busy:
             return
-        started = time.perf_counter()
-        deliver(batch, self.members)
-        cost = time.perf_counter() - started
-        loop = asyncio.get_running_loop()
-        if len(batch) == 1 or self._pending:
-            self._timer = loop.call_soon(self._flush)
-        else:
-            rest = min(cost * REST_PER_COST, self._max_delay)
-            self._timer = loop.call_later(rest, self._flush)
+        had = self._had.get(session, 0)
+        due = [
+            out.frame
+            for out in in_order(room for room in self._busy if sid in room.members)
+            if out.number > had and sid not in out.hidden
+        ]
+        if due:
+            session.write(due, b"".join(frame.bytes for frame in due))
+        self._had[session] = next(self._numbers)
 
-    def _next_batch(self) -> list[tuple[Frame, Hidden]]:
-        """What waits, up to MAX_WRITE_BYTES, at least one."""
+    def forget(self, room: Room) -> None:
+        """Drop what waits for a room that nobody is in any more."""
+        self._bytes -= sum(len(out.frame.bytes) for out in room.waiting)
+        room.waiting.clear()
+        self._busy.pop(room, None)
+        if room.rest is not None:
+            room.rest.cancel()
+
+    def _flush(self, room: Room) -> None:
+        if room.rest is not None:
+            room.rest.cancel()
+            room.rest = None
+        if not room.waiting:
+            return
+        batch = self._take_batch(room)
+        started = time.perf_counter()
+        keeping_up = deliver(batch, self._had)
+        cost = time.perf_counter() - started
+        if not self._busy:
+            self._had.clear()
+        rest = min(cost * REST_PER_COST, self._max_delay)
+        if not keeping_up:
+            rest = self._max_delay
+        elif len(batch) == 1 or room.waiting:
+            rest = 0
+        self._rest({out.room for out in batch}, rest)
+
+    def _rest(self, rooms: Iterable[Room], seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        for room in rooms:
+            if room.rest is not None:
+                room.rest.cancel()
+            room.rest = loop.call_later(seconds, self._flush, room)
+
+    def _take_batch(self, room: Room) -> list[Outgoing]:
+        """What waits for a room, up to MAX_WRITE_BYTES and at least one event.
+
+        Where a member is in another room for which something waits, all that waits comes along.
+        """
+        shared = any(
+            not room.members.keys().isdisjoint(other.members)
+            for other in self._busy
+            if other is not room
+        )
+        batch: list[Outgoing] = []
         size = 0
-        for count, (frame, _) in enumerate(self._pending):
-            size += len(frame.bytes)
-            if size > MAX_WRITE_BYTES and count:
-                batch, self._pending = self._pending[:count], self._pending[count:]
-                return batch
-        batch, self._pending = self._pending, []
+        for out in in_order(self._busy if shared else [room]):
+            size += len(out.frame.bytes)
+            if batch and size > MAX_WRITE_BYTES:
+                break
+            batch.append(out)
+        for out in batch:
+            self._bytes -= len(out.frame.bytes)
+            out.room.waiting.popleft()
+            if not out.room.waiting:
+                del self._busy[out.room]
         return batch
 
 
-def deliver(batch: Sequence[tuple[Frame, Hidden]], members: dict[Sid, Session]) -> None:
-    """Write a batch to each member, without the frames that are hidden from it."""
-    restricted = {hidden for _, hidden in batch if hidden}
-    if not restricted:
-        frames = [frame for frame, _ in batch]
-        data = b"".join(frame.bytes for frame in frames)
-        for session in members.values():
-            session.write(frames, data)
-        return
-    views: dict[frozenset[int], tuple[list[Frame], bytes]] = {}
-    for sid, session in members.items():
-        blind = frozenset(number for number, hidden in enumerate(restricted) if sid in hidden)
-        if blind not in views:
-            frames = [frame for frame, hidden in batch if sid not in hidden]
-            views[blind] = frames, b"".join(frame.bytes for frame in frames)
-        frames, data = views[blind]
-        if frames:
-            session.write(frames, data)
+def in_order(rooms: Iterable[Room]) -> Iterator[Outgoing]:
+    """What waits for these rooms, as it was sent."""
+    return heapq.merge(*(room.waiting for room in rooms))
+
+
+def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> bool:
+    """Write a batch to each client: what went to its rooms, is not hidden from it and not yet `had`.
+
+    Clients that get the same share the joined bytes. Returns whether most are keeping up.
+    """
+    ways: dict[tuple[Room, Hidden], int] = {}
+    for out in batch:
+        ways.setdefault((out.room, out.hidden), 1 << len(ways))
+    heard = listeners(ways)
+    views: dict[tuple[int, int], tuple[list[Frame], bytes]] = {}
+    behind = 0
+    for session, bits in heard.items():
+        view = bits, had.get(session, 0)
+        if view not in views:
+            frames = [
+                out.frame
+                for out in batch
+                if ways[out.room, out.hidden] & bits and out.number > view[1]
+            ]
+            views[view] = frames, b"".join(frame.bytes for frame in frames)
+        frames, data = views[view]
+        if frames and not session.write(frames, data):
+            behind += 1
+    return behind * 2 <= len(heard)
+
+
+def listeners(ways: Mapping[tuple[Room, Hidden], int]) -> dict[Session, int]:
+    """Whoever gets anything on one of these ways, with the bits of all on which it does."""
+    heard: dict[Session, int] = {}
+    for (room, hidden), bit in ways.items():
+        if not hidden and len(ways) == 1:
+            return dict.fromkeys(room.members.values(), bit)
+        for sid, session in room.members.items():
+            if sid not in hidden:
+                heard[session] = heard.get(session, 0) | bit
+    return heard
 
 
 class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has no types
@@ -1372,7 +1548,7 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
 
     def __init__(self, max_delay: float) -> None:
         super().__init__()
-        self._max_delay = max_delay
+        self._outbox = Outbox(max_delay)
         self._rooms: dict[str, Room] = {}
         self._rooms_of: dict[Sid, set[str]] = {}
 
@@ -1382,13 +1558,18 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
     def rooms_of(self, sid: Sid) -> frozenset[str]:
         return frozenset(self._rooms_of.get(sid, ()))
 
+    def heard(self, room: str) -> bool:
+        """Whether anybody listens: where nobody does, no payload needs to be made."""
+        return room in self._rooms
+
     def broadcast(
         self, room: str, event: str, payload: object, hidden: Callable[[], Hidden] | None = None
     ) -> None:
         """Send an event to all in a room but the `hidden`; costs nothing where nobody listens."""
         target = self._rooms.get(room)
         if target is not None:
-            target.send(event_frame(event, payload), hidden() if hidden else NOBODY)
+            frame = event_frame(event, payload)
+            self._outbox.send(target, frame, hidden() if hidden else NOBODY)
 
     async def emit(
         self,
@@ -1403,16 +1584,27 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
     ) -> None:
         """What python-socketio and its pub/sub managers call; whole rooms take the short way."""
         room = to or room
-        if room in self._rooms and callback is None:
-            skipped = [skip_sid] if isinstance(skip_sid, str) else skip_sid or ()
-            self.broadcast(room, event, data, lambda: frozenset(skipped))
-        else:
+        target = None
+        if isinstance(room, str) and not self.is_sid_room(namespace, room):
+            target = self._rooms.get(room) if namespace == NAMESPACE else None
+            if target is None:
+                return
+        arguments = list(data) if isinstance(data, tuple) else [] if data is None else [data]
+        binary = self.server.packet_class.data_is_binary(arguments)
+        if target is None or callback is not None or binary:
+            for sid, _ in self.get_participants(namespace, room):
+                self._outbox.catch_up(sid, self.server.session_of(sid))
             await super().emit(event, data, namespace, room, skip_sid, callback, **kwargs)
+            return
+        skipped = [skip_sid] if isinstance(skip_sid, str) else skip_sid or ()
+        self._outbox.send(target, event_frame(event, *arguments), frozenset(skipped))
+        if self._outbox.crowded:
+            await asyncio.sleep(0)
 
     async def leave_room(self, sid: Sid, namespace: str, room: str) -> None:
         """As a client wishes: it still gets what came before."""
         if room in self._rooms_of.get(sid, ()):
-            self._rooms[room].drain()
+            self._outbox.catch_up(sid, self._rooms[room].members[sid])
         await super().leave_room(sid, namespace, room)
 
     def expel(self, sid: Sid, room: str) -> None:
@@ -1427,9 +1619,8 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
         elif room != sid:
             session = self.server.session_of(sid)
             if session is not None:
-                target = self._rooms.setdefault(room, Room(self._max_delay))
-                target.drain()
-                target.members[sid] = session
+                self._outbox.catch_up(sid, session)
+                self._rooms.setdefault(room, Room()).members[sid] = session
                 self._rooms_of.setdefault(sid, set()).add(room)
 
     def basic_leave_room(self, sid: Sid, namespace: str, room: str | None) -> None:
@@ -1441,7 +1632,7 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
         if target is not None:
             target.members.pop(sid, None)
             if not target.members:
-                target.close()
+                self._outbox.forget(target)
                 del self._rooms[room]
 
     def basic_disconnect(self, sid: Sid, namespace: str, **kwargs: Any) -> None:
@@ -1452,6 +1643,8 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
         for pending in (self.pending_connect, self.pending_disconnect):
             if sid in pending.get(namespace, ()):
                 pending[namespace].remove(sid)
+                if not pending[namespace]:
+                    del pending[namespace]
 
     def basic_close_room(self, room: str, namespace: str) -> None:
         for sid in self.members(room):
@@ -1462,11 +1655,14 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
 
     def get_participants(self, namespace: str, room: Any) -> Iterator[tuple[Sid, str]]:
         everyone = self.rooms.get(namespace, {}).get(None, {})
-        if room in everyone:
-            yield room, everyone[room]
+        if room is None:
+            sids: Iterable[Sid] = tuple(everyone)
+        elif isinstance(room, str):
+            sids = (room,) if room in everyone else self.members(room)
         else:
-            for sid in everyone if room is None else self.members(room):
-                yield sid, everyone[sid]
+            sids = dict.fromkeys(sid for one in room for sid in self.members(one))
+        for sid in sids:
+            yield sid, everyone[sid]
 
 
 # --------------------------------------------------------------------------- plugin API
@@ -2110,6 +2306,7 @@ class SocketHandler(WebSocketHandler):
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
+            self._session = self._engine.sockets.get(self.get_query_argument("sid", None))
             await self._engine.handle_request(self)
         elif fault := self._websocket_fault():
             self._refuse(400, "handshake", fault)
@@ -2150,6 +2347,7 @@ class SocketHandler(WebSocketHandler):
             self._session.attach(self)
         elif sid in self._engine.sockets:
             self._session = self._engine.sockets[sid]
+            self._session.begin_upgrade(self)
             self._door.limits.lobby.enter(self, self._give_up)
         else:
             self.close()
@@ -2166,7 +2364,7 @@ class SocketHandler(WebSocketHandler):
         if session.handler is self:
             await session.feed(message)
         else:
-            await session.feed_probe(self, message)
+            session.feed_probe(self, message)
             if session.handler is self:
                 self._door.limits.lobby.leave(self)
 
