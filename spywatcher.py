@@ -38,6 +38,8 @@ import itertools
 import json
 import logging
 import math
+import os
+import random
 import secrets
 import signal
 import socket
@@ -46,7 +48,15 @@ import time
 import tomllib
 import unicodedata
 from base64 import b64encode
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +72,14 @@ import socketio
 from engineio import packet as engineio_packet
 from hikari.events import base_events
 from msgspec import Meta
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    ProcessCollector,
+    generate_latest,
+)
 from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
@@ -183,6 +200,10 @@ class ServerSettings(Section, frozen=True):
         Positive, Meta(description="Unsent bytes a client may pile up before it is cut off.")
     ] = 1_048_576
     shutdown_grace: Annotated[Seconds, Meta(description="Seconds that a stop may take.")] = 5.0
+    metrics_from: Annotated[
+        tuple[str, ...],
+        Meta(description="Addresses or networks besides this host that may read /metrics."),
+    ] = ()
 
 
 class HeartbeatSettings(Section, frozen=True):
@@ -265,10 +286,19 @@ class FanoutSettings(Section, frozen=True):
     ] = 0.05
 
 
+#: The folder of an operator's own plugins. Its name also stands for the plugins shipped with
+#: the server, so that those are there wherever the settings are.
+OWN_PLUGINS: Final = "plugins"
+
+
 class PluginsSettings(Section, frozen=True):
     folders: Annotated[
-        tuple[str, ...], Meta(description="Where plugins are, relative to the settings file.")
-    ] = ("plugins",)
+        tuple[str, ...],
+        Meta(
+            description="Where plugins are, relative to the settings file;"
+            ' "plugins" brings the shipped ones too.'
+        ),
+    ] = (OWN_PLUGINS,)
     disabled: Annotated[tuple[str, ...], Meta(description="Plugins not to load, by name.")] = ()
 
 
@@ -333,11 +363,7 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
     """Check all tables at once; raises OperatorError with one line per fault."""
     faults: list[str] = []
     sections: dict[str, Any] = {"folder": folder}
-    types = {
-        field.name: field.type
-        for field in msgspec.structs.fields(Settings)
-        if isinstance(field.type, type) and issubclass(field.type, Section)
-    }
+    types = section_types()
     for name, table in tables.items():
         if name == "plugin":
             sections["plugin"] = check_plugin_tables(table, faults)
@@ -350,6 +376,14 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
     if faults:
         raise OperatorError(*faults)
     return settings
+
+
+def section_types() -> dict[str, type[Section]]:
+    return {
+        field.name: field.type
+        for field in msgspec.structs.fields(Settings)
+        if isinstance(field.type, type) and issubclass(field.type, Section)
+    }
 
 
 def check_plugin_tables(table: object, faults: list[str]) -> dict[str, dict[str, Any]]:
@@ -376,12 +410,35 @@ def permission_faults(auth: AuthSettings) -> list[str]:
 
 def network_faults(server: ServerSettings) -> list[str]:
     faults = []
-    for text in server.trusted_proxies:
-        try:
-            ipaddress.ip_network(text)
-        except ValueError as error:
-            faults.append(f"server.trusted_proxies: got {text}, expected a network: {error}")
+    listed = {"trusted_proxies": server.trusted_proxies, "metrics_from": server.metrics_from}
+    for key, networks in listed.items():
+        for text in networks:
+            try:
+                ipaddress.ip_network(text)
+            except ValueError as error:
+                faults.append(f"server.{key}: got {text}, expected a network: {error}")
     return faults
+
+
+def changed_keys(old: Settings, new: Settings) -> list[str]:
+    """The key paths whose values differ; of a plugin's settings, only its table."""
+    tables = [("plugin", old.plugin, new.plugin)]
+    for name in section_types():
+        before, after = getattr(old, name), getattr(new, name)
+        tables.append((name, msgspec.structs.asdict(before), msgspec.structs.asdict(after)))
+    return [
+        f"{name}.{key}"
+        for name, before, after in tables
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def shipped_plugins() -> Path | None:
+    """The plugins that came with this file: beside a plain copy of it, or as it was installed."""
+    here = Path(__file__).parent
+    places = [here / OWN_PLUGINS, here / "spywatcher_plugins"]
+    return next((place for place in places if place.is_dir()), None)
 
 
 def read_settings(path: Path | None) -> Settings:
@@ -390,7 +447,8 @@ def read_settings(path: Path | None) -> Settings:
         here = [Path("config.toml"), Path(__file__).parent / "config.toml"]
         path = next((place for place in here if place.is_file()), None)
         if path is None:
-            return Settings(folder=Path(__file__).parent)
+            plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
+            return Settings(folder=Path(__file__).parent if plain else Path.cwd())
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -430,6 +488,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         count = self._counter
         self.refused = count("refused_connections", "Connections refused.", "reason")
         self.blocked = count("blocked_addresses", "Times that an address was blocked.")
@@ -525,6 +584,10 @@ class Tokens:
     """Checks and makes the viewers' tokens (JWT, RFC 7519; RFC 8725 for what to refuse)."""
 
     def __init__(self, keys: Keys, algorithms: Sequence[str]) -> None:
+        self.reconfigure(keys, algorithms)
+
+    def reconfigure(self, keys: Keys, algorithms: Sequence[str]) -> None:
+        """Check by these from now on; who is connected stays so until its token ends."""
         self._keys = keys
         self._algorithms = tuple(algorithms)
 
@@ -613,17 +676,20 @@ class Access:
     """
 
     def __init__(self, auth: AuthSettings, watched: Sequence[str], cache: hikari.api.Cache) -> None:
-        self._admin_roles = frozenset(auth.admin_roles)
-        self._needed = hikari.Permissions.NONE
-        for name in auth.viewer_permissions:
-            self._needed |= hikari.Permissions[name]
-        self._channel_visibility = auth.channel_visibility
+        self.reconfigure(auth)
         self._watched = frozenset(watched)
         self._cache = cache
         self._refilling: set[int] | None = None  # None: no gateway session yet
         #: Guilds that hikari still has and the bot has not.
         self.lost: frozenset[int] = frozenset()
         self._filled = asyncio.Condition()
+
+    def reconfigure(self, auth: AuthSettings) -> None:
+        self._admin_roles = frozenset(auth.admin_roles)
+        self._needed = hikari.Permissions.NONE
+        for name in auth.viewer_permissions:
+            self._needed |= hikari.Permissions[name]
+        self._channel_visibility = auth.channel_visibility
 
     # -- how sure the cache is
 
@@ -830,10 +896,14 @@ class Lobby:
     """
 
     def __init__(self, capacity: int, patience: float) -> None:
-        self._capacity = capacity
-        self._patience = patience
+        self.reconfigure(capacity, patience)
         self._waiting: dict[object, tuple[float, Callable[[str], None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
+
+    def reconfigure(self, capacity: int, patience: float) -> None:
+        """For those who come from now on."""
+        self._capacity = capacity
+        self._patience = patience
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -901,17 +971,22 @@ class Limits:
         storage: limits.aio.storage.Storage,
         metrics: Metrics,
     ) -> None:
-        self.settings = settings
         self.lobby = Lobby(settings.unauthenticated, patience)
         self._storage = storage
         self.metrics = metrics
-        self._attempts = limits.parse(settings.attempts_per_ip)
+        self.reconfigure(settings, patience)
         self._attempt_limiter = limits.aio.strategies.FixedWindowRateLimiter(storage)
         # What one connection does never leaves this process.
-        self._events = limits.parse(settings.events_per_connection)
         self._event_limiter = limits.aio.strategies.FixedWindowRateLimiter(BoundedMemory())
         #: Connections open now, by address.
         self.open: collections.Counter[str] = collections.Counter()
+
+    def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
+        """Count by these from now on; who is in already stays in."""
+        self.settings = settings
+        self.lobby.reconfigure(settings.unauthenticated, patience)
+        self._attempts = limits.parse(settings.attempts_per_ip)
+        self._events = limits.parse(settings.events_per_connection)
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
@@ -1031,6 +1106,16 @@ PROBE: Final = "2probe"
 UPGRADE: Final = "5"
 
 
+class ConnectionLog(logging.LoggerAdapter[logging.Logger]):
+    """Names the connection in each line, and as a field of its own for the JSON form."""
+
+    def process(
+        self, msg: object, kwargs: MutableMapping[str, Any]
+    ) -> tuple[object, MutableMapping[str, Any]]:
+        assert self.extra is not None
+        return f"connection {self.extra['connection']}: {msg}", {**kwargs, "extra": self.extra}
+
+
 class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # python-engineio has no types
     """One Engine.IO session: polls are answered by python-engineio, a WebSocket is written to at once.
 
@@ -1044,6 +1129,8 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
     def __init__(self, engine: Engine, sid: str, visit: Visit) -> None:
         super().__init__(engine, sid)
         self.visit = visit
+        #: Names the connection in the log; the Engine.IO id would let a reader take it over.
+        self.log = ConnectionLog(log, {"connection": secrets.token_hex(4)})
         self.handler: WebSocketHandler | None = None
         self._stream: IOStream | None = None
         self._socket: socket.socket | None = None  # None under TLS: only its stream may write
@@ -1233,7 +1320,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         """Drop the client now, without waiting for it; the reason is logged and counted."""
         if self._lost:
             return
-        log.info("client %s cut off: %s", self.visit.address, reason)
+        self.log.info("%s cut off: %s", self.visit.address, reason)
         self.server.metrics.cut.labels(reason).inc()
         self._lose()
         if self._stream is not None:
@@ -1339,7 +1426,8 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         try:
             await self._handle_eio_message(eio_sid, data)
         except Exception as error:
-            log.debug("malformed Socket.IO packet: %r", error)
+            # Only the type: some messages quote what the client sent.
+            log.debug("malformed Socket.IO packet: %s", type(error).__name__)
             self._cut(eio_sid)
         half_done = self._binary_packet.get(eio_sid)
         if half_done is not None and half_done.attachment_count > MAX_ATTACHMENTS:
@@ -1404,8 +1492,9 @@ class Outbox:
     rooms its events went to, each client gets them in the order in which they were sent.
     """
 
-    def __init__(self, max_delay: float) -> None:
+    def __init__(self, max_delay: float, deliveries: Counter) -> None:
         self._max_delay = max_delay
+        self._deliveries = deliveries
         self._numbers = itertools.count(1)
         self._busy: dict[Room, None] = {}  # those with something waiting, in order
         self._bytes = 0
@@ -1435,6 +1524,7 @@ class Outbox:
         ]
         if due:
             session.write(due, b"".join(frame.bytes for frame in due))
+            self._deliveries.inc(len(due))
         self._had[session] = next(self._numbers)
 
     def forget(self, room: Room) -> None:
@@ -1453,8 +1543,9 @@ class Outbox:
             return
         batch = self._take_batch(room)
         started = time.perf_counter()
-        keeping_up = deliver(batch, self._had)
+        written, keeping_up = deliver(batch, self._had)
         cost = time.perf_counter() - started
+        self._deliveries.inc(written)
         if not self._busy:
             self._had.clear()
         rest = min(cost * REST_PER_COST, self._max_delay)
@@ -1501,17 +1592,18 @@ def in_order(rooms: Iterable[Room]) -> Iterator[Outgoing]:
     return heapq.merge(*(room.waiting for room in rooms))
 
 
-def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> bool:
+def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int, bool]:
     """Write a batch to each client: what went to its rooms, is not hidden from it and not yet `had`.
 
-    Clients that get the same share the joined bytes. Returns whether most are keeping up.
+    Clients that get the same share the joined bytes. Returns how many events were written, each
+    client counted, and whether most are keeping up.
     """
     ways: dict[tuple[Room, Hidden], int] = {}
     for out in batch:
         ways.setdefault((out.room, out.hidden), 1 << len(ways))
     heard = listeners(ways)
     views: dict[tuple[int, int], tuple[list[Frame], bytes]] = {}
-    behind = 0
+    written = behind = 0
     for session, bits in heard.items():
         view = bits, had.get(session, 0)
         if view not in views:
@@ -1522,9 +1614,10 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> bool:
             ]
             views[view] = frames, b"".join(frame.bytes for frame in frames)
         frames, data = views[view]
+        written += len(frames)
         if frames and not session.write(frames, data):
             behind += 1
-    return behind * 2 <= len(heard)
+    return written, behind * 2 <= len(heard)
 
 
 def listeners(ways: Mapping[tuple[Room, Hidden], int]) -> dict[Session, int]:
@@ -1546,11 +1639,15 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
     of them whenever a client leaves; this one knows each client's rooms.
     """
 
-    def __init__(self, max_delay: float) -> None:
+    def __init__(self, max_delay: float, metrics: Metrics) -> None:
         super().__init__()
-        self._outbox = Outbox(max_delay)
+        self._metrics = metrics
+        self._outbox = Outbox(max_delay, metrics.deliveries)
         self._rooms: dict[str, Room] = {}
         self._rooms_of: dict[Sid, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._rooms)
 
     def members(self, room: str) -> Iterable[Sid]:
         return tuple(self._rooms[room].members) if room in self._rooms else ()
@@ -1567,7 +1664,10 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
     ) -> None:
         """Send an event to all in a room but the `hidden`; costs nothing where nobody listens."""
         target = self._rooms.get(room)
-        if target is not None:
+        if target is None:
+            self._metrics.dropped.labels("nobody listens").inc()
+        else:
+            self._metrics.sent.labels(event).inc()
             frame = event_frame(event, payload)
             self._outbox.send(target, frame, hidden() if hidden else NOBODY)
 
@@ -1764,6 +1864,8 @@ class Spy:
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
         self.bot = bot
+        #: What keeps this plugin from its work, for the operator to read in /health/ready; or None.
+        self.problem: str | None = None
         self._emit = emit
 
     def emit(
@@ -1804,7 +1906,7 @@ class Plugin:
     def __init__(self, name: str, module: ModuleType, table: dict[str, Any]) -> None:
         self.name = name
         self.module = module
-        self.settings = self._check_settings(table)
+        self.settings = self.check_settings(table)
         self.listeners = [
             (function, listener)
             for function in vars(module).values()
@@ -1817,7 +1919,8 @@ class Plugin:
         if reserved:
             raise PluginError(f"the event name {min(reserved)} is reserved")
 
-    def _check_settings(self, table: dict[str, Any]) -> Any:
+    def check_settings(self, table: dict[str, Any]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
         form = vars(self.module).get("Settings")
         if form is None:
             return table
@@ -1828,17 +1931,40 @@ class Plugin:
         return settings
 
 
+def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
+    """Where to look, an operator's own before the shipped ones of the same name.
+
+    Raises OperatorError for a folder that is not there.
+    """
+    folders: list[Path] = []
+    for name in names:
+        places = [folder / name]
+        if name == OWN_PLUGINS and (shipped := shipped_plugins()):
+            places.append(shipped)
+        found = [place for place in places if place.is_dir()]
+        if not found:
+            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+        folders += found
+    return folders
+
+
 class PluginHost:
     """All plugins. One that fails to load, raises or breaks the contract is named; the rest go on."""
 
     def __init__(
-        self, settings: PluginsSettings, tables: dict[str, dict[str, Any]], folder: Path
+        self,
+        settings: PluginsSettings,
+        tables: dict[str, dict[str, Any]],
+        folder: Path,
+        metrics: Metrics,
     ) -> None:
-        self._folders = [folder / name for name in settings.folders]
+        self._folders = plugin_folders(settings.folders, folder)
+        self._metrics = metrics
         self._disabled = frozenset(settings.disabled)
         self._tables = tables
         self._spies: dict[str, Spy] = {}
         self._subscriptions: list[tuple[type[hikari.Event], Any]] = []
+        self._latest: dict[str, hikari.Event] = {}
         self.plugins: dict[str, Plugin] = {}
         self.failures: dict[str, BaseException] = {}
 
@@ -1858,7 +1984,7 @@ class PluginHost:
                 faults += error.faults
             except (Exception, SystemExit) as error:  # nothing a plugin does may end the server
                 self.failures[name] = error
-                log.error("plugin %s not loaded: %s", name, error, exc_info=traceback_of(error))
+                self._blame(name, f"not loaded: {error}", error)
         known = {*self.plugins, *self.failures, *self._disabled}
         faults += [
             f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
@@ -1871,8 +1997,6 @@ class PluginHost:
     def _find(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for folder in self._folders:
-            if not folder.is_dir():
-                raise OperatorError(f"plugins.folders: {folder} is no folder")
             for entry in sorted(folder.iterdir()):
                 path = entry / "__init__.py" if entry.is_dir() else entry
                 name = entry.name if entry.is_dir() else entry.stem
@@ -1928,7 +2052,7 @@ class PluginHost:
         except Exception as error:  # as in load
             self.failures[plugin.name] = error
             del self.plugins[plugin.name]
-            log.error("plugin %s: setup failed", plugin.name, exc_info=traceback_of(error))
+            self._blame(plugin.name, "setup failed", error)
             return
         self._spies[plugin.name] = spy
         for function, listener in plugin.listeners:
@@ -1945,8 +2069,46 @@ class PluginHost:
             try:
                 await self._run_hook(self.plugins[name], "teardown", spy)
             except Exception as error:  # as in load
-                log.error("plugin %s: teardown failed", name, exc_info=traceback_of(error))
+                self._blame(name, "teardown failed", error)
         self._spies.clear()
+
+    def _count(self, event: hikari.Event) -> None:
+        """Once per event: its listeners are called one after the other, with the same object."""
+        kind = type(event).__name__
+        if self._latest.get(kind) is not event:
+            self._latest[kind] = event
+            self._metrics.received.labels(kind).inc()
+
+    def _blame(self, name: str, what: str, error: BaseException) -> None:
+        self._metrics.plugin_failures.labels(name).inc()
+        log.error("plugin %s: %s", name, what, exc_info=traceback_of(error))
+
+    def health(self) -> dict[str, Any]:
+        """What runs and what does not, for /health/ready."""
+        problems = dict.fromkeys(self.failures, "failed to start, see the log")
+        problems |= {name: spy.problem for name, spy in self._spies.items() if spy.problem}
+        said = "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
+        return {"problem": said or None, "loaded": sorted(self._spies), "failed": sorted(problems)}
+
+    # -- live settings
+
+    def check(self, tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The settings of each running plugin as of these tables; raises OperatorError."""
+        faults: list[str] = []
+        checked = {}
+        for name, plugin in self.plugins.items():
+            try:
+                checked[name] = plugin.check_settings(tables.get(name, {}))
+            except OperatorError as error:
+                faults += error.faults
+        if faults:
+            raise OperatorError(*faults)
+        return checked
+
+    def reconfigure(self, checked: dict[str, Any]) -> None:
+        """From now on each plugin reads these in `spy.settings`."""
+        for name, spy in self._spies.items():
+            spy.settings = self.plugins[name].settings = checked[name]
 
     @staticmethod
     async def _run_hook(plugin: Plugin, hook: str, spy: Spy) -> None:
@@ -1969,22 +2131,26 @@ class PluginHost:
         """What hikari calls: the plugin's function, fenced in."""
         arguments = (spy,) if len(inspect.signature(function).parameters) > 1 else ()
 
+        event_name = listener.event_type.__name__
+        seconds = self._metrics.plugin_seconds.labels(plugin.name)
+
         async def callback(event: hikari.Event) -> None:
+            self._count(event)
+            started = time.perf_counter()
             try:
                 result = function(event, *arguments)
                 if inspect.isawaitable(result):
                     result = await result
-                held_back = listener.settled and not self._settled()
-                if result is not None and listener.emit is not None and not held_back:
-                    spy.emit(listener.emit, guild_of(event), result, listener.room)
+                if result is None or listener.emit is None:
+                    return
+                if listener.settled and not self._settled():
+                    self._metrics.dropped.labels("startup grace").inc()
+                    return
+                spy.emit(listener.emit, guild_of(event), result, listener.room)
             except Exception as error:  # as in load
-                log.error(
-                    "plugin %s: %s failed on %s",
-                    plugin.name,
-                    function.__name__,
-                    type(event).__name__,
-                    exc_info=traceback_of(error),
-                )
+                self._blame(plugin.name, f"{function.__name__} failed on {event_name}", error)
+            finally:
+                seconds.inc(time.perf_counter() - started)
 
         return callback
 
@@ -2068,9 +2234,22 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
+    #: Seconds without an answered heartbeat after which the session counts as silent. Discord
+    #: asks for one each 41.25 s.
+    silence_limit = 60.0
+    #: Seconds that the supervisor may take for one step before it counts as stuck.
+    turn_limit = 30.0
+
     def __init__(
-        self, settings: DiscordSettings, token: str, wanted: dict[type[hikari.Event], list[str]]
+        self,
+        settings: DiscordSettings,
+        token: str,
+        wanted: dict[type[hikari.Event], list[str]],
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
+        self._turned = time.monotonic()
+        self._why_away = "connecting"
         self._grace = settings.startup_grace
         self._wanted = wanted
         self._fresh_since = float("-inf")
@@ -2105,19 +2284,67 @@ class Gateway:
         try:
             while True:
                 try:
-                    await self.bot.start(check_for_updates=False)
+                    await self._turning(self.bot.start(check_for_updates=False))
                     delays = itertools.chain([FIRST_RETRY], self._growing_delays())
-                    await self.bot.join()
+                    await self._turning(self.bot.join())
                 except hikari.HikariError as error:
                     self._refuse_if_final(error)
                     self._away(str(error))
                 except (OSError, RuntimeError, TimeoutError) as error:
                     self._away(str(error) or type(error).__name__)
                 await self._close()
-                await asyncio.sleep(next(delays))
+                await self._turning(asyncio.sleep(next(delays)))
         finally:
             self._reported_away = True  # the end is no news
             await self._close()
+
+    async def _turning(self, step: Coroutine[Any, Any, None]) -> None:
+        """Wait for a step that may take any time, and note meanwhile that this still runs."""
+        task = asyncio.create_task(step)
+        try:
+            while not task.done():
+                self._turned = time.monotonic()
+                await asyncio.wait([task], timeout=self.turn_limit / 4)
+            task.result()
+        finally:
+            self._turned = time.monotonic()
+            task.cancel()
+
+    @property
+    def turns(self) -> bool:
+        """Whether the supervisor still runs: no step of its own, such as closing, is stuck."""
+        return time.monotonic() - self._turned < self.turn_limit
+
+    @property
+    def latency(self) -> float:
+        """Seconds Discord took to answer the last heartbeat; NaN before the first."""
+        return self.bot.heartbeat_latency
+
+    @property
+    def silence(self) -> float:
+        """Seconds since Discord answered a heartbeat, on the shard that waits longest; NaN as above."""
+        # hikari tells nobody when; the private name is held by tests/test_health.py.
+        heard = (shard._last_heartbeat_ack_received for shard in self.bot.shards.values())  # type: ignore[attr-defined]
+        return max((time.time() - moment for moment in heard), default=float("nan"))
+
+    @property
+    def guilds(self) -> int:
+        return len(self.bot.cache.get_guilds_view())
+
+    def health(self) -> dict[str, Any]:
+        """How the link to Discord stands, for /health/ready."""
+        problem = None
+        if not self.connected:
+            problem = f"not connected to Discord ({self._why_away})"
+        elif self.silence > self.silence_limit:
+            problem = f"Discord has not answered for {self.silence:.0f} s"
+        return {
+            "problem": problem,
+            "connected": self.connected,
+            "heartbeatAge": finite(self.silence),
+            "latency": finite(self.latency),
+            "guilds": self.guilds,
+        }
 
     @staticmethod
     def _growing_delays() -> Iterator[float]:
@@ -2160,9 +2387,11 @@ class Gateway:
 
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
+        self._metrics.gateway_changes.labels("new session").inc()
         self._back(f"a new session, guilds: {len(event.unavailable_guilds)}")
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
+        self._metrics.gateway_changes.labels("resumed").inc()
         self._back("session resumed, nothing missed")
 
     async def _on_disconnected(self, event: hikari.ShardDisconnectedEvent) -> None:
@@ -2174,9 +2403,16 @@ class Gateway:
 
     def _away(self, why: str) -> None:
         self.connected = False
+        self._why_away = why
         if not self._reported_away:
             self._reported_away = True
+            self._metrics.gateway_changes.labels("lost").inc()
             log.warning("not connected to Discord (%s); dashboards stay up, trying again", why)
+
+
+def finite(number: float) -> float | None:
+    """JSON has no NaN."""
+    return round(number, 3) if math.isfinite(number) else None
 
 
 # ------------------------------------------------------------------------- web handlers
@@ -2208,12 +2444,49 @@ class Origins:
         return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
 
 
+#: Headers by which a request shows that a proxy passed it on.
+PASSED_ON: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip")
+
+
+class Insiders:
+    """Who may read what is the operator's alone: this host itself, and who is listed.
+
+    The address is the one that the kernel names, never one from a header. A reverse proxy on this
+    host has a local address too while it speaks for the whole world: what it passed on shows by
+    its headers or by a `Host` that is no local one, and gets in only if that address is listed.
+    """
+
+    def __init__(self, networks: Sequence[str]) -> None:
+        self._networks = [ipaddress.ip_network(text) for text in networks]
+
+    def include(self, request: HTTPServerRequest) -> bool:
+        peer = parse_address(request.remote_ip or "")
+        if peer is None:
+            return False
+        if any(peer in network for network in self._networks):
+            return True
+        passed_on = any(name in request.headers for name in PASSED_ON)
+        return peer.is_loopback and not passed_on and is_local(request.host_name)
+
+
+def is_local(host: str) -> bool:
+    """Whether a `Host` header, without its port, names the loopback."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 class FrontDoor:
     """What is decided about a request before anything is spent on it."""
 
     def __init__(self, settings: ServerSettings, limits: Limits) -> None:
-        self.origins = Origins(settings.cors_origins)
         self.limits = limits
+        self.reconfigure(settings)
+
+    def reconfigure(self, settings: ServerSettings) -> None:
+        self.origins = Origins(settings.cors_origins)
+        self.insiders = Insiders(settings.metrics_from)
         self._proxies = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
 
     def address(self, request: HTTPServerRequest) -> str:
@@ -2375,7 +2648,50 @@ class SocketHandler(WebSocketHandler):
             self._session = None
 
     def log_exception(self, *args: Any) -> None:
-        log.error("a request failed", exc_info=args)
+        log.error("%s %s failed", self.request.method, self.request.path, exc_info=args)
+
+
+class OperatorHandler(RequestHandler):
+    """Base of what is there for operators and their tools; `read` gets what a GET is answered with."""
+
+    def initialize(self, door: FrontDoor, read: Callable[[], Any] = dict) -> None:
+        self.inside = door.insiders.include(self.request)
+        self.read = read
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        self.set_header("Cache-Control", "no-store")
+
+
+class LiveHandler(OperatorHandler):
+    """Whether the process answers at all."""
+
+    def get(self) -> None:
+        self.finish({"status": "live"})
+
+
+class ReadyHandler(OperatorHandler):
+    """Whether it does its work: 200, or 503 and which part does not; only insiders read why."""
+
+    def get(self) -> None:
+        parts = {name: {"ok": not p["problem"], **p} for name, p in self.read().items()}
+        ready = all(part["ok"] for part in parts.values())
+        if not self.inside:
+            parts = {name: {"ok": part["ok"]} for name, part in parts.items()}
+        self.set_status(200 if ready else 503)
+        self.finish({"status": "ready" if ready else "not ready", "parts": parts})
+
+
+class MetricsHandler(OperatorHandler):
+    """All figures, for Prometheus; insiders only."""
+
+    def get(self) -> None:
+        if self.inside:
+            self.set_header("Content-Type", CONTENT_TYPE_LATEST)
+            self.finish(self.read())
+        else:
+            self.set_status(403)
+            self.finish({"message": "Only for this host and for [server] metrics_from"})
 
 
 class NotFoundHandler(RequestHandler):
@@ -2474,12 +2790,14 @@ class Dashboards:
         try:
             viewer = await self._identify(session.visit, auth)
         except RefusedConnectionError as refusal:
+            session.log.info("refused: %s %s", refusal.message, refusal.data or "")
             # The library sends the refusal in this turn of the loop; then the transport goes too.
             asyncio.get_running_loop().call_soon(session.end)
             raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
         self._limits.lobby.leave(session.visit)
         self._of_viewer[viewer.discord_id] += 1
         self._connected[sid] = Dashboard(viewer, session)
+        session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._watch_expiry(sid)
 
     async def _identify(self, visit: Visit, auth: object) -> Viewer:
@@ -2511,6 +2829,10 @@ class Dashboards:
         session = dashboard.session
         if not session.closing:  # it left Socket.IO, and its transport is a stranger's again
             self._limits.lobby.enter(session.visit, session.cut)
+        session.log.info("viewer is gone: %s", reason)
+
+    def __len__(self) -> int:
+        return len(self._connected)
 
     async def _kick(self, sid: Sid, message: str) -> None:
         """Disconnect for good: a stock client does not come back by itself after this."""
@@ -2553,10 +2875,18 @@ class Dashboards:
             raise ClientError("forbidden", "The token is another viewer's")
         dashboard.viewer = viewer
         self._watch_expiry(sid)
+        self._check_rights(sid)
+        return {}
+
+    def check_all_rights(self) -> None:
+        """After a change of what decides them."""
+        for sid in tuple(self._connected):
+            self._check_rights(sid)
+
+    def _check_rights(self, sid: Sid) -> None:
         for guild_id in {room.partition(":")[2] for room in self._rooms.rooms_of(sid)}:
             self.on_audience_change(guild_id)
             self.check_right(sid, guild_id)
-        return {}
 
     # -- requests
 
@@ -2737,25 +3067,95 @@ def guild_argument(args: tuple[object, ...]) -> str:
     raise ClientError("invalid_guild", f"Expected a guild id, a string of 1-20 digits; got {came}")
 
 
-class Server:
-    """All the parts of one process, made from settings; `async with` starts and stops them."""
+class Pulse:
+    """Measures how late the loop gets to what is due; the worst of the last ten seconds counts."""
 
-    def __init__(self, settings: Settings, *, keys: Keys, token: str) -> None:
-        self._settings = settings
+    INTERVAL: Final = 0.25
+    #: Seconds late from which dashboards notice and health says so.
+    TOO_LATE: Final = 1.0
+
+    def __init__(self) -> None:
+        self._due = float("inf")
+        self._late: collections.deque[float] = collections.deque(
+            [0.0], maxlen=int(10 / self.INTERVAL)
+        )
+
+    @property
+    def lag(self) -> float:
+        """Seconds; counts a delay that is not over yet, too."""
+        return max(*self._late, time.monotonic() - self._due, 0.0)
+
+    async def run(self) -> None:
+        while True:
+            self._due = time.monotonic() + self.INTERVAL
+            await asyncio.sleep(self.INTERVAL)
+            self._late.append(time.monotonic() - self._due)
+
+    def health(self) -> dict[str, Any]:
+        late = f"the event loop is {self.lag:.1f} s late" if self.lag > self.TOO_LATE else None
+        return {"problem": late, "lag": round(self.lag, 3)}
+
+
+#: What `Server.reload` takes over while it runs; everything else needs a restart.
+LIVE: Final = (
+    "auth.",
+    "limits.",
+    "log.",
+    "plugin.",
+    "server.cors_origins",
+    "server.metrics_from",
+    "server.shutdown_grace",
+    "server.trusted_proxies",
+)
+#: Sessions closed in one go at a stop. Clients come back a second or so after they were told;
+#: more in one slice would all come back in one moment.
+SLICE: Final = 50
+
+
+class Server:
+    """All the parts of one process, made from settings; `async with` starts and stops them.
+
+    `sockets` that listen already (systemd's) are used instead of `[server] host` and `port`.
+    """
+
+    def __init__(
+        self, settings: Settings, *, keys: Keys, token: str, sockets: Sequence[socket.socket] = ()
+    ) -> None:
+        self._settings = self._started_with = settings
+        self._sockets = list(sockets)
         self.metrics = Metrics()
-        self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder)
+        self.pulse = Pulse()
+        self.draining = False
+        self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder, self.metrics)
         self.plugins.load()
-        wanted = {event_type: ["access"] for event_type in Guard.event_types()}
-        for event_type, names in self.plugins.event_types().items():
-            wanted[event_type] = [*wanted.get(event_type, ()), *names]
-        self.gateway = Gateway(settings.discord, token, wanted)
+        self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics)
         self.access = Access(settings.auth, settings.discord.guilds, self.gateway.bot.cache)
         self.tokens = Tokens(keys, settings.auth.algorithms)
         self.limits = Limits(
             settings.limits, settings.auth.connect_timeout, BoundedMemory(), self.metrics
         )
-        self.rooms = Rooms(settings.fanout.max_delay)
-        self.socketio = SocketIO(
+        self.rooms = Rooms(settings.fanout.max_delay, self.metrics)
+        self.socketio = self._make_socketio()
+        self.dashboards = Dashboards(
+            self.socketio, self.rooms, self.tokens, self.access, self.limits, self._kinds
+        )
+        self.guard = Guard(self.access, self.dashboards, self.rooms, self._kinds)
+        self.door = FrontDoor(settings.server, self.limits)
+        self._measure()
+        self.web = self._make_web()
+        self.port = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _wanted(self) -> dict[type[hikari.Event], list[str]]:
+        """Which events are needed, and by whom."""
+        wanted = {event_type: ["access"] for event_type in Guard.event_types()}
+        for event_type, names in self.plugins.event_types().items():
+            wanted[event_type] = [*wanted.get(event_type, ()), *names]
+        return wanted
+
+    def _make_socketio(self) -> SocketIO:
+        settings = self._settings
+        return SocketIO(
             client_manager=self.rooms,
             namespaces="*",
             async_mode="tornado",
@@ -2772,22 +3172,20 @@ class Server:
             logger=library_log("socketio"),
             engineio_logger=library_log("engineio"),
         )
-        self.dashboards = Dashboards(
-            self.socketio, self.rooms, self.tokens, self.access, self.limits, self._kinds
-        )
-        self.guard = Guard(self.access, self.dashboards, self.rooms, self._kinds)
-        self.web = self._make_web()
-        self.port = 0
-        self._gateway_task: asyncio.Task[None] | None = None
 
     def _kinds(self) -> frozenset[str]:
         return self.plugins.kinds
 
     def _make_web(self) -> WebServer:
         limit = self._settings.server.max_message_bytes
-        door = FrontDoor(self._settings.server, self.limits)
+        door = {"door": self.door}
         application = Application(
-            [(r"/socket\.io/", SocketHandler, {"engine": self.socketio.eio, "door": door})],
+            [
+                (r"/socket\.io/", SocketHandler, {**door, "engine": self.socketio.eio}),
+                (r"/health/live", LiveHandler, door),
+                (r"/health/ready", ReadyHandler, {**door, "read": self.health}),
+                (r"/metrics", MetricsHandler, {**door, "read": self.metrics.text}),
+            ],
             default_handler_class=NotFoundHandler,
             log_function=lambda handler: None,
             websocket_max_message_size=limit,
@@ -2801,6 +3199,53 @@ class Server:
         )
         web.lobby = self.limits.lobby
         return web
+
+    def _measure(self) -> None:
+        gauge = self.metrics.gauge
+        sessions = self.socketio.eio.sockets
+        gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
+        gauge("dashboards", "Connected dashboards.", lambda: len(self.dashboards))
+        gauge("rooms", "Rooms with listeners.", lambda: len(self.rooms))
+        gauge("guilds", "Watched guilds.", lambda: self.gateway.guilds)
+        gauge("gateway_connected", "1 while connected to Discord.", lambda: self.gateway.connected)
+        gauge(
+            "gateway_latency_seconds",
+            "What Discord took to answer the last heartbeat.",
+            lambda: self.gateway.latency,
+        )
+        gauge(
+            "gateway_silence_seconds",
+            "Since Discord answered a heartbeat.",
+            lambda: self.gateway.silence,
+        )
+        gauge("loop_lag_seconds", "Worst delay of the last 10 s.", lambda: self.pulse.lag)
+        gauge("plugins_loaded", "Running plugins.", lambda: len(self.plugins.health()["loaded"]))
+        gauge("plugins_failed", "Plugins in trouble.", lambda: len(self.plugins.health()["failed"]))
+        gauge("ready", "1 while /health/ready says so.", lambda: self.problem is None)
+
+    # -- how things stand
+
+    def health(self) -> dict[str, dict[str, Any]]:
+        """Each part's `problem`, None or a sentence, with its figures."""
+        stopping = "draining: the server is stopping" if self.draining else None
+        return {
+            "server": {"problem": stopping},
+            "loop": self.pulse.health(),
+            "gateway": self.gateway.health(),
+            "plugins": self.plugins.health(),
+        }
+
+    @property
+    def problem(self) -> str | None:
+        """The first part's problem, if any."""
+        return next((part["problem"] for part in self.health().values() if part["problem"]), None)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the parts that must never rest still run; the loop does, if this is asked on it."""
+        return self.gateway.turns and not any(task.done() for task in self._tasks)
+
+    # -- start, reload, stop
 
     async def __aenter__(self) -> Self:
         try:
@@ -2817,43 +3262,86 @@ class Server:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
         self.guard.subscribe(self.gateway.bot.event_manager)
         await self.plugins.start(self.gateway.bot, self.emit, self.gateway.settled)
+        sockets = self._sockets or self._bind()
+        self.web.add_sockets(sockets)
+        host, self.port = sockets[0].getsockname()[:2]
+        self._gateway_task = asyncio.create_task(self.gateway.run(), name="gateway")
+        pulse = asyncio.create_task(self.pulse.run(), name="pulse")
+        self._tasks = [self._gateway_task, pulse]
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, self.port)
+
+    def _bind(self) -> list[socket.socket]:
         server = self._settings.server
         try:
-            sockets = bind_sockets(server.port, server.host, backlog=1024)
+            return bind_sockets(server.port, server.host, backlog=1024)
         except OSError as error:
             raise OperatorError(
                 f"server.port: cannot listen on {server.host}:{server.port}: {error.strerror}"
             ) from error
-        self.web.add_sockets(sockets)
-        self.port = sockets[0].getsockname()[1]
-        self._gateway_task = asyncio.create_task(self.gateway.run(), name="gateway")
-        log.info("listening on http://%s:%d", server.host, self.port)
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
-        assert self._gateway_task is not None
         await self._gateway_task
 
+    def reload(self, settings: Settings, keys: Keys) -> list[str]:
+        """Take over what can change live; nobody is disconnected.
+
+        Returns the key paths of changes that need a restart. Raises OperatorError, and then
+        nothing has changed.
+        """
+        plugin_settings = self.plugins.check(settings.plugin)
+        changed = changed_keys(self._started_with, settings)
+        self.plugins.reconfigure(plugin_settings)
+        self.tokens.reconfigure(keys, settings.auth.algorithms)
+        self.access.reconfigure(settings.auth)
+        self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
+        self.door.reconfigure(settings.server)
+        self.dashboards.check_all_rights()
+        self._settings = settings
+        return [key for key in changed if not key.startswith(LIVE)]
+
     async def stop(self) -> None:
-        """Close every connection so that clients come back by themselves, then all else."""
+        """Not ready from now on; close every connection so that clients come back by themselves.
+
+        Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
+        """
+        self.draining = True
         self.web.stop()
-        if self._gateway_task is not None:
-            self._gateway_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, UpstreamError):
-                await self._gateway_task
-        await self.plugins.stop()
-        await self._close_sessions()
+        grace = self._settings.server.shutdown_grace
+        work = [
+            asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
+            asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
+        ]
+        _, late = await asyncio.wait(work, timeout=grace)
+        for task in late:
+            log.warning("%s not closed within %s s", task.get_name(), grace)
+            task.cancel()
+        await asyncio.wait(work)
+        await self._close_sessions(0)
         await self.web.close_all_connections()
 
-    async def _close_sessions(self) -> None:
-        closing = [session.close() for session in self.socketio.eio.sockets.copy().values()]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.server.shutdown_grace):
-                await asyncio.gather(*closing)
+    async def _stop_sources(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError, UpstreamError):
+                await task
+        await self.plugins.stop()
+
+    async def _close_sessions(self, within: float) -> None:
+        """In slices of random clients at random distances, spread over about `within` seconds."""
+        sessions = list(self.socketio.eio.sockets.values())
+        random.shuffle(sessions)
+        slices = [sessions[start : start + SLICE] for start in range(0, len(sessions), SLICE)]
+        for number, part in enumerate(slices):
+            if number:
+                await asyncio.sleep(within / len(slices) * random.uniform(0.5, 1.5))
+            await asyncio.gather(*(session.close() for session in part))
 
     def emit(self, event: str, guild_id: str, payload: dict[str, Any], kind: str) -> None:
         """The last step of an event: from a plugin to those in the room who may see it."""
         if not self.access.watches(guild_id):
+            self.metrics.dropped.labels("guild not watched").inc()
             return
         room = f"{kind}:{guild_id}"
         channel_id = payload.get("channelId") or payload.get("channel_id")
@@ -2861,6 +3349,68 @@ class Server:
         if channel_id is not None:
             hidden = functools.partial(self.guard.hidden, room, guild_id, str(channel_id))
         self.rooms.broadcast(room, event, payload, hidden)
+
+
+#: Seconds between two looks at the status line that `systemctl status` shows.
+STATUS_INTERVAL: Final = 5.0
+
+
+class Systemd:
+    """What systemd hands this process and hears from it; elsewhere both are nothing.
+
+    The protocol is a datagram of lines and three variables (sd_notify(3), sd_listen_fds(3),
+    sd_watchdog_enabled(3)): less than any binding of it.
+    """
+
+    #: The first descriptor that systemd passes (SD_LISTEN_FDS_START).
+    FIRST_SOCKET: Final = 3
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        """Takes its variables out of `environ`, so that no child of ours answers to them."""
+        self._address = environ.pop("NOTIFY_SOCKET", "")
+        ours = environ.pop("LISTEN_PID", "") == str(os.getpid())
+        count = int(environ.pop("LISTEN_FDS", "0")) if ours else 0
+        self._inherited = range(self.FIRST_SOCKET, self.FIRST_SOCKET + count)
+        watched = environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        timeout = int(environ.pop("WATCHDOG_USEC", "0")) / 1e6 if watched else 0
+        #: Seconds between two signs of life; half of what systemd waits. None: it does not watch.
+        self.interval = timeout / 2 or None
+
+    def sockets(self) -> list[socket.socket]:
+        """The listening sockets of `spywatcher.socket`."""
+        sockets = [socket.socket(fileno=number) for number in self._inherited]
+        for inherited in sockets:
+            inherited.setblocking(False)
+            os.set_inheritable(inherited.fileno(), False)
+        return sockets
+
+    def tell(self, *lines: str) -> None:
+        """Send e.g. READY=1. Whoever listens may have gone: that is no reason to stop."""
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            # "@" marks an abstract socket, whose real name begins with a zero byte.
+            address = (
+                self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address
+            )
+            with contextlib.suppress(OSError):
+                sender.sendto("\n".join(lines).encode(), address)
+
+    def tell_reloading(self) -> None:
+        self.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    async def watch(self, server: Server) -> None:
+        """Keep systemd's status line true, and its watchdog quiet only while the server turns."""
+        said = None
+        while True:
+            status = f"STATUS={server.gateway.guilds} guilds, {len(server.dashboards)} dashboards"
+            if server.problem:
+                status += f"; {server.problem}"
+            if status != said:
+                self.tell(said := status)
+            if self.interval and server.turns:
+                self.tell("WATCHDOG=1")
+            await asyncio.sleep(min(self.interval or STATUS_INTERVAL, STATUS_INTERVAL))
 
 
 # ------------------------------------------------------------------------- command line
@@ -2881,6 +3431,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if hasattr(record, "connection"):
+            line["connection"] = record.connection
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
@@ -2889,22 +3441,50 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """One event a line; what a client sent cannot begin a line of its own."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    def __init__(self, *, dated: bool = True) -> None:
+        date = "%(asctime)s " if dated else ""
+        super().__init__(f"{date}%(levelname)-7s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         record.message = record.message.replace("\n", "\\n").replace("\r", "\\r")
         return super().formatMessage(record)
 
 
+class JournalFormatter(logging.Formatter):
+    """Another form, with the level before each line as journald reads it (sd-daemon(3))."""
+
+    LEVELS: Final = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4))
+
+    def __init__(self, form: logging.Formatter) -> None:
+        super().__init__()
+        self._form = form
+
+    def format(self, record: logging.LogRecord) -> str:
+        usual = 6 if record.levelno >= logging.INFO else 7
+        number = next((number for level, number in self.LEVELS if record.levelno >= level), usual)
+        return "\n".join(f"<{number}>{line}" for line in self._form.format(record).splitlines())
+
+
+def logs_to_journal(environ: Mapping[str, str]) -> bool:
+    """Whether stderr is the journal's own (systemd.exec(5), $JOURNAL_STREAM)."""
+    status = os.fstat(2)
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def set_up_logging(settings: LogSettings) -> None:
-    """Log to stderr. hikari tells of each attempt to reconnect; `Gateway` says it once per change."""
+    """Log to stderr. hikari tells of each attempt to reconnect; `Gateway` says it once per change.
+
+    Never at its own debug level: there hikari quotes what Discord sends.
+    """
+    journal = logs_to_journal(os.environ)
+    as_json = settings.format == "json"
+    form = JsonFormatter() if as_json else TextFormatter(dated=not journal)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
+    handler.setFormatter(JournalFormatter(form) if journal else form)
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
-    if settings.level != "debug":
-        logging.getLogger("hikari").setLevel(logging.ERROR)
-        logging.getLogger("hikari.gateway").setLevel(logging.CRITICAL)
+    quiet = settings.level != "debug"
+    logging.getLogger("hikari").setLevel(logging.ERROR if quiet else logging.INFO)
+    logging.getLogger("hikari.gateway").setLevel(logging.CRITICAL if quiet else logging.INFO)
 
 
 def parse_ttl(text: str) -> float:
@@ -2948,13 +3528,33 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
             "auth.secret and discord.token must both be set (or auth.secret_file and"
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
-    run_until_stopped(run_server(Server(settings, keys=keys, token=token)))
+    systemd = Systemd(os.environ)
+    server = Server(settings, keys=keys, token=token, sockets=systemd.sockets())
+    reload = functools.partial(reload_settings, server, arguments.config)
+    run_until_stopped(run_server(server, systemd, reload))
+
+
+def reload_settings(server: Server, path: Path | None) -> None:
+    """What SIGHUP does: read the settings again; a fault in them changes nothing."""
+    try:
+        settings = read_settings(path)
+        keys = read_keys(settings.auth, settings.folder)
+        if keys == Keys():
+            raise OperatorError("auth.secret: not set any more")
+        for_restart = server.reload(settings, keys)
+    except OperatorError as error:
+        log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))
+        return
+    set_up_logging(settings.log)
+    log.info("settings reloaded")
+    if for_restart:
+        log.warning("these need a restart: %s", ", ".join(for_restart))
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
     read_keys(settings.auth, settings.folder)
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder)
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     print(settings_text(settings))
     for plugin in host.plugins.values():
@@ -3038,16 +3638,32 @@ What this dashboard sees meanwhile (Ctrl+C stops it):
 """
 
 
-async def run_server(server: Server) -> None:
+async def run_server(
+    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] | None = None
+) -> None:
     """Serve until a signal comes or Discord refuses us for good."""
+    systemd = systemd or Systemd({})
+    loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stopping.set)
+
+    def hang_up() -> None:
+        systemd.tell_reloading()
+        if reload:
+            reload()
+        systemd.tell("READY=1")
+
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     async with server:
+        systemd.tell("READY=1")
         closed = asyncio.create_task(server.wait_closed())
         stopped = asyncio.create_task(stopping.wait())
+        watching = asyncio.create_task(systemd.watch(server))
         await asyncio.wait([closed, stopped], return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
+        systemd.tell("STOPPING=1", "STATUS=draining")
+        for task in (watching, stopped):
+            task.cancel()
         if closed.done():
             closed.result()
         closed.cancel()
