@@ -3110,6 +3110,7 @@ LIVE: Final = (
 #: Sessions closed in one go at a stop. Clients come back a second or so after they were told;
 #: more in one slice would all come back in one moment.
 SLICE: Final = 50
+GOING_AWAY: Final = 1001  # RFC 6455 §7.4.1
 
 
 class Server:
@@ -3336,7 +3337,13 @@ class Server:
         for number, part in enumerate(slices):
             if number:
                 await asyncio.sleep(within / len(slices) * random.uniform(0.5, 1.5))
-            await asyncio.gather(*(session.close() for session in part))
+            await asyncio.gather(*(self._say_goodbye(session) for session in part))
+
+    @staticmethod
+    async def _say_goodbye(session: Session) -> None:
+        if session.handler is not None:
+            session.handler.close(GOING_AWAY)
+        await session.close()
 
     def emit(self, event: str, guild_id: str, payload: dict[str, Any], kind: str) -> None:
         """The last step of an event: from a plugin to those in the room who may see it."""

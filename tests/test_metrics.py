@@ -103,6 +103,7 @@ async def test_connections_that_are_cut_are_counted_by_reason(server: Server) ->
     await socket.read_message()
     await socket.write_message("not Engine.IO")
     assert await socket.read_message() is None
+    socket.close()
     assert figure(server, "cut_connections_total", reason="malformed packet") == 1
 
 
