@@ -1,4 +1,4 @@
-"""What every test gets: the JavaScript client, and a watch over log lines and left-over objects.
+"""What every test gets: a watched guild, the JavaScript client, and an eye on what is left over.
 
 A test fails when anything in it logs at WARNING or above without saying so beforehand:
 
@@ -23,6 +23,9 @@ from contextlib import contextmanager
 
 import pytest
 from jsclient import JavaScript
+from watching import Watch, Watching
+
+from simulator import Guild, PretendDiscord
 
 RECORDS = pytest.StashKey[list[logging.LogRecord]]()
 
@@ -32,6 +35,32 @@ async def js() -> AsyncIterator[JavaScript]:
     """A Node process with the stock Socket.IO client in it."""
     async with JavaScript() as process:
         yield process
+
+
+@pytest.fixture
+async def discord() -> AsyncIterator[PretendDiscord]:
+    """A pretend Discord that waits for the bot."""
+    async with PretendDiscord() as discord:
+        yield discord
+
+
+@pytest.fixture
+def guild(discord: PretendDiscord) -> Guild:
+    """The guild that is watched, to be furnished before the bot comes."""
+    return discord.add_guild()
+
+
+@pytest.fixture
+def watching(discord: PretendDiscord, guild: Guild, js: JavaScript) -> Watching:
+    """Starts servers: `async with watching(server={"port": 0}) as spy`."""
+    return Watching(discord, guild, js)
+
+
+@pytest.fixture
+async def spy(watching: Watching) -> AsyncIterator[Watch]:
+    """A running server with default settings that watches `guild`."""
+    async with watching() as spy:
+        yield spy
 
 
 # ---- log lines and left-over objects ---------------------------------------
