@@ -13,6 +13,7 @@ test that made them.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import re
@@ -20,9 +21,12 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
+import hikari
 import pytest
-from jsclient import JavaScript
+from jsclient import JavaScript, Node
 from watching import Watch, Watching
 
 from simulator import Guild, PretendDiscord
@@ -30,11 +34,32 @@ from simulator import Guild, PretendDiscord
 RECORDS = pytest.StashKey[list[logging.LogRecord]]()
 
 
+class Hasty(ModuleType):
+    """asyncio, but for the quarter second that hikari gives TLS to close: there is no TLS here."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(0 if seconds == 0.25 else seconds)
+
+
+hikari.impl.shard.asyncio = Hasty("asyncio")
+
+
+@pytest.fixture(scope="session")
+def node() -> Iterator[Node]:
+    """The Node process that all tests share."""
+    node = Node()
+    yield node
+    assert node.stop() == 0
+
+
 @pytest.fixture
-async def js() -> AsyncIterator[JavaScript]:
-    """A Node process with the stock Socket.IO client in it."""
-    async with JavaScript() as process:
-        yield process
+async def js(node: Node) -> AsyncIterator[JavaScript]:
+    """The stock Socket.IO client, without any socket yet."""
+    async with JavaScript(node) as js:
+        yield js
 
 
 @pytest.fixture

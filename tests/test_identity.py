@@ -49,7 +49,7 @@ async def test_without_a_token_nobody_comes_in(spy, transport):
         ("claims", signed(SOUND | {"role": ["ADMIN"]})),
         ("claims", signed(SOUND | {"guilds": "1"})),
         ("claims", signed(SOUND | {"guilds": [1]})),
-        ("claims", signed(SOUND | {"exp": "soon"})),
+        ("malformed", signed(SOUND | {"exp": "soon"})),
         ("claims", signed(SOUND | {"nbf": int(time.time()) + 600})),
         ("expired", signed(SOUND | {"exp": 1})),
     ],

@@ -55,8 +55,7 @@ def test_a_section_uses_only_sections_above_it():
     wrong = [
         f"line {line}: {sections[line]} uses {name} of {sections[defined[name]]}"
         for line, name in loads(code)
-        if name in defined
-        and order.index(sections[line]) < order.index(sections[defined[name]])
+        if name in defined and order.index(sections[line]) < order.index(sections[defined[name]])
     ]
     assert wrong == []
 

@@ -68,7 +68,9 @@ def rows() -> list[str]:
 
 def test_config_toml_is_the_table_of_defaults():
     table, told = "", {}
-    for comment, line in re.findall(r"(?:^# (.+)\n)?^(\[.+\]|\S+ = .+)$", DEFAULT_TOML, re.MULTILINE):
+    for comment, line in re.findall(
+        r"(?:^# (.+)\n)?^(\[.+\]|\S+ = .+)$", DEFAULT_TOML, re.MULTILINE
+    ):
         if line.startswith("["):
             table = line.strip("[]")
         else:

@@ -17,6 +17,7 @@ Everything is real: hikari over a socket, Tornado on a free port, the stock Java
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ class Watch:
         self.discord = discord
         self.guild = guild
         self.js = js
+        self._sockets: list[tornado.websocket.WebSocketClientConnection] = []
 
     @property
     def address(self) -> str:
@@ -89,19 +91,23 @@ class Watch:
         await self.discord.caught_up()
         await dashboard.quiet(*names)
 
-    async def raw(
-        self, token: str | None = None, *, query: str = "", **options: Any
-    ) -> RawClient:
+    async def raw(self, token: str | None = None, *, query: str = "", **options: Any) -> RawClient:
         """A bare Engine.IO WebSocket; with a token it is past Socket.IO's CONNECT."""
         url = f"ws://{self.address}/socket.io/?EIO=4&transport=websocket{query}"
         socket = await tornado.websocket.websocket_connect(HTTPRequest(url, **options))
+        self._sockets.append(socket)
         raw = RawClient(socket, await socket.read_message())
         if token is not None:
-            await raw.send('40{"token":"%s"}' % token)
+            await raw.send("40" + json.dumps({"token": token}))
             answer = await raw.read()
             assert isinstance(answer, str)
             assert answer.startswith('40{"sid"')
         return raw
+
+    def close(self) -> None:
+        """Close the bare sockets that the test left open."""
+        for socket in self._sockets:
+            socket.close()
 
 
 class RawClient:
@@ -144,7 +150,11 @@ class Watching:
         async with Server(settings, secret=SECRET, token=self._discord.token) as server:
             if ready:
                 await self._discord.wait_for_bot()
-            yield Watch(server, self._discord, self._guild, self._js)
+            watch = Watch(server, self._discord, self._guild, self._js)
+            try:
+                yield watch
+            finally:
+                watch.close()
 
     def _defaults(self) -> dict[str, Any]:
         return {
