@@ -118,12 +118,12 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 @contextmanager
 def _recording(records: list[logging.LogRecord]) -> Iterator[None]:
-    """Note every record at WARNING or above, whatever is done to loggers and handlers meanwhile."""
+    """Note each record at WARNING or above that its logger lets through, whatever handlers do."""
     factory = logging.getLogRecordFactory()
 
     def note(*args: object, **kwargs: object) -> logging.LogRecord:
         record = factory(*args, **kwargs)
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.WARNING and logging.getLogger(record.name).filter(record):
             records.append(record)
         return record
 

@@ -17,6 +17,7 @@ Everything is real: hikari over a socket, Tornado on a free port, the stock Java
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import tornado.websocket
-from jsclient import Dashboard, JavaScript
+from jsclient import DEADLINE, Dashboard, JavaScript
 from tornado.httpclient import HTTPRequest
 
 from simulator import Guild, Member, PretendDiscord
@@ -108,6 +109,7 @@ class Watch:
         """Close the bare sockets that the test left open."""
         for socket in self._sockets:
             socket.close()
+            socket.stream.close()  # one that stopped reading would never see the end
 
 
 class RawClient:
@@ -125,7 +127,12 @@ class RawClient:
 
     async def read(self) -> str | bytes | None:
         """The next packet; None once the server has closed."""
-        return await self.socket.read_message()
+        async with asyncio.timeout(DEADLINE):
+            return await self.socket.read_message()
+
+    def stop_reading(self) -> None:
+        """Read nothing more from the network, as a client that hangs."""
+        asyncio.get_running_loop().remove_reader(self.socket.stream.socket.fileno())
 
     async def closed(self) -> list[str | bytes]:
         """Wait until the server closes; return what it said before."""
