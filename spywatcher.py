@@ -1407,6 +1407,12 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+def stopping() -> bool:
+    """Whether the task that asks was cancelled, even if a library did not pass that on."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
@@ -1448,6 +1454,8 @@ class Gateway:
             while True:
                 try:
                     await self.bot.start(check_for_updates=False)
+                    if stopping():
+                        return  # hikari 2.7 swallows a cancellation that comes as it gets ready
                     delays = itertools.chain([FIRST_RETRY], self._growing_delays())
                     await self.bot.join()
                 except hikari.HikariError as error:

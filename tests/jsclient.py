@@ -417,6 +417,7 @@ class JavaScript:
             self._reader.cancel()
             await asyncio.wait([self._reader])
             self._node.close()
+            await asyncio.sleep(0)  # the event loop closes its copies in the next turn
             if self._failure or not self._lent:
                 self._node.stop()
         if self._failure:
