@@ -1227,7 +1227,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
         try:
             await self.receive(engineio_packet.Packet(encoded_packet=message))
-        except (ValueError, engineio.exceptions.UnknownPacketError):
+        except (ValueError, IndexError, engineio.exceptions.UnknownPacketError):
             self.cut("malformed packet")
 
     async def handle_post_request(self, environ: dict[str, Any]) -> None:
@@ -1446,9 +1446,9 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
             await self._handle_eio_disconnect(eio_sid, self.reason.TRANSPORT_CLOSE)
 
     async def _handle_event(self, eio_sid: str, namespace: str, ack: int, data: Any) -> None:
-        """Stock python-socketio would let a client call the connect and disconnect handlers."""
-        if data[0] in self.reserved_events:
-            data = ["*", *data[1:]]
+        """Stock python-socketio would let a client call handlers with arguments of its choice."""
+        if data[0] in (*self.reserved_events, "*"):
+            data = [f"{data[0]} (reserved)", *data[1:]]
         await super()._handle_event(eio_sid, namespace, ack, data)
 
 
@@ -2308,7 +2308,8 @@ class Gateway:
             task.result()
         finally:
             self._turned = time.monotonic()
-            task.cancel()
+            task.cancel()  # hikari 2.7 may swallow that as it gets ready: then it just ends
+            await asyncio.wait([task])
 
     @property
     def turns(self) -> bool:

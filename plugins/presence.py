@@ -13,8 +13,9 @@ MOST_REMEMBERED = 100_000
 
 
 class Settings(PluginSettings, frozen=True):
-    #: Seconds in which a member causes no second alert.
-    alert_cooldown: Annotated[float, Meta(ge=0)] = 60.0
+    alert_cooldown: Annotated[
+        float, Meta(ge=0, description="Seconds in which a member causes no second alert.")
+    ] = 60.0
 
 
 class PresenceUpdate(Payload):

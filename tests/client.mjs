@@ -118,6 +118,15 @@ const commands = {
   drop({ socket }) {
     sockets.get(socket).io.engine.close();
   },
+  reset({ call }) {
+    for (const socket of sockets.values()) {
+      socket.offAny();
+      socket.removeAllListeners();
+      socket.disconnect();
+    }
+    sockets.clear();
+    report("ack", null, { call, error: null, answers: [] });
+  },
   state({ socket, call }) {
     report("ack", socket, { call, error: null, answers: [state(sockets.get(socket))] });
   },

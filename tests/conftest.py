@@ -1,4 +1,4 @@
-"""What every test gets: the JavaScript client, and a watch over log lines and left-over objects.
+"""What every test gets: a watched guild, the JavaScript client, and an eye on what is left over.
 
 A test fails when anything in it logs at WARNING or above without saying so beforehand:
 
@@ -13,6 +13,7 @@ test that made them.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import re
@@ -20,18 +21,83 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
+import hikari
 import pytest
-from jsclient import JavaScript
+from jsclient import JavaScript, Node
+from watching import Watch, Watching
+
+from simulator import Guild, PretendDiscord
 
 RECORDS = pytest.StashKey[list[logging.LogRecord]]()
 
 
+class Hasty(ModuleType):
+    """asyncio, but for the quarter second that hikari gives TLS to close: there is no TLS here."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(0 if seconds == 0.25 else seconds)
+
+
+hikari.impl.shard.asyncio = Hasty("asyncio")
+
+
+@pytest.fixture(scope="session")
+def node() -> Iterator[Node]:
+    """The Node process that all tests share."""
+    node = Node()
+    yield node
+    assert node.stop() == 0
+
+
 @pytest.fixture
-async def js() -> AsyncIterator[JavaScript]:
-    """A Node process with the stock Socket.IO client in it."""
-    async with JavaScript() as process:
-        yield process
+async def js(node: Node) -> AsyncIterator[JavaScript]:
+    """The stock Socket.IO client, without any socket yet."""
+    async with JavaScript(node) as js:
+        yield js
+
+
+@pytest.fixture
+async def discord() -> AsyncIterator[PretendDiscord]:
+    """A pretend Discord that waits for the bot."""
+    async with PretendDiscord() as discord:
+        yield discord
+
+
+@pytest.fixture
+def guild(discord: PretendDiscord) -> Guild:
+    """The guild that is watched, to be furnished before the bot comes."""
+    return discord.add_guild()
+
+
+@pytest.fixture
+def watching(discord: PretendDiscord, guild: Guild, js: JavaScript) -> Watching:
+    """Starts servers: `async with watching(server={"port": 0}) as spy`."""
+    return Watching(discord, guild, js)
+
+
+@pytest.fixture
+async def spy(watching: Watching) -> AsyncIterator[Watch]:
+    """A running server with default settings that watches `guild`."""
+    async with watching() as spy:
+        yield spy
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """The command line sets levels and handlers for its process; not for the tests that follow."""
+    names = ("root", "hikari", "hikari.gateway")
+    loggers = {logging.getLogger(None if name == "root" else name) for name in names}
+    before = {logger: (logger.level, logger.handlers[:]) for logger in loggers}
+    yield
+    for logger, (level, handlers) in before.items():
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 # ---- log lines and left-over objects ---------------------------------------
@@ -64,12 +130,12 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 @contextmanager
 def _recording(records: list[logging.LogRecord]) -> Iterator[None]:
-    """Note every record at WARNING or above, whatever is done to loggers and handlers meanwhile."""
+    """Note each record at WARNING or above that its logger lets through, whatever handlers do."""
     factory = logging.getLogRecordFactory()
 
     def note(*args: object, **kwargs: object) -> logging.LogRecord:
         record = factory(*args, **kwargs)
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.WARNING and logging.getLogger(record.name).filter(record):
             records.append(record)
         return record
 

@@ -5,7 +5,8 @@
         assert await dashboard.call("subscribe:guild", "123") == {"ok": True, "room": "guild:123"}
         message = await dashboard.next("message:new")
 
-One Node process (`client.mjs`) holds any number of sockets. Every wait has a deadline, and a wait
+One Node process (`client.mjs`) holds any number of sockets; `Node` lends one to many tests in turn,
+since starting it costs more than most tests do. Every wait has a deadline, and a wait
 that fails says what came instead. Events are consumed in order per name: `next` never returns the
 same one twice.
 """
@@ -16,7 +17,9 @@ import asyncio
 import base64
 import itertools
 import json
+import os
 import shutil
+import subprocess
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -330,38 +333,93 @@ class Dashboard:
         )
 
 
-class JavaScript:
-    """A Node process with the stock Socket.IO client in it; use it with `async with`."""
+class Node:
+    """A process that runs client.mjs, for one `JavaScript` after the other."""
 
     def __init__(self) -> None:
+        if not (FOLDER / "node_modules" / "socket.io-client").is_dir():
+            raise ProcessError("the JavaScript client is not installed: run `make test`")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.WriteTransport]:
+        """Both ends of the talk, in this event loop; a process that has ended is replaced."""
+        process = self._running()
+        assert process.stdin
+        assert process.stdout
+        # Copies, because the event loop closes what it was given.
+        told = os.fdopen(os.dup(process.stdout.fileno()), "rb", 0)
+        asked = os.fdopen(os.dup(process.stdin.fileno()), "wb", 0)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(LINE_LIMIT)
+        self._reading, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), told
+        )
+        writing, _ = await loop.connect_write_pipe(asyncio.Protocol, asked)
+        self._writing = writing
+        return reader, writing
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
+            command = [node(), str(FOLDER / "client.mjs")]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+        return self._process
+
+    def close(self) -> None:
+        """Take both ends out of this event loop; the process goes on."""
+        self._reading.close()
+        self._writing.close()
+
+    def stop(self) -> int:
+        """Let the process end; return its exit status."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        with process:
+            assert process.stdin
+            process.stdin.close()
+            try:
+                return process.wait(DEADLINE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+    def status(self) -> int:
+        """The exit status, of a process that is ending."""
+        return self._process.wait(DEADLINE) if self._process else 0
+
+
+class JavaScript:
+    """The stock Socket.IO client in a Node process; use it with `async with`.
+
+    Given a `node`, it leaves that process behind as it found it, without sockets.
+    """
+
+    def __init__(self, node: Node | None = None) -> None:
+        self._node = node or Node()
+        self._lent = node is not None
         self._dashboards: dict[int, Dashboard] = {}
         self._calls: dict[int, asyncio.Future[list[Any]]] = {}
         self._numbers = itertools.count(1)
         self._failure: ProcessError | None = None
 
     async def __aenter__(self) -> Self:
-        if not (FOLDER / "node_modules" / "socket.io-client").is_dir():
-            raise ProcessError("the JavaScript client is not installed: run `make test`")
-        self._node = await asyncio.create_subprocess_exec(
-            node(),
-            FOLDER / "client.mjs",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=LINE_LIMIT,
-        )
+        self._reports, self._commands = await self._node.open()
         self._reader = asyncio.create_task(self._read())
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        assert self._node.stdin
-        self._node.stdin.close()
         try:
-            async with asyncio.timeout(DEADLINE):
-                await self._reader
+            if self._failure is None:
+                await self.ask({"command": "reset"}, DEADLINE)
         finally:
-            if self._node.returncode is None:
-                self._node.kill()
-                await self._node.wait()
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+            self._node.close()
+            await asyncio.sleep(0)  # the event loop closes its copies in the next turn
+            if self._failure or not self._lent:
+                self._node.stop()
         if self._failure:
             raise self._failure
 
@@ -415,9 +473,8 @@ class JavaScript:
         """Pass a command to the process."""
         if self._failure:
             raise self._failure
-        assert self._node.stdin
-        self._node.stdin.write(json.dumps(command, default=_wrap).encode() + b"\n")
-        await self._node.stdin.drain()
+        self._commands.write(json.dumps(command, default=_wrap).encode() + b"\n")
+        await asyncio.sleep(0)  # others may go on; what the pipe does not take waits in memory
 
     async def ask(self, command: dict[str, Any], deadline: float) -> list[Any]:
         """Pass a command to the process and return its answer; NoAnswerError if that is an error."""
@@ -430,19 +487,16 @@ class JavaScript:
             del self._calls[number]
 
     async def _read(self) -> None:
-        assert self._node.stdout
         try:
-            async for line in self._node.stdout:
+            async for line in self._reports:
                 self._receive(json.loads(line))
         except Exception as error:
             self._failure = ProcessError(f"a report could not be read: {error!r}")
             self._fail(self._failure)
             raise
-        status = await self._node.wait()
-        ended = ProcessError(f"the Node process ended with status {status}")
-        if status:
-            self._failure = self._failure or ended
-        self._fail(self._failure or ended)
+        status = self._node.status()
+        self._failure = self._failure or ProcessError(f"the Node process ended, status {status}")
+        self._fail(self._failure)
 
     def _receive(self, report: dict[str, Any]) -> None:
         match report:

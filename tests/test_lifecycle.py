@@ -214,7 +214,10 @@ async def test_a_reload_changes_origins_keys_and_log_and_disconnects_nobody(
     [
         ("[server\n", "not TOML"),
         ("[server]\nport = 'high'\n", "server.port"),
-        (f"[auth]\nsecret = '{SECRET}'\n[plugin.presence]\nalert_cooldown = 'long'\n", "plugin.presence.alert_cooldown"),
+        (
+            f"[auth]\nsecret = '{SECRET}'\n[plugin.presence]\nalert_cooldown = 'long'\n",
+            "plugin.presence.alert_cooldown",
+        ),
         ("[auth]\nsecret = 'short'\n", "auth.secret"),
         ("[auth]\nsecret = ''\n", "auth.secret: not set"),
     ],
