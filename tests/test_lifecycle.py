@@ -163,7 +163,7 @@ async def test_a_plugin_that_never_finishes_does_not_hold_up_the_stop(
         "import asyncio\nasync def teardown(spy):\n    await asyncio.Event().wait()\n"
     )
     tables = {"plugins": {"folders": [str(tmp_path)]}, "server": {"shutdown_grace": 0.5}}
-    async with server_for(discord, **tables) as server:
+    async with server_for(discord, **tables):
         await discord.wait_for_bot()
         started = time.monotonic()
     assert time.monotonic() - started < 2

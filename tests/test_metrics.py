@@ -175,7 +175,7 @@ async def test_the_process_is_measured_too(server: Server) -> None:
 async def test_alerts_and_the_grafana_board_ask_for_figures_that_exist(
     server: Server, file: str
 ) -> None:
-    known = {name for name in re.findall(r"^# TYPE (\S+)", await scrape(server), re.MULTILINE)}
+    known = set(re.findall(r"^# TYPE (\S+)", await scrape(server), re.MULTILINE))
     asked = set(re.findall(r"\b(?:spywatcher|process)_[a-z_]+[a-z]", (ROOT / file).read_text()))
     assert asked
     assert not asked - known
