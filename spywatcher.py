@@ -1977,7 +1977,8 @@ class PluginHost:
         plugin that fails is in `failures` afterwards.
         """
         faults: list[str] = []
-        for name, path in sorted(self._find().items()):
+        found = self._find()
+        for name, path in sorted(found.items()):
             try:
                 self.plugins[name] = self._load(name, path)
             except OperatorError as error:
@@ -1985,7 +1986,7 @@ class PluginHost:
             except (Exception, SystemExit) as error:  # nothing a plugin does may end the server
                 self.failures[name] = error
                 self._blame(name, f"not loaded: {error}", error)
-        known = {*self.plugins, *self.failures, *self._disabled}
+        known = {*found, *self._disabled}
         faults += [
             f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
             for name in self._tables
