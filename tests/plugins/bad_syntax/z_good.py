@@ -1,0 +1,10 @@
+"""A plugin that works, beside one that does not."""
+
+import hikari
+
+from spywatcher import on
+
+
+@on(hikari.GuildMessageCreateEvent, emit="good:message")
+def good(event):
+    return {"text": "still here"}

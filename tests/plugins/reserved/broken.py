@@ -1,0 +1,10 @@
+"""Claims a name that belongs to Socket.IO."""
+
+import hikari
+
+from spywatcher import on
+
+
+@on(hikari.GuildMessageCreateEvent, emit="connect")
+def broken(event):
+    return {}

@@ -1,0 +1,5 @@
+"""Fails to stop."""
+
+
+async def teardown(spy):
+    raise RuntimeError("boom at teardown")

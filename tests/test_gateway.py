@@ -1,0 +1,132 @@
+"""The session with Discord: kept alive, resumed, or ended for a reason that one line tells."""
+
+import asyncio
+import logging
+
+import hikari
+import pytest
+from program import run, serving
+from waiting import eventually
+
+import spywatcher
+from simulator import PRIVILEGED, CloseCode, Intent, PretendDiscord
+
+AWAY = r"WARNING spywatcher: not connected to Discord"
+
+
+@pytest.fixture
+def told(caplog):
+    """What the log says of the gateway."""
+    caplog.set_level(logging.INFO, "spywatcher")
+    return lambda: [r.getMessage() for r in caplog.records if "to Discord" in r.getMessage()]
+
+
+async def write(spy):
+    await spy.discord.message(spy.guild, spy.guild.owner, spy.guild.general)
+
+
+@pytest.mark.logs(AWAY, r"WARNING hikari.rest: Connection error")
+async def test_the_server_is_up_before_discord_is(watching, discord, monkeypatch, told):
+    monkeypatch.setattr(hikari.impl.rest, "_MAX_BACKOFF_DURATION", 0)
+    monkeypatch.setattr(spywatcher, "FIRST_RETRY", 0.01)
+    await discord.refuse()
+    async with watching(ready=False) as spy:
+        dashboard = await spy.connect()
+        assert await dashboard.call("guilds:list") == {"ok": True, "guilds": []}
+        await eventually(told, timeout=10)
+        await discord.accept()
+        await discord.wait_for_bot()
+        await dashboard.call("subscribe:guild", str(spy.guild.id))
+        await write(spy)
+        await dashboard.next("message:new")
+        assert [line[:13] for line in told()] == ["not connected", "connected to "]
+
+
+@pytest.mark.logs(AWAY)
+async def test_after_a_drop_the_session_resumes_and_nothing_is_missed(spy, discord, told):
+    dashboard = await spy.dashboard()
+    await discord.drop(CloseCode.UNKNOWN_ERROR)
+    await write(spy)
+    await dashboard.next("message:new", timeout=10)
+    assert discord.resumes == 1
+    await eventually(lambda: told()[-1].endswith("session resumed, nothing missed"))
+    assert sum("not connected" in line for line in told()) == 1
+
+
+@pytest.mark.logs(AWAY)
+async def test_when_the_session_is_lost_a_new_one_goes_on(spy, discord, told):
+    dashboard = await spy.dashboard()
+    await discord.invalidate()
+    await discord.wait_until(lambda: discord.identifies == 2)
+    await discord.wait_for_bot()
+    await write(spy)
+    await dashboard.next("message:new")
+    assert told()[-1] == "connected to Discord: a new session, guilds: 1"
+
+
+@pytest.mark.logs(AWAY, required=False)
+async def test_after_a_new_session_old_state_is_no_news(watching, discord, guild):
+    """Discord tells everything anew then, which is no change."""
+    ada = guild.add_member("ada")
+    async with watching() as spy:
+        dashboard = await spy.dashboard()
+        ada.appear("online", {"desktop": "online", "mobile": "online"}, ())
+        await discord.invalidate()
+        await discord.wait_until(lambda: discord.identifies == 2)
+        await discord.wait_for_bot()
+        await spy.nothing(dashboard)
+
+
+@pytest.mark.logs(AWAY, required=False)
+async def test_stopping_while_it_connects_takes_no_time(watching, discord):
+    async with asyncio.timeout(3):
+        async with watching(ready=False):
+            await discord.wait_until(lambda: discord.identifies == 1)
+
+
+async def test_intents_are_the_least_that_the_plugins_need(spy, discord):
+    [session] = discord.sessions.values()
+    assert session.intents == (
+        Intent.GUILDS | Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.GUILD_MESSAGES
+    )
+
+
+def test_without_plugins_no_privileged_intent_is_asked_for():
+    assert spywatcher.intents_for([]) == hikari.Intents.GUILDS
+    needed = spywatcher.intents_for([hikari.GuildMessageCreateEvent, hikari.GuildTypingEvent])
+    assert not needed & PRIVILEGED
+
+
+# ---- refused for good: the process ends and says what to change
+
+
+async def test_a_wrong_token_ends_the_process_with_one_line(tmp_path, discord):
+    async with PretendDiscord() as other:
+        config = serving(tmp_path, discord, discord={"token": other.token})
+        status, out, log = await run("--config", config, "serve")
+    assert (status, out) == (2, [])
+    last = log[-1]
+    assert last.startswith("spywatcher: Discord refused the bot token: reset it at https://")
+    assert last.endswith("put the new one into [discord] token")
+    assert "Traceback" not in "".join(log)
+    assert other.token not in "".join(log)
+
+
+async def test_refused_intents_end_the_process_naming_switches_and_plugins(tmp_path):
+    async with PretendDiscord(allowed_privileged=0) as discord:
+        status, out, log = await run("--config", serving(tmp_path, discord), "serve")
+    assert (status, out) == (2, [])
+    assert log[-1] == (
+        "spywatcher: Discord refused the intents: switch on Server Members Intent (for members)"
+        " and Presence Intent (for presence) at https://discord.com/developers/applications"
+        " -> your application -> Bot -> Privileged Gateway Intents"
+    )
+    assert "Traceback" not in "".join(log)
+
+
+async def test_a_token_that_is_none_is_refused_before_any_network(tmp_path, discord):
+    config = serving(tmp_path, discord, discord={"token": "hush"})
+    status, _, log = await run("--config", config, "serve")
+    assert status == 2
+    assert log == [line for line in log if line.startswith("spywatcher: discord.token: got what")]
+    assert discord.rest_calls == 0

@@ -1,0 +1,221 @@
+"""Plugins: found, loaded, fenced. The broken ones are files in tests/plugins."""
+
+import sys
+
+import pytest
+from program import run, write_config
+from watching import ROOT
+
+import spywatcher
+from spywatcher import OperatorError, PluginHost, PluginsSettings
+
+FOLDER = ROOT / "tests" / "plugins"
+
+
+def loaded(case, *, tables=None, disabled=()):
+    """A host that has loaded the plugins of one folder."""
+    host = PluginHost(PluginsSettings(folders=(case,), disabled=disabled), tables or {}, FOLDER)
+    host.load()
+    return host
+
+
+def plugins(case):
+    return {"plugins": {"folders": [str(FOLDER / case)]}}
+
+
+async def write(spy):
+    await spy.discord.message(spy.guild, spy.guild.owner, spy.guild.general)
+
+
+# ---- finding and loading
+
+
+def test_plugins_load_in_the_order_of_their_names_and_some_names_are_skipped():
+    assert list(loaded("order").plugins) == ["alpha", "beta", "folder"]
+
+
+def test_a_disabled_plugin_is_not_loaded():
+    assert list(loaded("order", disabled=("beta",)).plugins) == ["alpha", "folder"]
+
+
+def test_of_two_plugins_of_one_name_the_first_folder_wins():
+    host = PluginHost(PluginsSettings(folders=("order", "json_named", "order")), {}, FOLDER)
+    host.load()
+    assert list(host.plugins) == ["alpha", "beta", "folder", "json"]
+
+
+def test_a_missing_folder_is_the_operators_fault():
+    with pytest.raises(OperatorError, match=r"plugins.folders: .*nowhere is no folder"):
+        loaded("nowhere")
+
+
+def test_a_plugin_may_be_called_as_a_module_of_the_standard_library():
+    import json
+
+    host = loaded("json_named")
+    assert host.plugins["json"].module.TEXT == '{"a": 1}'
+    assert sys.modules["json"] is json
+
+
+def test_a_plugin_may_use_dataclasses_and_postponed_annotations():
+    module = loaded("dataclass_named").plugins["modern"].module
+    assert module.FIELDS == ["count"]
+    assert module.HINTS == {"counter": module.Later}
+
+
+def test_loading_changes_no_path():
+    before = list(sys.path)
+    loaded("order")
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        pytest.param(case, reason, marks=pytest.mark.logs(rf"plugin broken not loaded: {reason}"))
+        for case, reason in {
+            "raises_at_import": "boom at import",
+            "exits_at_import": "0",
+            "bad_syntax": r"invalid syntax \(broken.py, line 3\)",
+            "reserved": "the event name connect is reserved",
+            "claims_twice": "plugins a_first and broken both claim the event same:event; disable one",
+        }.items()
+    ],
+)
+def test_a_plugin_that_does_not_load_is_named_and_the_others_go_on(case, reason, caplog):
+    host = loaded(case)
+    assert "z_good" in host.plugins
+    assert list(host.failures) == ["broken"]
+    assert "spywatcher_plugins.broken" not in sys.modules or case in ("reserved", "claims_twice")
+    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
+
+
+def test_a_plugins_table_is_checked_by_its_settings():
+    host = loaded("bad_settings", tables={"strict": {"limit": 3, "names": ["a"]}})
+    settings = host.plugins["strict"].settings
+    assert (settings.limit, settings.names) == (3, ("a",))
+
+
+def test_faults_in_a_plugins_table_are_told_with_their_key_path():
+    with pytest.raises(OperatorError) as caught:
+        loaded("bad_settings", tables={"strict": {"limit": 0, "nmes": []}, "strct": {}})
+    assert list(caught.value.faults) == [
+        "plugin.strict.limit: got 0, expected `int` >= 1",
+        "plugin.strict.nmes: unknown key, did you mean names?",
+        "plugin.strct: no such plugin, did you mean strict?",
+    ]
+
+
+def test_a_table_of_a_disabled_plugin_is_no_fault():
+    loaded("bad_settings", tables={"strict": {"limit": 0}}, disabled=("strict",))
+
+
+# ---- running
+
+
+@pytest.mark.logs(r"plugin broken: broken failed on GuildMessageCreateEvent")
+async def test_a_listener_that_raises_is_named_and_the_others_go_on(watching):
+    async with watching(**plugins("raises")) as spy:
+        dashboard = await spy.dashboard()
+        for _ in range(2):
+            await write(spy)
+            assert (await dashboard.next("good:message"))["text"] == "still here"
+
+
+@pytest.mark.logs(
+    "plugin broken: a_list failed on GuildMessageCreateEvent",
+    "plugin broken: an_object failed on GuildMessageCreateEvent",
+)
+async def test_a_listener_that_returns_no_payload_is_named(watching):
+    async with watching(**plugins("bad_return")) as spy:
+        dashboard = await spy.dashboard()
+        await write(spy)
+        await dashboard.next("good:message")
+        await spy.nothing(dashboard)
+
+
+@pytest.mark.logs("plugin broken: thief failed", "plugin broken: impostor failed")
+async def test_a_plugin_emits_neither_the_events_of_others_nor_reserved_ones(watching):
+    async with watching(**plugins("emits_alien")) as spy:
+        dashboard = await spy.dashboard()
+        await write(spy)
+        assert (await dashboard.next("good:message"))["text"] == "still here"
+        await spy.nothing(dashboard)
+
+
+@pytest.mark.logs("plugin broken: broken failed on ShardConnectedEvent")
+async def test_an_event_without_a_guild_cannot_be_emitted(watching):
+    async with watching(**plugins("no_guild")) as spy:
+        dashboard = await spy.dashboard()
+        await write(spy)
+        await dashboard.next("good:message")
+
+
+@pytest.mark.logs("plugin broken: setup failed")
+async def test_a_plugin_whose_setup_fails_hears_nothing_and_the_others_go_on(watching):
+    async with watching(**plugins("setup_fails")) as spy:
+        dashboard = await spy.dashboard()
+        await write(spy)
+        await dashboard.next("good:message")
+        await spy.nothing(dashboard)
+        assert list(spy.server.plugins.failures) == ["broken"]
+
+
+@pytest.mark.logs("plugin broken: teardown failed")
+async def test_a_teardown_that_fails_does_not_stop_the_stop(watching):
+    async with watching(**plugins("teardown_fails")) as spy:
+        await spy.connect()
+
+
+async def test_setup_and_teardown_run_once_with_settings_and_log(watching):
+    async with watching(plugin={"lived": {"any": 1}}, **plugins("life")) as spy:
+        life = spy.server.plugins.plugins["lived"].module.life
+        assert life == [("setup", {"any": 1}, "spywatcher.plugin.lived")]
+    assert [name for name, *_ in life] == ["setup", "teardown"]
+
+
+async def test_a_listener_may_be_async_and_a_payload_a_dict(watching):
+    async with watching(**plugins("life")) as spy:
+        dashboard = await spy.dashboard()
+        await write(spy)
+        expected = {"life": 1, "timestamp": "mine", "guildId": str(spy.guild.id)}
+        assert await dashboard.next("lived:async") == expected
+        await spy.nothing(dashboard)
+
+
+async def test_a_plugin_may_name_a_room_of_its_own(watching):
+    async with watching(**plugins("life")) as spy:
+        dashboard = await spy.dashboard(kinds=["other"])
+        await write(spy)
+        event = await dashboard.next("lived:other")
+        assert sorted(event) == ["guildId", "life", "timestamp"]
+        await spy.nothing(dashboard)
+
+
+async def test_run_as_a_script_plugins_get_the_module_that_runs(tmp_path):
+    """Else they would mark functions for a host that does not exist."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    (folder / "same.py").write_text(
+        "import sys, spywatcher\n"
+        "assert spywatcher is sys.modules['__main__']\n"
+        "assert spywatcher.Payload is sys.modules['__main__'].Payload\n"
+    )
+    config = write_config(tmp_path, plugins={"folders": ["plugins"]})
+    status, out, log = await run("--config", config, "check")
+    assert (status, log) == (0, [])
+    assert out[-1] == "plugin same: no events"
+
+
+# ---- what plugins are given
+
+
+def test_payloads_go_out_in_camel_case_with_guild_and_time():
+    class Thing(spywatcher.Payload):
+        some_field: str
+        other: int | None = None
+
+    fields = spywatcher.finish_payload(Thing(some_field="x"), "7")
+    moment = fields.pop("timestamp")
+    assert fields == {"someField": "x", "other": None, "guildId": "7"}
+    assert moment.endswith("Z")
