@@ -1,0 +1,161 @@
+"""The commands, as an operator types them."""
+
+import json
+import signal
+
+import jwt
+import pytest
+from program import run, running, serving, write_config
+from watching import ROOT, SECRET
+
+import spywatcher
+
+BROKEN = {"folders": [str(ROOT / "tests" / "plugins" / "raises_at_import")]}
+
+
+# ---- serve
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]])
+async def test_without_secrets_serve_names_both_and_points_to_the_demo(tmp_path, command):
+    status, out, log = await run("--config", write_config(tmp_path), *command)
+    assert (status, out, len(log)) == (2, [], 1)
+    assert all(word in log[0] for word in ("auth.secret", "discord.token", "demo"))
+
+
+async def test_faults_in_the_settings_are_one_line_each(tmp_path):
+    config = write_config(tmp_path, server={"port": "http", "hots": "x"})
+    status, _, log = await run("--config", config)
+    assert (status, log) == (
+        2,
+        [
+            f'spywatcher: {config}: server.port: got "http", expected `int`, got `str`',
+            f"spywatcher: {config}: server.hots: unknown key, did you mean host?",
+        ],
+    )
+
+
+async def test_secrets_may_come_from_files(tmp_path, discord):
+    (tmp_path / "key").write_text(SECRET)
+    (tmp_path / "bot").write_text(discord.token + "\n")
+    config = serving(
+        tmp_path,
+        discord,
+        auth={"secret": "", "secret_file": "key"},
+        discord={"token": "", "token_file": "bot"},
+    )
+    async with running("--config", config) as program:
+        await discord.wait_for_bot(timeout=20)
+        await program.says("connected to Discord: a new session, guilds: 0")
+
+
+async def test_json_logs_are_json_line_by_line(tmp_path, discord, js):
+    config = serving(tmp_path, discord, log={"format": "json", "level": "debug"})
+    async with running("--config", config) as program:
+        await discord.wait_for_bot(timeout=20)
+        match = await program.says(r"listening on (http://[\d.:]+)")
+        await js.refused(match[1], token="hush.hush.hush")
+        program.signal(signal.SIGTERM)
+        assert await program.exit() == 0
+    lines = [json.loads(line) for line in program.log]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    assert "hush" not in "".join(program.log)
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, guild, js, level):
+    token = spywatcher.Tokens(SECRET, ["HS256"]).issue("1", role="ADMIN")
+    async with running("--config", serving(tmp_path, discord, log={"level": level})) as program:
+        url = await program.url()
+        await discord.wait_for_bot(timeout=20)
+        dashboard = await js.connect(url, token=token)
+        await dashboard.call("subscribe:guild", str(guild.id))
+        await discord.message(guild, guild.owner, guild.general, "top secret")
+        await dashboard.next("message:new")
+        program.signal(signal.SIGTERM)
+        await program.exit()
+    log = "\n".join(program.log)
+    assert [word for word in (SECRET, token, discord.token, "top secret") if word in log] == []
+
+
+# ---- check
+
+
+async def test_check_prints_settings_and_plugins(tmp_path):
+    config = write_config(tmp_path, auth={"secret": SECRET}, server={"port": 4000})
+    status, out, log = await run("--config", config, "check")
+    assert (status, log) == (0, [])
+    assert "server.port = 4000" in out
+    assert "auth.secret = (set, not shown)" in out
+    assert "plugin members: role:change, user:join" in out
+    assert SECRET not in "".join(out)
+
+
+async def test_check_refuses_a_plugin_that_does_not_load(tmp_path):
+    status, out, log = await run("--config", write_config(tmp_path, plugins=BROKEN), "check")
+    assert status == 2
+    assert out[-1] == "plugin z_good: good:message"
+    assert log[-1] == "spywatcher: plugin broken: boom at import"
+
+
+async def test_check_refuses_bad_settings(tmp_path):
+    status, out, log = await run("--config", write_config(tmp_path, sever={}), "check")
+    assert (status, out) == (2, [])
+    assert log[0].endswith("sever: unknown table, did you mean server?")
+
+
+# ---- token
+
+
+async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy):
+    config = write_config(tmp_path, auth={"secret": SECRET})
+    guild = str(spy.guild.id)
+    options = ["--discord-id", "42", "--guild", guild, "--ttl", "15m"]
+    status, [token], log = await run("--config", config, "token", *options)
+    assert (status, log) == (0, [])
+    dashboard = await spy.js.connect(spy.url, token=token)
+    assert (await dashboard.call("subscribe:guild", guild))["ok"]
+    claims = jwt.decode(token, SECRET, ["HS256"])
+    assert {key: claims[key] for key in ("discordId", "access", "role", "guilds")} == {
+        "discordId": "42",
+        "access": True,
+        "role": "USER",
+        "guilds": [guild],
+    }
+
+
+def test_token_without_a_secret_is_refused(tmp_path, capsys):
+    config = write_config(tmp_path)
+    assert spywatcher.main(["--config", str(config), "token", "--discord-id", "1"]) == 2
+    assert capsys.readouterr().err.startswith("spywatcher: auth.secret: not set")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("15m", 900), ("12h", 43_200), ("30d", 2_592_000)],
+)
+def test_a_life_time_has_a_unit(text, seconds):
+    assert spywatcher.parse_ttl(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1w", "m", "1.5h"])
+def test_a_life_time_that_is_none_is_refused(capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        spywatcher.main(["token", "--discord-id", "1", f"--ttl={text}"])
+    assert "expected e.g. 90s" in capsys.readouterr().err
+
+
+# ---- demo
+
+
+async def test_the_demo_shows_events_and_a_token_that_works(js):
+    async with running("demo", "--port", "0") as program:
+        url = await program.url()
+        token = (await program.says(r"^(ey\S+)$"))[1]
+        dashboard = await js.connect(url, token=token)
+        [guild] = (await dashboard.call("guilds:list"))["guilds"]
+        assert (await dashboard.call("subscribe:guild", guild["id"]))["ok"]
+        await program.says(r"^(message:new|presence:update) +\{.*\"guildId\"")
+        program.signal(signal.SIGINT)
+        assert await program.exit() == 0
+        assert "Traceback" not in "".join(program.log)

@@ -1,0 +1,193 @@
+"""The whole process: listening, stopping so that dashboards come back, refusing foreign pages."""
+
+import asyncio
+import json
+import signal
+import socket
+
+import pytest
+from program import run, running, serving
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError
+from waiting import eventually
+from watching import SECRET
+
+import spywatcher
+from simulator import PretendDiscord
+
+TOKEN = spywatcher.Tokens(SECRET, ["HS256"]).issue("1", role="ADMIN")
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+GOOD, EVIL = "http://localhost:5173", "https://evil.example"
+
+
+async def request(spy, path="/socket.io/?EIO=4&transport=polling", **options):
+    return await AsyncHTTPClient().fetch(spy.url + path, raise_error=False, **options)
+
+
+# ---- start and stop
+
+
+async def test_it_says_where_it_listens_and_serves_there(tmp_path, discord, guild, js):
+    async with running("--config", serving(tmp_path, discord)) as program:
+        url = await program.url()
+        await discord.wait_for_bot()
+        dashboard = await js.connect(url, token=TOKEN)
+        assert (await dashboard.call("subscribe:guild", str(guild.id)))["ok"]
+        await discord.message(guild, guild.owner, guild.general)
+        assert (await dashboard.next("message:new"))["username"] == "owner"
+
+
+@SIGNALS
+async def test_a_signal_stops_it_and_dashboards_come_back_to_the_next(
+    tmp_path, discord, js, number
+):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = serving(tmp_path, discord, server={"port": port})
+    async with running("--config", config) as first:
+        url = await first.url()
+        dashboards = [
+            await js.connect(url, token=TOKEN, transports=[transport])
+            for transport in ("websocket", "polling")
+        ]
+        first.signal(number)
+        assert await first.exit(timeout=5) == 0
+        assert "Traceback" not in "".join(first.log)
+    assert await dashboards[0].disconnected() == "transport close"
+    end = await dashboards[1].disconnection()
+    assert (end.reason in ("transport close", "transport error"), end.active) == (True, True)
+    async with running("--config", config) as second:
+        await second.url()
+        for dashboard in dashboards:
+            await dashboard.reconnected(timeout=10)
+            assert (await dashboard.call("guilds:list"))["ok"]
+
+
+async def test_a_client_that_does_not_read_cannot_hold_up_a_stop(watching):
+    async with watching(server={"shutdown_grace": 0.5}) as spy:
+        raw = await spy.raw(spy.token(role="ADMIN"))
+        raw.stop_reading()
+        await spy.connect(transports=["polling"])
+        async with asyncio.timeout(2):
+            await spy.server.stop()
+
+
+async def test_a_port_that_is_taken_is_one_line_and_status_2(tmp_path, discord):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = serving(tmp_path, discord, server={"port": port})
+        status, _, log = await run("--config", config, "serve")
+    line = f"spywatcher: server.port: cannot listen on 127.0.0.1:{port}: Address already in use"
+    assert (status, log) == (2, [line])
+
+
+async def test_stopping_leaves_no_task_behind(watching):
+    before = asyncio.all_tasks()
+    async with watching() as spy:
+        await spy.dashboard()
+    await eventually(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_two_servers_share_nothing(watching):
+    async with watching() as first, watching() as second:
+        await first.dashboard()
+        assert first.server.rooms._rooms
+        assert not second.server.rooms._rooms
+
+
+# ---- pages of other origins
+
+
+async def test_a_listed_page_may_poll(spy):
+    answer = await request(spy, headers={"Origin": GOOD})
+    assert answer.code == 200
+    assert answer.headers["Access-Control-Allow-Origin"] == GOOD
+    assert answer.headers["Access-Control-Allow-Credentials"] == "true"
+    assert answer.headers["Vary"] == "Origin"
+
+
+async def test_a_listed_page_may_ask_first(spy):
+    answer = await request(spy, method="OPTIONS", headers={"Origin": GOOD})
+    assert answer.code == 204
+    assert answer.headers["Access-Control-Allow-Methods"] == "GET, POST"
+    assert answer.headers["Access-Control-Allow-Headers"] == "Content-Type"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+async def test_a_foreign_page_may_not(spy, method):
+    body = "40{}" if method == "POST" else None
+    answer = await request(spy, method=method, body=body, headers={"Origin": EVIL})
+    assert answer.code == 403
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert not spy.server.socketio.eio.sockets
+
+
+async def test_a_foreign_page_is_refused_before_the_websocket_opens(spy):
+    """Stock python-engineio answers 101, then stays silent."""
+    with pytest.raises(HTTPClientError) as refused:
+        await spy.raw(headers={"Origin": EVIL})
+    assert refused.value.code == 403
+    assert (await spy.raw(headers={"Origin": GOOD})).hello
+
+
+async def test_the_javascript_client_of_a_foreign_page_is_refused(spy):
+    headers = {"Origin": EVIL}
+    for transport in ("websocket", "polling"):
+        refused = await spy.js.refused(
+            spy.url, token=spy.token(), transports=[transport], extraHeaders=headers
+        )
+        assert refused.message == f"{transport.replace('polling', 'xhr poll')} error"
+
+
+async def test_the_own_host_and_clients_that_are_no_browsers_may(spy):
+    for origin in (f"http://{spy.address}", None):
+        headers = {"Origin": origin} if origin else {}
+        assert (await request(spy, headers=headers)).code == 200
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin", "allowed"),
+    [
+        (["*"], EVIL, True),
+        ([], GOOD, False),
+        (["https://a.example"], "https://a.example", True),
+        (["https://a.example"], "http://a.example", False),
+        (["https://a.example"], "https://a.example.evil.example", False),
+        (["https://*.a.example"], "https://b.a.example", True),
+        (["https://*.a.example"], "https://a.example", False),
+        (["https://*.a.example"], "https://evila.example", False),
+        (["https://a.example"], "null", False),
+        (["null"], "null", True),
+    ],
+)
+def test_origins_are_a_setting(listed, origin, allowed):
+    assert spywatcher.Origins(listed).allow(origin, "127.0.0.1:3001") == allowed
+
+
+# ---- what the web sees
+
+
+@pytest.mark.parametrize("path", ["/", "/index.html", "/socket.io", "/socket.io/x", "/../etc"])
+async def test_what_is_not_served_is_404_without_a_banner(spy, path):
+    answer = await request(spy, path)
+    assert (answer.code, json.loads(answer.body)) == (404, {"message": "Not found"})
+    assert "Server" not in answer.headers
+
+
+async def test_no_answer_names_the_server_software(spy):
+    for path in ("/", "/socket.io/?EIO=4&transport=polling", "/socket.io/?EIO=3"):
+        assert "Server" not in (await request(spy, path)).headers
+
+
+async def test_a_post_beyond_the_limit_is_refused_before_it_is_read(spy):
+    answer = await request(spy, method="POST", body="x" * 20_000)
+    assert answer.code in (400, 413)
+
+
+async def test_servers_on_all_addresses_say_so(tmp_path):
+    async with PretendDiscord() as discord:
+        config = serving(tmp_path, discord, server={"port": 0, "host": "0.0.0.0"})
+        async with running("--config", config) as program:
+            assert (await program.url()).startswith("http://0.0.0.0:")
