@@ -64,7 +64,7 @@ async def test_json_logs_are_json_line_by_line(tmp_path, discord, js):
 
 @pytest.mark.parametrize("level", ["debug", "info"])
 async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, guild, js, level):
-    token = spywatcher.Tokens(SECRET, ["HS256"]).issue("1", role="ADMIN")
+    token = spywatcher.Tokens(spywatcher.Keys((SECRET,)), ["HS256"]).issue("1", role="ADMIN")
     async with running("--config", serving(tmp_path, discord, log={"level": level})) as program:
         url = await program.url()
         await discord.wait_for_bot(timeout=20)

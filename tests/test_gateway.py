@@ -117,7 +117,7 @@ async def test_refused_intents_end_the_process_naming_switches_and_plugins(tmp_p
         status, out, log = await run("--config", serving(tmp_path, discord), "serve")
     assert (status, out) == (2, [])
     assert log[-1] == (
-        "spywatcher: Discord refused the intents: switch on Server Members Intent (for members)"
+        "spywatcher: Discord refused the intents: switch on Server Members Intent (for access, members)"
         " and Presence Intent (for presence) at https://discord.com/developers/applications"
         " -> your application -> Bot -> Privileged Gateway Intents"
     )

@@ -7,14 +7,16 @@ from program import run, write_config
 from watching import ROOT
 
 import spywatcher
-from spywatcher import OperatorError, PluginHost, PluginsSettings
+from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
 
 
 def loaded(case, *, tables=None, disabled=()):
     """A host that has loaded the plugins of one folder."""
-    host = PluginHost(PluginsSettings(folders=(case,), disabled=disabled), tables or {}, FOLDER)
+    host = PluginHost(
+        PluginsSettings(folders=(case,), disabled=disabled), tables or {}, FOLDER, Metrics()
+    )
     host.load()
     return host
 
@@ -39,7 +41,9 @@ def test_a_disabled_plugin_is_not_loaded():
 
 
 def test_of_two_plugins_of_one_name_the_first_folder_wins():
-    host = PluginHost(PluginsSettings(folders=("order", "json_named", "order")), {}, FOLDER)
+    host = PluginHost(
+        PluginsSettings(folders=("order", "json_named", "order")), {}, FOLDER, Metrics()
+    )
     host.load()
     assert list(host.plugins) == ["alpha", "beta", "folder", "json"]
 
@@ -72,7 +76,7 @@ def test_loading_changes_no_path():
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        pytest.param(case, reason, marks=pytest.mark.logs(rf"plugin broken not loaded: {reason}"))
+        pytest.param(case, reason, marks=pytest.mark.logs(rf"plugin broken: not loaded: {reason}"))
         for case, reason in {
             "raises_at_import": "boom at import",
             "exits_at_import": "0",

@@ -14,7 +14,7 @@ from watching import SECRET
 import spywatcher
 from simulator import PretendDiscord
 
-TOKEN = spywatcher.Tokens(SECRET, ["HS256"]).issue("1", role="ADMIN")
+TOKEN = spywatcher.Tokens(spywatcher.Keys((SECRET,)), ["HS256"]).issue("1", role="ADMIN")
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 GOOD, EVIL = "http://localhost:5173", "https://evil.example"
 
