@@ -64,7 +64,7 @@ def test_a_plugin_may_be_called_as_a_module_of_the_standard_library():
 def test_a_plugin_may_use_dataclasses_and_postponed_annotations():
     module = loaded("dataclass_named").plugins["modern"].module
     assert module.FIELDS == ["count"]
-    assert module.HINTS == {"counter": module.Later}
+    assert {"counter": module.Later} == module.HINTS
 
 
 def test_loading_changes_no_path():
