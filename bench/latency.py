@@ -31,7 +31,7 @@ WARM_UP = 50
 async def measure(spy: Watch, rate: float, events: int) -> list[float]:
     """Milliseconds of each event, in the order of sending."""
     dashboard = await spy.dashboard(transports=["websocket"])
-    sent = []
+    sent: list[float] = []
     for number in range(WARM_UP + events):
         due = time.monotonic() if number == 0 else sent[0] + number / rate
         await asyncio.sleep(max(0.0, due - time.monotonic()))

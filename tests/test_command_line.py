@@ -1,11 +1,12 @@
 """The commands, as an operator types them."""
 
 import json
+import logging
 import signal
 
 import jwt
 import pytest
-from program import run, running, serving, write_config
+from program import running, serving, write_config
 from watching import ROOT, SECRET
 
 import spywatcher
@@ -13,19 +14,37 @@ import spywatcher
 BROKEN = {"folders": [str(ROOT / "tests" / "plugins" / "raises_at_import")]}
 
 
+@pytest.fixture
+def command(capsys):
+    """Runs a command in this process: exit status and the lines of stdout and stderr."""
+
+    def run(*arguments):
+        status = spywatcher.main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err.splitlines()
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield run
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in ("hikari", "hikari.gateway"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
 # ---- serve
 
 
-@pytest.mark.parametrize("command", [[], ["serve"]])
-async def test_without_secrets_serve_names_both_and_points_to_the_demo(tmp_path, command):
-    status, out, log = await run("--config", write_config(tmp_path), *command)
+@pytest.mark.parametrize("serve", [[], ["serve"]])
+def test_without_secrets_serve_names_both_and_points_to_the_demo(tmp_path, serve, command):
+    status, out, log = command("--config", write_config(tmp_path), *serve)
     assert (status, out, len(log)) == (2, [], 1)
     assert all(word in log[0] for word in ("auth.secret", "discord.token", "demo"))
 
 
-async def test_faults_in_the_settings_are_one_line_each(tmp_path):
+def test_faults_in_the_settings_are_one_line_each(tmp_path, command):
     config = write_config(tmp_path, server={"port": "http", "hots": "x"})
-    status, _, log = await run("--config", config)
+    status, _, log = command("--config", config)
     assert (status, log) == (
         2,
         [
@@ -81,9 +100,9 @@ async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, g
 # ---- check
 
 
-async def test_check_prints_settings_and_plugins(tmp_path):
+def test_check_prints_settings_and_plugins(tmp_path, command):
     config = write_config(tmp_path, auth={"secret": SECRET}, server={"port": 4000})
-    status, out, log = await run("--config", config, "check")
+    status, out, log = command("--config", config, "check")
     assert (status, log) == (0, [])
     assert "server.port = 4000" in out
     assert "auth.secret = (set, not shown)" in out
@@ -91,15 +110,16 @@ async def test_check_prints_settings_and_plugins(tmp_path):
     assert SECRET not in "".join(out)
 
 
-async def test_check_refuses_a_plugin_that_does_not_load(tmp_path):
-    status, out, log = await run("--config", write_config(tmp_path, plugins=BROKEN), "check")
+@pytest.mark.logs("plugin broken: not loaded: boom at import")
+def test_check_refuses_a_plugin_that_does_not_load(tmp_path, command):
+    status, out, log = command("--config", write_config(tmp_path, plugins=BROKEN), "check")
     assert status == 2
     assert out[-1] == "plugin z_good: good:message"
     assert log[-1] == "spywatcher: plugin broken: boom at import"
 
 
-async def test_check_refuses_bad_settings(tmp_path):
-    status, out, log = await run("--config", write_config(tmp_path, sever={}), "check")
+def test_check_refuses_bad_settings(tmp_path, command):
+    status, out, log = command("--config", write_config(tmp_path, sever={}), "check")
     assert (status, out) == (2, [])
     assert log[0].endswith("sever: unknown table, did you mean server?")
 
@@ -107,11 +127,11 @@ async def test_check_refuses_bad_settings(tmp_path):
 # ---- token
 
 
-async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy):
+async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy, command):
     config = write_config(tmp_path, auth={"secret": SECRET})
     guild = str(spy.guild.id)
     options = ["--discord-id", "42", "--guild", guild, "--ttl", "15m"]
-    status, [token], log = await run("--config", config, "token", *options)
+    status, [token], log = command("--config", config, "token", *options)
     assert (status, log) == (0, [])
     dashboard = await spy.js.connect(spy.url, token=token)
     assert (await dashboard.call("subscribe:guild", guild))["ok"]
