@@ -14,9 +14,11 @@ test that made them.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import re
+import ssl
 import sys
 import traceback
 from collections.abc import AsyncIterator, Iterator
@@ -45,6 +47,8 @@ class Hasty(ModuleType):
 
 
 hikari.impl.shard.asyncio = Hasty("asyncio")
+# Each bot reads the host's certificates, which takes longer than most tests, for TLS that none uses.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 
 @pytest.fixture(scope="session")
