@@ -3360,7 +3360,7 @@ class Server:
 
 
 #: Seconds between two looks at the status line that `systemctl status` shows.
-STATUS_INTERVAL: Final = 5.0
+STATUS_INTERVAL: Final = 1.0
 
 
 class Systemd:
@@ -3377,10 +3377,13 @@ class Systemd:
         """Takes its variables out of `environ`, so that no child of ours answers to them."""
         self._address = environ.pop("NOTIFY_SOCKET", "")
         ours = environ.pop("LISTEN_PID", "") == str(os.getpid())
-        count = int(environ.pop("LISTEN_FDS", "0")) if ours else 0
+        descriptors = int(environ.pop("LISTEN_FDS", "0"))
+        environ.pop("LISTEN_FDNAMES", None)
+        count = descriptors if ours else 0
         self._inherited = range(self.FIRST_SOCKET, self.FIRST_SOCKET + count)
         watched = environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        timeout = int(environ.pop("WATCHDOG_USEC", "0")) / 1e6 if watched else 0
+        microseconds = int(environ.pop("WATCHDOG_USEC", "0"))
+        timeout = microseconds / 1e6 if watched else 0
         #: Seconds between two signs of life; half of what systemd waits. None: it does not watch.
         self.interval = timeout / 2 or None
 
