@@ -201,7 +201,7 @@ class ServerSettings(Section, frozen=True):
     ] = 1_048_576
     shutdown_grace: Annotated[Seconds, Meta(description="Seconds that a stop may take.")] = 5.0
     metrics_from: Annotated[
-        tuple[str, ...],
+        tuple[Network, ...],
         Meta(description="Addresses or networks besides this host that may read /metrics."),
     ] = ()
 
@@ -3325,9 +3325,7 @@ class Server:
     async def _stop_sources(self) -> None:
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError, UpstreamError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
         await self.plugins.stop()
 
     async def _close_sessions(self, within: float) -> None:
@@ -3622,6 +3620,7 @@ async def run_demo(settings: Settings, port: int | None) -> None:
         finally:
             playing.cancel()
             watching.cancel()
+            await asyncio.wait([playing, watching])
 
 
 async def print_events(server: Server, token: str) -> None:
@@ -3636,7 +3635,10 @@ async def print_events(server: Server, token: str) -> None:
     for guild in guilds:
         for kind in sorted(server.plugins.kinds):
             await client.emit(f"subscribe:{kind}", guild["id"])
-    await client.wait()
+    try:
+        await client.wait()
+    finally:
+        await client.shutdown()
 
 
 DEMO_TEXT: Final = """

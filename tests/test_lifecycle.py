@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import tornado.websocket
-from jsclient import QUICK, JavaScript
+from jsclient import JavaScript
 from service import (
     SECRET,
     Service,
@@ -27,7 +27,7 @@ from service import (
 from waiting import eventually
 
 from simulator import Guild, PretendDiscord
-from spywatcher import GOING_AWAY, SLICE, Keys, Server, Tokens
+from spywatcher import GOING_AWAY, SLICE, Gateway, Keys, Server, Tokens
 
 GRACE = 5.0
 
@@ -335,14 +335,12 @@ async def test_a_stopped_service_refuses_new_connections(discord: PretendDiscord
         await fetch(port, "/health/live")
 
 
-async def test_the_quick_client_is_back_after_a_restart_on_the_same_port(
-    discord: PretendDiscord, js: JavaScript, tmp_path: Path
+@pytest.mark.logs("plugin counts: teardown")
+async def test_plugins_are_torn_down_even_if_the_gateway_died_of_a_bug(
+    discord: PretendDiscord, guild: Guild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_settings(tmp_path, tables_for(discord))
-    async with running(tmp_path) as service:
-        port = service.port
-        client = await js.connect(service.url, token=viewer_token(), **QUICK)
-    await client.disconnected()
-    write_settings(tmp_path, tables_for(discord, server={"port": port}))
-    async with running(tmp_path):
-        await client.reconnected()
+    (tmp_path / "counts.py").write_text("async def teardown(spy):\n    raise KeyError\n")
+    monkeypatch.setattr(Gateway, "_turning", None)
+    with pytest.raises(TypeError):
+        async with server_for(discord, plugins={"folders": [str(tmp_path)]}) as server:
+            await server.wait_closed()
