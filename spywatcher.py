@@ -501,9 +501,8 @@ class Metrics:
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
         self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
+        self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
-        self.storage_batches = count("storage_batches", "Writes to storage.", "outcome")
-        self.storage_seconds = count("storage_seconds", "Time spent writing to storage.")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="spywatcher", registry=self.registry)
@@ -1856,7 +1855,12 @@ class Spy:
     """What a plugin is handed: its settings, its log, the bot, and the way to the dashboards."""
 
     def __init__(
-        self, name: str, settings: Any, bot: hikari.GatewayBot, emit: Callable[..., None]
+        self,
+        name: str,
+        settings: Any,
+        bot: hikari.GatewayBot,
+        emit: Callable[..., None],
+        count: Callable[[str, float], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -1867,6 +1871,11 @@ class Spy:
         #: What keeps this plugin from its work, for the operator to read in /health/ready; or None.
         self.problem: str | None = None
         self._emit = emit
+        self._count = count
+
+    def count(self, what: str, amount: float = 1) -> None:
+        """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
+        self._count(what, amount)
 
     def emit(
         self,
@@ -2046,7 +2055,10 @@ class PluginHost:
             self._claim(plugin, event)
             self._emit(event, guild_id, finish_payload(payload, guild_id), room)
 
-        spy = Spy(plugin.name, plugin.settings, self._bot, emit)
+        def count(what: str, amount: float) -> None:
+            self._metrics.plugin_counts.labels(plugin.name, what).inc(amount)
+
+        spy = Spy(plugin.name, plugin.settings, self._bot, emit, count)
         try:
             await self._run_hook(plugin, "setup", spy)
         except Exception as error:  # as in load
