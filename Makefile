@@ -51,9 +51,25 @@ bundle: .venv/.bundle
 	    $$($(BIN)/python -c 'import platform as p; print(*(f"--platform manylinux{g}_{p.machine()}" for g in ("2014", "_2_17", "_2_28")))') \
 	    "$$(echo build/bundle/spywatcher-*.whl)[crypto]"; \
 	  mkdir -p build/bundle/all; cp -R build/bundle/$$version/. build/bundle/all; done
+	@# Both name folders of the machine that builds.
+	rm -rf build/bundle/all/bin build/bundle/all/*.dist-info/direct_url.json
 	$(BIN)/shiv --site-packages build/bundle/all --console-script spywatcher \
 	  --python '/usr/bin/env python3' --reproducible --output-file dist/spywatcher.pyz
 	@ls -l dist/spywatcher.pyz
+
+# Debian's systemd, nginx-light, caddy and prometheus bring the programs.
+check-units: .venv/.run
+	systemd-analyze verify systemd/spywatcher.service systemd/spywatcher.socket
+	mkdir -p build && systemd-analyze security --offline=true --threshold=20 \
+	  systemd/spywatcher.service >build/exposure.txt && tail -n 1 build/exposure.txt
+	promtool check rules docs/alerts.yml
+	$(BIN)/python -c 'import sys, spywatcher; sys.stdout.buffer.write(spywatcher.Metrics().text())' \
+	  | promtool check metrics
+	caddy validate --adapter caddyfile --config docs/Caddyfile
+	mkdir -p build/nginx && sed -e '/ssl_certificate/d' -e 's/ ssl;/;/' docs/nginx.conf >build/nginx/site.conf
+	printf 'pid %s; events {} http { access_log off; include %s; }' \
+	  "$(CURDIR)/build/nginx/pid" "$(CURDIR)/build/nginx/site.conf" >build/nginx/nginx.conf
+	nginx -t -e stderr -c "$(CURDIR)/build/nginx/nginx.conf"
 
 clean:
 	rm -rf .venv build dist *.egg-info tests/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -201,7 +201,7 @@ class ServerSettings(Section, frozen=True):
     ] = 1_048_576
     shutdown_grace: Annotated[Seconds, Meta(description="Seconds that a stop may take.")] = 5.0
     metrics_from: Annotated[
-        tuple[str, ...],
+        tuple[Network, ...],
         Meta(description="Addresses or networks besides this host that may read /metrics."),
     ] = ()
 
@@ -501,9 +501,8 @@ class Metrics:
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
         self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
+        self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
-        self.storage_batches = count("storage_batches", "Writes to storage.", "outcome")
-        self.storage_seconds = count("storage_seconds", "Time spent writing to storage.")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="spywatcher", registry=self.registry)
@@ -1856,7 +1855,12 @@ class Spy:
     """What a plugin is handed: its settings, its log, the bot, and the way to the dashboards."""
 
     def __init__(
-        self, name: str, settings: Any, bot: hikari.GatewayBot, emit: Callable[..., None]
+        self,
+        name: str,
+        settings: Any,
+        bot: hikari.GatewayBot,
+        emit: Callable[..., None],
+        count: Callable[[str, float], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -1867,6 +1871,11 @@ class Spy:
         #: What keeps this plugin from its work, for the operator to read in /health/ready; or None.
         self.problem: str | None = None
         self._emit = emit
+        self._count = count
+
+    def count(self, what: str, amount: float = 1) -> None:
+        """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
+        self._count(what, amount)
 
     def emit(
         self,
@@ -2047,7 +2056,10 @@ class PluginHost:
             self._claim(plugin, event)
             self._emit(event, guild_id, finish_payload(payload, guild_id), room)
 
-        spy = Spy(plugin.name, plugin.settings, self._bot, emit)
+        def count(what: str, amount: float) -> None:
+            self._metrics.plugin_counts.labels(plugin.name, what).inc(amount)
+
+        spy = Spy(plugin.name, plugin.settings, self._bot, emit, count)
         try:
             await self._run_hook(plugin, "setup", spy)
         except Exception as error:  # as in load
@@ -3326,9 +3338,7 @@ class Server:
     async def _stop_sources(self) -> None:
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError, UpstreamError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
         await self.plugins.stop()
 
     async def _close_sessions(self, within: float) -> None:
@@ -3361,7 +3371,7 @@ class Server:
 
 
 #: Seconds between two looks at the status line that `systemctl status` shows.
-STATUS_INTERVAL: Final = 5.0
+STATUS_INTERVAL: Final = 1.0
 
 
 class Systemd:
@@ -3378,10 +3388,13 @@ class Systemd:
         """Takes its variables out of `environ`, so that no child of ours answers to them."""
         self._address = environ.pop("NOTIFY_SOCKET", "")
         ours = environ.pop("LISTEN_PID", "") == str(os.getpid())
-        count = int(environ.pop("LISTEN_FDS", "0")) if ours else 0
+        descriptors = int(environ.pop("LISTEN_FDS", "0"))
+        environ.pop("LISTEN_FDNAMES", None)
+        count = descriptors if ours else 0
         self._inherited = range(self.FIRST_SOCKET, self.FIRST_SOCKET + count)
         watched = environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        timeout = int(environ.pop("WATCHDOG_USEC", "0")) / 1e6 if watched else 0
+        microseconds = int(environ.pop("WATCHDOG_USEC", "0"))
+        timeout = microseconds / 1e6 if watched else 0
         #: Seconds between two signs of life; half of what systemd waits. None: it does not watch.
         self.interval = timeout / 2 or None
 
@@ -3620,6 +3633,7 @@ async def run_demo(settings: Settings, port: int | None) -> None:
         finally:
             playing.cancel()
             watching.cancel()
+            await asyncio.wait([playing, watching])
 
 
 async def print_events(server: Server, token: str) -> None:
@@ -3634,7 +3648,10 @@ async def print_events(server: Server, token: str) -> None:
     for guild in guilds:
         for kind in sorted(server.plugins.kinds):
             await client.emit(f"subscribe:{kind}", guild["id"])
-    await client.wait()
+    try:
+        await client.wait()
+    finally:
+        await client.shutdown()
 
 
 DEMO_TEXT: Final = """

@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import hikari
 import pytest
 import tornado.websocket
-from jsclient import QUICK, JavaScript
+from jsclient import JavaScript
 from service import (
     SECRET,
     Service,
@@ -209,26 +210,23 @@ async def test_a_reload_changes_origins_keys_and_log_and_disconnects_nobody(
         assert not client.events("disconnect")
 
 
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("[server\n", "not TOML"),
-        ("[server]\nport = 'high'\n", "server.port"),
-        (
-            f"[auth]\nsecret = '{SECRET}'\n[plugin.presence]\nalert_cooldown = 'long'\n",
-            "plugin.presence.alert_cooldown",
-        ),
-        ("[auth]\nsecret = 'short'\n", "auth.secret"),
-        ("[auth]\nsecret = ''\n", "auth.secret: not set"),
-    ],
-)
+FAULTS = {
+    "[server\n": "not TOML",
+    "[server]\nport = 'high'\n": "server.port",
+    f"[auth]\nsecret = '{SECRET}'\n[plugin.presence]\nalert_cooldown = 'long'\n": "plugin.presence.alert",
+    "[auth]\nsecret = 'short'\n": "auth.secret: got 5 bytes",
+    "[auth]\nsecret = ''\n": "auth.secret: not set",
+}
+
+
 async def test_a_bad_file_changes_nothing(
-    discord: PretendDiscord, js: JavaScript, tmp_path: Path, text: str, fault: str
+    discord: PretendDiscord, js: JavaScript, tmp_path: Path
 ) -> None:
     write_settings(tmp_path, tables_for(discord))
     async with running(tmp_path) as service:
-        (tmp_path / "config.toml").write_text("[log]\nformat = 'json'\n" + text)
-        await hang_up(service, rf"ERROR.*nothing has changed: .*{re.escape(fault)}")
+        for text, fault in FAULTS.items():
+            (tmp_path / "config.toml").write_text("[log]\nformat = 'json'\n" + text)
+            await hang_up(service, rf"ERROR.*nothing has changed: .*{re.escape(fault)}")
         await js.connect(service.url, token=viewer_token())
         assert '"message"' not in service.output
 
@@ -338,14 +336,15 @@ async def test_a_stopped_service_refuses_new_connections(discord: PretendDiscord
         await fetch(port, "/health/live")
 
 
-async def test_the_quick_client_is_back_after_a_restart_on_the_same_port(
-    discord: PretendDiscord, js: JavaScript, tmp_path: Path
+@pytest.mark.logs("plugin counts: teardown")
+async def test_plugins_are_torn_down_even_if_the_gateway_died_of_a_bug(
+    discord: PretendDiscord, guild: Guild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_settings(tmp_path, tables_for(discord))
-    async with running(tmp_path) as service:
-        port = service.port
-        client = await js.connect(service.url, token=viewer_token(), **QUICK)
-    await client.disconnected()
-    write_settings(tmp_path, tables_for(discord, server={"port": port}))
-    async with running(tmp_path):
-        await client.reconnected()
+    async def start(self: hikari.GatewayBot, **options: object) -> None:
+        raise ZeroDivisionError
+
+    (tmp_path / "counts.py").write_text("async def teardown(spy):\n    raise KeyError\n")
+    monkeypatch.setattr(hikari.GatewayBot, "start", start)
+    with pytest.raises(ZeroDivisionError):
+        async with server_for(discord, plugins={"folders": [str(tmp_path)]}) as server:
+            await server.wait_closed()

@@ -145,6 +145,14 @@ async def test_each_turn_of_the_link_to_discord_is_counted(
     assert figure(server, "gateway_changes_total", change="lost") == 1
 
 
+async def test_a_plugin_may_count_what_it_likes(discord: PretendDiscord, tmp_path: Path) -> None:
+    (tmp_path / "owl.py").write_text(
+        "async def setup(spy):\n    spy.count('hoots')\n    spy.count('hoots', 2)\n"
+    )
+    async with server_for(discord, plugins={"folders": [str(tmp_path)]}) as server:
+        assert figure(server, "plugin_counts_total", plugin="owl", what="hoots") == 3
+
+
 # ---- how it is named
 
 

@@ -1,0 +1,190 @@
+"""The three ways onto a host, each from a folder that holds nothing else.
+
+Building the bundle asks the package registry for wheels, as setting up .venv does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from service import ROOT, running, tables_for, write_settings
+
+from simulator import PretendDiscord
+from spywatcher import __version__
+
+HELLO = '"""Mine."""\nimport hikari\nfrom spywatcher import on\n\n@on(hikari.GuildTypingEvent, emit="hello")\ndef hello(event):\n    return {}\n'
+SHIPPED = ("members", "messages", "presence")
+
+
+@pytest.fixture
+async def discord() -> AsyncIterator[PretendDiscord]:
+    async with PretendDiscord() as discord:
+        yield discord
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fresh clone holds, so that nothing that is built here stays behind."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("spywatcher.py", "simulator.py", "plugins", "setup.cfg", "pyproject.toml"):
+        take = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        take(ROOT / name, folder / name)
+    for name in ("README.md", "LICENSE", "Makefile"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(copy: Path) -> Path:
+    """dist/spywatcher.pyz, for this Python alone: one is built like several."""
+    (copy / ".venv").symlink_to(Path(sys.prefix))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    command = ["make", "bundle", f"BUNDLE_PYTHONS={version}", "--assume-old=.venv/.bundle"]
+    made = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return copy / "dist" / "spywatcher.pyz"
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the bundle unpacks itself the first time, for all tests."""
+    return tmp_path_factory.mktemp("unpacked")
+
+
+async def output(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
+    """Run to the end in `folder`, with no module of this repository in reach."""
+    process = await asyncio.create_subprocess_exec(
+        *map(str, command),
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    text = (await process.communicate())[0].decode()
+    assert process.returncode == 0, text
+    return text
+
+
+def plugins_in(text: str) -> set[str]:
+    return {line.split()[1].rstrip(":") for line in text.splitlines() if line.startswith("plugin ")}
+
+
+# ---- one file
+
+
+async def test_the_bundle_runs_without_any_package_and_starts_quickly_the_second_time(
+    bundle: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    # -I and -S: neither this environment's packages nor the user's.
+    command = [sys.executable, "-I", "-S", bundle, "--version"]
+    await output(command, tmp_path, SHIV_ROOT=str(unpacked))
+    took = []
+    for _ in range(3):  # the machine has other things to do; what counts is what it can do
+        started = time.monotonic()
+        text = await output(command, tmp_path, SHIV_ROOT=str(unpacked))
+        took.append(time.monotonic() - started)
+    assert text == f"SpyWatcher {__version__}\n"
+    assert min(took) < 3
+
+
+async def test_the_bundle_brings_its_plugins(bundle: Path, unpacked: Path, tmp_path: Path) -> None:
+    text = await output([sys.executable, bundle, "check"], tmp_path, SHIV_ROOT=str(unpacked))
+    assert set(SHIPPED) <= plugins_in(text)
+
+
+async def test_settings_and_plugins_of_the_working_directory_apply_to_the_bundle(
+    bundle: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text("[server]\nport = 4711\n")
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "hello.py").write_text(HELLO)
+    text = await output([sys.executable, bundle, "check"], tmp_path, SHIV_ROOT=str(unpacked))
+    assert "server.port = 4711" in text
+    assert {*SHIPPED, "hello"} <= plugins_in(text)
+
+
+async def test_a_plugin_of_ones_own_stands_in_for_the_shipped_one_of_its_name(
+    bundle: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "messages.py").write_text(HELLO)
+    text = await output([sys.executable, bundle, "check"], tmp_path, SHIV_ROOT=str(unpacked))
+    assert "plugin messages: hello\n" in text
+
+
+async def test_the_bundle_serves(
+    bundle: Path, unpacked: Path, tmp_path: Path, discord: PretendDiscord
+) -> None:
+    write_settings(tmp_path, tables_for(discord))
+    command = ["/usr/bin/env", f"SHIV_ROOT={unpacked}", sys.executable, str(bundle)]
+    async with running(tmp_path, command=command) as service:
+        await discord.wait_for_bot()
+        assert (await service.get("/health/ready")).code == 200
+
+
+def test_no_path_of_the_machine_that_built_it_is_in_the_bundle(bundle: Path) -> None:
+    needle = str(bundle.parent.parent).encode()
+    with zipfile.ZipFile(bundle) as archive:
+        assert [name for name in archive.namelist() if needle in archive.read(name)] == []
+
+
+# ---- files copied, packages installed
+
+
+async def test_three_things_copied_are_enough(tmp_path: Path) -> None:
+    for name in ("spywatcher.py", "config.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "plugins", tmp_path / "plugins")
+    text = await output([sys.executable, "spywatcher.py", "check"], tmp_path)
+    assert set(SHIPPED) <= plugins_in(text)
+
+
+async def test_a_plain_copy_serves_from_any_folder(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(ROOT / "spywatcher.py", tmp_path / "app")
+    shutil.copytree(ROOT / "plugins", tmp_path / "app" / "plugins")
+    command = [sys.executable, "../app/spywatcher.py", "check"]
+    assert set(SHIPPED) <= plugins_in(await output(command, tmp_path / "elsewhere"))
+
+
+async def test_a_folder_of_plugins_that_is_not_there_is_named(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "spywatcher.py", tmp_path)
+    with pytest.raises(AssertionError, match=r"plugins\.folders: .*plugins is no folder"):
+        await output([sys.executable, "spywatcher.py", "check"], tmp_path)
+
+
+# ---- installed
+
+
+@pytest.fixture(scope="session")
+def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install .` makes of this repository; the dependencies are those of this environment."""
+    [wheel] = (bundle.parent.parent / "build" / "bundle").glob("spywatcher-*.whl")
+    target = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+async def test_an_installed_server_has_a_command_and_its_plugins(
+    installed: Path, tmp_path: Path
+) -> None:
+    command = [installed / "bin" / "spywatcher", "check"]
+    text = await output(command, tmp_path, PYTHONPATH=str(installed))
+    assert set(SHIPPED) <= plugins_in(text)
+
+
+async def test_an_installed_server_says_its_version(installed: Path, tmp_path: Path) -> None:
+    command = [installed / "bin" / "spywatcher", "--version"]
+    text = await output(command, tmp_path, PYTHONPATH=str(installed))
+    assert text == f"SpyWatcher {__version__}\n"
