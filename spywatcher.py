@@ -1134,6 +1134,8 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         self.handler: WebSocketHandler | None = None
         self._stream: IOStream | None = None
         self._socket: socket.socket | None = None  # None under TLS: only its stream may write
+        self._alone = True  # nobody but `write` writes to the stream
+        self._direct = False  # and nothing waits in it
         self._poller: WebSocketHandler | None = None  # the latest poll
         self._polling = False  # it has no answer yet
         self._prober: WebSocketHandler | None = None
@@ -1156,26 +1158,32 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
 
         Returns whether the client has been keeping up: nothing of it waits in this process.
         """
-        if self._lost:
+        if self._lost or not data:
             return True
-        stream, rest = self._stream, memoryview(data)
+        stream, sent = self._stream, 0
         if stream is None:
             self._enqueue(frames, len(data))
             return True
         try:
-            if self._socket is not None and not stream.writing():
-                # The price of IOStream.write is three times that of the system call below.
-                sent = self._socket.send(data)
+            if self._direct or (self._socket is not None and not stream.writing()):
+                # IOStream.write costs three times as much as this system call; asking the
+                # stream whether it is writing, a fifth, so that is only done when it may be.
+                sent = self._socket.send(data)  # type: ignore[union-attr]  # `_direct`: there is one
                 if sent == len(data):
+                    self._direct = self._alone
                     return True
-                rest = rest[sent:]
         except BlockingIOError:
             pass
         except OSError:
             self._lose()
             return True
-        self._write_later(stream, rest)
+        self._direct = False
+        self._write_later(stream, memoryview(data)[sent:])
         return False
+
+    def share_stream(self) -> None:
+        """Tornado writes to the stream as well: it has been asked for a pong."""
+        self._alone = self._direct = False
 
     def _write_later(self, stream: IOStream, data: memoryview) -> None:
         limit = self.server.max_queue_bytes
@@ -1601,35 +1609,36 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
     ways: dict[tuple[Room, Hidden], int] = {}
     for out in batch:
         ways.setdefault((out.room, out.hidden), 1 << len(ways))
-    heard = listeners(ways)
-    views: dict[tuple[int, int], tuple[list[Frame], bytes]] = {}
-    written = behind = 0
-    for session, bits in heard.items():
-        view = bits, had.get(session, 0)
-        if view not in views:
-            frames = [
-                out.frame
-                for out in batch
-                if ways[out.room, out.hidden] & bits and out.number > view[1]
-            ]
-            views[view] = frames, b"".join(frame.bytes for frame in frames)
-        frames, data = views[view]
-        written += len(frames)
-        if frames and not session.write(frames, data):
-            behind += 1
-    return written, behind * 2 <= len(heard)
+    written = keeping_up = behind = 0
+    for (bits, number), audience in audiences(ways, had).items():
+        due = [out for out in batch if ways[out.room, out.hidden] & bits and out.number > number]
+        frames = [out.frame for out in due]
+        data = b"".join([frame.bytes for frame in frames])
+        written += len(frames) * len(audience)
+        for session in audience:
+            if session.write(frames, data):
+                keeping_up += 1
+            else:
+                behind += 1
+    return written, behind <= keeping_up
 
 
-def listeners(ways: Mapping[tuple[Room, Hidden], int]) -> dict[Session, int]:
-    """Whoever gets anything on one of these ways, with the bits of all on which it does."""
-    heard: dict[Session, int] = {}
+def audiences(
+    ways: Mapping[tuple[Room, Hidden], int], had: Mapping[Session, int]
+) -> Mapping[tuple[int, int], Collection[Session]]:
+    """Who gets the same: the bits of the ways that reach them, and up to which number they `had`."""
+    (room, hidden), bit = next(iter(ways.items()))
+    if len(ways) == 1 and not hidden and not had:
+        return {(bit, 0): room.members.values()}
+    reached: dict[Session, int] = {}
     for (room, hidden), bit in ways.items():
-        if not hidden and len(ways) == 1:
-            return dict.fromkeys(room.members.values(), bit)
         for sid, session in room.members.items():
             if sid not in hidden:
-                heard[session] = heard.get(session, 0) | bit
-    return heard
+                reached[session] = reached.get(session, 0) | bit
+    groups: dict[tuple[int, int], list[Session]] = {}
+    for session, bits in reached.items():
+        groups.setdefault((bits, had.get(session, 0)), []).append(session)
+    return groups
 
 
 class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has no types
@@ -2641,6 +2650,10 @@ class SocketHandler(WebSocketHandler):
             session.feed_probe(self, message)
             if session.handler is self:
                 self._door.limits.lobby.leave(self)
+
+    def on_ping(self, data: bytes) -> None:
+        if self._session is not None:
+            self._session.share_stream()
 
     def on_close(self) -> None:
         self._door.limits.lobby.leave(self)
