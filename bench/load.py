@@ -49,7 +49,7 @@ STEPS = [(REQUEST, b'0{"sid"'), (CONNECT, b"40{"), (SUBSCRIBE, b'430[{"ok":true'
 FRAME_BYTES = len(bare_server.event_frame(0))
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """A client got other bytes than it should have, none in time, or lost its connection."""
 
 
@@ -109,7 +109,7 @@ class Load:
             return False
         data = client.socket.recv(READ_BYTES)
         if not data:
-            raise Broken(f"refused in step {client.step}: {client.buffer!r}")
+            raise BrokenError(f"refused in step {client.step}: {client.buffer!r}")
         client.buffer += data
         if steps[client.step][1] not in client.buffer:
             return False
@@ -142,7 +142,7 @@ class Load:
         missing = sum(client.position < goal for client in self.clients.values())
         while missing:
             if time.monotonic() > deadline:
-                raise Broken(f"{missing} clients wait for event {upto - 1}")
+                raise BrokenError(f"{missing} clients wait for event {upto - 1}")
             for client in self._ready(1.0):
                 before = client.position
                 self._read(client)
@@ -152,9 +152,9 @@ class Load:
     def _read(self, client: Client) -> None:
         data = client.socket.recv(READ_BYTES)
         if not data:
-            raise Broken(f"closed after {client.position // FRAME_BYTES} events")
+            raise BrokenError(f"closed after {client.position // FRAME_BYTES} events")
         if not self._expected.startswith(data, client.position):
-            raise Broken(f"other bytes than expected after {client.position}: {data[:300]!r}")
+            raise BrokenError(f"other bytes than expected after {client.position}: {data[:300]!r}")
         client.position += len(data)
 
     def _ready(self, timeout: float) -> Iterator[Client]:

@@ -1,13 +1,14 @@
 """The servers that are compared, each in a process of its own: see servers/.
 
-    with started(["spywatcher", "node"]) as peers:
-        peers[0].send("emit", 1)
+with started(["spywatcher", "node"]) as peers:
+    peers[0].send("emit", 1)
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,11 @@ class Peer:
         """CPU seconds so far, resident bytes, open sockets."""
         self.send("usage")
         return self.answer()
+
+    def resident(self) -> int:
+        """Resident bytes, without a word to the server."""
+        statm = Path(f"/proc/{self.process.pid}/statm").read_text()
+        return int(statm.split()[1]) * resource.getpagesize()
 
     def stop(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):

@@ -17,11 +17,7 @@ MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 
 def frame(payload: bytes) -> bytes:
     size = len(payload)
-    return (
-        b"\x81"
-        + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big"))
-        + payload
-    )
+    return b"\x81" + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")) + payload
 
 
 def event_frame(number: int) -> bytes:
