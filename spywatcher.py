@@ -50,6 +50,7 @@ import unicodedata
 from base64 import b64encode
 from collections.abc import (
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
