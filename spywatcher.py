@@ -1449,10 +1449,16 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
             session.cut("malformed packet")
 
     async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
-        """Stock python-socketio keeps for ever who went while the connect handler was at work."""
-        await super()._handle_connect(eio_sid, namespace, data)
-        if eio_sid not in self.eio.sockets:
-            await self._handle_eio_disconnect(eio_sid, self.reason.TRANSPORT_CLOSE)
+        """Stock python-socketio keeps for ever whose connect handler failed or outlived it."""
+        namespace = namespace or NAMESPACE
+        try:
+            await super()._handle_connect(eio_sid, namespace, data)
+        finally:
+            sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
+            if self.manager.is_pre_connected(sid, namespace):
+                await self.manager.disconnect(sid, namespace, ignore_queue=True)
+            elif eio_sid not in self.eio.sockets:
+                await self._handle_eio_disconnect(eio_sid, self.reason.TRANSPORT_CLOSE)
 
     async def _handle_event(self, eio_sid: str, namespace: str, ack: int, data: Any) -> None:
         """Stock python-socketio would let a client call handlers with arguments of its choice."""
