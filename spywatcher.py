@@ -30,6 +30,7 @@ import collections
 import contextlib
 import difflib
 import functools
+import gc
 import heapq
 import importlib.util
 import inspect
@@ -2540,6 +2541,10 @@ def parse_address(text: str) -> Address | None:
     return (address.ipv4_mapped or address) if address.version == 6 else address
 
 
+#: A buffer of so many bytes is made and zeroed for every read; clients send little at a time.
+READ_BYTES: Final = 8_192
+
+
 class SocketHandler(WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
 
@@ -3217,6 +3222,7 @@ class Server:
             application,
             max_body_size=limit,
             max_header_size=MAX_HEADER_BYTES,
+            chunk_size=READ_BYTES,
             idle_connection_timeout=heartbeat.interval + heartbeat.timeout,
         )
         web.lobby = self.limits.lobby
@@ -3446,6 +3452,8 @@ class Systemd:
 # change, said in one line per fault; 1: anything else, with its traceback.
 
 EXIT_OPERATOR: Final = 2
+#: Python's own are 700, 10, 10: at 10,000 clients a quarter of the time that connecting takes.
+GC_THRESHOLDS: Final = (20_000, 20, 20)
 TTL_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -3710,6 +3718,8 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     else:
         loop_factory = uvloop.new_event_loop
+    # Nearly all that the garbage collector walks lives as long as its client: let it walk less.
+    gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import sys
 from collections.abc import Callable
@@ -65,4 +64,6 @@ def figures_of(server: Server) -> Callable[[], dict[str, int]]:
 
 
 if __name__ == "__main__":
-    spywatcher.run_until_stopped(serve()) if "--uvloop" in sys.argv else asyncio.run(serve())
+    if "--uvloop" not in sys.argv:
+        sys.modules["uvloop"] = None  # type: ignore[assignment]  # as if it were not installed
+    spywatcher.run_until_stopped(serve())
