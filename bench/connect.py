@@ -35,7 +35,7 @@ def compare(kinds: list[str], count: int, rounds: int) -> dict[str, list[float]]
 
 def main() -> None:
     quick = report.parse_arguments(__doc__ or "").quick
-    kinds = ["spywatcher", "spywatcher+uvloop", "node", "stock"]
+    kinds = [*peers.SPYWATCHERS, "node", "stock"]
     results = {}
     for count, rounds in ((1_000, 2),) if quick else ((1_000, 5), (10_000, 1)):
         few = kinds if count < 10_000 else ["spywatcher", "node"]

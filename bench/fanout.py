@@ -174,7 +174,7 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> None:
     quick = report.parse_arguments(__doc__ or "").quick
-    kinds = ["spywatcher", "spywatcher+uvloop", "node", "stock", "bare"]
+    kinds = [*peers.SPYWATCHERS, "node", "stock", "bare"]
     results = summary(compare(kinds, rounds=1 if quick else 3))
     show(results)
     sizes = SCALE[:4] if quick else SCALE

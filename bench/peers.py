@@ -7,6 +7,7 @@ with started(["spywatcher", "node"]) as peers:
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import resource
 import shutil
@@ -36,6 +37,8 @@ NAMES = {
     "stock": "python-socketio",
     "bare": "bare send loop",
 }
+#: SpyWatcher on asyncio's own loop, and on uvloop where that is installed.
+SPYWATCHERS = ["spywatcher"] + ["spywatcher+uvloop"] * bool(importlib.util.find_spec("uvloop"))
 
 
 class Peer:
