@@ -1569,7 +1569,7 @@ class Outbox:
             rest = self._max_delay
         elif len(batch) == 1 or room.waiting:
             rest = 0
-        self._rest({out.room for out in batch}, rest)
+        self._rest({room, *(out.room for out in batch)}, rest)
 
     def _rest(self, rooms: Iterable[Room], seconds: float) -> None:
         loop = asyncio.get_running_loop()

@@ -263,6 +263,16 @@ async def test_order_holds_across_rooms(spy):
             assert client.numbers() == list(range(300))
 
 
+async def test_an_event_behind_more_than_one_write_of_another_room_arrives(spy):
+    async with wires(spy, "websocket") as (client,):
+        await spy.server.rooms.enter_room(client.sid, NAMESPACE, "guild:2")
+        for number in range(20):
+            spy.server.rooms.broadcast("guild:1", "x", [number, "x" * 20_000])
+        spy.server.rooms.broadcast("guild:2", "x", [20, "the last one"])
+        await eventually(lambda: len(client.events) == 21)
+        assert [number for number, _ in client.numbers()] == list(range(21))
+
+
 async def test_who_comes_in_the_middle_of_a_burst_gets_only_the_later_part(spy):
     rooms = spy.server.rooms
     async with wires(spy, "websocket") as (early,):
