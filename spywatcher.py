@@ -5,7 +5,7 @@ dashboards (Tornado, python-socketio). Nothing here knows an event by name: ever
 dashboard sees is made by a plugin.
 
 The way of one event:
-    gateway -> plugin -> room -> clients that may see it
+    gateway -> plugin -> throttle -> room -> clients that may see it
 
 The sections, each using only those above it:
     errors               whose fault it was, and what they are told
@@ -14,12 +14,13 @@ The sections, each using only those above it:
     identity and access  who a viewer is, which guilds and channels they may see
     limits               how much one address, one viewer, one connection may have
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
+    throttle             how often one event may go to one guild
     plugin API           all that a plugin may import
     plugin host          finds, loads, runs and fences plugins
     gateway              the session with Discord, kept alive
     web handlers         the Tornado side of Socket.IO
     server               puts the parts together, starts and stops them
-    command line         serve, demo, check, token
+    command line         serve, demo, check, token, forget
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import time
 import tomllib
 import unicodedata
 from base64 import b64encode
 from collections.abc import (
+    Awaitable,
     Callable,
     Collection,
     Coroutine,
@@ -62,7 +65,18 @@ from collections.abc import (
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    Self,
+    TypeVar,
+    get_args,
+)
 
 import engineio
 import hikari
@@ -99,8 +113,10 @@ __all__ = [
     "Spy",
     "channel_name",
     "clean_name",
+    "every",
     "member_name",
     "on",
+    "on_subscribe",
     "timestamp",
 ]
 
@@ -288,6 +304,13 @@ class FanoutSettings(Section, frozen=True):
     ] = 0.05
 
 
+class StorageSettings(Section, frozen=True):
+    path: Annotated[
+        str,
+        Meta(min_length=1, description="SQLite file of counts, relative to the settings file."),
+    ] = "spywatcher.db"
+
+
 #: The folder of an operator's own plugins. Its name also stands for the plugins shipped with
 #: the server, so that those are there wherever the settings are.
 OWN_PLUGINS: Final = "plugins"
@@ -311,6 +334,10 @@ class LogSettings(Section, frozen=True):
     format: Annotated[Literal["text", "json"], Meta(description="Form of a log line.")] = "text"
 
 
+#: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
+THROTTLE: Final = {"analytics:update": 30.0}
+
+
 class Settings(Section, frozen=True):
     """All of config.toml. `folder` is where it lay: relative paths start there."""
 
@@ -319,7 +346,15 @@ class Settings(Section, frozen=True):
     auth: AuthSettings = AuthSettings()
     discord: DiscordSettings = DiscordSettings()
     limits: LimitsSettings = LimitsSettings()
+    throttle: Annotated[
+        dict[str, Seconds],
+        Meta(
+            description="Seconds between two broadcasts of this event to one guild;"
+            " any event may have a row."
+        ),
+    ] = msgspec.field(default_factory=THROTTLE.copy)
     fanout: FanoutSettings = FanoutSettings()
+    storage: StorageSettings = StorageSettings()
     plugins: PluginsSettings = PluginsSettings()
     plugin: dict[str, dict[str, Any]] = {}
     log: LogSettings = LogSettings()
@@ -369,10 +404,12 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
     for name, table in tables.items():
         if name == "plugin":
             sections["plugin"] = check_plugin_tables(table, faults)
+        elif name == "throttle":
+            sections["throttle"] = check_throttle_table(table, faults)
         elif name in types:
             sections[name] = check_table(table, types[name], name, faults)
         else:
-            faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin'])}")
+            faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
     settings = Settings(**sections)
     faults += permission_faults(settings.auth) + network_faults(settings.server)
     if faults:
@@ -399,6 +436,21 @@ def check_plugin_tables(table: object, faults: list[str]) -> dict[str, dict[str,
         if not isinstance(value, dict)
     ]
     return {name: value for name, value in table.items() if isinstance(value, dict)}
+
+
+def check_throttle_table(table: object, faults: list[str]) -> dict[str, float]:
+    """`[throttle]`: any event's name and its seconds; the defaults stay where nothing is said."""
+    if not isinstance(table, dict):
+        faults.append(f"throttle: got {shown(table)}, expected a table")
+        return THROTTLE.copy()
+    seconds = THROTTLE.copy()
+    for event, value in table.items():
+        try:
+            seconds[event] = msgspec.convert(value, Seconds)
+        except msgspec.ValidationError as error:
+            expected = str(error).removeprefix("Expected ")
+            faults.append(f'throttle."{event}": got {shown(value)}, expected {expected}')
+    return seconds
 
 
 def permission_faults(auth: AuthSettings) -> list[str]:
@@ -461,6 +513,11 @@ def read_settings(path: Path | None) -> Settings:
         return parse_settings(tables, path.resolve().parent)
     except OperatorError as error:
         raise OperatorError(*(f"{path}: {fault}" for fault in error.faults)) from error
+
+
+def storage_of(settings: Settings) -> Path:
+    """The SQLite file of counts."""
+    return settings.folder / settings.storage.path
 
 
 def read_file(name: str, folder: Path, key: str) -> str:
@@ -1668,6 +1725,10 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
     def members(self, room: str) -> Iterable[Sid]:
         return tuple(self._rooms[room].members) if room in self._rooms else ()
 
+    def listened(self, guild_id: str, kind: str) -> bool:
+        """Whether anybody is in the room `kind:guild_id`."""
+        return f"{kind}:{guild_id}" in self._rooms
+
     def rooms_of(self, sid: Sid) -> frozenset[str]:
         return frozenset(self._rooms_of.get(sid, ()))
 
@@ -1781,6 +1842,124 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
             yield sid, everyone[sid]
 
 
+# ----------------------------------------------------------------------------- throttle
+# How often one event may go to one room of one guild: the first time at once, then once per
+# window with the newest content, so that the last change is never lost. It knows names and
+# seconds; what is sent, to whom and how is not its business.
+
+#: The fields of an event.
+Fields = dict[str, Any]
+#: The fields, or what makes them once they are really sent; None then sends nothing.
+Content = Fields | Callable[[], Awaitable[Fields | None]]
+#: An event's name, a guild id, a kind of room.
+Topic = tuple[str, str, str]
+
+
+class Timer(Protocol):
+    """What `call_later` gives back."""
+
+    def cancel(self) -> None: ...
+
+
+def call_later(seconds: float, callback: Callable[..., object], *args: object) -> Timer:
+    """The clock of the running loop."""
+    return asyncio.get_running_loop().call_later(seconds, callback, *args)
+
+
+class Throttle:
+    """Holds events back for as long as their window says; keeps only windows that are open.
+
+    What nobody listens to is neither made nor held.
+    """
+
+    def __init__(
+        self,
+        windows: Mapping[str, float],
+        send: Callable[[str, str, Fields, str], None],
+        listened: Callable[[str, str], bool],
+        metrics: Metrics,
+        call_later: Callable[..., Timer] = call_later,
+    ) -> None:
+        #: Seconds by event; those without a row are not held. May be replaced at any time.
+        self.windows = windows
+        self._send = send
+        self._listened = listened
+        self._metrics = metrics
+        self._call_later = call_later
+        self._newest: dict[Topic, Content | None] = {}  # what waits for the end of its window
+        self._timers: dict[Topic, Timer] = {}
+        self._making: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Windows open now."""
+        return len(self._newest)
+
+    def emit(self, event: str, guild_id: str, content: Content, room: str) -> None:
+        """Send now, or at the end of the window unless something newer comes. Never waits."""
+        topic = event, guild_id, room
+        if not self._listened(guild_id, room):
+            if not callable(content):  # what is not made is no event
+                self._metrics.dropped.labels("nobody listens").inc()
+        elif topic in self._newest:
+            self._metrics.throttled.labels(event).inc()
+            self._newest[topic] = content
+        elif event in self.windows:
+            self._open(topic, content)
+        else:
+            self._pass(topic, content, lambda topic: None)
+
+    async def close(self) -> None:
+        """Forget all that is held and end what is being made."""
+        for task in self._making:
+            task.cancel()
+        await asyncio.gather(*self._making, return_exceptions=True)
+        for timer in self._timers.values():
+            timer.cancel()
+        self._newest.clear()
+        self._timers.clear()
+
+    def _open(self, topic: Topic, content: Content) -> None:
+        """A window opens before its content is made, and lasts from when that was sent."""
+        self._newest[topic] = None
+        self._pass(topic, content, self._start)
+
+    def _start(self, topic: Topic) -> None:
+        seconds = self.windows.get(topic[0], 0.0)
+        self._timers[topic] = self._call_later(seconds, self._end, topic)
+
+    def _end(self, topic: Topic) -> None:
+        del self._timers[topic]
+        content = self._newest.pop(topic)
+        if content is not None and self._listened(topic[1], topic[2]):
+            self._open(topic, content)
+
+    def _pass(self, topic: Topic, content: Content, then: Callable[[Topic], None]) -> None:
+        if not callable(content):
+            self._finish(topic, content, then)
+            return
+        task = asyncio.create_task(self._make(topic, content, then))
+        self._making.add(task)
+        task.add_done_callback(self._making.discard)
+
+    async def _make(
+        self,
+        topic: Topic,
+        make: Callable[[], Awaitable[Fields | None]],
+        then: Callable[[Topic], None],
+    ) -> None:
+        fields = None
+        try:
+            fields = await make()
+        finally:
+            self._finish(topic, fields, then)
+
+    def _finish(self, topic: Topic, fields: Fields | None, then: Callable[[Topic], None]) -> None:
+        event, guild_id, room = topic
+        if fields is not None:
+            self._send(event, guild_id, fields, room)
+        then(topic)
+
+
 # --------------------------------------------------------------------------- plugin API
 # The contract with plugin authors, and all of it: what is in `__all__` is API, the rest of
 # this file is not. Decorators only mark functions; the plugin host acts on the marks.
@@ -1796,6 +1975,10 @@ class Payload(msgspec.Struct, rename="camel", kw_only=True):
     The host adds `guildId` and, where the payload has none, `timestamp`. A payload with a
     `channel_id` reaches only viewers who may see that channel.
     """
+
+
+#: A payload, or an async function that makes one (or None) when it is really sent.
+PayloadOrMaker = Payload | dict[str, Any] | Callable[[], Awaitable[Payload | dict[str, Any] | None]]
 
 
 class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -1840,6 +2023,34 @@ def on(
     return mark
 
 
+def every(seconds: float) -> Callable[[Maker], Maker]:
+    """Call the function, plain or async, with `(spy)`, again and again.
+
+    First after `seconds`, then that long after each time it has ended. What it raises is logged
+    and counted, and it goes on.
+    """
+
+    def mark(function: Maker) -> Maker:
+        function.__every__ = float(seconds)  # type: ignore[attr-defined]  # the mark itself
+        return function
+
+    return mark
+
+
+def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
+    """Call the function, plain or async, with `(guild_id, spy)` when a client enters a room.
+
+    The room is `kind:guild_id`. What is returned goes to that client alone, as the event `emit`,
+    after the answer to its subscription; None sends nothing.
+    """
+
+    def mark(function: Maker) -> Maker:
+        function.__greets__ = (kind, emit)  # type: ignore[attr-defined]  # the mark itself
+        return function
+
+    return mark
+
+
 def clean_name(name: str) -> str:
     """A name as it may leave: no control, bidi or zero-width characters, 64 characters at most."""
     return clean_text(name).strip()[:64]
@@ -1876,8 +2087,10 @@ class Spy:
         name: str,
         settings: Any,
         bot: hikari.GatewayBot,
+        storage: Path,
         emit: Callable[..., None],
         count: Callable[[str, float], None],
+        failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -1885,24 +2098,48 @@ class Spy:
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
         self.bot = bot
-        #: What keeps this plugin from its work, for the operator to read in /health/ready; or None.
-        self.problem: str | None = None
+        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
+        self.storage = storage
         self._emit = emit
         self._count = count
+        self._failed = failed
+        self._problem: str | None = None
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder for files that a plugin keeps: where `[storage] path` is."""
+        return self.storage.parent
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
         self._count(what, amount)
 
     def emit(
-        self,
-        event: str,
-        guild_id: int | str,
-        payload: Payload | dict[str, Any],
-        room: str = "guild",
+        self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
     ) -> None:
-        """Send an event to the room `room:guild_id`, as returning it from a listener does."""
+        """Send an event to the room `room:guild_id`, as returning it from a listener does.
+
+        Instead of a payload it may be an async function that makes it. That is called only when
+        the event is really sent: not while nobody listens, and once per window of `[throttle]`.
+        """
         self._emit(event, str(int(guild_id)), payload, room)
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps this plugin from its work, for the operator to read in /health/ready; or None.
+
+        A change is logged, and each time that a problem is set it counts as a fault.
+        """
+        return self._problem
+
+    @problem.setter
+    def problem(self, text: str | None) -> None:
+        if text is not None:
+            self._failed()
+        if text != self._problem:
+            level = logging.INFO if text is None else logging.WARNING
+            self.log.log(level, "%s", text or "all is well again")
+        self._problem = text
 
 
 # -------------------------------------------------------------------------- plugin host
@@ -1933,14 +2170,26 @@ class Plugin:
         self.name = name
         self.module = module
         self.settings = self.check_settings(table)
-        self.listeners = [
-            (function, listener)
+        own = [
+            function
             for function in vars(module).values()
             if getattr(function, "__module__", None) == module.__name__
+        ]
+        self.listeners = [
+            (function, listener)
+            for function in own
             for listener in getattr(function, "__listeners__", ())
         ]
+        self.repeated = [
+            (function, function.__every__) for function in own if hasattr(function, "__every__")
+        ]
+        self.greeters = [
+            (function, *function.__greets__) for function in own if hasattr(function, "__greets__")
+        ]
         self.events = {listener.emit for _, listener in self.listeners if listener.emit}
+        self.events |= {event for _, _, event in self.greeters}
         self.kinds = {listener.room for _, listener in self.listeners if listener.emit}
+        self.kinds |= {kind for _, kind, _ in self.greeters}
         reserved = self.events & RESERVED_EVENTS
         if reserved:
             raise PluginError(f"the event name {min(reserved)} is reserved")
@@ -1974,6 +2223,141 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     return folders
 
 
+class Workplace(NamedTuple):
+    """What one server gives all of its plugins to work with."""
+
+    bot: hikari.GatewayBot
+    #: The way to the rooms: event, guild id, content, kind of room.
+    emit: Callable[[str, str, Content, str], None]
+    #: Whether the gateway session is past its startup grace.
+    settled: Callable[[], bool]
+    #: Whether a guild is one of those to be watched.
+    watches: Callable[[str], bool]
+    storage: Path
+
+
+class Runner:
+    """One plugin at work: events, time and new subscribers reach it here; its faults go no further."""
+
+    def __init__(
+        self, plugin: Plugin, place: Workplace, claim: Callable[[str], None], metrics: Metrics
+    ) -> None:
+        self._plugin = plugin
+        self._place = place
+        self._claim = claim
+        self._metrics = metrics
+        self._subscriptions: list[tuple[type[hikari.Event], Any]] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        failed = metrics.plugin_failures.labels(plugin.name).inc
+        settings, storage = plugin.settings, place.storage
+        self.spy = Spy(plugin.name, settings, place.bot, storage, self._emit, self._count, failed)
+
+    async def start(self, count: Callable[[hikari.Event], None]) -> None:
+        """Set the plugin up, which may raise anything, and let it hear; `count` sees each event."""
+        await self._run_hook("setup")
+        for function, listener in self._plugin.listeners:
+            callback = self._callback(function, listener, count)
+            self._place.bot.event_manager.subscribe(listener.event_type, callback)
+            self._subscriptions.append((listener.event_type, callback))
+        for function, seconds in self._plugin.repeated:
+            self._tasks.append(asyncio.create_task(self._repeat(function, seconds)))
+
+    async def stop(self) -> None:
+        """Stop hearing events, and tear the plugin down."""
+        for event_type, callback in self._subscriptions:
+            self._place.bot.event_manager.unsubscribe(event_type, callback)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with self._fence("teardown failed"):
+            await self._run_hook("teardown")
+
+    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
+        """`tell` a client that entered `kind:guild_id` what the plugin has for it, as it comes."""
+        for function, greeted, event in self._plugin.greeters:
+            if greeted == kind:
+                make = functools.partial(function, guild_id, self.spy)
+                fields = await self._make(event, guild_id, make)
+                if fields is not None:
+                    tell(event, fields)
+
+    def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
+        self._claim(event)
+        content: Content
+        if callable(payload):
+            content = functools.partial(self._make, event, guild_id, payload)
+        else:
+            content = finish_payload(payload, guild_id)
+        self._place.emit(event, guild_id, content, room)
+
+    def _count(self, what: str, amount: float) -> None:
+        self._metrics.plugin_counts.labels(self._plugin.name, what).inc(amount)
+
+    async def _run_hook(self, name: str) -> None:
+        hook = vars(self._plugin.module).get(name)
+        if hook is not None:
+            await hook(self.spy)
+
+    @contextlib.contextmanager
+    def _fence(self, what: str) -> Iterator[None]:
+        """Whatever the plugin raises inside is logged and counted, and goes no further."""
+        try:
+            yield
+        except Exception as error:  # nothing a plugin does may end the server
+            blame(self._metrics, self._plugin.name, what, error)
+
+    async def _repeat(self, function: Callable[..., Any], seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            with self._fence(f"{function.__name__} failed"):
+                result = function(self.spy)
+                if inspect.isawaitable(result):
+                    await result
+
+    async def _make(self, event: str, guild_id: str, make: Callable[[], Any]) -> Fields | None:
+        fields = None
+        with self._fence(f"making {event} failed"):
+            payload = make()
+            if inspect.isawaitable(payload):
+                payload = await payload
+            if payload is not None:
+                fields = finish_payload(payload, guild_id)
+        return fields
+
+    def _callback(
+        self,
+        function: Callable[..., Any],
+        listener: Listener,
+        count: Callable[[hikari.Event], None],
+    ) -> Callable[[hikari.Event], Coroutine[Any, Any, None]]:
+        """What hikari calls: the plugin's function, fenced in."""
+        arguments = (self.spy,) if len(inspect.signature(function).parameters) > 1 else ()
+        event_name = listener.event_type.__name__
+        seconds = self._metrics.plugin_seconds.labels(self._plugin.name)
+
+        async def callback(event: hikari.Event) -> None:
+            guild_id = getattr(event, "guild_id", None)
+            if guild_id is not None and not self._place.watches(str(int(guild_id))):
+                return
+            count(event)
+            started = time.perf_counter()
+            try:
+                with self._fence(f"{function.__name__} failed on {event_name}"):
+                    result = function(event, *arguments)
+                    if inspect.isawaitable(result):
+                        result = await result
+                    if result is None or listener.emit is None:
+                        return
+                    if listener.settled and not self._place.settled():
+                        self._metrics.dropped.labels("startup grace").inc()
+                        return
+                    self.spy.emit(listener.emit, guild_of(event), result, listener.room)
+            finally:
+                seconds.inc(time.perf_counter() - started)
+
+        return callback
+
+
 class PluginHost:
     """All plugins. One that fails to load, raises or breaks the contract is named; the rest go on."""
 
@@ -1988,10 +2372,9 @@ class PluginHost:
         self._metrics = metrics
         self._disabled = frozenset(settings.disabled)
         self._tables = tables
-        self._spies: dict[str, Spy] = {}
-        self._subscriptions: list[tuple[type[hikari.Event], Any]] = []
         self._latest: dict[str, hikari.Event] = {}
         self.plugins: dict[str, Plugin] = {}
+        self.running: dict[str, Runner] = {}
         self.failures: dict[str, BaseException] = {}
 
     # -- loading
@@ -2011,7 +2394,7 @@ class PluginHost:
                 faults += error.faults
             except (Exception, SystemExit) as error:  # nothing a plugin does may end the server
                 self.failures[name] = error
-                self._blame(name, f"not loaded: {error}", error)
+                blame(self._metrics, name, f"not loaded: {error}", error)
         known = {*found, *self._disabled}
         faults += [
             f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
@@ -2057,50 +2440,30 @@ class PluginHost:
 
     # -- running
 
-    async def start(
-        self,
-        bot: hikari.GatewayBot,
-        emit: Callable[[str, str, dict[str, Any], str], None],
-        settled: Callable[[], bool],
-    ) -> None:
-        """Set up each plugin and let it hear hikari's events; `emit` is the way to the rooms."""
-        self._bot, self._emit, self._settled = bot, emit, settled
-        for plugin in list(self.plugins.values()):
-            await self._start(plugin)
-
-    async def _start(self, plugin: Plugin) -> None:
-        def emit(event: str, guild_id: str, payload: Payload | dict[str, Any], room: str) -> None:
-            self._claim(plugin, event)
-            self._emit(event, guild_id, finish_payload(payload, guild_id), room)
-
-        def count(what: str, amount: float) -> None:
-            self._metrics.plugin_counts.labels(plugin.name, what).inc(amount)
-
-        spy = Spy(plugin.name, plugin.settings, self._bot, emit, count)
-        try:
-            await self._run_hook(plugin, "setup", spy)
-        except Exception as error:  # as in load
-            self.failures[plugin.name] = error
-            del self.plugins[plugin.name]
-            self._blame(plugin.name, "setup failed", error)
-            return
-        self._spies[plugin.name] = spy
-        for function, listener in plugin.listeners:
-            callback = self._callback(plugin, spy, function, listener)
-            self._bot.event_manager.subscribe(listener.event_type, callback)
-            self._subscriptions.append((listener.event_type, callback))
+    async def start(self, place: Workplace) -> None:
+        """Set up each plugin and let it hear hikari's events."""
+        for name, plugin in list(self.plugins.items()):
+            claim = functools.partial(self._claim, plugin)
+            runner = Runner(plugin, place, claim, self._metrics)
+            try:
+                await runner.start(self._count)
+            except Exception as error:  # as in load
+                self.failures[name] = error
+                del self.plugins[name]
+                blame(self._metrics, name, "setup failed", error)
+            else:
+                self.running[name] = runner
 
     async def stop(self) -> None:
         """Stop hearing events and tear the plugins down."""
-        for event_type, callback in self._subscriptions:
-            self._bot.event_manager.unsubscribe(event_type, callback)
-        self._subscriptions.clear()
-        for name, spy in self._spies.items():
-            try:
-                await self._run_hook(self.plugins[name], "teardown", spy)
-            except Exception as error:  # as in load
-                self._blame(name, "teardown failed", error)
-        self._spies.clear()
+        while self.running:
+            _, runner = self.running.popitem()
+            await runner.stop()
+
+    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
+        """`tell` a client that entered `kind:guild_id` what plugins have for it, as it comes."""
+        running = self.running.values()
+        await asyncio.gather(*(runner.greet(kind, guild_id, tell) for runner in running))
 
     def _count(self, event: hikari.Event) -> None:
         """Once per event: its listeners are called one after the other, with the same object."""
@@ -2109,16 +2472,13 @@ class PluginHost:
             self._latest[kind] = event
             self._metrics.received.labels(kind).inc()
 
-    def _blame(self, name: str, what: str, error: BaseException) -> None:
-        self._metrics.plugin_failures.labels(name).inc()
-        log.error("plugin %s: %s", name, what, exc_info=traceback_of(error))
-
     def health(self) -> dict[str, Any]:
         """What runs and what does not, for /health/ready."""
         problems = dict.fromkeys(self.failures, "failed to start, see the log")
-        problems |= {name: spy.problem for name, spy in self._spies.items() if spy.problem}
+        spies = {name: runner.spy for name, runner in self.running.items()}
+        problems |= {name: spy.problem for name, spy in spies.items() if spy.problem}
         said = "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
-        return {"problem": said or None, "loaded": sorted(self._spies), "failed": sorted(problems)}
+        return {"problem": said or None, "loaded": sorted(spies), "failed": sorted(problems)}
 
     # -- live settings
 
@@ -2137,14 +2497,8 @@ class PluginHost:
 
     def reconfigure(self, checked: dict[str, Any]) -> None:
         """From now on each plugin reads these in `spy.settings`."""
-        for name, spy in self._spies.items():
-            spy.settings = self.plugins[name].settings = checked[name]
-
-    @staticmethod
-    async def _run_hook(plugin: Plugin, hook: str, spy: Spy) -> None:
-        function = vars(plugin.module).get(hook)
-        if function is not None:
-            await function(spy)
+        for name, runner in self.running.items():
+            runner.spy.settings = self.plugins[name].settings = checked[name]
 
     def _claim(self, plugin: Plugin, event: str) -> None:
         if event in plugin.events:
@@ -2155,34 +2509,30 @@ class PluginHost:
             raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
         plugin.events.add(event)
 
-    def _callback(
-        self, plugin: Plugin, spy: Spy, function: Callable[..., Any], listener: Listener
-    ) -> Callable[[hikari.Event], Coroutine[Any, Any, None]]:
-        """What hikari calls: the plugin's function, fenced in."""
-        arguments = (spy,) if len(inspect.signature(function).parameters) > 1 else ()
 
-        event_name = listener.event_type.__name__
-        seconds = self._metrics.plugin_seconds.labels(plugin.name)
+def forget_member(
+    plugins: Iterable[Plugin], storage: Path, member_id: int, guild_id: int | None
+) -> dict[str, int]:
+    """Have each plugin that keeps anything of a member remove it; how much, by plugin.
 
-        async def callback(event: hikari.Event) -> None:
-            self._count(event)
-            started = time.perf_counter()
+    None of them needs to be at work: a server that runs meanwhile is another process. Raises
+    OperatorError when a plugin could not.
+    """
+    removed = {}
+    for plugin in plugins:
+        hook = vars(plugin.module).get("forget")
+        if hook is not None:
             try:
-                result = function(event, *arguments)
-                if inspect.isawaitable(result):
-                    result = await result
-                if result is None or listener.emit is None:
-                    return
-                if listener.settled and not self._settled():
-                    self._metrics.dropped.labels("startup grace").inc()
-                    return
-                spy.emit(listener.emit, guild_of(event), result, listener.room)
-            except Exception as error:  # as in load
-                self._blame(plugin.name, f"{function.__name__} failed on {event_name}", error)
-            finally:
-                seconds.inc(time.perf_counter() - started)
+                removed[plugin.name] = int(hook(storage, member_id, guild_id))
+            except Exception as error:  # as in PluginHost.load
+                raise OperatorError(f"plugin {plugin.name} could not forget: {error}") from error
+    return removed
 
-        return callback
+
+def blame(metrics: Metrics, name: str, what: str, error: BaseException) -> None:
+    """Count and log a plugin's fault."""
+    metrics.plugin_failures.labels(name).inc()
+    log.error("plugin %s: %s", name, what, exc_info=traceback_of(error))
 
 
 def load_module(name: str, path: Path) -> ModuleType:
@@ -2797,14 +3147,15 @@ class Dashboards:
         tokens: Tokens,
         access: Access,
         limits: Limits,
-        kinds: Callable[[], frozenset[str]],
+        plugins: PluginHost,
     ) -> None:
         self._sio = sio
         self._rooms = rooms
         self._tokens = tokens
         self._access = access
         self._limits = limits
-        self._kinds = kinds
+        self._plugins = plugins
+        self._greetings: set[asyncio.Task[None]] = set()
         self._connected: dict[Sid, Dashboard] = {}
         self._of_viewer: collections.Counter[str] = collections.Counter()
         #: Called with a guild id when who is in its rooms, or as whom, has changed.
@@ -2946,9 +3297,9 @@ class Dashboards:
         if event == "auth:refresh":
             return await self._refresh(sid, args)
         verb, _, kind = event.partition(":") if isinstance(event, str) else ("", "", "")
-        if kind in self._kinds() and verb == "subscribe":
+        if kind in self._plugins.kinds and verb == "subscribe":
             return {"room": await self._subscribe(sid, kind, guild_argument(args))}
-        if kind in self._kinds() and verb == "unsubscribe":
+        if kind in self._plugins.kinds and verb == "unsubscribe":
             room = f"{kind}:{guild_argument(args)}"
             await self._rooms.leave_room(sid, NAMESPACE, room)
             return {"room": room}
@@ -2965,7 +3316,20 @@ class Dashboards:
         if sid in self._connected:  # it may have left meanwhile
             await self._rooms.enter_room(sid, NAMESPACE, room)
             self.on_audience_change(guild_id)
+            if room not in rooms:
+                self._greet_soon(sid, kind, guild_id)
         return room
+
+    def _greet_soon(self, sid: Sid, kind: str, guild_id: str) -> None:
+        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
+
+        def tell(event: str, payload: Fields) -> None:
+            if f"{kind}:{guild_id}" in self._rooms.rooms_of(sid):
+                self._connected[sid].tell(event, payload)
+
+        task = asyncio.create_task(self._plugins.greet(kind, guild_id, tell))
+        self._greetings.add(task)
+        task.add_done_callback(self._greetings.discard)
 
     def check_right(self, sid: Sid, guild_id: str) -> None:
         """Take a dashboard that may not view this guild any more out of its rooms."""
@@ -3176,8 +3540,9 @@ class Server:
         )
         self.rooms = Rooms(settings.fanout.max_delay, self.metrics)
         self.socketio = self._make_socketio()
+        self.throttle = Throttle(settings.throttle, self.emit, self.rooms.listened, self.metrics)
         self.dashboards = Dashboards(
-            self.socketio, self.rooms, self.tokens, self.access, self.limits, self._kinds
+            self.socketio, self.rooms, self.tokens, self.access, self.limits, self.plugins
         )
         self.guard = Guard(self.access, self.dashboards, self.rooms, self._kinds)
         self.door = FrontDoor(settings.server, self.limits)
@@ -3302,7 +3667,9 @@ class Server:
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
         self.guard.subscribe(self.gateway.bot.event_manager)
-        await self.plugins.start(self.gateway.bot, self.emit, self.gateway.settled)
+        emit, storage = self.throttle.emit, storage_of(self._settings)
+        bot, settled = self.gateway.bot, self.gateway.settled
+        await self.plugins.start(Workplace(bot, emit, settled, self.access.watches, storage))
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
@@ -3337,6 +3704,7 @@ class Server:
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
         self.door.reconfigure(settings.server)
+        self.throttle.windows = settings.throttle
         self.dashboards.check_all_rights()
         self._settings = settings
         return [key for key in changed if not key.startswith(LIVE)]
@@ -3365,6 +3733,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
+        await self.throttle.close()
         await self.plugins.stop()
 
     async def _close_sessions(self, within: float) -> None:
@@ -3383,7 +3752,7 @@ class Server:
             session.handler.close(GOING_AWAY)
         await session.close()
 
-    def emit(self, event: str, guild_id: str, payload: dict[str, Any], kind: str) -> None:
+    def emit(self, event: str, guild_id: str, payload: Fields, kind: str) -> None:
         """The last step of an event: from a plugin to those in the room who may see it."""
         if not self.access.watches(guild_id):
             self.metrics.dropped.labels("guild not watched").inc()
@@ -3545,6 +3914,13 @@ def parse_ttl(text: str) -> float:
     return float(int(number) * TTL_UNITS[unit])
 
 
+def parse_id(text: str) -> int:
+    """A Discord id: 1 to 20 digits."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1-20 digits")
+    return int(text)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="spywatcher", description="Watch Discord guilds live, from any browser."
@@ -3566,6 +3942,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     token.add_argument("--guild", action="append", default=[], metavar="ID", help="may view it")
     token.add_argument("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
     token.set_defaults(command=token_command)
+    forget = commands.add_parser("forget", help="remove a member's counts")
+    forget.add_argument("--member", required=True, type=parse_id, metavar="ID", help="the member")
+    forget.add_argument("--guild", type=parse_id, metavar="ID", help="in this guild only")
+    forget.set_defaults(command=forget_command)
     return parser.parse_args(arguments)
 
 
@@ -3635,8 +4015,23 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
     print(tokens.issue(arguments.discord_id, arguments.role, arguments.guild, arguments.ttl))
 
 
+def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Remove what plugins keep of a member; a running server follows within 10 seconds."""
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host.load()
+    plugins, storage = host.plugins.values(), storage_of(settings)
+    removed = forget_member(plugins, storage, arguments.member, arguments.guild)
+    for name, count in removed.items():
+        print(f"plugin {name}: {count} removed")
+    if host.failures:
+        raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
+
+
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    run_until_stopped(run_demo(settings, arguments.port))
+    with tempfile.TemporaryDirectory() as folder:
+        storage = StorageSettings(path=f"{folder}/demo.db")
+        settings = msgspec.structs.replace(settings, storage=storage)
+        run_until_stopped(run_demo(settings, arguments.port))
 
 
 async def run_demo(settings: Settings, port: int | None) -> None:

@@ -23,11 +23,13 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import hikari
 import pytest
+import service
 from jsclient import JavaScript, Node
 from watching import Watch, Watching
 
@@ -79,10 +81,16 @@ def guild(discord: PretendDiscord) -> Guild:
     return discord.add_guild()
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test's servers keep is not there for the next test."""
+    monkeypatch.setattr(service, "FOLDER", tmp_path)
+
+
 @pytest.fixture
-def watching(discord: PretendDiscord, guild: Guild, js: JavaScript) -> Watching:
+def watching(discord: PretendDiscord, guild: Guild, js: JavaScript, tmp_path: Path) -> Watching:
     """Starts servers: `async with watching(server={"port": 0}) as spy`."""
-    return Watching(discord, guild, js)
+    return Watching(discord, guild, js, tmp_path)
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from spywatcher import Keys, Server, Tokens, parse_settings
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a secret that nobody but the tests knows"
+#: Where relative paths of `server_for` start; a new folder for each test.
+FOLDER = ROOT
 #: Seconds that a process may take to start on a busy machine.
 START = 20.0
 
@@ -65,7 +67,7 @@ def write_settings(folder: Path, tables: Mapping[str, Mapping[str, Any]]) -> Pat
 def server_for(discord: PretendDiscord, /, **tables: dict[str, Any]) -> Server:
     """A server in this process, to be started by `async with`."""
     tables = tables_for(discord, **tables)
-    return Server(parse_settings(tables, ROOT), keys=Keys((SECRET,)), token=discord.token)
+    return Server(parse_settings(tables, FOLDER), keys=Keys((SECRET,)), token=discord.token)
 
 
 def viewer_token(role: str = "ADMIN", discord_id: str = "1") -> str:

@@ -101,6 +101,7 @@ async def test_a_plugin_that_fails_to_load_shows_by_name(
         assert await not_ready(server, "plugins") == "broken: failed to start, see the log"
 
 
+@pytest.mark.logs(r"WARNING spywatcher.plugin.sick: the disk is full")
 async def test_what_a_plugin_says_of_itself_shows_until_it_takes_it_back(
     discord: PretendDiscord, tmp_path: Path
 ) -> None:

@@ -246,8 +246,14 @@ async def test_a_plugin_reads_its_new_settings_after_a_reload(discord: PretendDi
     async with server_for(discord) as server:
         before = server.plugins.plugins["presence"].settings.alert_cooldown
         reload(server, discord, plugin={"presence": {"alert_cooldown": before + 1}})
-        spy = server.plugins._spies["presence"]
+        spy = server.plugins.running["presence"].spy
         assert spy.settings.alert_cooldown == before + 1
+
+
+async def test_a_reload_changes_throttle_windows(discord: PretendDiscord) -> None:
+    async with server_for(discord) as server:
+        reload(server, discord, throttle={"message:new": 2.0})
+        assert server.throttle.windows == {"analytics:update": 30.0, "message:new": 2.0}
 
 
 async def test_a_reload_that_takes_a_right_away_takes_dashboards_out_of_the_room(

@@ -145,10 +145,11 @@ class RawClient:
 class Watching:
     """Starts watches of one test; settings are given as config.toml would have them."""
 
-    def __init__(self, discord: PretendDiscord, guild: Guild, js: JavaScript) -> None:
+    def __init__(self, discord: PretendDiscord, guild: Guild, js: JavaScript, folder: Path) -> None:
         self._discord = discord
         self._guild = guild
         self._js = js
+        self._folder = folder
 
     @asynccontextmanager
     async def __call__(self, *, ready: bool = True, **tables: Any) -> AsyncIterator[Watch]:
@@ -168,6 +169,7 @@ class Watching:
     def _defaults(self) -> dict[str, Any]:
         return {
             "server": {"port": 0},
+            "storage": {"path": str(self._folder / "spywatcher.db")},
             "discord": {"rest_url": self._discord.rest_url, "startup_grace": 0.0},
         }
 

@@ -1,0 +1,228 @@
+"""The plugin API: what decorators and `spy` promise to plugin authors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from waiting import eventually
+from watching import Watching
+
+from simulator import Guild
+
+HEAD = "import hikari\nfrom spywatcher import every, on, on_subscribe\n"
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Writes a plugin; returns the settings with which it is the only one."""
+
+    def write(source: str, **tables: Any) -> dict[str, Any]:
+        folder = tmp_path / "plugins"
+        folder.mkdir(exist_ok=True)
+        (folder / "stats.py").write_text(HEAD + dedent(source), "utf-8")
+        return {"plugins": {"folders": [str(folder)]}, **tables}
+
+    return write
+
+
+# ---- every -----------------------------------------------------------------
+
+
+async def test_every_calls_again_and_again(watching: Watching, plugin: Any) -> None:
+    tables = plugin("""
+        @on_subscribe("guild", emit="unused")
+        def nothing(guild_id, spy): pass
+
+        @every(0.05)
+        async def tick(spy):
+            for guild in spy.bot.cache.get_guilds_view():
+                spy.emit("tick", guild, {})
+    """)
+    async with watching(**tables) as spy:
+        dashboard = await spy.dashboard()
+        for _ in range(3):
+            await dashboard.next("tick")
+
+
+@pytest.mark.logs(r"ERROR spywatcher: plugin stats: tick failed")
+async def test_a_repeated_task_that_raises_is_counted_and_goes_on(
+    watching: Watching, plugin: Any
+) -> None:
+    tables = plugin("""
+        @every(0.02)
+        def tick(spy): raise ValueError("as planned")
+    """)
+    async with watching(**tables) as spy:
+        failures = spy.server.metrics.plugin_failures.labels("stats")
+        await eventually(lambda: failures._value.get() >= 3)
+
+
+async def test_repeated_tasks_have_ended_before_teardown(
+    watching: Watching, plugin: Any, tmp_path: Path
+) -> None:
+    tables = plugin("""
+        ended = []
+
+        @every(0.01)
+        async def tick(spy):
+            assert not ended
+
+        async def teardown(spy):
+            ended.append(True)
+            (spy.data_dir / "ended").touch()
+    """)
+    async with watching(**tables):
+        pass
+    assert (tmp_path / "ended").exists()
+
+
+# ---- on_subscribe ----------------------------------------------------------
+
+GREETING = """
+    greeted = 0
+
+    @on_subscribe("stats", emit="stats:update")
+    async def newest(guild_id, spy):
+        global greeted
+        greeted += 1
+        return {"number": greeted}
+"""
+
+
+async def test_a_new_subscriber_alone_is_greeted_after_its_answer(
+    watching: Watching, plugin: Any, guild: Guild
+) -> None:
+    async with watching(**plugin(GREETING)) as spy:
+        first = await spy.dashboard(kinds=["stats"])
+        greeting = await first.next("stats:update")
+        assert (greeting["number"], greeting["guildId"]) == (1, str(guild.id))
+        second = await spy.dashboard(kinds=["stats"])
+        assert (await second.next("stats:update"))["number"] == 2
+        await spy.nothing(first, "stats:update")
+
+
+async def test_subscribing_twice_greets_once(watching: Watching, plugin: Any) -> None:
+    async with watching(**plugin(GREETING)) as spy:
+        dashboard = await spy.dashboard(kinds=["stats", "stats"])
+        await dashboard.next("stats:update")
+        await spy.nothing(dashboard, "stats:update")
+
+
+async def test_who_is_refused_is_not_greeted(watching: Watching, plugin: Any, guild: Guild) -> None:
+    async with watching(**plugin(GREETING)) as spy:
+        dashboard = await spy.connect("5")
+        answer = await dashboard.call("subscribe:stats", str(guild.id))
+        assert answer["error"]["code"] == "forbidden"
+        await spy.nothing(dashboard, "stats:update")
+
+
+@pytest.mark.logs(r"ERROR spywatcher: plugin stats: making stats:update failed")
+async def test_a_greeting_that_raises_does_not_undo_the_subscription(
+    watching: Watching, plugin: Any, guild: Guild
+) -> None:
+    tables = plugin("""
+        @on_subscribe("stats", emit="stats:update")
+        def newest(guild_id, spy): raise ValueError("as planned")
+
+        @on(hikari.GuildMessageCreateEvent, emit="said", room="stats")
+        def said(event): return {}
+    """)
+    ada = guild.add_member("ada")
+    async with watching(**tables) as spy:
+        dashboard = await spy.dashboard(kinds=["stats"])
+        await spy.discord.message(guild, ada, guild.general)
+        await dashboard.next("said")
+
+
+# ---- emit ------------------------------------------------------------------
+
+
+async def test_ten_thousand_changes_are_two_events(
+    watching: Watching, plugin: Any, guild: Guild
+) -> None:
+    source = """
+        made = 0
+
+        @on_subscribe("guild", emit="burst")
+        def newest(guild_id, spy): pass
+
+        @on(hikari.GuildMessageCreateEvent)
+        def burst(event, spy):
+            async def make():
+                global made
+                made += 1
+                return {"made": made, "changes": changes}
+
+            for changes in range(1, 10_001):
+                spy.emit("burst", event.guild_id, make)
+    """
+    ada = guild.add_member("ada")
+    async with watching(**plugin(source, throttle={"burst": 0.3})) as spy:
+        dashboard = await spy.dashboard()
+        await spy.discord.message(guild, ada, guild.general)
+        assert (await dashboard.next("burst"))["made"] == 1
+        last = await dashboard.next("burst")
+        assert (last["made"], last["changes"]) == (2, 10_000)
+        await spy.nothing(dashboard, "burst")
+
+
+@pytest.mark.logs(r"ERROR spywatcher: plugin stats: making burst failed")
+async def test_a_maker_that_raises_is_named(watching: Watching, plugin: Any, guild: Guild) -> None:
+    source = """
+        @on(hikari.GuildMessageCreateEvent, emit="said")
+        def said(event, spy):
+            async def make(): raise ValueError("as planned")
+
+            spy.emit("burst", event.guild_id, make)
+            return {}
+    """
+    ada = guild.add_member("ada")
+    async with watching(**plugin(source, throttle={"burst": 0.1})) as spy:
+        dashboard = await spy.dashboard()
+        await spy.discord.message(guild, ada, guild.general)
+        await dashboard.next("said")
+        failures = spy.server.metrics.plugin_failures.labels("stats")
+        await eventually(lambda: failures._value.get() == 1)
+
+
+# ---- guilds, files, problems ----------------------------------------------
+
+
+async def test_events_of_guilds_that_are_not_watched_reach_no_plugin(
+    watching: Watching, plugin: Any, guild: Guild
+) -> None:
+    source = """
+        heard = []
+
+        @on(hikari.GuildMessageCreateEvent, emit="said")
+        def said(event): heard.append(int(event.guild_id)); return {}
+    """
+    ada = guild.add_member("ada")
+    async with watching(**plugin(source, discord={"guilds": [str(guild.id)]})) as spy:
+        other = spy.discord.add_guild("Early Birds")
+        bob = other.add_member("bob")
+        dashboard = await spy.dashboard()
+        await spy.discord.message(other, bob, other.general)
+        await spy.discord.message(guild, ada, guild.general)
+        await dashboard.next("said")
+        assert spy.server.plugins.plugins["stats"].module.heard == [guild.id]
+
+
+@pytest.mark.logs(r"WARNING spywatcher.plugin.stats: out of tea")
+async def test_a_problem_is_logged_once_and_counted_each_time(
+    watching: Watching, plugin: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    tables = plugin("""
+        async def setup(spy):
+            for problem in ("out of tea", "out of tea", None, None):
+                spy.problem = problem
+    """)
+    async with watching(**tables) as spy:
+        assert spy.server.metrics.plugin_failures.labels("stats")._value.get() == 2
+    said = [r.getMessage() for r in caplog.records if r.name == "spywatcher.plugin.stats"]
+    assert said == ["out of tea", "all is well again"]
