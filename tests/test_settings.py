@@ -44,7 +44,11 @@ def known_settings() -> dict[str, tuple[object, str]]:
         for field in msgspec.structs.fields(Settings)
         if isinstance(field.type, type) and issubclass(field.type, spywatcher.Section)
     }
-    return {
+    known: dict[str, tuple[object, str]] = {
+        f"throttle.{event}": (seconds, meaning(Settings, "throttle"))
+        for event, seconds in Settings().throttle.items()
+    }
+    return known | {
         f"{name}.{field.name}": (msgspec.to_builtins(field.default), meaning(struct, field.name))
         for name, struct in (sections | plugin_tables()).items()
         for field in msgspec.structs.fields(struct)
@@ -84,7 +88,7 @@ def test_config_toml_is_the_table_of_defaults():
 
 def test_the_readme_shows_the_same_table():
     readme = (ROOT / "README.md").read_text("utf-8")
-    shown = [line for line in readme.splitlines() if re.match(r"\| `\w+\.[\w.]+` ", line)]
+    shown = [line for line in readme.splitlines() if re.match(r"\| `\w+\.[\w.:]+` ", line)]
     assert shown == rows()
 
 

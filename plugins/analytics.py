@@ -1,0 +1,713 @@
+"""Tell dashboards who haunts a guild without speaking. Teaches: keeping data, `every`, `on_subscribe`.
+
+Counted are typing starts, messages, reactions and changes of status of each member, by channel
+and hour; never a word of what is written, never a name. Hours are whole hours since 1970 (UTC) by
+this machine's clock; the last `window_days` are the current hour and the `window_days * 24 - 1`
+before it. A thread counts as a channel of its own. Not counted are bots, webhooks, notices such as
+"joined the server", and changes of status of members whom Discord has not sent yet.
+
+The way of a count: a listener adds it to `_fresh`, a dict; twice a second that goes, as one JSON
+text, to the thread of `Store`, which adds it to running totals in memory (what the lists are
+made from) and to the hours on disk (what a restart, and the end of an hour's stay in the window,
+are made from). SQLite does both in a few long statements, during which Python is free to serve.
+"""
+
+import asyncio
+import contextlib
+import functools
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import hikari
+import msgspec
+from msgspec import Meta
+
+from spywatcher import Payload, PluginSettings, Spy, every, member_name, on, on_subscribe, timestamp
+
+#: Seconds in which Discord's repeats of a typing start are the same start.
+TYPING_LASTS = 10.0
+#: Seconds for which a new subscriber may be given what was computed for another one.
+STAYS_NEW = 5.0
+#: Keys (hour, guild, member, channel) that wait for a disk that takes nothing: about 100 bytes each.
+MOST_UNWRITTEN = 500_000
+#: What a message that a member wrote is, other than notices such as "joined the server".
+WRITTEN = frozenset({hikari.MessageType.DEFAULT, hikari.MessageType.REPLY})
+
+#: Seconds since 1970.
+now: Callable[[], float] = time.time
+
+Id = Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")]
+ListLength = Annotated[int, Meta(ge=1, le=1000)]
+Result = TypeVar("Result")
+#: A guild and a member of it.
+Person = tuple[int, int]
+#: hour, guild, member, channel, typing starts, messages, reactions, changes of status
+Row = list[int]
+#: Rows to be added, then people to be dropped.
+Job = tuple[list[Row], list[Person]]
+TYPING, MESSAGES, REACTIONS, PRESENCES = 4, 5, 6, 7
+#: The channel of a change of status.
+NOWHERE = 0
+
+
+class Settings(PluginSettings, frozen=True):
+    window_days: Annotated[int, Meta(ge=1, le=366, description="Days that the counts go back.")] = 7
+    lurker_min_presence: Annotated[
+        int, Meta(ge=1, description="Changes of status that make a silent member a lurker.")
+    ] = 5
+    ignore_members: Annotated[
+        tuple[Id, ...], Meta(description="Members never counted, by id.")
+    ] = ()
+    ghosts: Annotated[ListLength, Meta(description="Members in the list of ghosts.")] = 10
+    lurkers: Annotated[ListLength, Meta(description="Members in the list of lurkers.")] = 10
+    channel_diversity: Annotated[
+        ListLength, Meta(description="Members in the list of channel diversity.")
+    ] = 20
+
+
+class Ghost(Payload):
+    user_id: str
+    username: str
+    ghost_score: float
+
+
+class Lurker(Payload):
+    user_id: str
+    username: str
+    lurker_score: float
+    channel_count: int
+
+
+class Explorer(Payload):
+    user_id: str
+    username: str
+    channel_count: int
+
+
+class Lists(Payload):
+    ghosts: list[Ghost]
+    lurkers: list[Lurker]
+    channel_diversity: list[Explorer]
+    timestamp: str
+
+
+class AnalyticsUpdate(Payload):
+    data: Lists
+    timestamp: str
+
+
+# ---- what is kept ----------------------------------------------------------
+
+COUNTS = """(
+    hour INTEGER, guild INTEGER, member INTEGER, channel INTEGER,
+    typing INTEGER, messages INTEGER, reactions INTEGER, presences INTEGER,
+    PRIMARY KEY (hour, guild, member, channel)) WITHOUT ROWID"""
+
+#: In memory. `totals` and `places` are the window summed up; `batch`, `unwritten` and `gone`
+#: are under way to the disk. A place is forgotten when its last hour leaves the window.
+WORKING = f"""
+CREATE TABLE batch {COUNTS};
+CREATE TABLE unwritten {COUNTS};
+CREATE TABLE gone (guild INTEGER, member INTEGER, PRIMARY KEY (guild, member)) WITHOUT ROWID;
+CREATE TABLE totals (
+    guild INTEGER, member INTEGER,
+    typing INTEGER, messages INTEGER, reactions INTEGER, presences INTEGER, channels INTEGER,
+    PRIMARY KEY (guild, member)) WITHOUT ROWID;
+CREATE TABLE places (
+    guild INTEGER, member INTEGER, channel INTEGER, last INTEGER,
+    PRIMARY KEY (guild, member, channel)) WITHOUT ROWID;
+"""
+
+#: On disk: number N brings a file of schema version N to N + 1. Only ever append.
+MIGRATIONS = (
+    f"CREATE TABLE disk.counts {COUNTS}; CREATE TABLE disk.forgotten (guild INTEGER, member INTEGER);",
+)
+
+ADD = """ON CONFLICT DO UPDATE SET
+    typing = typing + excluded.typing, messages = messages + excluded.messages,
+    reactions = reactions + excluded.reactions, presences = presences + excluded.presences"""
+
+PEOPLE = "(SELECT value ->> 0, value ->> 1 FROM json_each(?))"
+
+#: One step for each hour that there is, however many rows it has.
+HOURS = """WITH RECURSIVE hours (hour) AS (
+    SELECT min(hour) FROM disk.counts UNION ALL
+    SELECT (SELECT min(hour) FROM disk.counts WHERE hour > hours.hour) FROM hours
+    WHERE hour IS NOT NULL)"""
+
+GHOSTS = """SELECT member, typing / (messages + 1.0) AS score FROM totals
+    WHERE guild = ? AND typing > 0 ORDER BY score DESC, member LIMIT ?"""
+# Where there are no messages, all channels are those typed or reacted in.
+LURKERS = """SELECT member, presences / (1.0 + typing + reactions) AS score, channels
+    FROM totals WHERE guild = ? AND messages = 0 AND presences >= ?
+    ORDER BY score DESC, member LIMIT ?"""
+EXPLORERS = """SELECT member, channels FROM totals
+    WHERE guild = ? AND channels > 0 ORDER BY channels DESC, member LIMIT ?"""
+
+
+class Store:
+    """The counts, summed up in memory and by the hour in an SQLite file. Lives in one thread.
+
+    Whatever the disk does, counting goes on in memory: `problem` then says what is wrong, and
+    what is not on disk yet waits, up to MOST_UNWRITTEN keys.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._settings = Settings()
+        self._db = sqlite3.connect(":memory:", isolation_level=None)
+        self._db.executescript(WORKING)
+        self._horizon = 0  # the newest hour that is out of the window
+        self._waiting = 0
+        self._attached = False
+        self._version = 0
+        #: What is wrong with the disk, for the operator; None if nothing is.
+        self.problem: str | None = None
+        #: Lines about what was done to a damaged file, for the log.
+        self.notices: list[str] = []
+        #: (guild or None for all, member) that the command line had removed meanwhile.
+        self.forgotten: list[tuple[int | None, int]] = []
+
+    def take(self, jobs: list[Job], hour: int, settings: Settings) -> bool:
+        """Add the rows and drop the people of each job; whether anything else changed, too."""
+        moved = settings != self._settings and self._horizon > 0
+        if settings != self._settings:
+            self._adopt(settings)
+        with self._transaction():
+            for rows, people in jobs:
+                self._add(rows)
+                self._drop(people)
+        try:
+            moved |= self._slide(hour - self._settings.window_days * 24)
+            moved |= self._attach() if not self._attached else self._follow()
+            self._write()
+        except (sqlite3.Error, OSError) as error:
+            moved |= self._fail(error)
+        else:
+            self.problem = None
+        return moved
+
+    def _adopt(self, settings: Settings) -> None:
+        """Begin again from what is on disk."""
+        self._settings = settings
+        self._horizon = 0
+        if self._attached:
+            self._detach()
+
+    def lists(self, guild: int) -> tuple[list[Any], list[Any], list[Any]]:
+        """Ghosts (member, score), lurkers (member, score, channels), explorers (member, channels)."""
+        settings = self._settings
+        run, least = self._db.execute, settings.lurker_min_presence
+        return (
+            run(GHOSTS, (guild, settings.ghosts)).fetchall(),
+            run(LURKERS, (guild, least, settings.lurkers)).fetchall(),
+            run(EXPLORERS, (guild, settings.channel_diversity)).fetchall(),
+        )
+
+    def keep(self, guild: int, present: list[int]) -> bool:
+        """Drop everybody of a guild who is not present any more; whether there was anybody."""
+        absent = self._db.execute(
+            "SELECT guild, member FROM totals WHERE guild = ?"
+            " AND member NOT IN (SELECT value FROM json_each(?))",
+            (guild, msgspec.json.encode(present).decode()),
+        ).fetchall()
+        with self._transaction():
+            self._drop(absent)
+        return bool(absent)
+
+    def forget(self, guild: int | None, member: int) -> int:
+        """Remove a member's counts from the file, and tell a server that runs; how many they were."""
+        self._open()
+        who = {"guild": guild, "member": member}
+        where = "member = :member AND (:guild IS NULL OR guild = :guild)"
+        with self._transaction():
+            counts: int
+            (counts,) = self._db.execute(
+                "SELECT total(typing + messages + reactions + presences)"
+                f" FROM disk.counts WHERE {where}",
+                who,
+            ).fetchone()
+            self._db.execute(f"DELETE FROM disk.counts WHERE {where}", who)
+            self._db.execute("INSERT INTO disk.forgotten VALUES (:guild, :member)", who)
+        return int(counts)
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- in memory
+
+    def _add(self, rows: list[Row]) -> None:
+        if self._waiting + len(rows) > MOST_UNWRITTEN:
+            (self._waiting,) = self._db.execute("SELECT count(*) FROM unwritten").fetchone()
+        if not rows or self._waiting + len(rows) > MOST_UNWRITTEN:
+            return  # what could not be kept could not leave the window either
+        self._waiting += len(rows)
+        columns = ", ".join(f"value ->> {number}" for number in range(8))
+        text = msgspec.json.encode(rows).decode()
+        self._db.execute("DELETE FROM batch")
+        self._db.execute(f"INSERT INTO batch SELECT {columns} FROM json_each(?)", (text,))
+        self._sum_up("batch")
+        self._db.execute(f"INSERT INTO unwritten SELECT * FROM batch WHERE true {ADD}")
+
+    def _sum_up(self, table: str) -> None:
+        """Add a table's hours to the totals."""
+        self._db.execute(
+            "INSERT INTO totals SELECT guild, member,"
+            f" sum(typing), sum(messages), sum(reactions), sum(presences), 0 FROM {table}"
+            f" WHERE hour > ? GROUP BY guild, member {ADD}",
+            (self._horizon,),
+        )
+        self._db.execute(
+            f"INSERT INTO places SELECT guild, member, channel, max(hour) FROM {table}"
+            " WHERE hour > ? AND channel > 0 GROUP BY guild, member, channel"
+            " ON CONFLICT DO UPDATE SET last = max(last, excluded.last)",
+            (self._horizon,),
+        )
+        self._count_channels(f"SELECT guild, member FROM {table}")
+
+    def _count_channels(self, people: str, *values: int) -> None:
+        self._db.execute(
+            "UPDATE totals SET channels = (SELECT count(*) FROM places WHERE last > ?"
+            " AND places.guild = totals.guild AND places.member = totals.member)"
+            f" WHERE (guild, member) IN ({people})",
+            (self._horizon, *values),
+        )
+
+    def _drop(self, people: list[Person]) -> None:
+        if people:
+            text = msgspec.json.encode(people).decode()
+            for table in ("totals", "places", "unwritten"):
+                self._db.execute(f"DELETE FROM {table} WHERE (guild, member) IN {PEOPLE}", (text,))
+            self._db.execute(f"INSERT OR IGNORE INTO gone SELECT * FROM {PEOPLE}", (text,))
+
+    def _slide(self, horizon: int) -> bool:
+        """Take out of the totals the hours that have left the window."""
+        before = self._horizon
+        if horizon <= before:
+            return False
+        tables = ["unwritten", "disk.counts"] if self._attached else ["unwritten"]
+        with self._transaction():
+            self._horizon = horizon
+            try:
+                for table in tables:
+                    self._db.execute(
+                        "INSERT INTO totals SELECT guild, member,"
+                        " -sum(typing), -sum(messages), -sum(reactions), -sum(presences), 0"
+                        f" FROM {table} WHERE hour > ? AND hour <= ? GROUP BY guild, member {ADD}",
+                        (before, horizon),
+                    )
+            except sqlite3.Error:
+                self._horizon = before
+                raise
+            self._count_channels("SELECT guild, member FROM places WHERE last <= ?", horizon)
+            self._db.execute("DELETE FROM places WHERE last <= ?", (horizon,))
+            self._db.execute("DELETE FROM unwritten WHERE hour <= ?", (horizon,))
+            self._db.execute(
+                "DELETE FROM totals WHERE max(typing, messages, reactions, presences) <= 0"
+            )
+        return before > 0
+
+    # -- on disk
+
+    def _attach(self) -> bool:
+        """Open the file, continue where it stopped, and count what was counted meanwhile."""
+        self._open()
+        try:
+            if self._settings.ignore_members:
+                ignored = [int(member) for member in self._settings.ignore_members]
+                self._db.execute(
+                    "DELETE FROM disk.counts WHERE member IN (SELECT value FROM json_each(?))",
+                    (msgspec.json.encode(ignored).decode(),),
+                )
+            self._load()
+        except sqlite3.Error:
+            self._detach()
+            raise
+        self._attached = True
+        return self.problem is not None  # else nobody was shown anything without it
+
+    def _open(self) -> None:
+        run = self._db.execute
+        run("ATTACH DATABASE ? AS disk", (str(self._path),))
+        try:
+            run("PRAGMA disk.auto_vacuum = INCREMENTAL")  # heeded only by an empty file
+            run("PRAGMA disk.journal_mode = WAL")
+            run("PRAGMA disk.synchronous = NORMAL")  # a crash of the machine may cost a checkpoint
+            run("PRAGMA disk.journal_size_limit = 16777216")
+            run("PRAGMA disk.secure_delete = ON")
+            (schema,) = run("PRAGMA disk.user_version").fetchone()
+            if schema > len(MIGRATIONS):
+                raise sqlite3.NotSupportedError(f"written by a newer version (schema {schema})")
+            for number in range(schema, len(MIGRATIONS)):
+                self._db.executescript(
+                    f"BEGIN; {MIGRATIONS[number]}; PRAGMA disk.user_version = {number + 1}; COMMIT;"
+                )
+        except sqlite3.Error:
+            self._detach()
+            raise
+
+    def _detach(self) -> None:
+        self._attached = False
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        self._db.execute("DETACH DATABASE disk")
+
+    def _load(self) -> None:
+        """Sum up what is on disk and what is on its way there."""
+        (self._version,) = self._db.execute("PRAGMA disk.data_version").fetchone()
+        with self._transaction():
+            self._db.execute("DELETE FROM totals")
+            self._db.execute("DELETE FROM places")
+            for table in ("disk.counts", "unwritten"):
+                self._sum_up(table)
+
+    def _follow(self) -> bool:
+        """When another process wrote to the file: forget whom it had forgotten, load the rest."""
+        (version,) = self._db.execute("PRAGMA disk.data_version").fetchone()
+        if version == self._version:
+            return False
+        with self._transaction():
+            people = self._db.execute("SELECT guild, member FROM disk.forgotten").fetchall()
+            for guild, member in people:
+                for table in ("disk.counts", "unwritten"):
+                    self._db.execute(
+                        f"DELETE FROM {table} WHERE member = ? AND guild = ifnull(?, guild)",
+                        (member, guild),
+                    )
+            self._db.execute("DELETE FROM disk.forgotten")
+        self.forgotten += people
+        self._load()
+        return True
+
+    def _write(self) -> None:
+        with self._transaction():
+            if self._db.execute("SELECT 1 FROM gone LIMIT 1").fetchone():
+                self._db.execute(
+                    f"{HOURS} DELETE FROM disk.counts WHERE (hour, guild, member) IN"
+                    " (SELECT hours.hour, gone.guild, gone.member FROM hours, gone)"
+                )
+                self._db.execute("DELETE FROM gone")
+            if self._waiting:
+                self._db.execute(
+                    f"INSERT INTO disk.counts SELECT * FROM unwritten WHERE true {ADD}"
+                )
+                self._db.execute("DELETE FROM unwritten")
+            old = self._db.execute("DELETE FROM disk.counts WHERE hour <= ?", (self._horizon,))
+        self._waiting = 0
+        if old.rowcount > 0:
+            self._db.executescript("PRAGMA disk.incremental_vacuum")  # `execute` frees one page
+
+    def _fail(self, error: sqlite3.Error | OSError) -> bool:
+        """Note what is wrong; put a damaged file aside and begin a fresh one."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            full = ", and new counts are dropped" if self._waiting >= MOST_UNWRITTEN else ""
+            self.problem = f"{self._path} cannot be written ({error}); counting in memory{full}"
+            return False
+        if self._attached:
+            self._detach()
+        try:
+            aside = put_aside(self._path)
+        except OSError as refusal:
+            self.problem = f"{self._path} is damaged ({error}) and cannot be moved: {refusal}"
+            return False
+        self.notices.append(
+            f"{self._path} is damaged ({error}): put aside as {aside.name}, counting begins anew"
+        )
+        return True
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a database and what SQLite keeps beside it; returns the new name."""
+    aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S%f}Z")
+    path.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
+    return aside
+
+
+# ---- counting --------------------------------------------------------------
+
+
+class Analytics:
+    """Takes counts on the event loop, hands them to the store, and has the lists made."""
+
+    def __init__(self, spy: Spy) -> None:
+        self._spy = spy
+        self._fresh: dict[tuple[int, int, int, int], Row] = {}
+        self._jobs: list[Job] = []
+        self._typing: dict[tuple[int, int], float] = {}  # (member, channel), the longest ago first
+        self._arriving: dict[int, tuple[str, set[int]]] = {}  # guild: nonce, members so far
+        self._changed: set[int] = set()  # guilds since they were last computed
+        self._latest: dict[int, tuple[float, asyncio.Task[AnalyticsUpdate]]] = {}
+        self._thread = ThreadPoolExecutor(1, "analytics")
+        self._store: Store | None = None
+
+    # -- what happens
+
+    def count(self, kind: int, guild: int, member: int, channel: int = NOWHERE) -> None:
+        ignored = self._spy.settings.ignore_members
+        if ignored and str(member) in ignored:
+            return
+        hour = int(now() // 3600)
+        key = hour, guild, member, channel
+        row = self._fresh.get(key)
+        if row is None:
+            if len(self._fresh) >= MOST_UNWRITTEN:
+                return  # the disk has not even answered for long
+            row = self._fresh[key] = [hour, guild, member, channel, 0, 0, 0, 0]
+        row[kind] += 1
+        self.announce(guild)
+
+    def typed(self, guild: int, member: int, channel: int) -> None:
+        """A typing start, unless it is one of Discord's repeats."""
+        time_of = self._typing
+        moment = now()
+        while time_of and not 0 <= moment - next(iter(time_of.values())) < TYPING_LASTS:
+            del time_of[next(iter(time_of))]
+        if (member, channel) not in time_of:
+            time_of[member, channel] = moment
+            self.count(TYPING, guild, member, channel)
+
+    def left(self, guild: int, member: int) -> None:
+        """Drop the member's counts; what comes after, should it join again, is counted anew."""
+        if self._fresh or not self._jobs:
+            self._close_job()
+        self._jobs[-1][1].append((guild, member))
+        self.announce(guild)
+
+    def _close_job(self) -> None:
+        self._jobs.append((list(self._fresh.values()), []))
+        self._fresh = {}
+
+    def announce(self, guild: int) -> None:
+        """The guild's lists may have changed."""
+        self._changed.add(guild)
+        make = functools.partial(self.compute, guild)
+        self._spy.emit("analytics:update", guild, make, room="analytics")
+
+    # -- who is still there
+
+    async def guild_arrived(self, guild: int, nonce: str | None, ids: set[int], size: int) -> None:
+        """Discord told of a guild: all its members, or those online, the rest in chunks later."""
+        self._arriving.pop(guild, None)
+        if len(ids) >= size:
+            await self._keep(guild, ids)
+        elif nonce is not None:
+            self._arriving[guild] = nonce, ids
+
+    async def chunk_arrived(self, guild: int, nonce: str | None, ids: set[int], last: bool) -> None:
+        """More members of a guild that arrives; what others asked for is not all and proves nothing."""
+        expected, before = self._arriving.get(guild, (None, set()))
+        if expected is None or nonce != expected:
+            return
+        before |= ids
+        if last:
+            del self._arriving[guild]
+            await self._keep(guild, before)
+            self.announce(guild)  # names that were unknown are known now
+
+    async def _keep(self, guild: int, ids: set[int]) -> None:
+        cached = self._spy.bot.cache.get_members_view_for_guild(guild)
+        present = list(ids.union(map(int, cached)))  # some may have joined meanwhile
+        await self.flush()
+        if await self._in_thread(Store.keep, guild, present):
+            self.announce(guild)
+
+    # -- the store
+
+    async def flush(self) -> None:
+        """Hand over all counts; returns when they are on disk, or wait for it in memory."""
+        self._close_job()
+        jobs, self._jobs = self._jobs, []
+        moved = await self._in_thread(Store.take, jobs, int(now() // 3600), self._spy.settings)
+        store = self._store
+        assert store is not None
+        while store.notices:
+            self._spy.log.error("%s", store.notices.pop(0))
+        self._spy.problem = store.problem
+        for guild in [g for g, (made, _) in self._latest.items() if is_old(made)]:
+            del self._latest[guild]
+        while store.forgotten:
+            self._forget(*store.forgotten.pop())
+        if moved:
+            for guild in self._spy.bot.cache.get_guilds_view():
+                self.announce(int(guild))
+
+    def _forget(self, guild: int | None, member: int) -> None:
+        for key in [key for key in self._fresh if key[2] == member and guild in (None, key[1])]:
+            del self._fresh[key]
+
+    async def _in_thread(self, work: Callable[..., Result], *values: Any) -> Result:
+        loop = asyncio.get_running_loop()
+        done = loop.run_in_executor(self._thread, self._run, work, *values)
+        return await asyncio.shield(done)  # who gives up waiting does not take the counts along
+
+    def _run(self, work: Callable[..., Result], *values: Any) -> Result:
+        if self._store is None:  # SQLite wants the thread that uses a connection to make it
+            self._store = Store(self._spy.storage)
+        return work(self._store, *values)
+
+    async def close(self) -> None:
+        await self.flush()
+        await self._in_thread(Store.close)
+        self._thread.shutdown()
+
+    # -- the lists
+
+    async def compute(self, guild: int) -> AnalyticsUpdate:
+        """The lists as they are now."""
+        task = asyncio.ensure_future(self._make(guild))
+        self._latest[guild] = time.monotonic(), task
+        return await asyncio.shield(task)
+
+    async def newest(self, guild: int) -> AnalyticsUpdate:
+        """The same, but no more often than once in STAYS_NEW seconds."""
+        made, task = self._latest.get(guild, (0.0, None))
+        if task is None or is_old(made):
+            return await self.compute(guild)
+        if guild in self._changed:
+            self.announce(guild)  # perhaps nobody listened when it changed
+        return await asyncio.shield(task)
+
+    async def _make(self, guild: int) -> AnalyticsUpdate:
+        self._changed.discard(guild)
+        await self.flush()
+        ghosts, lurkers, explorers = await self._in_thread(Store.lists, guild)
+        name = functools.partial(member_name, self._spy.bot.cache, guild)
+        moment = timestamp()
+        lists = Lists(
+            ghosts=[
+                Ghost(user_id=str(member), username=name(member), ghost_score=round(score, 3))
+                for member, score in ghosts
+            ],
+            lurkers=[
+                Lurker(
+                    user_id=str(member),
+                    username=name(member),
+                    lurker_score=round(score, 3),
+                    channel_count=channels,
+                )
+                for member, score, channels in lurkers
+            ],
+            channel_diversity=[
+                Explorer(user_id=str(member), username=name(member), channel_count=channels)
+                for member, channels in explorers
+            ],
+            timestamp=moment,
+        )
+        return AnalyticsUpdate(data=lists, timestamp=moment)
+
+
+def is_old(made: float) -> bool:
+    return time.monotonic() - made >= STAYS_NEW
+
+
+# ---- what the host calls ---------------------------------------------------
+
+analytics: Analytics
+
+
+async def setup(spy: Spy) -> None:
+    global analytics
+    analytics = Analytics(spy)
+
+
+async def teardown(spy: Spy) -> None:
+    await analytics.close()
+
+
+def forget(storage: Path, member_id: int, guild_id: int | None) -> int:
+    """What `spywatcher.py forget` calls."""
+    if not storage.exists():
+        return 0
+    store = Store(storage)
+    try:
+        return store.forget(guild_id, member_id)
+    finally:
+        store.close()
+
+
+@every(0.5)
+async def flush(spy: Spy) -> None:
+    await analytics.flush()
+
+
+@on_subscribe("analytics", emit="analytics:update")
+async def newest(guild_id: str, spy: Spy) -> AnalyticsUpdate:
+    return await analytics.newest(int(guild_id))
+
+
+@on(hikari.GuildTypingEvent)
+def typing(event: hikari.GuildTypingEvent) -> None:
+    if not event.member.is_bot:
+        analytics.typed(int(event.guild_id), int(event.user_id), int(event.channel_id))
+
+
+@on(hikari.GuildMessageCreateEvent)
+def message(event: hikari.GuildMessageCreateEvent) -> None:
+    if event.is_human and event.message.type in WRITTEN:
+        analytics.count(MESSAGES, int(event.guild_id), int(event.author_id), int(event.channel_id))
+
+
+@on(hikari.GuildReactionAddEvent)
+def reaction(event: hikari.GuildReactionAddEvent) -> None:
+    if not event.member.is_bot:
+        analytics.count(REACTIONS, int(event.guild_id), int(event.user_id), int(event.channel_id))
+
+
+@on(hikari.PresenceUpdateEvent)
+def presence(event: hikari.PresenceUpdateEvent, spy: Spy) -> None:
+    member = spy.bot.cache.get_member(event.guild_id, event.user_id)
+    if member is None or member.is_bot:  # who is unknown may be a bot
+        return
+    if status_of(event.presence) != status_of(event.old_presence):
+        analytics.count(PRESENCES, int(event.guild_id), int(event.user_id))
+
+
+@on(hikari.MemberDeleteEvent)
+def member_left(event: hikari.MemberDeleteEvent) -> None:
+    analytics.left(int(event.guild_id), int(event.user_id))
+
+
+@on(hikari.MemberUpdateEvent)
+def member_renamed(event: hikari.MemberUpdateEvent) -> None:
+    if event.old_member is None or event.old_member.username != event.member.username:
+        analytics.announce(int(event.guild_id))
+
+
+@on(hikari.GuildAvailableEvent)
+async def guild_arrived(event: hikari.GuildAvailableEvent) -> None:
+    size = event.guild.member_count or 0
+    await analytics.guild_arrived(
+        int(event.guild_id), event.chunk_nonce, set(map(int, event.members)), size
+    )
+
+
+@on(hikari.MemberChunkEvent)
+async def members_arrived(event: hikari.MemberChunkEvent) -> None:
+    last = event.chunk_index + 1 == event.chunk_count
+    await analytics.chunk_arrived(
+        int(event.guild_id), event.nonce, set(map(int, event.members)), last
+    )
+
+
+def status_of(presence: hikari.MemberPresence | None) -> str:
+    """hikari keeps no presence of members who are offline."""
+    return "offline" if presence is None else str(presence.visible_status)

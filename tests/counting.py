@@ -1,0 +1,127 @@
+"""The analytics plugin behind a real hikari, fed with raw gateway JSON; no network, own clock.
+
+async with Counting(folder) as counting:
+    await counting.feed("TYPING_START", typing_json(guild, ada, guild.general))
+    lists = await counting.lists(guild)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import hikari
+import msgspec
+
+from simulator import Guild, Json, PretendShard, User, guild_create_json, make_token
+from spywatcher import Metrics, PluginHost, Workplace, intents_for, parse_settings
+
+ROOT = Path(__file__).parent.parent
+HOUR = 3600.0
+#: Some full hour.
+NOON = 1_700_000_000.0 // HOUR * HOUR
+BOT = User(735_000_000_000_000_001, "watcher", bot=True)
+
+
+class Clock:
+    """What the plugin takes for the time, in seconds since 1970."""
+
+    def __init__(self) -> None:
+        self.time = NOON
+
+    def __call__(self) -> float:
+        return self.time
+
+
+class Counting:
+    """One run of the plugin, from its setup to its teardown."""
+
+    def __init__(
+        self,
+        folder: Path,
+        guilds: Iterable[Guild] = (),
+        *,
+        clock: Clock | None = None,
+        path: str = "counts.db",
+        **settings: Any,
+    ) -> None:
+        tables = {
+            "plugins": {"folders": [str(ROOT / "plugins")]},
+            "storage": {"path": path},
+            "plugin": {"analytics": settings},
+        }
+        self.path = folder / path
+        self.clock = clock or Clock()
+        self.emitted: list[tuple[str, str]] = []
+        self._guilds = guilds
+        self._metrics = Metrics()
+        self._settings = parse_settings(tables, folder)
+        self._host = PluginHost(
+            self._settings.plugins, self._settings.plugin, folder, self._metrics
+        )
+
+    async def __aenter__(self) -> Self:
+        self._host.load()
+        self._bot = hikari.GatewayBot(
+            make_token(BOT.id),
+            intents=intents_for(self._host.event_types()),
+            banner=None,
+            logs=None,
+            suppress_optimization_warning=True,
+        )
+        self.module: Any = self._host.plugins["analytics"].module
+        self.module.now = self.clock
+        place = Workplace(
+            bot=self._bot,
+            emit=lambda event, guild_id, content, room: self.emitted.append((event, guild_id)),
+            settled=lambda: True,
+            watches=lambda guild_id: True,
+            storage=self.path,
+        )
+        await self._host.start(place)
+        self._own = asyncio.all_tasks()
+        for guild in self._guilds:
+            await self.feed("GUILD_CREATE", guild_create_json(guild))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._host.stop()
+
+    async def feed(self, name: str, payload: Json) -> None:
+        """One gateway event, with all that it causes."""
+        self._bot.event_manager.consume_raw_event(name, PretendShard(BOT.id), payload)
+        while others := asyncio.all_tasks() - self._own - {asyncio.current_task()}:
+            await asyncio.wait(others)
+
+    def reconfigure(self, **settings: Any) -> None:
+        """New settings, as a reload brings them."""
+        tables = {"analytics": settings}
+        self._host.reconfigure(self._host.check(tables))
+
+    async def flush(self) -> None:
+        """Hand all counts to the disk, as happens twice a second."""
+        await self.module.analytics.flush()
+
+    async def lists(self, guild: Guild) -> Json:
+        """The data of an update made now, without its timestamp."""
+        update: Json = msgspec.to_builtins(await self.module.analytics.compute(guild.id))
+        assert update["timestamp"] == update["data"].pop("timestamp")
+        data: Json = update["data"]
+        return data
+
+    async def in_store(self, work: Any) -> Any:
+        """Do something with the SQLite connection, in its thread."""
+        return await self.module.analytics._in_thread(lambda store: work(store._db))
+
+    @property
+    def problem(self) -> str | None:
+        """What the operator is shown."""
+        problem: str | None = self._host.health()["problem"]
+        return problem
+
+    @property
+    def faults(self) -> float:
+        """How often anything went wrong."""
+        return self._metrics.plugin_failures.labels("analytics")._value.get()
