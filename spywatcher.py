@@ -1105,10 +1105,10 @@ def too_many(retry_after: float) -> RefusedConnectionError:
 
 NAMESPACE: Final = "/"
 #: A flush that carried a burst is followed by this many times its own cost of rest, so that
-#: fan-out leaves the loop free for the larger part of the time.
-REST_PER_COST: Final = 1.5
-#: Bytes of one write; a longer burst goes out in several, so that a client that does read
-#: can drain its socket in between and is never taken for a slow one.
+#: fan-out leaves half of the time to all else: more would only make events wait for longer.
+REST_PER_COST: Final = 1.0
+#: Bytes of one write, or a quarter of `max_queue_bytes`; a longer burst goes out in several, so
+#: that a client that does read can drain its socket in between and is not taken for a slow one.
 MAX_WRITE_BYTES: Final = 131_072
 #: Bytes of events that may wait for resting rooms, all together, in one copy for all clients.
 #: Past it they leave at once: who produces faster than this process can write must not fill it.
@@ -1566,6 +1566,7 @@ class Outbox:
 
     def __init__(self, max_delay: float, deliveries: Counter) -> None:
         self._max_delay = max_delay
+        self.max_write = MAX_WRITE_BYTES
         self._deliveries = deliveries
         self._numbers = itertools.count(1)
         self._busy: dict[Room, None] = {}  # those with something waiting, in order
@@ -1575,7 +1576,7 @@ class Outbox:
     @property
     def crowded(self) -> bool:
         """Whether a producer that can wait should give the loop a turn."""
-        return self._bytes > MAX_WRITE_BYTES
+        return self._bytes > self.max_write
 
     def send(self, room: Room, frame: Frame, hidden: Hidden) -> None:
         room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
@@ -1635,7 +1636,7 @@ class Outbox:
             room.rest = loop.call_later(seconds, self._flush, room)
 
     def _take_batch(self, room: Room) -> list[Outgoing]:
-        """What waits for a room, up to MAX_WRITE_BYTES and at least one event.
+        """What waits for a room, up to `max_write` bytes and at least one event.
 
         Where a member is in another room for which something waits, all that waits comes along.
         """
@@ -1648,7 +1649,7 @@ class Outbox:
         size = 0
         for out in in_order(self._busy if shared else [room]):
             size += len(out.frame.bytes)
-            if batch and size > MAX_WRITE_BYTES:
+            if batch and size > self.max_write:
                 break
             batch.append(out)
         for out in batch:
@@ -1721,6 +1722,10 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
 
     def __len__(self) -> int:
         return len(self._rooms)
+
+    def set_server(self, server: SocketIO) -> None:
+        super().set_server(server)
+        self._outbox.max_write = min(MAX_WRITE_BYTES, server.eio.max_queue_bytes // 4)
 
     def members(self, room: str) -> Iterable[Sid]:
         return tuple(self._rooms[room].members) if room in self._rooms else ()
