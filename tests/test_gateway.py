@@ -87,7 +87,12 @@ async def test_stopping_while_it_connects_takes_no_time(watching, discord):
 async def test_intents_are_the_least_that_the_plugins_need(spy, discord):
     [session] = discord.sessions.values()
     assert session.intents == (
-        Intent.GUILDS | Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.GUILD_MESSAGES
+        Intent.GUILDS
+        | Intent.GUILD_MEMBERS
+        | Intent.GUILD_PRESENCES
+        | Intent.GUILD_MESSAGES
+        | Intent.GUILD_MESSAGE_TYPING
+        | Intent.GUILD_MESSAGE_REACTIONS
     )
 
 
@@ -117,8 +122,8 @@ async def test_refused_intents_end_the_process_naming_switches_and_plugins(tmp_p
         status, out, log = await run("--config", serving(tmp_path, discord), "serve")
     assert (status, out) == (2, [])
     assert log[-1] == (
-        "spywatcher: Discord refused the intents: switch on Server Members Intent (for access, members)"
-        " and Presence Intent (for presence) at https://discord.com/developers/applications"
+        "spywatcher: Discord refused the intents: switch on Server Members Intent (for access, analytics,"
+        " members) and Presence Intent (for analytics, presence) at https://discord.com/developers/applications"
         " -> your application -> Bot -> Privileged Gateway Intents"
     )
     assert "Traceback" not in "".join(log)
