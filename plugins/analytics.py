@@ -166,6 +166,8 @@ class Store:
         self._waiting = 0
         self._attached = False
         self._version = 0
+        #: Rows that went to disk; whoever reads it begins again at 0.
+        self.written = 0
         #: What is wrong with the disk, for the operator; None if nothing is.
         self.problem: str | None = None
         #: Lines about what was done to a damaged file, for the log.
@@ -398,6 +400,7 @@ class Store:
                 )
                 self._db.execute("DELETE FROM unwritten")
             old = self._db.execute("DELETE FROM disk.counts WHERE hour <= ?", (self._horizon,))
+        self.written += self._waiting
         self._waiting = 0
         if old.rowcount > 0:
             self._db.executescript("PRAGMA disk.incremental_vacuum")  # `execute` frees one page
@@ -542,6 +545,9 @@ class Analytics:
         while store.notices:
             self._spy.log.error("%s", store.notices.pop(0))
         self._spy.problem = store.problem
+        self._spy.count("failed writes", store.problem is not None)
+        written, store.written = store.written, 0
+        self._spy.count("written rows", written)
         for guild in [g for g, (made, _) in self._latest.items() if is_old(made)]:
             del self._latest[guild]
         while store.forgotten:

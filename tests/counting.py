@@ -121,6 +121,10 @@ class Counting:
         problem: str | None = self._host.health()["problem"]
         return problem
 
+    def counted(self, what: str) -> float:
+        """What the plugin counted for the operator."""
+        return self._metrics.plugin_counts.labels("analytics", what)._value.get()
+
     @property
     def faults(self) -> float:
         """How often anything went wrong."""
