@@ -1103,9 +1103,9 @@ class Visit:
         self._limits = limits
         limits.open[address] += 1
 
-    def tell(self, what: str) -> None:
-        """Log what happens to it."""
-        self._limits.tell(self.address, what)
+    def is_news(self, what: str) -> bool:
+        """Whether to log this of it."""
+        return self._limits.is_news(self.address, what)
 
     def end(self) -> None:
         """Called once, when the connection is closed."""
@@ -1153,10 +1153,9 @@ class Limits:
 
         self.lobby.enter(connection, drop, address)
 
-    def tell(self, address: str, what: str) -> None:
-        """Log what an address did: a line a minute for each, however often it knocks."""
-        if self._told.count(address, LOG_INTERVAL) == 1:
-            log.info("address %s: %s", address, what)
+    def is_news(self, address: str, what: str) -> bool:
+        """Whether to log this of an address: a line a minute for each, however often it knocks."""
+        return self._told.count(f"{address}/{what}", LOG_INTERVAL) == 1
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
@@ -1178,9 +1177,7 @@ class Limits:
 
     async def refused(self, address: str, refusal: RefusedConnectionError) -> None:
         """An attempt was refused; enough of them in a row block the address."""
-        reason = str(refusal.data.get("code") or refusal.message)
-        self.metrics.refused.labels(reason).inc()
-        self.tell(address, f"refused: {reason}")
+        self.metrics.refused.labels(refusal.data.get("code") or refusal.message).inc()
         key = f"refused/{address}"
         seconds = math.ceil(self.settings.block_for)
         if await self._storage.incr(key, seconds) >= self.settings.block_after:
@@ -1416,6 +1413,8 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
 
     async def feed(self, message: str | bytes) -> None:
         """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
+        if self._lost or self._ending:
+            return
         try:
             await self.receive(engineio_packet.Packet(encoded_packet=message))
         except (ValueError, IndexError, engineio.exceptions.UnknownPacketError):
@@ -1525,7 +1524,8 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         """Drop the client now, without waiting for it; the reason is logged and counted."""
         if self._lost:
             return
-        self.visit.tell(f"cut off: {reason}")
+        if self.visit.is_news(reason):
+            self.log.info("%s cut off: %s", self.visit.address, reason)
         self.server.metrics.cut.labels(reason).inc()
         self._lose()
         if self._stream is not None:
@@ -3163,7 +3163,8 @@ class SocketHandler(WebSocketHandler):
 
     def _refuse(self, status: int, reason: str, message: str) -> None:
         self._engine.metrics.refused.labels(reason).inc()
-        self._door.limits.tell(self._address, f"refused: {message}")
+        if self._door.limits.is_news(self._address, reason):
+            log.info("%s refused: %s", self._address, message)
         self.set_status(status)
         self.finish({"message": message})
 
@@ -3377,7 +3378,9 @@ class Dashboards:
         try:
             viewer = await self._identify(session.visit, auth)
         except RefusedConnectionError as refusal:
-            session.log.info("refused: %s %s", refusal.message, refusal.data or "")
+            if session.visit.is_news(refusal.message):
+                address = session.visit.address
+                session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             # The library sends the refusal in this turn of the loop; then the transport goes too.
             asyncio.get_running_loop().call_soon(session.end)
             raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
@@ -4129,6 +4132,8 @@ def set_up_logging(settings: LogSettings) -> None:
     handler.setFormatter(JournalFormatter(form) if journal else form)
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     quiet = settings.level != "debug"
+    # Tornado reports clients' mistakes there, at any level; its bugs go to "tornado.application".
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL if quiet else logging.DEBUG)
     logging.getLogger("hikari").setLevel(logging.ERROR if quiet else logging.INFO)
     logging.getLogger("hikari.gateway").setLevel(logging.CRITICAL if quiet else logging.INFO)
 
