@@ -1281,6 +1281,7 @@ PING: Final = Frame(b"2")
 NOOP: Final = Frame(b"6")
 CLOSE: Final = Frame(b"1")
 PROBED: Final = Frame(b"3probe")
+MESSAGE: Final = "4"
 PROBE: Final = "2probe"
 UPGRADE: Final = "5"
 
@@ -1405,15 +1406,18 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         """All that waits for a polling client; returns once there is something."""
         packets: list[Frame] = await super().poll()
         self._answered = sum(len(packet.bytes) for packet in packets)
-        if self._ending:
+        if CLOSE in packets:
             self._lose()
+        elif self._ending:
+            # Not in one answer: the stock client closes before it acts on what came along.
+            self.queue.put_nowait(CLOSE)
         return packets
 
     # -- from the client
 
     async def feed(self, message: str | bytes) -> None:
         """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
-        if self._lost or self._ending:
+        if self._lost or (self._ending and message[:1] == MESSAGE):
             return
         try:
             await self.receive(engineio_packet.Packet(encoded_packet=message))
@@ -1513,7 +1517,8 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
             self._lose(self.server.reason.SERVER_DISCONNECT)
         elif not self._ending:
             self._ending = True
-            self.queue.put_nowait(CLOSE)
+            if self.queue.empty():
+                self.queue.put_nowait(CLOSE)
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = asyncio.get_running_loop().call_later(
@@ -1555,6 +1560,9 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         for handler in (self.handler, self._prober):
             if handler is not None:
                 handler.close()
+        if self._stream is not None and not self._stream.closed():  # it may never agree to close
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.server.ending_timeout, self._stream.close)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self._poller = None
         self._stream = self._socket = self._timer = None
@@ -1576,8 +1584,8 @@ def stream_of(handler: RequestHandler) -> IOStream:
 class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has no types
     """The Engine.IO server; its sessions are `Session`s."""
 
-    #: Seconds that a polling client has to fetch its last packets before it is forgotten.
-    ending_timeout = 5.0
+    #: Seconds that a client has to fetch its last packets or to close before it is forgotten.
+    ending_timeout = 4.0
 
     def __init__(self, *, max_queue_bytes: int, metrics: Metrics, **options: Any) -> None:
         super().__init__(**options)
