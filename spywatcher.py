@@ -72,7 +72,6 @@ from typing import (
     Literal,
     NamedTuple,
     NoReturn,
-    Protocol,
     Self,
     TypeVar,
     get_args,
@@ -966,12 +965,6 @@ CONNECTIONS_OF_A_POLLER: Final = 2
 LOG_INTERVAL: Final = 60.0
 
 
-class Closable(Protocol):
-    """What the lobby may have to close."""
-
-    def close(self) -> None: ...
-
-
 class BoundedMemory(limits.aio.storage.Storage):
     """Counters with an expiry, in memory. The library's own walks all of its keys at every hit."""
 
@@ -1144,14 +1137,14 @@ class Limits:
         self._attempts = limits.parse(settings.attempts_per_ip)
         self._events = limits.parse(settings.events_per_connection)
 
-    def expect(self, connection: Closable, address: str = "") -> None:
-        """Close this connection unless it leaves the lobby in time."""
+    def expect(self, who: object, close: Callable[[], None], address: str = "") -> None:
+        """Let a connection wait in the lobby; `close` is called if it waits too long."""
 
         def drop(reason: str) -> None:
             self.metrics.cut.labels(reason).inc()
-            connection.close()
+            close()
 
-        self.lobby.enter(connection, drop, address)
+        self.lobby.enter(who, drop, address)
 
     def is_news(self, address: str, what: str) -> bool:
         """Whether to log this of an address: a line a minute for each, however often it knocks."""
@@ -3122,7 +3115,7 @@ class SocketHandler(WebSocketHandler):
         if session is not None and session.visit not in limits.lobby:
             limits.lobby.leave(stream)
         elif stream is not None and stream not in limits.lobby:
-            limits.expect(stream)
+            limits.expect(stream, stream.close)
 
     async def admit(self, transport: str) -> Session:
         """A new session for this request, which has to authenticate in time."""
@@ -3179,9 +3172,10 @@ class SocketHandler(WebSocketHandler):
     async def open(self, *args: str, **kwargs: str) -> None:
         limits = self._door.limits
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
-        websocket_stream(self).max_write_buffer_size = self._engine.max_queue_bytes
+        stream = websocket_stream(self)
+        stream.max_write_buffer_size = self._engine.max_queue_bytes
         if self._sid is None:
-            limits.expect(self)
+            limits.expect(self, stream.close)
             session = await self.admit("websocket")
             limits.lobby.leave(self)
             if self.ws_connection is None:
@@ -3192,7 +3186,7 @@ class SocketHandler(WebSocketHandler):
         elif self._sid in self._engine.sockets:
             self._session = self._engine.sockets[self._sid]
             self._session.begin_upgrade(self)
-            limits.expect(self)
+            limits.expect(self, stream.close)
         else:
             self.close()
 
@@ -3297,7 +3291,7 @@ class Site(Application):
         """Called when a request is done with; nothing is logged."""
         stream = getattr(handler.request.connection, "stream", None)
         if handler.request.path != SOCKET_PATH and stream is not None:
-            self.limits.expect(stream)
+            self.limits.expect(stream, stream.close)
 
 
 class WebServer(HTTPServer):
@@ -3311,7 +3305,8 @@ class WebServer(HTTPServer):
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         with contextlib.suppress(OSError, StreamClosedError):  # it may have gone already
             stream.set_nodelay(True)
-        self.door.limits.expect(stream, self.door.peer(address[0]) if address else "")
+        peer = self.door.peer(address[0]) if address else ""
+        self.door.limits.expect(stream, stream.close, peer)
         super().handle_stream(stream, address)
 
     def on_close(self, server_conn: Any) -> None:
