@@ -3832,7 +3832,6 @@ class Server:
             max_header_size=MAX_HEADER_BYTES,
             chunk_size=READ_BYTES,
             max_buffer_size=max(limit, MAX_HEADER_BYTES) + 2 * READ_BYTES,
-            chunk_size=READ_BYTES,
             body_timeout=self._settings.auth.connect_timeout,
             idle_connection_timeout=heartbeat.interval + heartbeat.timeout,
         )
