@@ -72,6 +72,7 @@ from typing import (
     Literal,
     NamedTuple,
     NoReturn,
+    Protocol,
     Self,
     TypeVar,
     get_args,
@@ -3807,9 +3808,6 @@ class Server:
             logger=library_log("socketio"),
             engineio_logger=library_log("engineio"),
         )
-
-    def _kinds(self) -> frozenset[str]:
-        return self.plugins.kinds
 
     def _make_web(self) -> WebServer:
         limit = self._settings.server.max_message_bytes
