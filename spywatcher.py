@@ -1312,7 +1312,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         self._direct = False  # and nothing waits in it
         self._poller: WebSocketHandler | None = None  # the latest poll
         self._polling = False  # it has no answer yet
-        self._posting = False
+        self.posting = False  # one POST is at work
         self._prober: WebSocketHandler | None = None
         self._waiting = 0  # bytes in the queue, and in the latest poll's answer
         self._answered = 0  # bytes in that answer
@@ -1402,8 +1402,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         self._answered = sum(len(packet.bytes) for packet in packets)
         if CLOSE in packets:
             self._lose()
-        elif self._ending:
-            # Not in one answer: the stock client closes before it acts on what came along.
+        elif self._ending:  # next time: the stock client closes before it acts on the rest
             self.queue.put_nowait(CLOSE)
         return packets
 
@@ -1420,20 +1419,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         await asyncio.sleep(0)  # however much one client sends, the others have their turn
 
     async def handle_post_request(self, environ: dict[str, Any]) -> None:
-        """Take the packets of one POST, however many fit into `max_message_bytes`.
-
-        Two POSTs at a time end the session, as they do in Node's: which is to be taken first?
-        """
-        if self._posting:
-            self.cut("overlapping posts")
-            return
-        self._posting = True
-        try:
-            await self._take_post(environ)
-        finally:
-            self._posting = False
-
-    async def _take_post(self, environ: dict[str, Any]) -> None:
+        """Take the packets of one poll's POST, however many fit into `max_message_bytes`."""
         try:
             body = (await environ["wsgi.input"].read()).decode()
         except UnicodeDecodeError:
@@ -1489,19 +1475,20 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
 
     def schedule_ping(self) -> None:
         """Ping after the interval; the library calls this at the start and for each PONG."""
-        if self._timer is not None:
-            if not self._awaits_pong:
-                return  # a PONG that nobody asked for
-            self._timer.cancel()
+        if self._timer is not None and not self._awaits_pong:
+            return  # a PONG that nobody asked for
         self._awaits_pong = False
-        self._timer = asyncio.get_running_loop().call_later(self.server.ping_interval, self._ping)
+        self._call_later(self.server.ping_interval, self._ping)
 
     def _ping(self) -> None:
         self._awaits_pong = True
         self.write((PING,), PING.bytes)
-        self._timer = asyncio.get_running_loop().call_later(
-            self.server.ping_timeout, self._lose, self.server.reason.PING_TIMEOUT
-        )
+        self._call_later(self.server.ping_timeout, self._lose, self.server.reason.PING_TIMEOUT)
+
+    def _call_later(self, seconds: float, call: Callable[..., None], *args: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, call, *args)
 
     # -- the end
 
@@ -1513,11 +1500,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
             self._ending = True
             if self.queue.empty():
                 self.queue.put_nowait(CLOSE)
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = asyncio.get_running_loop().call_later(
-                self.server.ending_timeout, self._lose
-            )
+            self._call_later(self.server.ending_timeout, self._lose)
 
     def cut(self, reason: str) -> None:
         """Drop the client now, without waiting for it; the reason is logged and counted."""
@@ -1553,13 +1536,19 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         self.queue.put_nowait(CLOSE)  # for a poll that still waits
         for handler in (self.handler, self._prober):
             if handler is not None:
-                handler.close()
-        if self._stream is not None and not self._stream.closed():  # it may never agree to close
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.server.ending_timeout, self._stream.close)
+                hang_up(handler, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self._poller = None
         self._stream = self._socket = self._timer = None
+
+
+def hang_up(handler: WebSocketHandler, patience: float) -> None:
+    """Ask the client to close, and close without it after `patience` seconds."""
+    if handler.ws_connection is not None:
+        stream = websocket_stream(handler)
+        handler.close()
+        if not stream.closed():
+            asyncio.get_running_loop().call_later(patience, stream.close)
 
 
 def websocket_stream(handler: WebSocketHandler) -> IOStream:
@@ -3142,7 +3131,18 @@ class SocketHandler(WebSocketHandler):
             await super().get(*args, **kwargs)
 
     async def post(self) -> None:
-        await self._engine.handle_request(self)
+        """Two at a time end the session, as they do in Node's: which is to be taken first?"""
+        session = self._engine.sockets.get(self._sid)
+        if session is None or session.posting:
+            if session is not None:
+                session.cut("overlapping posts")
+            self._refuse(400, "handshake", "Unknown session")
+            return
+        session.posting = True
+        try:
+            await self._engine.handle_request(self)
+        finally:
+            session.posting = False
 
     def options(self) -> None:
         """CORS preflight (Fetch standard)."""
@@ -3378,7 +3378,8 @@ class Dashboards:
 
     async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
         session = self._sio.session_of(sid)
-        assert session is not None  # it has just sent CONNECT
+        if session is None:
+            raise SocketIORefusal("Gone")  # to nobody: it has left right after it sent CONNECT
         try:
             viewer = await self._identify(session.visit, auth)
         except RefusedConnectionError as refusal:
