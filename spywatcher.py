@@ -101,7 +101,7 @@ from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
-from tornado.web import Application, RequestHandler
+from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketHandler
 
 __version__ = "0.1.0"
@@ -179,7 +179,7 @@ class RefusedConnectionError(SpyWatcherError):
 # README's table say the same (tests hold them together). Nothing here knows what a setting
 # is for; whoever needs one is handed its section.
 
-Origin = Annotated[str, Meta(pattern=r"^(\*|null|https?://[^/\s]+)$")]
+Origin = Annotated[str, Meta(pattern=r"^(\*|null|https?://(\*\.)?[^/\s*]+)$")]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -582,6 +582,8 @@ class Metrics:
 ROLES: Final = frozenset(get_args(Role))
 #: A token is a few hundred bytes; nothing longer is worth the work of checking it.
 MAX_TOKEN_BYTES: Final = 4096
+#: The end of the year 9999, in seconds since 1970.
+LAST_MOMENT: Final = 253_402_300_799
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
 #: Unicode categories that steer a display instead of showing something.
@@ -618,7 +620,7 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
     text = read_secret("\n".join(listed), auth.secret_file, folder, "auth.secret")
     file = auth.public_key_file
     keys = Keys(
-        secrets=tuple(text.split("\n")) if text else (),
+        secrets=tuple(text.splitlines()),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
     faults = [
@@ -628,14 +630,33 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
         for secret in keys.of(algorithm)
         if len(secret.encode()) < LEAST_SECRET_BYTES.get(algorithm, 0)
     ]
+    if not keys.public:
+        faults += [
+            f"auth.public_key_file: not set, expected the key for {algorithm}"
+            for algorithm in auth.algorithms
+            if algorithm not in LEAST_SECRET_BYTES
+        ]
     faults += [
-        f"auth.public_key_file: not set, expected the key for {algorithm}"
+        f"auth: got a key that is none for {algorithm}"
         for algorithm in auth.algorithms
-        if algorithm not in LEAST_SECRET_BYTES and not keys.public
+        if not all(is_key_for(algorithm, key) for key in keys.of(algorithm))
     ]
     if faults:
         raise OperatorError(*faults)
     return keys
+
+
+def is_key_for(algorithm: str, key: str) -> bool:
+    """Whether tokens can be checked with this key; raises OperatorError without `cryptography`."""
+    try:
+        jwt.get_algorithm_by_name(algorithm).prepare_key(key)
+    except NotImplementedError as error:
+        raise OperatorError(
+            f"auth.algorithms: {algorithm} needs the extra spywatcher[crypto]"
+        ) from error
+    except (jwt.InvalidKeyError, ValueError, TypeError):
+        return False
+    return True
 
 
 class Tokens:
@@ -670,7 +691,7 @@ class Tokens:
             code = "expired"
         except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidKeyError):
             code = "signature"
-        except jwt.DecodeError:
+        except (jwt.DecodeError, UnicodeError):
             code = "malformed"
         except (jwt.InvalidTokenError, TypeError, ValueError, OverflowError, RecursionError):
             code = "claims"
@@ -685,7 +706,7 @@ class Tokens:
     @staticmethod
     def _viewer(claims: dict[str, Any]) -> Viewer:
         discord_id, role = claims.get("discordId"), claims.get("role")
-        guilds = claims.get("guilds")
+        guilds, expires = claims.get("guilds"), claims.get("exp")
         sound = (
             isinstance(discord_id, str)
             and discord_id != ""
@@ -693,10 +714,10 @@ class Tokens:
             and isinstance(role, str)
             and role in ROLES
             and (guilds is None or is_list_of_strings(guilds))
+            and is_moment(expires)
         )
         if not sound:
             raise RefusedConnectionError("Invalid token", code="claims")
-        expires = claims.get("exp")
         return Viewer(
             discord_id=str(discord_id),
             role=str(role),
@@ -722,6 +743,11 @@ class Tokens:
         return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
 
 
+def is_moment(value: object) -> bool:
+    """None, or seconds since 1970 that a calendar knows: a page's milliseconds are not taken."""
+    return value is None or (type(value) in (int, float) and 0 < value <= LAST_MOMENT)  # type: ignore[operator]  # a number
+
+
 def is_list_of_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -737,14 +763,15 @@ class Access:
         self.reconfigure(auth)
         self._watched = frozenset(watched)
         self._cache = cache
-        self._refilling: set[int] | None = None  # None: no gateway session yet
+        self._coming: set[int] | None = None  # None: no gateway session yet
+        self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
         #: Guilds that hikari still has and the bot has not.
         self.lost: frozenset[int] = frozenset()
-        self._filled = asyncio.Condition()
+        self._filled = asyncio.Event()
 
     def reconfigure(self, auth: AuthSettings) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
-        self._needed = hikari.Permissions.NONE
+        self._needed = hikari.Permissions.ADMINISTRATOR
         for name in auth.viewer_permissions:
             self._needed |= hikari.Permissions[name]
         self._channel_visibility = auth.channel_visibility
@@ -759,28 +786,46 @@ class Access:
         coming = frozenset(guild_ids)
         mine = frozenset(filter(is_mine, self._cache.get_guilds_view()))
         self.lost = (self.lost - coming) | (mine - coming)
-        self.refill(coming)
+        self._coming = {*(self._coming or ()), *coming}
 
-    def refill(self, guild_ids: Iterable[int]) -> None:
-        """Discord is about to send more of these guilds."""
-        self._refilling = {*(self._refilling or ()), *guild_ids}
+    def expect_members(self, guild_id: int) -> None:
+        """All of this guild is in the cache but its members, who are about to come."""
+        self._settle(guild_id)
+        self._gone_meanwhile[guild_id] = set()
 
-    async def fill(self, guild_id: int) -> None:
+    def fill(self, guild_id: int) -> None:
         """All of this guild is in the cache, or it is gone."""
-        self._refilling = (self._refilling or set()) - {guild_id}
+        self._settle(guild_id)
+        self._filled.set()
+        self._filled = asyncio.Event()
+
+    def _settle(self, guild_id: int) -> None:
+        self._coming = (self._coming or set()) - {guild_id}
+        self._gone_meanwhile.pop(guild_id, None)
         self.lost -= {guild_id}
-        async with self._filled:
-            self._filled.notify_all()
+
+    def leave(self, guild_id: int, user_id: int) -> None:
+        """This member has left, so it is not among those who are coming."""
+        self._gone_meanwhile.get(guild_id, set()).add(user_id)
 
     async def wait_until_sure(self, viewer: Viewer, guild_id: str, timeout: float) -> bool:
         """`may_view`, but an answer of None is waited for; after `timeout` seconds it is no."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout), self._filled:
-                await self._filled.wait_for(lambda: self.may_view(viewer, guild_id) is not None)
+            async with asyncio.timeout(timeout):
+                while self.may_view(viewer, guild_id) is None:
+                    await self._filled.wait()
         return bool(self.may_view(viewer, guild_id))
 
-    def _is_sure(self, guild_id: int) -> bool:
-        return self._refilling is not None and guild_id not in self._refilling
+    def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
+        """Whether what the cache does not have of the guild or the viewer in it is not there."""
+        if self._coming is None or guild_id in self._coming:
+            return False
+        gone = self._gone_meanwhile.get(guild_id)
+        return (
+            gone is None
+            or self._member(viewer, guild_id) is not None
+            or viewer.discord_id in map(str, gone)
+        )
 
     # -- guilds
 
@@ -796,7 +841,7 @@ class Access:
         guild = self._cache.get_guild(number)
         if guild is not None and number not in self.lost and self._may_view(viewer, guild):
             return True
-        return False if self._is_sure(number) else None
+        return False if self._is_sure(viewer, number) else None
 
     def _may_view(self, viewer: Viewer, guild: hikari.Guild) -> bool:
         if viewer.role in self._admin_roles:
@@ -804,7 +849,10 @@ class Access:
         if viewer.guilds is not None:
             return str(guild.id) in viewer.guilds
         member = self._member(viewer, guild.id)
-        return member is not None and bool(self._permissions(member, guild) & self._needed)
+        if member is None:
+            return False
+        granted = without_timed_out(member, self._permissions(member, guild))
+        return bool(granted & self._needed)
 
     def guilds_of(self, viewer: Viewer) -> list[dict[str, str | None]]:
         """`{id, name, icon}` of each guild that the viewer may see, by name."""
@@ -826,7 +874,7 @@ class Access:
             return False
         member = self._member(viewer, guild.id)
         if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
-            return viewer.guilds is not None and self._is_sure(guild.id)
+            return viewer.guilds is not None and self._is_sure(viewer, guild.id)
         needed = hikari.Permissions.VIEW_CHANNEL
         number = hikari.Snowflake(channel_id)
         thread = self._cache.get_thread(number)
@@ -835,7 +883,8 @@ class Access:
             if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
                 # Who else was invited to a private thread, hikari's cache cannot say.
                 needed |= hikari.Permissions.MANAGE_THREADS
-        return self._channel_permissions(member, guild, number) & needed == needed
+        granted = self._channel_permissions(member, guild, number)
+        return without_timed_out(member, granted) & needed == needed
 
     def _channel_permissions(
         self, member: hikari.Member, guild: hikari.Guild, channel_id: hikari.Snowflake
@@ -862,13 +911,13 @@ class Access:
 
     # -- members
 
-    def _member(self, viewer: Viewer, guild_id: hikari.Snowflake) -> hikari.Member | None:
+    def _member(self, viewer: Viewer, guild_id: int) -> hikari.Member | None:
         if not is_snowflake(viewer.discord_id):
             return None
         return self._cache.get_member(guild_id, hikari.Snowflake(viewer.discord_id))
 
     def _permissions(self, member: hikari.Member, guild: hikari.Guild) -> hikari.Permissions:
-        """Guild-wide permissions (Discord documentation: Permissions, base permissions, time-outs)."""
+        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
         if guild.owner_id == member.id:
             return ALL_PERMISSIONS
         granted = hikari.Permissions.NONE
@@ -878,12 +927,19 @@ class Access:
                 granted |= role.permissions
         if granted & hikari.Permissions.ADMINISTRATOR:
             return ALL_PERMISSIONS
-        return granted & LEFT_IN_TIMEOUT if member.communication_disabled_until() else granted
+        return granted
+
+
+def without_timed_out(member: hikari.Member, granted: hikari.Permissions) -> hikari.Permissions:
+    """What a time-out leaves of permissions, after all else (Discord documentation: Permissions)."""
+    if granted == ALL_PERMISSIONS or not member.communication_disabled_until():
+        return granted
+    return granted & LEFT_IN_TIMEOUT
 
 
 def is_snowflake(text: str) -> bool:
-    """A Discord id, as text: 1 to 20 digits."""
-    return 1 <= len(text) <= 20 and text.isascii() and text.isdigit()
+    """A Discord id as Discord writes it: 1 to 20 digits, the first of several not 0."""
+    return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
 def clean_text(text: str) -> str:
@@ -904,6 +960,12 @@ MOST_REMEMBERED: Final = 100_000
 RETRY_AFTER: Final = 10.0
 
 
+#: A browser polls on one connection and sends on another.
+CONNECTIONS_OF_A_POLLER: Final = 2
+#: Seconds between two lines of the log on one address.
+LOG_INTERVAL: Final = 60.0
+
+
 class BoundedMemory(limits.aio.storage.Storage):
     """Counters with an expiry, in memory. The library's own walks all of its keys at every hit."""
 
@@ -917,15 +979,26 @@ class BoundedMemory(limits.aio.storage.Storage):
     def base_exceptions(self) -> type[Exception]:
         return LookupError
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+    def count(self, key: str, expiry: float, amount: int = 1) -> int:
+        """What `incr` does, for those who cannot wait."""
+        now = time.time()
         count, until = self._counters.get(key, (0, 0.0))
-        if until <= time.time():
+        if until <= now:
             self._counters.pop(key, None)
-            count, until = 0, time.time() + expiry
-            if len(self._counters) >= MOST_REMEMBERED:
-                del self._counters[next(iter(self._counters))]
+            self._forget_some(now)
+            count, until = 0, now + expiry
         self._counters[key] = count + amount, until
         return count + amount
+
+    def _forget_some(self, now: float) -> None:
+        while self._counters:
+            oldest = next(iter(self._counters))
+            if len(self._counters) < MOST_REMEMBERED and self._counters[oldest][1] > now:
+                return
+            del self._counters[oldest]
+
+    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+        return self.count(key, expiry, amount)
 
     async def get(self, key: str) -> int:
         count, until = self._counters.get(key, (0, 0.0))
@@ -950,17 +1023,19 @@ class Lobby:
     """Whoever has not authenticated yet: each for `patience` seconds, and no more than `capacity`.
 
     Beyond that the longest silent one is dropped, so that a proper client, which authenticates
-    at once, always gets in.
+    at once, always gets in. The same holds within what one address may have of it, its `share`.
     """
 
-    def __init__(self, capacity: int, patience: float) -> None:
-        self.reconfigure(capacity, patience)
-        self._waiting: dict[object, tuple[float, Callable[[str], None]]] = {}
+    def __init__(self, capacity: int, share: int, patience: float) -> None:
+        self.reconfigure(capacity, share, patience)
+        self._waiting: dict[object, tuple[float, str, Callable[[str], None]]] = {}
+        self._of_address: dict[str, dict[object, None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def reconfigure(self, capacity: int, patience: float) -> None:
+    def reconfigure(self, capacity: int, share: int, patience: float) -> None:
         """For those who come from now on."""
         self._capacity = capacity
+        self._share = share
         self._patience = patience
 
     def __len__(self) -> int:
@@ -969,28 +1044,39 @@ class Lobby:
     def __contains__(self, who: object) -> bool:
         return who in self._waiting
 
-    def enter(self, who: object, drop: Callable[[str], None]) -> None:
-        """Let `who` wait; `drop(reason)` is called if it waits too long."""
+    def enter(self, who: object, drop: Callable[[str], None], address: str = "") -> None:
+        """Let `who` wait; `drop(reason)` is called if it waits too long. No address, no share."""
         loop = asyncio.get_running_loop()
-        self._waiting[who] = loop.time() + self._patience, drop
-        if len(self._waiting) > self._capacity:
-            self._drop_first("made room")
+        self.leave(who)
+        self._waiting[who] = loop.time() + self._patience, address, drop
+        if address:
+            self._of_address.setdefault(address, {})[who] = None
+        neighbours = self._of_address.get(address, {})
+        if len(neighbours) > self._share:
+            self._drop_first(neighbours, "made room")
+        elif len(self._waiting) > self._capacity:
+            self._drop_first(self._waiting, "made room")
         if self._timer is None:
             self._timer = loop.call_later(self._patience, self._drop_late)
 
     def leave(self, who: object) -> None:
         """It has authenticated, or it is gone."""
-        self._waiting.pop(who, None)
+        _, address, _ = self._waiting.pop(who, (0.0, "", None))
+        if address:
+            del self._of_address[address][who]
+            if not self._of_address[address]:
+                del self._of_address[address]
 
-    def _drop_first(self, reason: str) -> None:
-        who = next(iter(self._waiting))
-        _, drop = self._waiting.pop(who)
+    def _drop_first(self, waiting: Iterable[object], reason: str) -> None:
+        who = next(iter(waiting))
+        _, _, drop = self._waiting[who]
+        self.leave(who)
         drop(reason)
 
     def _drop_late(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting and self._first_deadline() <= loop.time():
-            self._drop_first("not authenticated in time")
+            self._drop_first(self._waiting, "not authenticated in time")
         self._timer = (
             loop.call_at(self._first_deadline(), self._drop_late) if self._waiting else None
         )
@@ -1011,6 +1097,10 @@ class Visit:
         self._limits = limits
         limits.open[address] += 1
 
+    def is_news(self, what: str) -> bool:
+        """Whether to log this of it."""
+        return self._limits.is_news(self.address, what)
+
     def end(self) -> None:
         """Called once, when the connection is closed."""
         self._limits.lobby.leave(self)
@@ -1029,22 +1119,37 @@ class Limits:
         storage: limits.aio.storage.Storage,
         metrics: Metrics,
     ) -> None:
-        self.lobby = Lobby(settings.unauthenticated, patience)
+        self.lobby = Lobby(0, 0, patience)
         self._storage = storage
         self.metrics = metrics
         self.reconfigure(settings, patience)
         self._attempt_limiter = limits.aio.strategies.FixedWindowRateLimiter(storage)
         # What one connection does never leaves this process.
         self._event_limiter = limits.aio.strategies.FixedWindowRateLimiter(BoundedMemory())
+        self._told = BoundedMemory()
         #: Connections open now, by address.
         self.open: collections.Counter[str] = collections.Counter()
 
     def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
         """Count by these from now on; who is in already stays in."""
         self.settings = settings
-        self.lobby.reconfigure(settings.unauthenticated, patience)
+        share = CONNECTIONS_OF_A_POLLER * settings.connections_per_ip
+        self.lobby.reconfigure(settings.unauthenticated, share, patience)
         self._attempts = limits.parse(settings.attempts_per_ip)
         self._events = limits.parse(settings.events_per_connection)
+
+    def expect(self, who: object, close: Callable[[], None], address: str = "") -> None:
+        """Let a connection wait in the lobby; `close` is called if it waits too long."""
+
+        def drop(reason: str) -> None:
+            self.metrics.cut.labels(reason).inc()
+            close()
+
+        self.lobby.enter(who, drop, address)
+
+    def is_news(self, address: str, what: str) -> bool:
+        """Whether to log this of an address: a line a minute for each, however often it knocks."""
+        return self._told.count(f"{address}/{what}", LOG_INTERVAL) == 1
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
@@ -1074,6 +1179,14 @@ class Limits:
             await self._storage.incr(f"blocked/{address}", seconds)
             self.metrics.blocked.inc()
             log.warning("address %s blocked for %d s", address, seconds)
+
+    async def let_try(self, visit: Visit) -> None:
+        """Before a token is looked at; raises RefusedConnectionError where it makes no difference."""
+        if visit.refusal is None and (seconds := await self.blocked_for(visit.address)):
+            self.metrics.refused.labels("blocked").inc()
+            visit.refusal = too_many(seconds)
+        if visit.refusal is not None:
+            raise visit.refusal
 
     async def accepted(self, address: str) -> None:
         """An attempt succeeded: refusals are counted from the beginning again."""
@@ -1117,6 +1230,8 @@ MAX_BACKLOG_BYTES: Final = 8_388_608
 #: one close frame (RFC 6455 §5.5). It does not expect that the buffer has no room for them.
 CONTROL_BYTES: Final = 256
 MAX_ATTACHMENTS: Final = 8
+#: The one name under which a handler hears what clients send.
+REQUEST: Final = "request"
 
 Sid = str
 Hidden = frozenset[Sid]
@@ -1160,6 +1275,7 @@ PING: Final = Frame(b"2")
 NOOP: Final = Frame(b"6")
 CLOSE: Final = Frame(b"1")
 PROBED: Final = Frame(b"3probe")
+MESSAGE: Final = "4"
 PROBE: Final = "2probe"
 UPGRADE: Final = "5"
 
@@ -1196,6 +1312,7 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         self._direct = False  # and nothing waits in it
         self._poller: WebSocketHandler | None = None  # the latest poll
         self._polling = False  # it has no answer yet
+        self.posting = False  # one POST is at work
         self._prober: WebSocketHandler | None = None
         self._waiting = 0  # bytes in the queue, and in the latest poll's answer
         self._answered = 0  # bytes in that answer
@@ -1283,18 +1400,23 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         """All that waits for a polling client; returns once there is something."""
         packets: list[Frame] = await super().poll()
         self._answered = sum(len(packet.bytes) for packet in packets)
-        if self._ending:
+        if CLOSE in packets:
             self._lose()
+        elif self._ending:  # next time: the stock client closes before it acts on the rest
+            self.queue.put_nowait(CLOSE)
         return packets
 
     # -- from the client
 
     async def feed(self, message: str | bytes) -> None:
         """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
+        if self._lost or (self._ending and message[:1] == MESSAGE):
+            return
         try:
             await self.receive(engineio_packet.Packet(encoded_packet=message))
         except (ValueError, IndexError, engineio.exceptions.UnknownPacketError):
             self.cut("malformed packet")
+        await asyncio.sleep(0)  # however much one client sends, the others have their turn
 
     async def handle_post_request(self, environ: dict[str, Any]) -> None:
         """Take the packets of one poll's POST, however many fit into `max_message_bytes`."""
@@ -1353,19 +1475,20 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
 
     def schedule_ping(self) -> None:
         """Ping after the interval; the library calls this at the start and for each PONG."""
-        if self._timer is not None:
-            if not self._awaits_pong:
-                return  # a PONG that nobody asked for
-            self._timer.cancel()
+        if self._timer is not None and not self._awaits_pong:
+            return  # a PONG that nobody asked for
         self._awaits_pong = False
-        self._timer = asyncio.get_running_loop().call_later(self.server.ping_interval, self._ping)
+        self._call_later(self.server.ping_interval, self._ping)
 
     def _ping(self) -> None:
         self._awaits_pong = True
         self.write((PING,), PING.bytes)
-        self._timer = asyncio.get_running_loop().call_later(
-            self.server.ping_timeout, self._lose, self.server.reason.PING_TIMEOUT
-        )
+        self._call_later(self.server.ping_timeout, self._lose, self.server.reason.PING_TIMEOUT)
+
+    def _call_later(self, seconds: float, call: Callable[..., None], *args: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, call, *args)
 
     # -- the end
 
@@ -1375,18 +1498,16 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
             self._lose(self.server.reason.SERVER_DISCONNECT)
         elif not self._ending:
             self._ending = True
-            self.queue.put_nowait(CLOSE)
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = asyncio.get_running_loop().call_later(
-                self.server.ending_timeout, self._lose
-            )
+            if self.queue.empty():
+                self.queue.put_nowait(CLOSE)
+            self._call_later(self.server.ending_timeout, self._lose)
 
     def cut(self, reason: str) -> None:
         """Drop the client now, without waiting for it; the reason is logged and counted."""
         if self._lost:
             return
-        self.log.info("%s cut off: %s", self.visit.address, reason)
+        if self.visit.is_news(reason):
+            self.log.info("%s cut off: %s", self.visit.address, reason)
         self.server.metrics.cut.labels(reason).inc()
         self._lose()
         if self._stream is not None:
@@ -1415,10 +1536,19 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
         self.queue.put_nowait(CLOSE)  # for a poll that still waits
         for handler in (self.handler, self._prober):
             if handler is not None:
-                handler.close()
+                hang_up(handler, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self._poller = None
         self._stream = self._socket = self._timer = None
+
+
+def hang_up(handler: WebSocketHandler, patience: float) -> None:
+    """Ask the client to close, and close without it after `patience` seconds."""
+    if handler.ws_connection is not None:
+        stream = websocket_stream(handler)
+        handler.close()
+        if not stream.closed():
+            asyncio.get_running_loop().call_later(patience, stream.close)
 
 
 def websocket_stream(handler: WebSocketHandler) -> IOStream:
@@ -1437,8 +1567,8 @@ def stream_of(handler: RequestHandler) -> IOStream:
 class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has no types
     """The Engine.IO server; its sessions are `Session`s."""
 
-    #: Seconds that a polling client has to fetch its last packets before it is forgotten.
-    ending_timeout = 5.0
+    #: Seconds that a client has to fetch its last packets or to close before it is forgotten.
+    ending_timeout = 4.0
 
     def __init__(self, *, max_queue_bytes: int, metrics: Metrics, **options: Any) -> None:
         super().__init__(**options)
@@ -1471,7 +1601,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
 
 
 class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio has no types
-    """The Socket.IO server. Bad packets end their session and reserved events are refused."""
+    """The Socket.IO server. Bad packets end their session; `request` hears every client event."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -1518,10 +1648,23 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
                 await self._handle_eio_disconnect(eio_sid, self.reason.TRANSPORT_CLOSE)
 
     async def _handle_event(self, eio_sid: str, namespace: str, ack: int, data: Any) -> None:
-        """Stock python-socketio would let a client call handlers with arguments of its choice."""
-        if data[0] in (*self.reserved_events, "*"):
-            data = [f"{data[0]} (reserved)", *data[1:]]
-        await super()._handle_event(eio_sid, namespace, ack, data)
+        """Stock python-socketio would let a client name any handler: "connect", "disconnect", "*"."""
+        await super()._handle_event(eio_sid, namespace, ack, [REQUEST, data[0], *data[1:]])
+
+    async def _trigger_event(self, event: str, namespace: str, *args: Any) -> Any:
+        """Call a handler; what goes wrong in one is never a client's fault."""
+        try:
+            return await super()._trigger_event(event, namespace, *args)
+        except SocketIORefusal:
+            raise
+        except Exception:
+            log.exception("a Socket.IO handler failed")
+            raise
+
+    async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
+        """Stock python-socketio keeps for ever what waited for its attachments."""
+        self._binary_packet.pop(eio_sid, None)
+        await super()._handle_eio_disconnect(eio_sid, reason)
 
 
 def library_log(name: str) -> logging.Logger:
@@ -1733,6 +1876,10 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
     def listened(self, guild_id: str, kind: str) -> bool:
         """Whether anybody is in the room `kind:guild_id`."""
         return f"{kind}:{guild_id}" in self._rooms
+
+    def names(self) -> Iterable[str]:
+        """The rooms that anybody is in."""
+        return tuple(self._rooms)
 
     def rooms_of(self, sid: Sid) -> frozenset[str]:
         return frozenset(self._rooms_of.get(sid, ()))
@@ -2808,6 +2955,9 @@ def finite(number: float) -> float | None:
 
 #: Headers of a request, together: a browser's are below 4 KiB.
 MAX_HEADER_BYTES: Final = 16_384
+#: A buffer of so many bytes is made and zeroed for every read; clients send little at a time.
+READ_BYTES: Final = 8_192
+SOCKET_PATH: Final = "/socket.io/"
 
 
 class Origins:
@@ -2815,17 +2965,18 @@ class Origins:
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._any = "*" in patterns
-        self._exact = frozenset(patterns)
+        self._exact = frozenset(map(str.lower, patterns))
         self._below = tuple(
-            tuple(pattern.split("*", 1)) for pattern in patterns if "://*." in pattern
+            tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
         )
 
     def allow(self, origin: str | None, host: str) -> bool:
         """`origin` and `host` as in the request's headers (RFC 6454; absent outside of browsers)."""
-        if origin is None or self._any or origin in self._exact:
+        if origin is None or self._any:
             return True
+        origin = origin.lower()
         scheme, _, rest = origin.partition("://")
-        if scheme in ("http", "https") and rest.lower() == host.lower():
+        if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
             return True
         return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
 
@@ -2876,10 +3027,7 @@ class FrontDoor:
         self._proxies = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
 
     def address(self, request: HTTPServerRequest) -> str:
-        """Whom a request counts for: its peer or, of a trusted proxy, the right-most hop that is none.
-
-        An IPv6 address counts as its /64, of which every household has one.
-        """
+        """Whom a request counts for: its peer or, of a trusted proxy, the right-most hop that is none."""
         hops = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
         client = parse_address(request.remote_ip or "")
         while hops and client is not None and self._is_proxy(client):
@@ -2887,11 +3035,12 @@ class FrontDoor:
             if hop is None:
                 break
             client = hop
-        if client is None:
-            return "unknown"
-        if client.version == 6:
-            return str(ipaddress.ip_network((client, 64), strict=False))
-        return str(client)
+        return household(client) if client is not None else "unknown"
+
+    def peer(self, text: str) -> str:
+        """Whom a connection counts for before it says a word; of a proxy, nobody."""
+        client = parse_address(text)
+        return "" if client is None or self._is_proxy(client) else household(client)
 
     def _is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self._proxies)
@@ -2909,8 +3058,11 @@ def parse_address(text: str) -> Address | None:
     return (address.ipv4_mapped or address) if address.version == 6 else address
 
 
-#: A buffer of so many bytes is made and zeroed for every read; clients send little at a time.
-READ_BYTES: Final = 8_192
+def household(address: Address) -> str:
+    """What is counted as one address: of IPv6 the /64, since every household has one."""
+    if address.version == 6:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
 class SocketHandler(WebSocketHandler):
@@ -2927,11 +3079,13 @@ class SocketHandler(WebSocketHandler):
 
     async def prepare(self) -> None:
         """Turn away blocked addresses and foreign pages."""
-        self._door.limits.lobby.leave(self._tcp_stream())
         self._address = self._door.address(self.request)
+        self._sid = parse_sid(self.request)
+        self._settle()
+        session = self._engine.sockets.get(self._sid)
         origin = self.request.headers.get("Origin")
-        if blocked_for := await self._door.limits.blocked_for(self._address):
-            self.set_header("Retry-After", str(math.ceil(blocked_for)))
+        if session is None and (seconds := await self._door.limits.blocked_for(self._address)):
+            self.set_header("Retry-After", str(math.ceil(seconds)))
             self._refuse(429, "blocked", "Too many refused attempts")
         elif not self._door.origins.allow(origin, self.request.host):
             self._refuse(403, "origin", "This origin is not allowed")
@@ -2941,17 +3095,17 @@ class SocketHandler(WebSocketHandler):
             self.set_header("Vary", "Origin")
 
     def on_finish(self) -> None:
-        """Kept alive for its next request, the connection of a stranger waits in the lobby again."""
-        stream = self._tcp_stream()
-        session = self._engine.sockets.get(self.get_query_argument("sid", None))
-        lobby = self._door.limits.lobby
-        if stream is not None and (session is None or session.visit in lobby):
-            lobby.enter(stream, lambda reason: stream.close())
+        self._settle()
 
-    def _tcp_stream(self) -> IOStream | None:
-        """The connection that the request came on; None once it has become a WebSocket."""
-        stream: IOStream | None = getattr(self.request.connection, "stream", None)
-        return stream
+    def _settle(self) -> None:
+        """A connection is a stranger's until a request on it belongs to who has authenticated."""
+        limits, connection = self._door.limits, self.request.connection
+        stream: IOStream | None = getattr(connection, "stream", None)  # None: a WebSocket has it
+        session = self._engine.sockets.get(self._sid)
+        if session is not None and session.visit not in limits.lobby:
+            limits.lobby.leave(stream)
+        elif stream is not None and stream not in limits.lobby:
+            limits.expect(stream, stream.close)
 
     async def admit(self, transport: str) -> Session:
         """A new session for this request, which has to authenticate in time."""
@@ -2969,7 +3123,7 @@ class SocketHandler(WebSocketHandler):
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
-            self._session = self._engine.sockets.get(self.get_query_argument("sid", None))
+            self._session = self._engine.sockets.get(self._sid)
             await self._engine.handle_request(self)
         elif fault := self._websocket_fault():
             self._refuse(400, "handshake", fault)
@@ -2977,7 +3131,18 @@ class SocketHandler(WebSocketHandler):
             await super().get(*args, **kwargs)
 
     async def post(self) -> None:
-        await self._engine.handle_request(self)
+        """Two at a time end the session, as they do in Node's: which is to be taken first?"""
+        session = self._engine.sockets.get(self._sid)
+        if session is None or session.posting:
+            if session is not None:
+                session.cut("overlapping posts")
+            self._refuse(400, "handshake", "Unknown session")
+            return
+        session.posting = True
+        try:
+            await self._engine.handle_request(self)
+        finally:
+            session.posting = False
 
     def options(self) -> None:
         """CORS preflight (Fetch standard)."""
@@ -2986,7 +3151,7 @@ class SocketHandler(WebSocketHandler):
         self.set_status(204)
 
     def _websocket_fault(self) -> str | None:
-        sid = self.get_query_argument("sid", None)
+        sid = self._sid
         session = self._engine.sockets.get(sid)
         if "websocket" not in self._engine.transports:
             return "The websocket transport is switched off"
@@ -3000,25 +3165,31 @@ class SocketHandler(WebSocketHandler):
 
     def _refuse(self, status: int, reason: str, message: str) -> None:
         self._engine.metrics.refused.labels(reason).inc()
+        if self._door.limits.is_news(self._address, reason):
+            log.info("%s refused: %s", self._address, message)
         self.set_status(status)
         self.finish({"message": message})
 
     async def open(self, *args: str, **kwargs: str) -> None:
-        sid = self.get_query_argument("sid", None)
-        if sid is None:
-            self._session = await self.admit("websocket")
-            self._session.attach(self)
-        elif sid in self._engine.sockets:
-            self._session = self._engine.sockets[sid]
+        limits = self._door.limits
+        # Until it is a session's, nothing that Tornado writes by itself may pile up either.
+        stream = websocket_stream(self)
+        stream.max_write_buffer_size = self._engine.max_queue_bytes
+        if self._sid is None:
+            limits.expect(self, stream.close)
+            session = await self.admit("websocket")
+            limits.lobby.leave(self)
+            if self.ws_connection is None:
+                session.cut("gone")  # while the limits were asked
+            else:
+                self._session = session
+                session.attach(self)
+        elif self._sid in self._engine.sockets:
+            self._session = self._engine.sockets[self._sid]
             self._session.begin_upgrade(self)
-            self._door.limits.lobby.enter(self, self._give_up)
+            limits.expect(self, stream.close)
         else:
             self.close()
-
-    def _give_up(self, reason: str) -> None:
-        """The upgrade was not finished in time."""
-        self._engine.metrics.cut.labels(reason).inc()
-        self.close()
 
     async def on_message(self, message: str | bytes) -> None:
         session = self._session
@@ -3041,8 +3212,16 @@ class SocketHandler(WebSocketHandler):
             self._session.detach(self)
             self._session = None
 
-    def log_exception(self, *args: Any) -> None:
-        log.error("%s %s failed", self.request.method, self.request.path, exc_info=args)
+    def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Only what is not the client's fault; `_refuse` and Tornado have answered the rest."""
+        if not isinstance(error, HTTPError | StreamClosedError | StreamBufferFullError):
+            log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
+
+
+def parse_sid(request: HTTPServerRequest) -> str | None:
+    """The session that a request names, as python-engineio reads it."""
+    sids = request.query_arguments.get("sid")
+    return sids[0].decode("utf-8", "replace") if sids else None
 
 
 class OperatorHandler(RequestHandler):
@@ -3099,22 +3278,40 @@ class NotFoundHandler(RequestHandler):
         self.finish({"message": "Not found"})
 
 
+class Site(Application):
+    """All that is served. Who is served waits in no lobby meanwhile, but for `SocketHandler`'s."""
+
+    limits: Limits
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        if request.path != SOCKET_PATH:
+            self.limits.lobby.leave(getattr(request.connection, "stream", None))
+        return super().find_handler(request, **kwargs)
+
+    def log_request(self, handler: RequestHandler) -> None:
+        """Called when a request is done with; nothing is logged."""
+        stream = getattr(handler.request.connection, "stream", None)
+        if handler.request.path != SOCKET_PATH and stream is not None:
+            self.limits.expect(stream, stream.close)
+
+
 class WebServer(HTTPServer):
     """Tornado's, with TCP_NODELAY (without it two small writes in a row stall for 40 ms), and
     with a lobby for connections that have not sent a whole request yet.
     """
 
     #: Set by whoever makes the server: Tornado's has no constructor of its own to extend.
-    lobby: Lobby
+    door: FrontDoor
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         with contextlib.suppress(OSError, StreamClosedError):  # it may have gone already
             stream.set_nodelay(True)
-        self.lobby.enter(stream, lambda reason: stream.close())
+        peer = self.door.peer(address[0]) if address else ""
+        self.door.limits.expect(stream, stream.close, peer)
         super().handle_stream(stream, address)
 
     def on_close(self, server_conn: Any) -> None:
-        self.lobby.leave(server_conn.stream)
+        self.door.limits.lobby.leave(server_conn.stream)
         super().on_close(server_conn)
 
 
@@ -3163,11 +3360,11 @@ class Dashboards:
         self._greetings: set[asyncio.Task[None]] = set()
         self._connected: dict[Sid, Dashboard] = {}
         self._of_viewer: collections.Counter[str] = collections.Counter()
-        #: Called with a guild id when who is in its rooms, or as whom, has changed.
+        #: Called with a guild id when one in its rooms is there with another token.
         self.on_audience_change: Callable[[str], None] = lambda guild_id: None
         sio.on("connect", self._connect)
         sio.on("disconnect", self._disconnect)
-        sio.on("*", self._request)
+        sio.on(REQUEST, self._request)
         sio.on("connect", self._refuse_namespace, namespace="*")
 
     def viewer(self, sid: Sid) -> Viewer:
@@ -3181,11 +3378,14 @@ class Dashboards:
 
     async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
         session = self._sio.session_of(sid)
-        assert session is not None  # it has just sent CONNECT
+        if session is None:
+            raise SocketIORefusal("Gone")  # to nobody: it has left right after it sent CONNECT
         try:
             viewer = await self._identify(session.visit, auth)
         except RefusedConnectionError as refusal:
-            session.log.info("refused: %s %s", refusal.message, refusal.data or "")
+            if session.visit.is_news(refusal.message):
+                address = session.visit.address
+                session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             # The library sends the refusal in this turn of the loop; then the transport goes too.
             asyncio.get_running_loop().call_soon(session.end)
             raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
@@ -3196,17 +3396,16 @@ class Dashboards:
         self._watch_expiry(sid)
 
     async def _identify(self, visit: Visit, auth: object) -> Viewer:
-        if visit.refusal is not None:
-            raise visit.refusal
+        await self._limits.let_try(visit)
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
             viewer = self._tokens.verify(token)
         except RefusedConnectionError as refusal:
             await self._limits.refused(visit.address, refusal)
             raise
+        await self._limits.accepted(visit.address)
         if self._of_viewer[viewer.discord_id] >= self._limits.settings.connections_per_viewer:
             raise self._limits.over("connections_per_viewer")
-        await self._limits.accepted(visit.address)
         return viewer
 
     async def _refuse_namespace(
@@ -3285,7 +3484,7 @@ class Dashboards:
 
     # -- requests
 
-    async def _request(self, event: object, sid: Sid, *args: object) -> dict[str, Any]:
+    async def _request(self, sid: Sid, event: object, *args: object) -> dict[str, Any]:
         try:
             if not await self._limits.may_send(sid):
                 raise ClientError("rate_limited", "Too many events; slow down")
@@ -3308,7 +3507,7 @@ class Dashboards:
             room = f"{kind}:{guild_argument(args)}"
             await self._rooms.leave_room(sid, NAMESPACE, room)
             return {"room": room}
-        raise ClientError("unknown_event", f"Unknown event: {shown(event)[:EVENT_SHOWN]}")
+        raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
 
     async def _subscribe(self, sid: Sid, kind: str, guild_id: str) -> str:
         room = f"{kind}:{guild_id}"
@@ -3320,7 +3519,6 @@ class Dashboards:
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         if sid in self._connected:  # it may have left meanwhile
             await self._rooms.enter_room(sid, NAMESPACE, room)
-            self.on_audience_change(guild_id)
             if room not in rooms:
                 self._greet_soon(sid, kind, guild_id)
         return room
@@ -3356,32 +3554,31 @@ class Guard:
     any plugin's: whatever comes after a change is already judged by it.
     """
 
-    def __init__(
-        self,
-        access: Access,
-        dashboards: Dashboards,
-        rooms: Rooms,
-        kinds: Callable[[], frozenset[str]],
-    ) -> None:
+    def __init__(self, access: Access, dashboards: Dashboards, rooms: Rooms) -> None:
         self._access = access
         self._dashboards = dashboards
         self._rooms = rooms
-        self._kinds = kinds
-        #: Who may not see a channel, by guild, then by room and channel, until anything changes.
-        self._hidden: dict[str, dict[tuple[str, str], Hidden]] = {}
+        #: Who has been judged and who of them may not see a channel, until anything changes: by
+        #: guild, then by room and channel.
+        self._judged: dict[str, dict[tuple[str, str], tuple[Hidden, Hidden]]] = {}
+        self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
         dashboards.on_audience_change = self._forget
 
-    #: What of a guild can change what its viewers may see.
-    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.RoleUpdateEvent,
-        hikari.RoleDeleteEvent,
-        hikari.GuildUpdateEvent,
+    #: What of a guild can change which channels its viewers may see,
+    CHANNEL_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
         hikari.GuildChannelCreateEvent,
         hikari.GuildChannelUpdateEvent,
         hikari.GuildChannelDeleteEvent,
         hikari.GuildThreadCreateEvent,
         hikari.GuildThreadUpdateEvent,
         hikari.GuildThreadDeleteEvent,
+        hikari.ThreadListSyncEvent,
+    )
+    #: and what can change besides whether they may see anything of it.
+    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+        hikari.RoleUpdateEvent,
+        hikari.RoleDeleteEvent,
+        hikari.GuildUpdateEvent,
     )
     MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
         hikari.MemberCreateEvent,
@@ -3392,76 +3589,101 @@ class Guard:
     @classmethod
     def event_types(cls) -> tuple[type[hikari.Event], ...]:
         """What it has to hear: intents follow from it."""
-        return cls.GUILD_CHANGES + cls.MEMBER_CHANGES
+        return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
     def subscribe(self, events: hikari.api.EventManager) -> None:
+        for change in self.CHANNEL_CHANGES:
+            events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
             events.subscribe(change, self._on_guild_change)
         for change in self.MEMBER_CHANGES:
             events.subscribe(change, self._on_member_change)
         events.subscribe(hikari.ShardReadyEvent, self._on_new_session)
+        events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
         events.subscribe(hikari.GuildAvailableEvent, self._on_guild)
         events.subscribe(hikari.GuildJoinEvent, self._on_guild)
         events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
 
     def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
-        """Who in the room may not see the channel; worked out once until something changes."""
-        known = self._hidden.setdefault(guild_id, {})
-        if (room, channel_id) not in known:
-            known[room, channel_id] = frozenset(
-                sid
-                for sid in self._rooms.members(room)
-                if not self._access.may_see(self._dashboards.viewer(sid), guild_id, channel_id)
-            )
-        return known[room, channel_id]
+        """Who in the room may not see the channel; each is judged once until something changes."""
+        channels = self._judged.setdefault(guild_id, {})
+        members = self._rooms.members(room)
+        judged, hidden = channels.get((room, channel_id), (NOBODY, NOBODY))
+        if judged.issuperset(members):
+            return hidden
+        # Those who are in the room no more are forgotten on the way.
+        judged, hidden = judged.intersection(members), hidden.intersection(members)
+        blind = [
+            sid
+            for sid in members
+            if sid not in judged
+            and not self._access.may_see(self._dashboards.viewer(sid), guild_id, channel_id)
+        ]
+        channels[room, channel_id] = frozenset(members), hidden.union(blind)
+        return channels[room, channel_id][1]
 
     def _forget(self, guild_id: str) -> None:
-        self._hidden.pop(guild_id, None)
+        self._judged.pop(guild_id, None)
 
     def _check(self, guild_id: str, discord_id: str | None = None) -> None:
         """Judge anew those in the guild's rooms, or only one of them."""
         self._forget(guild_id)
-        for kind in self._kinds():
-            for sid in self._rooms.members(f"{kind}:{guild_id}"):
-                if discord_id in (None, self._dashboards.viewer(sid).discord_id):
-                    self._dashboards.check_right(sid, guild_id)
+        rooms = [room for room in self._rooms.names() if room.endswith(f":{guild_id}")]
+        for sid in {sid for room in rooms for sid in self._rooms.members(room)}:
+            if discord_id in (None, self._dashboards.viewer(sid).discord_id):
+                self._dashboards.check_right(sid, guild_id)
+
+    async def _on_channel_change(self, event: Any) -> None:
+        self._forget(str(event.guild_id))
 
     async def _on_guild_change(self, event: Any) -> None:
         self._check(str(event.guild_id))
 
     async def _on_member_change(self, event: Any) -> None:
+        if isinstance(event, hikari.MemberDeleteEvent):
+            self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
         if self._dashboards.is_connected(discord_id):
             self._check(str(event.guild_id), discord_id)
 
+    # -- while the cache is refilled
+
     async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
-        shard = event.shard
-        self._access.begin(
-            event.unavailable_guilds,
-            lambda guild_id: (
-                hikari.snowflakes.calculate_shard_id(shard.shard_count, guild_id) == shard.id
-            ),
-        )
+        self._access.begin(event.unavailable_guilds, functools.partial(belongs_to, event.shard))
         for guild_id in self._access.lost:
             self._check(str(guild_id))
 
+    async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
+        """What was asked for on the connection that broke may never have been heard."""
+        for guild_id, nonce in tuple(self._awaited.items()):
+            if belongs_to(event.shard, guild_id):
+                await event.shard.request_guild_members(guild_id, nonce=nonce)
+
     async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
         if event.chunk_nonce is None:
-            await self._filled(event.guild_id)
+            self._fill(event.guild_id)
         else:  # hikari has asked for the rest of the members
-            self._access.refill([event.guild_id])
+            self._awaited[event.guild_id] = event.chunk_nonce
+            self._access.expect_members(event.guild_id)
 
     async def _on_members(self, event: hikari.MemberChunkEvent) -> None:
-        if event.chunk_index == event.chunk_count - 1:
-            await self._filled(event.guild_id)
+        awaited = event.nonce == self._awaited.get(event.guild_id)
+        if awaited and event.chunk_index == event.chunk_count - 1:
+            self._fill(event.guild_id)
 
     async def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
-        await self._filled(event.guild_id)
+        self._fill(event.guild_id)
 
-    async def _filled(self, guild_id: int) -> None:
-        await self._access.fill(guild_id)
+    def _fill(self, guild_id: int) -> None:
+        self._awaited.pop(guild_id, None)
+        self._access.fill(guild_id)
         self._check(str(guild_id))
+
+
+def belongs_to(shard: hikari.api.GatewayShard, guild_id: int) -> bool:
+    """Whether a guild's events come by this shard (Discord documentation: Gateway, Sharding)."""
+    return hikari.snowflakes.calculate_shard_id(shard.shard_count, guild_id) == shard.id
 
 
 def guild_argument(args: tuple[object, ...]) -> str:
@@ -3471,8 +3693,13 @@ def guild_argument(args: tuple[object, ...]) -> str:
     guild_id = args[0] if args else None
     if isinstance(guild_id, str) and is_snowflake(guild_id):
         return guild_id
-    came = "a binary value" if isinstance(guild_id, bytes) else shown(guild_id)[:EVENT_SHOWN]
+    came = quoted(guild_id)
     raise ClientError("invalid_guild", f"Expected a guild id, a string of 1-20 digits; got {came}")
+
+
+def quoted(value: object) -> str:
+    """The beginning of what a client sent, fit to be sent back."""
+    return "a binary value" if isinstance(value, bytes) else clean_text(shown(value))[:EVENT_SHOWN]
 
 
 class Pulse:
@@ -3549,7 +3776,7 @@ class Server:
         self.dashboards = Dashboards(
             self.socketio, self.rooms, self.tokens, self.access, self.limits, self.plugins
         )
-        self.guard = Guard(self.access, self.dashboards, self.rooms, self._kinds)
+        self.guard = Guard(self.access, self.dashboards, self.rooms)
         self.door = FrontDoor(settings.server, self.limits)
         self._measure()
         self.web = self._make_web()
@@ -3583,32 +3810,31 @@ class Server:
             engineio_logger=library_log("engineio"),
         )
 
-    def _kinds(self) -> frozenset[str]:
-        return self.plugins.kinds
-
     def _make_web(self) -> WebServer:
         limit = self._settings.server.max_message_bytes
         door = {"door": self.door}
-        application = Application(
+        application = Site(
             [
-                (r"/socket\.io/", SocketHandler, {**door, "engine": self.socketio.eio}),
+                (SOCKET_PATH, SocketHandler, {**door, "engine": self.socketio.eio}),
                 (r"/health/live", LiveHandler, door),
                 (r"/health/ready", ReadyHandler, {**door, "read": self.health}),
                 (r"/metrics", MetricsHandler, {**door, "read": self.metrics.text}),
             ],
             default_handler_class=NotFoundHandler,
-            log_function=lambda handler: None,
             websocket_max_message_size=limit,
         )
+        application.limits = self.limits
         heartbeat = self._settings.heartbeat
         web = WebServer(
             application,
             max_body_size=limit,
             max_header_size=MAX_HEADER_BYTES,
             chunk_size=READ_BYTES,
+            max_buffer_size=max(limit, MAX_HEADER_BYTES) + 2 * READ_BYTES,
+            body_timeout=self._settings.auth.connect_timeout,
             idle_connection_timeout=heartbeat.interval + heartbeat.timeout,
         )
-        web.lobby = self.limits.lobby
+        web.door = self.door
         return web
 
     def _measure(self) -> None:
@@ -3907,6 +4133,8 @@ def set_up_logging(settings: LogSettings) -> None:
     handler.setFormatter(JournalFormatter(form) if journal else form)
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     quiet = settings.level != "debug"
+    # Tornado reports clients' mistakes there, at any level; its bugs go to "tornado.application".
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL if quiet else logging.DEBUG)
     logging.getLogger("hikari").setLevel(logging.ERROR if quiet else logging.INFO)
     logging.getLogger("hikari.gateway").setLevel(logging.CRITICAL if quiet else logging.INFO)
 

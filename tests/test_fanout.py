@@ -553,7 +553,7 @@ async def test_under_tls_only_the_stream_writes(spy, tmp_path):
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(self_signed(tmp_path / "certificate.pem"))
     web = spywatcher.WebServer(spy.server.web.request_callback, ssl_options=context)
-    web.lobby = spy.server.limits.lobby
+    web.door = spy.server.door
     (listener,) = bind_sockets(0, "127.0.0.1")
     web.add_socket(listener)
     url = f"wss://127.0.0.1:{listener.getsockname()[1]}/socket.io/?EIO=4&transport=websocket"
