@@ -4,6 +4,8 @@ import hikari
 
 from spywatcher import Payload, Spy, channel_name, clean_name, on, timestamp
 
+WRITTEN = {hikari.MessageType.DEFAULT, hikari.MessageType.REPLY}  # others are notices
+
 
 class MessageNew(Payload):
     user_id: str
@@ -15,8 +17,8 @@ class MessageNew(Payload):
 
 @on(hikari.GuildMessageCreateEvent, emit="message:new")
 def message_new(event: hikari.GuildMessageCreateEvent, spy: Spy) -> MessageNew | None:
-    if not event.is_human:  # is_bot alone would let webhooks through
-        return None
+    if not event.is_human or event.message.type not in WRITTEN:
+        return None  # is_bot alone would let webhooks through
     return MessageNew(
         user_id=str(event.author_id),
         username=clean_name(event.author.username),

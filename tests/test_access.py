@@ -32,7 +32,7 @@ from simulator import (
     hidden_except,
     iso,
 )
-from spywatcher import Keys, Server, Visit, parse_settings
+from spywatcher import Keys, Server, Visit, Workplace, parse_settings
 
 VIEW = Permission.VIEW_CHANNEL
 MANAGE = Permission.MANAGE_GUILD
@@ -707,14 +707,16 @@ STEPS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[tuple[asyncio.Runner, Server]]:
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Runner, Server]]:
     """A server in a loop of its own, for all histories."""
     with asyncio.Runner() as runner:
         server = offline_server(simulator.snowflake())
+        storage = tmp_path_factory.mktemp("storage") / "spywatcher.db"
 
         async def begin() -> None:
             server.access.begin([], lambda guild_id: False)
-            await server.plugins.start(server.gateway.bot, server.emit, lambda: True)
+            bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
+            await server.plugins.start(Workplace(bot, emit, lambda: True, watches, storage))
 
         runner.run(begin())
         yield runner, server

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from simulator import snowflake
+from simulator import message_json, snowflake
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["websocket", "polling"])
 ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -36,6 +36,13 @@ async def test_bots_webhooks_and_direct_messages_are_silent(spy, discord, guild)
     await discord.message(guild, robot, guild.general)
     await discord.message(guild, ada, guild.general, webhook_id=snowflake())
     await discord.direct_message(ada)
+    await spy.nothing(dashboard, "message:new")
+
+
+async def test_a_notice_that_discord_writes_for_a_member_is_silent(spy, discord, guild):
+    dashboard = await spy.dashboard()
+    notice = message_json(guild, guild.owner, guild.general, "") | {"type": 7}  # "joined"
+    await discord.dispatch("MESSAGE_CREATE", notice, guild_id=guild.id)
     await spy.nothing(dashboard, "message:new")
 
 
