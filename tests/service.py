@@ -59,6 +59,7 @@ def write_settings(folder: Path, tables: Mapping[str, Mapping[str, Any]]) -> Pat
     for name, table in tables.items():
         lines.append(f"[{name}]")
         lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()]
+    folder.mkdir(exist_ok=True)
     path = folder / "config.toml"
     path.write_text("\n".join(lines))
     return path

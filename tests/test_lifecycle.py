@@ -6,8 +6,10 @@ import asyncio
 import json
 import re
 import signal
+import sqlite3
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,58 @@ async def test_a_stop_before_discord_answered_is_a_clean_one(tmp_path: Path) -> 
             assert await service.exit_status() == 0
 
 
+# ---- the worst end
+
+
+KILLS = 20
+#: Seconds of counts that a kill may cost (README, docs/deploy.md).
+MOST_LOST = 1.0
+
+
+async def test_killed_again_and_again_under_load_it_starts_again_and_keeps_its_counts(
+    tmp_path: Path,
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]  # side by side, for the sake of time
+    await asyncio.gather(*(kill_repeatedly(folder, KILLS // 2) for folder in folders))
+
+
+async def kill_repeatedly(folder: Path, times: int) -> None:
+    async with PretendDiscord() as discord:
+        guild = discord.add_guild()
+        write_settings(folder, tables_for(discord, storage={"path": "kept.db"}))
+        kept = 0
+        for _ in range(times):
+            async with running(folder) as service:
+                await discord.wait_for_bot()
+                sent = await write_messages(discord, guild, rate=200, seconds=1.3)
+                killed = time.monotonic()
+                service.process.kill()
+            before, kept = kept, messages_kept(folder / "kept.db")
+            due = sum(moment < killed - MOST_LOST for moment in sent)
+            assert due > 20
+            assert due <= kept - before <= len(sent)
+
+
+async def write_messages(
+    discord: PretendDiscord, guild: Guild, rate: float, seconds: float
+) -> list[float]:
+    """Messages at a steady rate; returns when each was sent."""
+    started = time.monotonic()
+    sent: list[float] = []
+    while len(sent) < rate * seconds:
+        await discord.message(guild, guild.owner, guild.general)
+        sent.append(time.monotonic())
+        await asyncio.sleep(started + len(sent) / rate - time.monotonic())
+    return sent
+
+
+def messages_kept(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        [[count]] = database.execute("SELECT total(messages) FROM counts")
+        return int(count)
+
+
 # ---- reload
 
 
@@ -275,6 +329,12 @@ async def test_limits_follow_a_reload(discord: PretendDiscord, js: JavaScript) -
         reload(server, discord, limits={"connections_per_viewer": 1})
         error = await js.refused(url, token=viewer_token())
         assert error.message == "Too many connections"
+
+
+async def test_throttle_windows_follow_a_reload(discord: PretendDiscord) -> None:
+    async with server_for(discord) as server:
+        reload(server, discord, throttle={"message:new": 7.0})
+        assert server.throttle.windows["message:new"] == 7.0
 
 
 def reload(server: Server, discord: PretendDiscord, /, **tables: dict[str, Any]) -> None:

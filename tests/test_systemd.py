@@ -6,9 +6,11 @@ import asyncio
 import configparser
 import itertools
 import os
+import re
 import signal
 import sys
 import time
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -308,6 +310,17 @@ def test_the_unit_does_what_the_program_expects_of_it() -> None:
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
     assert service["RestartPreventExitStatus"] == str(spywatcher.EXIT_OPERATOR)
     assert service["ExecStartPre"].endswith(" check")
+
+
+def test_the_settings_of_the_deployment_guide_are_sound() -> None:
+    [text] = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    settings = spywatcher.parse_settings(tomllib.loads(text), ROOT)
+    service = unit("spywatcher.service")["Service"]
+    state = f"/var/lib/{service['StateDirectory']}"
+    assert settings.storage.path.startswith(f"{state}/")
+    credentials = "/run/credentials/spywatcher.service"
+    assert settings.auth.secret_file == f"{credentials}/secret"
+    assert settings.discord.token_file == f"{credentials}/token"
 
 
 def test_the_socket_is_the_one_that_the_settings_name() -> None:
