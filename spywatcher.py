@@ -51,6 +51,7 @@ import time
 import tomllib
 import unicodedata
 from base64 import b64encode
+from collections import OrderedDict
 from collections.abc import (
     Awaitable,
     Callable,
@@ -973,7 +974,8 @@ class BoundedMemory(limits.aio.storage.Storage):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counters: dict[str, tuple[int, float]] = {}  # in the order in which they began
+        # In the order in which they began.
+        self._counters: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     @property
     def base_exceptions(self) -> type[Exception]:
@@ -1028,8 +1030,10 @@ class Lobby:
 
     def __init__(self, capacity: int, share: int, patience: float) -> None:
         self.reconfigure(capacity, share, patience)
-        self._waiting: dict[object, tuple[float, str, Callable[[str], None]]] = {}
-        self._of_address: dict[str, dict[object, None]] = {}
+        # Both with the longest silent one first; the deadlines with the first to come.
+        self._waiting: OrderedDict[object, tuple[str, Callable[[str], None]]] = OrderedDict()
+        self._of_address: dict[str, OrderedDict[object, None]] = {}
+        self._deadlines: OrderedDict[object, float] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
     def reconfigure(self, capacity: int, share: int, patience: float) -> None:
@@ -1048,10 +1052,12 @@ class Lobby:
         """Let `who` wait; `drop(reason)` is called if it waits too long. No address, no share."""
         loop = asyncio.get_running_loop()
         self.leave(who)
-        self._waiting[who] = loop.time() + self._patience, address, drop
+        self._waiting[who] = address, drop
+        self._deadlines[who] = loop.time() + self._patience
+        neighbours: OrderedDict[object, None] = OrderedDict()
         if address:
-            self._of_address.setdefault(address, {})[who] = None
-        neighbours = self._of_address.get(address, {})
+            neighbours = self._of_address.setdefault(address, neighbours)
+            neighbours[who] = None
         if len(neighbours) > self._share:
             self._drop_first(neighbours, "made room")
         elif len(self._waiting) > self._capacity:
@@ -1061,28 +1067,37 @@ class Lobby:
 
     def leave(self, who: object) -> None:
         """It has authenticated, or it is gone."""
-        _, address, _ = self._waiting.pop(who, (0.0, "", None))
+        address, _ = self._waiting.pop(who, ("", None))
+        self._deadlines.pop(who, None)
         if address:
             del self._of_address[address][who]
             if not self._of_address[address]:
                 del self._of_address[address]
 
+    def stir(self, who: object) -> None:
+        """It has said something, so others are silent for longer; it has no more time for that."""
+        if who in self._waiting:
+            self._waiting.move_to_end(who)
+            address, _ = self._waiting[who]
+            if address:
+                self._of_address[address].move_to_end(who)
+
     def _drop_first(self, waiting: Iterable[object], reason: str) -> None:
         who = next(iter(waiting))
-        _, _, drop = self._waiting[who]
+        _, drop = self._waiting[who]
         self.leave(who)
         drop(reason)
 
     def _drop_late(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting and self._first_deadline() <= loop.time():
-            self._drop_first(self._waiting, "not authenticated in time")
+            self._drop_first(self._deadlines, "not authenticated in time")
         self._timer = (
             loop.call_at(self._first_deadline(), self._drop_late) if self._waiting else None
         )
 
     def _first_deadline(self) -> float:
-        return next(iter(self._waiting.values()))[0]
+        return next(iter(self._deadlines.values()))
 
 
 class Visit:
@@ -1502,12 +1517,12 @@ class Session(engineio.async_socket.AsyncSocket):  # type: ignore[misc]  # pytho
                 self.queue.put_nowait(CLOSE)
             self._call_later(self.server.ending_timeout, self._lose)
 
-    def cut(self, reason: str) -> None:
+    def cut(self, reason: str, level: int = logging.INFO) -> None:
         """Drop the client now, without waiting for it; the reason is logged and counted."""
         if self._lost:
             return
         if self.visit.is_news(reason):
-            self.log.info("%s cut off: %s", self.visit.address, reason)
+            self.log.log(level, "%s cut off: %s", self.visit.address, reason)
         self.server.metrics.cut.labels(reason).inc()
         self._lose()
         if self._stream is not None:
@@ -3104,15 +3119,19 @@ class SocketHandler(WebSocketHandler):
         session = self._engine.sockets.get(self._sid)
         if session is not None and session.visit not in limits.lobby:
             limits.lobby.leave(stream)
-        elif stream is not None and stream not in limits.lobby:
+            return
+        if stream is not None and stream not in limits.lobby:
             limits.expect(stream, stream.close)
+        for who in (stream, session and session.visit):
+            limits.lobby.stir(who)
 
     async def admit(self, transport: str) -> Session:
         """A new session for this request, which has to authenticate in time."""
         limits = self._door.limits
         visit = await limits.visit(self._address)
         session = await self._engine.admit(visit, transport)
-        limits.lobby.enter(visit, session.cut)
+        # Strangers come by the thousand: metrics count them, the log is for what was somebody's.
+        limits.lobby.enter(visit, functools.partial(session.cut, level=logging.DEBUG))
         return session
 
     def check_origin(self, origin: str) -> bool:

@@ -624,3 +624,15 @@ async def test_entering_again_begins_anew_at_the_end():
         lobby.enter(who, lambda reason, who=who: dropped.append(who))
     assert dropped == ["b"]
     lobby._timer.cancel()
+
+
+async def test_who_speaks_is_not_the_longest_silent_one_and_has_no_more_time():
+    dropped = []
+    lobby = Lobby(3, 9, 0.2)
+    for who in ("a", "b", "c"):
+        lobby.enter(who, lambda reason, who=who: dropped.append((who, reason)))
+    lobby.stir("a")
+    lobby.enter("d", lambda reason: None)
+    assert dropped == [("b", "made room")]
+    await eventually(lambda: not len(lobby), timeout=1)
+    assert dropped[1:] == [(who, "not authenticated in time") for who in ("a", "c")]

@@ -1,0 +1,157 @@
+"""Ten thousand strangers who never authenticate, against a server in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import resource
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from service import Service, running, tables_for, viewer_token, write_settings
+from waiting import eventually
+
+STRANGERS = 10_000
+TIMEOUT = 2.0
+"""Seconds that the server gives a connection to authenticate."""
+CALLERS = 39
+"""Who call at the same time, each as soon as the one before has been answered."""
+WEBSOCKET = (
+    "GET /socket.io/?EIO=4&transport=websocket{query} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+    "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    "Sec-WebSocket-Version: 13\r\n{header}"
+)
+POLL = "GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: x\r\n{header}\r\n"
+#: What a stranger says before it falls silent; None: what needs a session of its own.
+MANNERS = ("", WEBSOCKET, WEBSOCKET + "\r\n", POLL, None)
+
+
+class Stranger(asyncio.Protocol):
+    """A connection that says one thing and then waits for the end."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self.heard = b""
+        self.answered = asyncio.Event()
+        self.closed = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        transport.write(self._text.encode())  # type: ignore[attr-defined]  # a socket's
+
+    def data_received(self, data: bytes) -> None:
+        self.heard += data
+        self.answered.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
+        self.answered.set()
+
+
+class Crowd:
+    """Everybody who has called so far."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.strangers: list[Stranger] = []
+
+    async def come(self) -> None:
+        """All of them, as fast as the server answers."""
+
+        async def call_in_turn(first: int) -> None:
+            for number in range(first, STRANGERS, CALLERS):
+                await self._call(number)
+
+        await asyncio.gather(*map(call_in_turn, range(CALLERS)))
+
+    async def _call(self, number: int) -> None:
+        """Half come from addresses of their own, half through the proxy on this host."""
+        address = f"127.{1 + number % 200}.{number // 200 % 250}.1"
+        header, local = "", (address, 0)
+        if number % 2:
+            header = f"X-Forwarded-For: 10.{number % 250}.{number // 250}.1\r\n"
+            local = ("127.0.0.1", 0)
+        manner = MANNERS[number // 2 % 5]
+        query = "" if manner is not None else await self._open(local, header)
+        text = WEBSOCKET + "\r\n" if manner is None else manner
+        text = text.format(query=query, header=header)
+        stranger = await self._dial(text, local)
+        if text.endswith("\r\n\r\n"):
+            await stranger.answered.wait()
+
+    async def _open(self, local: tuple[str, int], header: str) -> str:
+        """The query of an upgrade that is never finished."""
+        stranger = await self._dial(POLL.format(header=header), local)
+        await stranger.answered.wait()
+        sid = re.search(rb'"sid":"([^"]+)"', stranger.heard)
+        return f"&sid={sid[1].decode()}" if sid else ""
+
+    async def _dial(self, text: str, local: tuple[str, int]) -> Stranger:
+        loop = asyncio.get_running_loop()
+        _, stranger = await loop.create_connection(
+            lambda: Stranger(text), "127.0.0.1", self._port, local_addr=local
+        )
+        self.strangers.append(stranger)
+        return stranger
+
+    @property
+    def connected(self) -> int:
+        return sum(not stranger.closed for stranger in self.strangers)
+
+    def leave(self) -> None:
+        for stranger in self.strangers:
+            stranger.transport.close()
+
+
+def resident(process: int) -> float:
+    """MB of memory that the process holds."""
+    with open(f"/proc/{process}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) / 1024  # type: ignore[index]
+
+
+@pytest.fixture
+async def service(tmp_path, discord, guild) -> AsyncIterator[Service]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    folder = {"folders": [str(tmp_path)]}
+    limits = {"connections_per_ip": 50, "attempts_per_ip": "600/minute"}
+    auth = {"connect_timeout": TIMEOUT}
+    write_settings(tmp_path, tables_for(discord, auth=auth, limits=limits, plugins=folder))
+    async with running(tmp_path) as service:
+        await discord.wait_for_bot()
+        yield service
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_strangers_cost_little_and_keep_nobody_out(service, js):
+    """What the slowest proper client needs is measured beside them."""
+    process = service.process.pid
+    await (await js.connect(service.url, token=viewer_token())).disconnect()
+    memory, files = resident(process), len(os.listdir(f"/proc/{process}/fd"))
+    crowd = Crowd(service.port)
+    coming = asyncio.create_task(crowd.come())
+    most, slowest, visits = memory, 0.0, 0
+    for number in itertools.count():
+        started = time.monotonic()
+        dashboard = await js.connect(
+            service.url, token=viewer_token(), transports=[["websocket", "polling"][number % 2]]
+        )
+        slowest, visits = max(slowest, time.monotonic() - started), visits + 1
+        await dashboard.disconnect()
+        most = max(most, resident(process))
+        if coming.done():
+            break
+    await coming
+    came = time.monotonic()
+    await eventually(lambda: not crowd.connected, timeout=TIMEOUT + 2)
+    seconds = time.monotonic() - came
+    most = max(most, resident(process))
+    crowd.leave()
+    print(f"+{most - memory:.1f} MB, {visits} proper clients, the slowest {slowest:.2f} s,")
+    print(f"all gone {seconds:.1f} s after the last came, {len(crowd.strangers)} in all")
+    assert most - memory < 50
+    assert slowest < 1
+    assert len(os.listdir(f"/proc/{process}/fd")) <= files + 5
