@@ -956,7 +956,7 @@ def clean_text(text: str) -> str:
 # knows neither protocols nor tokens: it is asked before work is done, and told how it ended.
 
 #: Addresses remembered at once; beyond it the one whose window began first is forgotten.
-MOST_REMEMBERED: Final = 100_000
+MOST_REMEMBERED: Final = 50_000
 #: Told to clients that are one connection too many: nobody knows when one will be free.
 RETRY_AFTER: Final = 10.0
 
@@ -3086,6 +3086,8 @@ class SocketHandler(WebSocketHandler):
     def initialize(self, engine: Engine, door: FrontDoor) -> None:
         self._engine = engine
         self._door = door
+        self._address = door.address(self.request)
+        self._sid = parse_sid(self.request)
         self._session: Session | None = None
 
     def set_default_headers(self) -> None:
@@ -3094,8 +3096,6 @@ class SocketHandler(WebSocketHandler):
 
     async def prepare(self) -> None:
         """Turn away blocked addresses and foreign pages."""
-        self._address = self._door.address(self.request)
-        self._sid = parse_sid(self.request)
         self._settle()
         session = self._engine.sockets.get(self._sid)
         origin = self.request.headers.get("Origin")

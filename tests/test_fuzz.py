@@ -119,7 +119,7 @@ class Fuzzer:
         return bytes(found)
 
     def head(self) -> str:
-        return HEAD.format(self.random.randrange(250), self.random.randrange(250))
+        return HEAD.format(self.random.randrange(250), self.random.randrange(4))
 
     def frame(self, payload: bytes, opcode: int = 1, start: int = 0x80) -> bytes:
         size = len(payload)
