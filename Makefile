@@ -3,6 +3,8 @@
 #
 #   make demo                    the server against its built-in pretend Discord
 #   make test ARGS="-k rooms"    the tests, or those that ARGS choose
+#   make test-cluster            the tests that break Redis and nodes, and wait for the others to notice
+#   make cluster-demo            three nodes, a Redis and the pretend Discord
 #   make lint                    what CI checks besides the tests
 #   make format                  lay the code out as `make lint` wants it
 #   make bench                   the benchmarks; ARGS=--quick for a first look
@@ -16,18 +18,24 @@ ARGS ?=
 BUNDLE_PYTHONS ?= 3.11 3.12 3.13 3.14
 
 BIN := .venv/bin
-BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/analytics.py)
+BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/cluster.py bench/analytics.py)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format bench bundle check-units clean
+.PHONY: demo test test-cluster cluster-demo lint format bench bundle check-units clean
 
 demo: .venv/.run
 	$(BIN)/python spywatcher.py demo $(ARGS)
 
 test: .venv/.test tests/node_modules/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: .venv/.test tests/node_modules/.installed
+	$(BIN)/python -m pytest -m faults $(ARGS)
+
+cluster-demo: .venv/.test
+	$(BIN)/python bench/cluster_demo.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """The commands of a benchmark, as lines of JSON on stdin; the other end is peers.py.
 
 `["emit", count]` sends that many events in one go, `["steady", rate, seconds]` so many a second,
-`["usage"]` answers on stdout with CPU seconds, resident bytes and whatever the server adds.
+`["elsewhere", rate, seconds]` does so in guilds without clients, `["usage"]` answers on stdout with CPU seconds, resident bytes and whatever the server adds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def resident_bytes() -> int:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
-async def obey(port: int, emit: Emit, figures: Callable[[], dict[str, int]]) -> None:
+async def obey(
+    port: int, emit: Emit, figures: Callable[[], dict[str, int]], elsewhere: Emit | None = None
+) -> None:
     """Announce the port, then do as told until stdin ends."""
     commands = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(commands)
@@ -37,6 +39,9 @@ async def obey(port: int, emit: Emit, figures: Callable[[], dict[str, int]]) -> 
             await emit_all(emit, numbers, arguments[0])
         elif command == "steady":
             running = {asyncio.create_task(keep_emitting(emit, numbers, *arguments))}
+        elif command == "elsewhere":
+            assert elsewhere is not None
+            running = {asyncio.create_task(keep_emitting(elsewhere, itertools.count(), *arguments))}
         else:
             cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
             report({"cpu": cpu, "resident": resident_bytes(), **figures()})

@@ -7,6 +7,11 @@ ROOM = f"guild:{GUILD}"
 SECRET = "the key that all servers of the benchmarks check tokens with"
 
 
+def elsewhere(number: int) -> str:
+    """One of the thousand guilds that no client is in."""
+    return str(int(GUILD) + 1 + number % 1000)
+
+
 def message(number: int) -> dict[str, str]:
     """The payload of event `number`; its frame is 190 bytes or so, always the same."""
     return {

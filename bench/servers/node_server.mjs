@@ -4,10 +4,19 @@ import { createServer } from "node:http";
 import { createInterface } from "node:readline";
 import { Server } from "socket.io";
 import jwt from "jsonwebtoken";
+import { createAdapter } from "@socket.io/redis-adapter";
+import { createClient } from "redis";
 
 const [GUILD, SECRET] = process.argv.slice(2);
 const http = createServer();
 const io = new Server(http, { pingInterval: 300_000, serveClient: false });
+
+if (process.env.BENCH_REDIS) {
+  const publisher = createClient({ url: process.env.BENCH_REDIS });
+  const subscriber = publisher.duplicate();
+  await Promise.all([publisher.connect(), subscriber.connect()]);
+  io.adapter(createAdapter(publisher, subscriber));
+}
 
 io.use((socket, next) => {
   try {
@@ -26,30 +35,39 @@ io.on("connection", (socket) => {
 
 let number = 0;
 
+function emitTo(guild, number) {
+  io.to(`guild:${guild}`).emit("message:new", {
+    userId: `1${String(number).padStart(17, "0")}`,
+    username: "owl",
+    channelId: "417719834231439",
+    channelName: "chat",
+    timestamp: "2026-01-01T00:00:00.000Z",
+    guildId: GUILD,
+  });
+}
+
 function emit(count) {
-  for (let i = 0; i < count; i += 1, number += 1) {
-    io.to(`guild:${GUILD}`).emit("message:new", {
-      userId: `1${String(number).padStart(17, "0")}`,
-      username: "owl",
-      channelId: "417719834231439",
-      channelName: "chat",
-      timestamp: "2026-01-01T00:00:00.000Z",
-      guildId: GUILD,
-    });
-  }
+  for (let i = 0; i < count; i += 1, number += 1) emitTo(GUILD, number);
+}
+
+let others = 0;
+
+function emitElsewhere(count) {
+  for (let i = 0; i < count; i += 1, others += 1)
+    emitTo(String(BigInt(GUILD) + 1n + BigInt(others % 1000)), others);
 }
 
 const seconds = () => Number(process.hrtime.bigint()) / 1e9;
 const report = (figures) => process.stdout.write(`${JSON.stringify(figures)}\n`);
 
-function keepEmitting(rate, duration) {
+function keepEmitting(rate, duration, emitSome = emit) {
   const start = seconds();
   report({ start });
   let sent = 0;
   const total = Math.floor(rate * duration);
   const tick = () => {
     const due = Math.min(total, Math.floor((seconds() - start) * rate) + 1);
-    emit(due - sent);
+    emitSome(due - sent);
     sent = due;
     if (sent < total) setTimeout(tick, 1);
   };
@@ -58,7 +76,8 @@ function keepEmitting(rate, duration) {
 
 const commands = {
   emit,
-  steady: keepEmitting,
+  steady: (rate, duration) => keepEmitting(rate, duration),
+  elsewhere: (rate, duration) => keepEmitting(rate, duration, emitElsewhere),
   usage() {
     globalThis.gc?.();
     const { user, system } = process.cpuUsage();

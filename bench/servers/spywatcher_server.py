@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,11 @@ OPEN_TO_ALL = spywatcher.LimitsSettings(
 
 
 async def serve() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        await serve_from(f"{folder}/counts.db")
+
+
+async def serve_from(storage: str) -> None:
     async with simulator.PretendDiscord() as discord:
         discord.add_guild(guild_id=int(event.GUILD))
         settings = Settings(
@@ -33,12 +40,27 @@ async def serve() -> None:
             auth=spywatcher.AuthSettings(secret=event.SECRET),
             discord=spywatcher.DiscordSettings(token=discord.token, rest_url=discord.rest_url),
             limits=OPEN_TO_ALL,
+            storage=spywatcher.StorageSettings(path=storage),
+            redis=spywatcher.RedisSettings(url=os.environ.get("BENCH_REDIS", "")),
             folder=Path(__file__).parents[2],
         )
         keys = spywatcher.read_keys(settings.auth, settings.folder)
         async with Server(settings, keys=keys, token=discord.token) as server:
-            await discord.wait_for_bot()
-            await control.obey(server.port, emit_from(server), figures_of(server))
+            if server.cluster is None:
+                await discord.wait_for_bot()
+            else:
+                while not server.cluster.replica.complete:
+                    await server.cluster.replica.wait()
+            await control.obey(
+                server.port, emit_from(server), figures_of(server), elsewhere_from(server)
+            )
+
+
+def elsewhere_from(server: Server) -> control.Emit:
+    def emit(number: int) -> None:
+        server.emit("message:new", event.elsewhere(number), event.message(number), "guild")
+
+    return emit
 
 
 def emit_from(server: Server) -> control.Emit:

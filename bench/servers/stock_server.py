@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import control
 import event
@@ -14,7 +15,13 @@ from tornado.web import Application
 
 
 async def serve() -> None:
-    sio = socketio.AsyncServer(async_mode="tornado", cors_allowed_origins="*", ping_interval=300)
+    redis = os.environ.get("BENCH_REDIS")
+    sio = socketio.AsyncServer(
+        async_mode="tornado",
+        cors_allowed_origins="*",
+        ping_interval=300,
+        client_manager=socketio.AsyncRedisManager(redis) if redis else None,
+    )
 
     @sio.event
     async def connect(sid: str, environ: dict[str, object], auth: dict[str, str]) -> None:
@@ -28,11 +35,15 @@ async def serve() -> None:
     async def emit(number: int) -> None:
         await sio.emit("message:new", event.message(number), room=event.ROOM)
 
+    async def elsewhere(number: int) -> None:
+        room = f"guild:{event.elsewhere(number)}"
+        await sio.emit("message:new", event.message(number), room=room)
+
     web = HTTPServer(Application([(r"/socket.io/", socketio.get_tornado_handler(sio))]))
     sockets = tornado.netutil.bind_sockets(0, "127.0.0.1", backlog=1024)
     web.add_sockets(sockets)
     port = sockets[0].getsockname()[1]
-    await control.obey(port, emit, lambda: {"sockets": len(sio.eio.sockets)})
+    await control.obey(port, emit, lambda: {"sockets": len(sio.eio.sockets)}, elsewhere)
 
 
 if __name__ == "__main__":

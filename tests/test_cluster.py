@@ -1,0 +1,607 @@
+"""Several nodes are one service: against a real Redis, with faults, each event accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsclient import Dashboard, JavaScript
+from redisserver import Proxy, RedisServer
+from service import SECRET, Service, running, server_for, tables_for, write_settings
+from waiting import eventually
+
+import spywatcher
+from simulator import Guild, Permission, PretendDiscord, hidden_except
+from spywatcher import Keys, Server, Tokens
+
+pytestmark = pytest.mark.logs(
+    r"no connection to Redis",
+    r"not connected to Discord",  # a node that is stopped as it takes over from one stopped before
+    required=False,
+)
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    async with RedisServer(tmp_path) as redis:
+        yield redis
+
+
+class Nodes:
+    """Servers of one service in this process, each behind its own way to Redis."""
+
+    def __init__(
+        self, redis: RedisServer, discord: PretendDiscord, guild: Guild, js: JavaScript
+    ) -> None:
+        self.redis = redis
+        self.folder = redis.folder
+        self.discord = discord
+        self.guild = guild
+        self.js = js
+        self.servers: list[Server] = []
+        self.proxies: list[Proxy] = []
+        self._stack = AsyncExitStack()
+
+    async def add(self, **tables: dict[str, Any]) -> Server:
+        proxy = await self._stack.enter_async_context(Proxy(self.redis.port))
+        storage = {"path": str(self.folder / f"node{len(self.servers)}.db")}
+        server = server_for(self.discord, redis={"url": proxy.url}, storage=storage, **tables)
+        await self._stack.enter_async_context(server)
+        self.servers.append(server)
+        self.proxies.append(proxy)
+        return server
+
+    @property
+    def holder(self) -> Server:
+        [holder] = [s for s in self.servers if s.cluster and s.cluster.lease.holds()]
+        return holder
+
+    async def ready(self) -> None:
+        """Every node knows the guilds."""
+        for server in self.servers:
+            await eventually(lambda server=server: server.problem is None, timeout=15)
+            assert server.cluster
+            await eventually(lambda server=server: server.cluster.replica.complete)
+
+    async def dashboard(
+        self, server: Server, viewer: str = "1", role: str = "ADMIN", **options: Any
+    ) -> Dashboard:
+        token = Tokens(Keys((SECRET,)), ["HS256"]).issue(viewer, role)
+        dashboard = await self.js.connect(
+            f"http://127.0.0.1:{server.port}", token=token, transports=["websocket"], **options
+        )
+        answer = await dashboard.call("subscribe:guild", str(self.guild.id), timeout=10)
+        assert answer["ok"], answer
+        return dashboard
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
+@pytest.fixture
+async def nodes(
+    redis: RedisServer, discord: PretendDiscord, guild: Guild, js: JavaScript
+) -> AsyncIterator[Nodes]:
+    nodes = Nodes(redis, discord, guild, js)
+    try:
+        yield nodes
+    finally:
+        await nodes.close()
+
+
+def say(server: Server, guild: Guild, number: int) -> None:
+    server.emit("test:event", str(guild.id), {"number": number}, "guild")
+
+
+def numbers(dashboard: Dashboard) -> list[int]:
+    return [data["number"] for data in dashboard.received("test:event")]
+
+
+@asynccontextmanager
+async def talking(server: Server, guild: Guild, rate: float = 100) -> AsyncIterator[list[float]]:
+    """Emit numbered events meanwhile; the list has the time of each."""
+    sent: list[float] = []
+
+    async def talk() -> None:
+        begun = time.monotonic()
+        while True:
+            while len(sent) < (time.monotonic() - begun) * rate:
+                sent.append(time.monotonic())
+                say(server, guild, len(sent) - 1)
+            await asyncio.sleep(1 / rate)
+
+    task = asyncio.create_task(talk())
+    try:
+        yield sent
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_an_event_reaches_the_clients_of_every_node_once(nodes, redis, guild):
+    for _ in range(3):
+        await nodes.add()
+    await nodes.ready()
+    dashboards = [await nodes.dashboard(server) for server in nodes.servers]
+    ada = await nodes.discord.join(guild, "ada")
+    for _ in range(20):
+        await nodes.discord.message(guild, ada, guild.general)
+    for dashboard in dashboards:
+        await eventually(lambda d=dashboard: len(d.received("message:new")) == 20)
+        assert len(dashboard.received("user:join")) == 1
+
+
+async def two_nodes(nodes: Nodes) -> list[Dashboard]:
+    for _ in range(2):
+        await nodes.add()
+    await nodes.ready()
+    return [await nodes.dashboard(server) for server in nodes.servers]
+
+
+async def everything_came(dashboards: list[Dashboard], count: int) -> None:
+    """Each number once and in order, at each client."""
+    for dashboard in dashboards:
+        await eventually(lambda d=dashboard: len(numbers(d)) >= count, timeout=10)
+        assert numbers(dashboard) == list(range(count))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("empty", [False, True], ids=["with its data", "empty"])
+async def test_a_redis_that_is_killed_and_comes_back_loses_nothing(nodes, redis, guild, empty):
+    dashboards = await two_nodes(nodes)
+    async with talking(nodes.servers[0], guild) as sent:
+        await asyncio.sleep(0.5)
+        await redis.kill()
+        await asyncio.sleep(5)
+        await redis.start(empty=empty)
+        back = time.monotonic()
+        await eventually(lambda: all(s.cluster.link.up for s in nodes.servers))
+        assert time.monotonic() - back <= 1
+        await asyncio.sleep(1)
+    await everything_came(dashboards, len(sent))
+
+
+@pytest.mark.faults
+async def test_a_frozen_redis_delays_no_local_event(nodes, redis, guild):
+    dashboards = await two_nodes(nodes)
+    async with talking(nodes.servers[0], guild) as sent:
+        await asyncio.sleep(0.5)
+        redis.freeze()
+        await asyncio.sleep(10)
+        redis.thaw()
+        await asyncio.sleep(1)
+    await everything_came(dashboards, len(sent))
+    times = [event.monotonic for event in dashboards[0].events("test:event")]
+    assert max(came - went for came, went in zip(times, sent, strict=True)) <= 0.05
+
+
+@pytest.mark.faults
+async def test_a_hundred_cut_connections_lose_nothing_and_leak_nothing(nodes, redis, guild):
+    dashboards = await two_nodes(nodes)
+    before = await redis.clients()
+    async with talking(nodes.servers[0], guild) as sent:
+        for _ in range(100):
+            await redis.ask("CLIENT", "KILL", "TYPE", "normal")
+            await asyncio.sleep(0.1)
+    await everything_came(dashboards, len(sent))
+    await eventually(lambda: all(s.cluster.link.up for s in nodes.servers))
+    assert await redis.clients() <= before
+
+
+@asynccontextmanager
+async def chatting(nodes: Nodes, rate: float = 50) -> AsyncIterator[list[float]]:
+    """Members n0, n1, … write one message each meanwhile; the list has the time of each."""
+    sent: list[float] = []
+
+    async def chat() -> None:
+        while True:
+            author = nodes.guild.add_member(f"n{len(sent)}")
+            sent.append(time.monotonic())
+            await nodes.discord.message(nodes.guild, author, nodes.guild.general)
+            await asyncio.sleep(1 / rate)
+
+    task = asyncio.create_task(chat())
+    try:
+        yield sent
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def authors(dashboard: Dashboard) -> list[int]:
+    return [int(data["username"][1:]) for data in dashboard.received("message:new")]
+
+
+def longest_silence(dashboard: Dashboard, since: float) -> float:
+    times = [event.monotonic for event in dashboard.events("message:new")]
+    times = [since, *(moment for moment in times if moment > since)]
+    return max(after - before for before, after in pairwise(times))
+
+
+def in_order_and_once(dashboard: Dashboard) -> None:
+    got = authors(dashboard)
+    assert got == sorted(set(got))
+
+
+@pytest.mark.faults
+@pytest.mark.logs("other nodes miss events", "events of another node were lost")
+async def test_a_holder_cut_off_from_redis_is_replaced_and_is_silent_before_that(nodes, redis):
+    dashboards = await two_nodes(nodes)
+    holder = nodes.servers.index(nodes.holder)
+    async with chatting(nodes):
+        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
+        cut = time.monotonic()
+        await nodes.proxies[holder].cut()
+        await eventually(lambda: nodes.servers[1 - holder].cluster.lease.holds(), timeout=10)
+        assert nodes.servers[holder].cluster.lease.holds() is False
+        await eventually(
+            lambda: dashboards[1 - holder].events("message:new")[-1].monotonic > cut + 5
+        )
+        await nodes.proxies[holder].mend()
+        await eventually(lambda: not nodes.servers[holder].cluster.leading)
+        await asyncio.sleep(1)
+    await eventually(lambda: authors(dashboards[0])[-20:] == authors(dashboards[1])[-20:])
+    for dashboard in dashboards:
+        in_order_and_once(dashboard)
+    assert longest_silence(dashboards[1 - holder], cut) <= 10
+
+
+@pytest.fixture
+async def processes(
+    nodes: Nodes, redis: RedisServer, tmp_path: Path
+) -> AsyncIterator[list[Service]]:
+    """Three nodes in processes of their own."""
+    async with AsyncExitStack() as stack:
+        services = []
+        for number in range(3):
+            folder = tmp_path / f"node{number}"
+            folder.mkdir()
+            write_settings(folder, tables_for(nodes.discord, redis={"url": redis.url}))
+            services.append(await stack.enter_async_context(running(folder)))
+        for service in services:
+            await eventually(lambda s=service: part(s, "server", "redis"), timeout=15)
+        yield services
+
+
+async def part(service: Service, *parts: str) -> dict[str, Any] | None:
+    """What /health/ready says of the last of these parts, once none of them has a problem."""
+    health = json.loads((await service.get("/health/ready")).body)["parts"]
+    sound = all(health[name]["problem"] is None for name in parts)
+    return dict(health[parts[-1]]) if sound else None
+
+
+async def find_holder(services: list[Service]) -> int:
+    async def find() -> list[int]:
+        parts = [await part(service, "redis") for service in services]
+        return [number for number, one in enumerate(parts) if one and one["gateway"] == "held"]
+
+    [holder] = await eventually(find, timeout=15)
+    return holder
+
+
+async def watch(nodes: Nodes, services: list[Service]) -> list[Dashboard]:
+    return [await nodes.dashboard(service) for service in services]  # type: ignore[arg-type]
+
+
+@pytest.mark.faults
+async def test_a_holder_that_is_killed_is_replaced_within_ten_seconds(nodes, processes):
+    dashboards = await watch(nodes, processes)
+    holder = await find_holder(processes)
+    async with chatting(nodes):
+        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
+        killed = time.monotonic()
+        processes[holder].process.kill()
+        left = [d for number, d in enumerate(dashboards) if number != holder]
+        await eventually(
+            lambda: all(d.events("message:new")[-1].monotonic > killed + 2 for d in left),
+            timeout=12,
+        )
+    for dashboard in left:
+        in_order_and_once(dashboard)
+        assert longest_silence(dashboard, killed) <= 10
+
+
+@pytest.mark.faults
+async def test_a_holder_that_sleeps_says_nothing_when_it_wakes(nodes, processes):
+    dashboards = await watch(nodes, processes)
+    holder = await find_holder(processes)
+    async with chatting(nodes):
+        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
+        stopped = time.monotonic()
+        processes[holder].process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(30)
+        processes[holder].process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(2)
+    last = authors(dashboards[holder - 1])[-1]
+    await eventually(lambda: all(authors(d)[-1] == last for d in dashboards))
+    for dashboard in dashboards:
+        in_order_and_once(dashboard)
+    assert longest_silence(dashboards[holder - 1], stopped) <= 10
+
+
+@pytest.mark.faults
+async def test_a_clean_stop_hands_the_gateway_over_at_once(nodes, processes):
+    dashboards = await watch(nodes, processes)
+    holder = await find_holder(processes)
+    async with chatting(nodes):
+        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
+        stopped = time.monotonic()
+        processes[holder].process.terminate()
+        left = [d for number, d in enumerate(dashboards) if number != holder]
+        await eventually(
+            lambda: all(d.events("message:new")[-1].monotonic > stopped + 3 for d in left)
+        )
+    for dashboard in left:
+        in_order_and_once(dashboard)
+        assert longest_silence(dashboard, stopped) <= 2
+
+
+def other(nodes: Nodes) -> Server:
+    """A node that does not hold the gateway."""
+    return next(server for server in nodes.servers if server is not nodes.holder)
+
+
+async def test_a_right_lost_takes_the_viewer_out_of_rooms_on_another_node(nodes, redis, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manager])
+    await two_nodes(nodes)
+    dashboard = await nodes.dashboard(other(nodes), str(ada.id), "USER")
+    await nodes.discord.remove_role(guild, ada, manager)
+    error = await dashboard.next("error", timeout=1)
+    assert error["code"] == "forbidden"
+    await nodes.discord.message(guild, ada, guild.general)
+    await nodes.discord.caught_up()
+    await dashboard.quiet("message:new")
+
+
+async def test_a_role_that_is_edited_counts_on_another_node(nodes, redis, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manager])
+    await two_nodes(nodes)
+    dashboard = await nodes.dashboard(other(nodes), str(ada.id), "USER")
+    await nodes.discord.role_update(guild, manager, permissions=0)
+    assert (await dashboard.next("error", timeout=1))["code"] == "forbidden"
+
+
+async def test_a_member_without_the_right_is_refused_on_every_node(nodes, redis, guild):
+    ada = guild.add_member("ada")
+    await two_nodes(nodes)
+    for server in nodes.servers:
+        token = Tokens(Keys((SECRET,)), ["HS256"]).issue(str(ada.id), "USER")
+        dashboard = await nodes.js.connect(f"http://127.0.0.1:{server.port}", token=token)
+        answer = await dashboard.call("subscribe:guild", str(guild.id))
+        assert answer["error"]["code"] == "forbidden"
+        assert (await dashboard.call("guilds:list"))["guilds"] == []
+
+
+async def test_a_hidden_channel_stays_hidden_on_another_node(nodes, redis, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manager])
+    secret = guild.add_channel("secret", overwrites=hidden_except(guild))
+    await two_nodes(nodes)
+    dashboard = await nodes.dashboard(other(nodes), str(ada.id), "USER")
+    await nodes.discord.message(guild, guild.owner, secret)
+    await nodes.discord.message(guild, guild.owner, guild.general)
+    assert (await dashboard.next("message:new"))["channelName"] == "general"
+
+
+async def test_a_channel_that_is_closed_is_closed_before_its_next_event(nodes, redis, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manager])
+    room = guild.add_channel("room")
+    await two_nodes(nodes)
+    dashboard = await nodes.dashboard(other(nodes), str(ada.id), "USER")
+    for _ in range(20):
+        await nodes.discord.channel_update(guild, room, overwrites=hidden_except(guild))
+        await nodes.discord.message(guild, guild.owner, room)
+        await nodes.discord.channel_update(guild, room, overwrites=[])
+        await nodes.discord.message(guild, guild.owner, guild.general)
+    await eventually(lambda: len(dashboard.received("message:new")) == 20)
+    assert {data["channelName"] for data in dashboard.received("message:new")} == {"general"}
+
+
+async def test_a_client_of_another_node_can_be_disconnected(nodes, redis):
+    _, dashboard = await two_nodes(nodes)
+    await nodes.servers[0].socketio.disconnect(dashboard.id)
+    assert await dashboard.disconnected() == "io server disconnect"
+
+
+async def test_a_room_that_is_closed_is_closed_on_every_node(nodes, redis, guild):
+    dashboards = await two_nodes(nodes)
+    room = f"guild:{guild.id}"
+    await nodes.servers[0].rooms.close_room(room, "/")
+    await eventually(lambda: not any(server.rooms.heard(room) for server in nodes.servers))
+    say(nodes.servers[0], guild, 1)
+    for dashboard in dashboards:
+        await dashboard.quiet("test:event")
+
+
+async def test_an_event_emitted_the_library_s_way_reaches_other_nodes_in_order(nodes, redis, guild):
+    _, dashboard = await two_nodes(nodes)
+    for number in range(20):
+        if number % 2:
+            say(nodes.servers[0], guild, number)
+        else:
+            room = f"guild:{guild.id}"
+            await nodes.servers[0].socketio.emit("test:event", {"number": number}, room=room)
+    await eventually(lambda: len(numbers(dashboard)) == 20)
+    assert numbers(dashboard) == list(range(20))
+
+
+@pytest.mark.logs("address 127.0.0.1 blocked", required=False)
+async def test_an_address_blocked_by_one_node_is_blocked_by_all(nodes, redis):
+    await two_nodes(nodes)
+    first, second = (f"http://127.0.0.1:{server.port}" for server in nodes.servers)
+    for _ in range(5):
+        await nodes.js.refused(first, token="nonsense")
+    assert (
+        await nodes.js.refused(second, token="nonsense", transports=["polling"])
+    ).description == 429
+
+
+async def test_nodes_that_start_without_redis_serve_and_say_so(nodes, redis):
+    await redis.kill()
+    server = await nodes.add()
+    await nodes.add()
+    await eventually(lambda: server.problem == "no connection to Redis")
+    dashboard = await nodes.js.connect(
+        f"http://127.0.0.1:{server.port}",
+        token=Tokens(Keys((SECRET,)), ["HS256"]).issue("1", "ADMIN"),
+    )
+    assert await dashboard.call("guilds:list") == {"ok": True, "guilds": []}
+    await redis.start()
+    await nodes.ready()
+    assert len((await dashboard.call("guilds:list"))["guilds"]) == 1
+
+
+@pytest.mark.faults
+async def test_a_node_without_fresh_truth_admits_nobody_new(nodes, redis, guild):
+    dashboards = await two_nodes(nodes)
+    cut_off = nodes.servers.index(other(nodes))
+    await nodes.proxies[cut_off].cut()
+    await eventually(lambda: not nodes.servers[cut_off].cluster.replica.fresh, timeout=10)
+    answer = await dashboards[cut_off].call("subscribe:guild", str(guild.id), timeout=8)
+    assert answer["error"]["code"] == "forbidden"
+    assert nodes.servers[cut_off].rooms.heard(f"guild:{guild.id}")
+
+
+@pytest.mark.logs("does not hear itself")
+async def test_a_deaf_node_says_so_and_subscribes_anew(nodes, redis, monkeypatch):
+    monkeypatch.setattr(spywatcher, "PROBE_INTERVAL", 0.2)
+    await two_nodes(nodes)
+    server = nodes.servers[0]
+    tails = server.cluster.reader._tails
+    own = next(name for name in tails if ":node:" in name)
+    heard = tails.pop(own)
+    await eventually(lambda: (server.problem or "").startswith("deaf"))
+    tails[own] = heard
+    await eventually(lambda: server.problem is None)
+
+
+@pytest.mark.logs("other nodes miss events", "events of another node were lost")
+async def test_what_waits_for_redis_is_bounded_and_the_oldest_goes(
+    nodes, redis, guild, monkeypatch
+):
+    monkeypatch.setattr(spywatcher, "MOST_WAITING", 100)
+    dashboards = await two_nodes(nodes)
+    say(nodes.servers[0], guild, 0)
+    await eventually(lambda: len(numbers(dashboards[1])) == 1)
+    await nodes.proxies[0].cut()
+    for number in range(1, 1001):
+        say(nodes.servers[0], guild, number)
+    assert len(nodes.servers[0].cluster.publisher) <= 100
+    await nodes.proxies[0].mend()
+    await eventually(lambda: numbers(dashboards[1])[-1] == 1000)
+    assert numbers(dashboards[0]) == list(range(1001))
+    got = numbers(dashboards[1])[1:]
+    assert got == list(range(1001 - len(got), 1001))
+
+
+async def test_a_node_reads_only_the_guilds_of_its_own_clients(nodes, redis, guild, monkeypatch):
+    monkeypatch.setattr(spywatcher, "LINGER", 0.1)
+    await nodes.add()
+    await nodes.add()
+    await nodes.ready()
+    dashboard = await nodes.dashboard(nodes.servers[0])
+    stream = f"spywatcher:guild:{guild.id}"
+    assert stream in nodes.servers[0].cluster.reader._tails
+    assert stream not in nodes.servers[1].cluster.reader._tails
+    await dashboard.call("unsubscribe:guild", str(guild.id))
+    await eventually(lambda: stream not in nodes.servers[0].cluster.reader._tails)
+
+
+async def test_a_new_subscriber_of_any_node_is_greeted_by_the_holder(nodes, guild):
+    ada = guild.add_member("ada")
+    await two_nodes(nodes)
+    for _ in range(5):
+        await nodes.discord.typing(guild, ada, guild.general)
+    await nodes.discord.caught_up()
+    dashboard = await nodes.dashboard(other(nodes))
+    await eventually(lambda: nodes.holder.cluster.peers.listened(f"guild:{guild.id}"))
+    await dashboard.call("subscribe:analytics", str(guild.id))
+    update = await dashboard.next("analytics:update")
+    assert [ghost["username"] for ghost in update["data"]["ghosts"]] == ["ada"]
+
+
+async def test_an_event_reaches_another_node_though_nobody_listens_at_the_holder(nodes, guild):
+    await nodes.add()
+    await nodes.add()
+    await nodes.ready()
+    dashboard = await nodes.dashboard(other(nodes))
+    await nodes.discord.message(guild, guild.owner, guild.general)
+    await dashboard.next("message:new")
+
+
+async def test_a_viewer_on_two_nodes_keeps_its_guilds_when_one_dashboard_leaves(nodes, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manager])
+    second = nodes.discord.add_guild(name="Second")
+    second.members[ada.id] = ada
+    await two_nodes(nodes)
+    here = await nodes.dashboard(nodes.holder, str(ada.id), "USER")
+    there = await nodes.dashboard(other(nodes), str(ada.id), "USER")
+    await here.disconnect()
+    plain = guild.add_role("plain")
+    await nodes.discord.add_role(guild, ada, plain)
+    await nodes.discord.message(guild, guild.owner, guild.general)
+    await there.next("message:new")
+    await there.quiet("error")
+
+
+@pytest.mark.faults
+async def test_a_busy_guild_slows_no_other_and_costs_nodes_without_its_viewers_nothing(
+    nodes, guild
+):
+    dashboards = await two_nodes(nodes)
+
+    async def delays(rate: float) -> float:
+        before = len(numbers(dashboards[1]))
+        async with talking(nodes.servers[0], guild, rate=20) as sent:
+            until = time.monotonic() + 5
+            while time.monotonic() < until:
+                for _ in range(int(rate / 100)):
+                    nodes.servers[0].emit("test:busy", "4711", {"number": 1}, "guild")
+                await asyncio.sleep(0.01)
+        await eventually(lambda: len(numbers(dashboards[1])) == before + len(sent))
+        came = dashboards[1].events("test:event")[before:]
+        took = sorted(event.monotonic - at for event, at in zip(came, sent, strict=True))
+        return took[len(took) // 2]
+
+    quiet = await delays(0)
+    assert await delays(1000) <= quiet * 1.2 + 0.003
+    assert "spywatcher:guild:4711" not in nodes.servers[1].cluster.reader._tails
+
+
+@pytest.mark.faults
+async def test_a_rolling_restart_brings_every_client_back_within_ten_seconds(
+    nodes, processes, tmp_path
+):
+    ports = [service.port for service in processes]
+    dashboards = [
+        await nodes.dashboard(processes[number % 3], str(number)) for number in range(300)
+    ]
+    async with AsyncExitStack() as stack:
+        for number, service in enumerate(processes):
+            folder = tmp_path / f"node{number}"
+            settings = (
+                (folder / "config.toml")
+                .read_text()
+                .replace('"port" = 0', f'"port" = {ports[number]}')
+            )
+            (folder / "config.toml").write_text(settings)
+            service.process.terminate()
+            await service.exit_status()
+            left = time.monotonic()
+            again = await stack.enter_async_context(running(folder))
+            for dashboard in dashboards[number::3]:
+                await dashboard.reconnected(timeout=10)
+            assert time.monotonic() - left <= 10
+            await eventually(lambda s=again: part(s, "server", "redis"), timeout=15)
