@@ -18,7 +18,7 @@ from redisserver import Proxy, RedisServer
 from service import SECRET, Service, running, server_for, tables_for, write_settings
 from waiting import eventually
 
-import spywatcher
+import spywatcher_cluster
 from simulator import Guild, Permission, PretendDiscord, hidden_except
 from spywatcher import Keys, Server, Tokens
 
@@ -475,7 +475,7 @@ async def test_a_node_without_fresh_truth_admits_nobody_new(nodes, redis, guild)
 
 @pytest.mark.logs("does not hear itself")
 async def test_a_deaf_node_says_so_and_subscribes_anew(nodes, redis, monkeypatch):
-    monkeypatch.setattr(spywatcher, "PROBE_INTERVAL", 0.2)
+    monkeypatch.setattr(spywatcher_cluster, "PROBE_INTERVAL", 0.2)
     await two_nodes(nodes)
     server = nodes.servers[0]
     tails = server.cluster.reader._tails
@@ -490,7 +490,7 @@ async def test_a_deaf_node_says_so_and_subscribes_anew(nodes, redis, monkeypatch
 async def test_what_waits_for_redis_is_bounded_and_the_oldest_goes(
     nodes, redis, guild, monkeypatch
 ):
-    monkeypatch.setattr(spywatcher, "MOST_WAITING", 100)
+    monkeypatch.setattr(spywatcher_cluster, "MOST_WAITING", 100)
     dashboards = await two_nodes(nodes)
     say(nodes.servers[0], guild, 0)
     await eventually(lambda: len(numbers(dashboards[1])) == 1)
@@ -506,7 +506,7 @@ async def test_what_waits_for_redis_is_bounded_and_the_oldest_goes(
 
 
 async def test_a_node_reads_only_the_guilds_of_its_own_clients(nodes, redis, guild, monkeypatch):
-    monkeypatch.setattr(spywatcher, "LINGER", 0.1)
+    monkeypatch.setattr(spywatcher_cluster, "LINGER", 0.1)
     await nodes.add()
     await nodes.add()
     await nodes.ready()
