@@ -29,7 +29,7 @@ demo: .venv/.run
 	$(BIN)/python spywatcher.py demo $(ARGS)
 
 test: .venv/.test tests/node_modules/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 test-cluster: .venv/.test tests/node_modules/.installed
 	$(BIN)/python -m pytest -m faults $(ARGS)
