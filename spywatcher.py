@@ -2891,6 +2891,9 @@ class Gateway:
                 self._turned = time.monotonic()
                 await asyncio.wait([task], timeout=self.turn_limit / 4)
             task.result()
+        except asyncio.CancelledError:
+            self._reported_away = True  # see `run`: the step may still end with a report
+            raise
         finally:
             self._turned = time.monotonic()
             task.cancel()  # hikari 2.7 may swallow that as it gets ready: then it just ends

@@ -9,7 +9,7 @@ from pathlib import Path
 import peers
 import report
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 70, 40, 190, 50
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 780, 400, 90, 40, 215, 50
 COLOURS = {"spywatcher": "#5865f2", "node": "#3c873a", "bare": "#8a8a8a"}
 DASHES = {"single": "", "burst 100": ' stroke-dasharray="6 4"'}
 
