@@ -99,11 +99,11 @@ $(BIN)/python:
 	@touch $@
 
 .venv/.test: setup.cfg pyproject.toml | $(BIN)/python
-	$(PIP) install --editable '.[test,crypto]'
+	$(PIP) install --editable '.[test,crypto,bundle]'
 	@touch $@ .venv/.run
 
 .venv/.lint: setup.cfg pyproject.toml | $(BIN)/python
-	$(PIP) install --editable '.[test,crypto,lint]'
+	$(PIP) install --editable '.[test,crypto,bundle,lint]'
 	@touch $@ .venv/.test .venv/.run
 
 .venv/.bundle: setup.cfg pyproject.toml | $(BIN)/python

@@ -124,11 +124,16 @@ async def test_a_thousand_clients_are_told_within_the_grace_and_the_process_is_g
     async with running(tmp_path) as service:
         sockets = await sockets_to(service.port, 1000)
         told = asyncio.create_task(ends(sockets))
+        await discord.wait_for_bot()
+        for _ in range(50):
+            await discord.message(guild, guild.owner, guild.general)
+        await discord.caught_up()
         started = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
         assert await service.exit_status() == 0
         assert time.monotonic() - started < GRACE + 1
         assert len(await told) == 1000
+    assert messages_kept(tmp_path / "spywatcher.db") == 50
 
 
 async def test_what_plugins_hold_is_kept_by_a_stop(
