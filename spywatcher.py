@@ -841,8 +841,12 @@ class Access:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while self.may_view(viewer, guild_id) is None:
-                    await self._filled.wait()
+                    await self._news()
         return bool(self.may_view(viewer, guild_id))
+
+    async def _news(self) -> None:
+        """Returns once more is known than before."""
+        await self._filled.wait()
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""

@@ -1427,12 +1427,8 @@ class SharedAccess(Access):
             return None
         return super().may_view(viewer, guild_id)
 
-    async def wait_until_sure(self, viewer: Viewer, guild_id: str, timeout: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while self.may_view(viewer, guild_id) is None:
-                    await self._replica.wait()
-        return bool(self.may_view(viewer, guild_id))
+    async def _news(self) -> None:
+        await self._replica.wait()
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         by_claim = viewer.role in self._admin_roles or viewer.guilds is not None

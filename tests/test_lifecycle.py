@@ -8,7 +8,6 @@ import re
 import signal
 import sqlite3
 import time
-from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,6 @@ from simulator import Guild, PretendDiscord
 from spywatcher import GOING_AWAY, SLICE, Keys, Server, Tokens
 
 GRACE = 5.0
-
-
-@pytest.fixture
-async def discord() -> AsyncIterator[PretendDiscord]:
-    async with PretendDiscord() as discord:
-        yield discord
-
-
-@pytest.fixture
-def guild(discord: PretendDiscord) -> Guild:
-    return discord.add_guild()
 
 
 async def sockets_to(port: int, count: int) -> list[tornado.websocket.WebSocketClientConnection]:

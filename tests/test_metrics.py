@@ -22,17 +22,6 @@ from spywatcher import Insiders, Server
 
 
 @pytest.fixture
-async def discord() -> AsyncIterator[PretendDiscord]:
-    async with PretendDiscord() as discord:
-        yield discord
-
-
-@pytest.fixture
-def guild(discord: PretendDiscord) -> Guild:
-    return discord.add_guild()
-
-
-@pytest.fixture
 async def server(discord: PretendDiscord, guild: Guild) -> AsyncIterator[Server]:
     async with server_for(discord) as server:
         await discord.wait_for_bot()
