@@ -17,8 +17,10 @@ import report
 
 CLIENTS = 1_000
 SCALE = (1, 10, 100, 1_000, 10_000)
-#: How long one round of single events lasts; a slow server gets through fewer in it.
-SECONDS = 0.4
+#: How long one turn of single events lasts, and how many turns make a round: short ones, so that
+#: what slows the machine for a while slows all servers.
+SECONDS = 0.1
+TURNS = 8
 #: What a server needs too long for is left out: (kind, burst) -> rounds at most.
 MOST_ROUNDS = {("stock", 100): 1, ("stock", 1000): 0, ("node", 1000): 2, ("bare", 1000): 2}
 
@@ -28,7 +30,7 @@ class Bench:
 
     def __init__(self, peer: peers.Peer, clients: int) -> None:
         self.peer = peer
-        self.load = load.Load(peer.port)
+        self.load = load.Load(peer.port, awake=True)
         self.load.connect(clients)
         self.clients = clients
         self.sent = 0
@@ -39,15 +41,15 @@ class Bench:
         self.peer.send("emit", count)
         return self.load.receive(self.sent)
 
-    def singles(self, seconds: float) -> tuple[float, list[float]]:
-        """Deliveries a second, and for each event the seconds from first to last client."""
+    def singles(self) -> tuple[float, list[float]]:
+        """One turn: how long it took, and for each event the seconds from first to last client."""
         spreads = []
         self.load.expect(self.sent + 5_000)
         start = time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds:
+        while (spent := time.perf_counter() - start) < SECONDS:
             first, last = self.emit(1)
             spreads.append(last - first)
-        return self.clients * len(spreads) / spent, spreads
+        return spent, spreads
 
     def burst(self, count: int) -> float:
         self.load.expect(self.sent + count)
@@ -88,16 +90,33 @@ def latencies_ms(
     ]
 
 
+def singles(benches: list[Bench]) -> dict[str, tuple[float, list[float]]]:
+    """One round, in turns: deliveries a second, and seconds from first to last client."""
+    spent: dict[str, float] = defaultdict(float)
+    spreads: dict[str, list[float]] = defaultdict(list)
+    for number in range(TURNS):
+        for bench in benches if number % 2 else reversed(benches):
+            seconds, found = bench.singles()
+            spent[bench.peer.kind] += seconds
+            spreads[bench.peer.kind] += found
+    return {
+        bench.peer.kind: (
+            bench.clients * len(spreads[bench.peer.kind]) / spent[bench.peer.kind],
+            spreads[bench.peer.kind],
+        )
+        for bench in benches
+    }
+
+
 def compare(kinds: list[str], rounds: int) -> dict[str, Any]:
     """All servers at once, their rounds in turn; figures by kind and measure, one a round."""
     figures: dict[str, Any] = defaultdict(lambda: defaultdict(list))
     with peers.started(kinds) as started:
         benches = [Bench(peer, CLIENTS) for peer in started]
         for _ in range(rounds * 4):
-            for bench in benches:
-                rate, spreads = bench.singles(SECONDS)
-                figures[bench.peer.kind]["single"].append(rate)
-                figures[bench.peer.kind]["spread"] += spreads
+            for kind, (rate, spreads) in singles(benches).items():
+                figures[kind]["single"].append(rate)
+                figures[kind]["spread"] += spreads
         for size in (100, 1000):
             for number in range(rounds):
                 for bench in benches:
@@ -122,7 +141,7 @@ def scale(kinds: list[str], sizes: tuple[int, ...], rounds: int) -> dict[str, An
             for kind in kinds:
                 with peers.started([kind]) as [peer]:
                     bench = Bench(peer, size)
-                    rates[kind]["single"].append(bench.singles(SECONDS)[0])
+                    rates[kind]["single"].append(singles([bench])[kind][0])
                     rates[kind]["burst 100"].append(bench.burst(100))
                     bench.load.close()
         for kind in kinds:
