@@ -397,7 +397,7 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
             values[key] = msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError as error:
             expected = str(error).removeprefix("Expected ")
-            came = "a value not shown here" if key in SECRET_KEYS else shown(value)
+            came = "a value not shown here" if key in SECRET_KEYS else shown(without_login(value))
             faults.append(f"{path}.{key}: got {came}, expected {expected}")
     return to(**values)
 
@@ -411,6 +411,16 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def shown(value: object) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def without_login(value: object) -> object:
+    """A URL as it may be shown: not whom it lets in, by which password; anything else as it is."""
+    if not isinstance(value, str) or ("://" not in value and "@" not in value):
+        return value
+    head, at, place = value.rpartition("@")
+    place, more, _ = place.partition("?")
+    scheme, slashes, _ = head.partition("://")
+    return (f"{scheme if slashes else ''}{slashes}***@" if at else "") + place + (more and "?***")
 
 
 def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
@@ -3870,8 +3880,24 @@ def make_cluster(settings: Settings, cache: hikari.api.Cache) -> Cluster | None:
         return None
     from spywatcher_cluster import Cluster  # it needs redis-py, and most services need neither
 
-    password = read_secret("", redis.password_file, settings.folder, "redis.password")
-    return Cluster(redis, password, cache)
+    return Cluster(redis, redis_password_of(settings), cache)
+
+
+def redis_password_of(settings: Settings) -> str:
+    """Empty where the URL has it, or there is none."""
+    file = settings.redis.password_file
+    password = read_secret("", file, settings.folder, "redis.password")
+    if file and not password:
+        raise OperatorError(f"redis.password_file: {file} is empty, expected Redis' password")
+    return password
+
+
+def check_redis(settings: Settings) -> None:
+    """Raises OperatorError where no Redis could be reached like this, whatever runs there."""
+    if settings.redis.url:
+        from spywatcher_cluster import open_redis
+
+        open_redis(settings.redis.url, redis_password_of(settings))
 
 
 def make_access(settings: Settings, cache: hikari.api.Cache, cluster: Cluster | None) -> Access:
@@ -4423,6 +4449,7 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
     read_keys(settings.auth, settings.folder)
     bot_token_of(settings)
+    check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     print(settings_text(settings))
@@ -4440,7 +4467,8 @@ def settings_text(settings: Settings) -> str:
             continue
         for key, value in section.items():
             hidden = key in SECRET_KEYS and value
-            lines.append(f"{name}.{key} = {'(set, not shown)' if hidden else shown(value)}")
+            may_show = "(set, not shown)" if hidden else shown(without_login(value))
+            lines.append(f"{name}.{key} = {may_show}")
     return "\n".join(lines)
 
 

@@ -15,8 +15,10 @@ import functools
 import itertools
 import math
 import random
+import re
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,7 +29,6 @@ import limits
 import limits.aio
 import msgspec
 from socketio.async_pubsub_manager import AsyncPubSubManager
-from socketio.redis_manager import parse_redis_sentinel_url
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 from spywatcher import (
@@ -46,6 +47,7 @@ from spywatcher import (
     event_packet,
     is_snowflake,
     log,
+    without_login,
 )
 
 CONTROL: Final = "spywatcher:control"
@@ -146,9 +148,13 @@ class Link:
     """Redis, and whether it can be reached."""
 
     def __init__(self, settings: RedisSettings, password: str) -> None:
-        self.redis, self.errors = open_redis(settings.url, password)
+        self._open = functools.partial(open_redis, settings.url, password)
+        self.redis, self.errors = self._open()
+        self._clients = [self.redis]
         self.up = False
-        self._told = True
+        self._why = self._fault = ""
+        self._faulty_until = float("-inf")
+        self._said = ""  # how things stand, as the log has it: "up", "lost" or "faulty"
         self._timer: asyncio.TimerHandle | None = None
 
     async def keep(self, work: Callable[[], Awaitable[object]]) -> NoReturn:
@@ -167,51 +173,137 @@ class Link:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, LAST_DELAY)
 
+    def client(self, may_connect: Callable[[], bool]) -> Any:
+        """A client of one's own, whose connections are made, or made anew, only where one may."""
+        client, _ = self._open(may_connect)
+        self._clients.append(client)
+        return client
+
     def own_address(self) -> str:
-        """This host's address as Redis' host sees it; nothing is sent to find out."""
-        options = self.redis.connection_pool.connection_kwargs
-        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-            probe.connect((options.get("host", "127.0.0.1"), options.get("port", 6379)))
-            return str(probe.getsockname()[0])
+        """This host's address as Redis' host (or Sentinel's) sees it; nothing is sent to find out."""
+        [options, *_] = [pool.connection_kwargs for pool in sentinel_pools(self.redis)] or [
+            self.redis.connection_pool.connection_kwargs
+        ]
+        place = options.get("host", "127.0.0.1"), options.get("port", 6379)
+        with contextlib.suppress(OSError):
+            family, _, _, _, address = socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)
+                return str(probe.getsockname()[0])
         return "127.0.0.1"
 
+    @property
+    def problem(self) -> str | None:
+        """Why Redis is of no use now, if so."""
+        return None if self.up else self._fault or "no connection to Redis"
+
     def found(self) -> None:
-        """Redis has answered."""
+        """Redis has answered. That it refuses something else meanwhile counts more."""
+        if time.monotonic() < self._faulty_until:
+            return
         self.up = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._told:
-            self._told = False
+        if self._said != "up":
+            self._said = "up"
             log.info("connected to Redis")
 
-    def _lost(self, error: BaseException) -> None:
+    def _lost(self, error: Exception) -> None:
         """Said once, and not of what is mended within a second."""
         self.up = False
-        if not self._told and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(1.0, self._tell, str(error))
+        self._why, self._fault = str(error), fault_of(error)
+        if self._fault:  # longer than any work waits before it tries again
+            self._faulty_until = time.monotonic() + LAST_DELAY * 2
+        if self._timer is None and self._said != ("faulty" if self._fault else "lost"):
+            self._timer = asyncio.get_running_loop().call_later(1.0, self._tell)
 
-    def _tell(self, why: str) -> None:
-        self._told = True
-        log.warning("no connection to Redis (%s); dashboards stay up, trying again", why)
+    def _tell(self) -> None:
+        self._timer = None
+        self._said = "faulty" if self._fault else "lost"
+        why = self._fault or f"no connection to Redis ({self._why})"
+        log.warning("%s; dashboards stay up, trying again", why)
 
     async def close(self) -> None:
         self.up = False
         if self._timer is not None:
             self._timer.cancel()
-        with contextlib.suppress(*self.errors):
-            await self.redis.aclose()
+        for client in self._clients:
+            for pool in (client.connection_pool, *sentinel_pools(client)):
+                with contextlib.suppress(*self.errors):
+                    await pool.aclose()
 
 
-def open_redis(url: str, password: str) -> tuple[Any, tuple[type[Exception], ...]]:
+def fault_of(error: Exception) -> str:
+    """What an operator has to mend, where Redis is there and will not have this node; else empty."""
+    from redis.exceptions import AuthenticationError, ResponseError
+
+    if isinstance(error, AuthenticationError | ResponseError):
+        said = str(error).rpartition("of pipeline caused error: ")[2]  # before it is what was sent
+        return f"Redis refuses this node ({said}): see redis.url and redis.password_file"
+    if isinstance(error.__context__, ssl.SSLError):
+        return f"no TLS with Redis ({error}): see redis.url and its ssl_ca_certs"
+    return ""
+
+
+def sentinel_pools(client: Any) -> list[Any]:
+    """The connections to the Sentinels that tell a client where Redis is, if that is how it knows."""
+    manager = getattr(client.connection_pool, "sentinel_manager", None)
+    return [sentinel.connection_pool for sentinel in manager.sentinels] if manager else []
+
+
+LOGIN: Final = r"((?P<login>[^@/?#\s]*)@)?"
+HOST: Final = r"(\[[0-9A-Fa-f:.%]+\]|[^@:,/?#\[\]\s]+)(:\d{1,5})?"
+TLS_FILE: Final = r"ssl_(ca_certs|certfile|keyfile)=[^&#\s]+"
+#: The forms of `redis.url`: how each is matched, and how it is told.
+URLS: Final = {
+    "redis": (rf"redis://{LOGIN}{HOST}(/\d*)?", "redis://[USER:PASSWORD@]HOST[:PORT][/DB]"),
+    "rediss": (
+        rf"rediss://{LOGIN}{HOST}(/\d*)?(\?{TLS_FILE}(&{TLS_FILE})*)?",
+        "rediss://[USER:PASSWORD@]HOST[:PORT][/DB][?ssl_ca_certs=FILE]",
+    ),
+    "unix": (rf"unix://{LOGIN}/[^?#]+(\?db=\d+)?", "unix://[USER:PASSWORD@]/PATH[?db=DB]"),
+    "redis+sentinel": (
+        rf"redis\+sentinel://{LOGIN}(?P<hosts>{HOST}(,{HOST})*)(/(?P<db>\d*)(/(?P<name>[\w.-]+))?)?",
+        "redis+sentinel://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/DB[/NAME]]",
+    ),
+}
+
+
+def bad_url(url: str) -> OperatorError:
+    _, form = URLS.get(url.partition("://")[0], ("", ", ".join(f"{one}://" for one in URLS)))
+    return OperatorError(
+        f"redis.url: got {without_login(url)}, expected {form}"
+        " (other characters than letters and digits as %XX in USER and PASSWORD)"
+    )
+
+
+def open_redis(
+    url: str, password: str, may_connect: Callable[[], bool] | None = None
+) -> tuple[Any, tuple[type[Exception], ...]]:
     """A client for redis://, rediss://, unix:// or redis+sentinel://, and what it raises.
 
-    Each call is tried once: whoever makes it knows best what to do next.
+    Each call is tried once: whoever makes it knows best what to do next. Raises OperatorError.
     """
     from redis import asyncio as aioredis  # a single process needs none
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError
+
+    pattern, _ = URLS.get(url.partition("://")[0], ("", ""))
+    found = re.fullmatch(pattern, url)
+    if not found:
+        raise bad_url(url)
+    if password and (found["login"] or "").partition(":")[2]:
+        raise OperatorError(
+            f"redis.url: {without_login(url)} has a password, and redis.password_file is set too;"
+            " expected one of them"
+        )
+
+    async def greet(connection: Any) -> None:
+        if may_connect is not None and not may_connect():
+            raise aioredis.ConnectionError("Redis closed the connection")
+        await connection.on_connect()
 
     options: dict[str, Any] = {
         "socket_timeout": REDIS_TIMEOUT,
@@ -219,20 +311,39 @@ def open_redis(url: str, password: str) -> tuple[Any, tuple[type[Exception], ...
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
+    more: dict[str, Any] = {"redis_connect_func": greet}
     if password:
-        options["password"] = password
+        more["password"] = password
     try:
-        if "+sentinel" in url.partition("://")[0]:
-            sentinels, service, found = parse_redis_sentinel_url(url)
-            watch: Any = aioredis.sentinel
-            client: Any = watch.Sentinel(sentinels, **{**found, **options}).master_for(
-                service or "mymaster"
-            )
+        if url.startswith("redis+sentinel:"):
+            client: Any = sentinel_client(found, options, more)
         else:
-            client = aioredis.Redis.from_url(url, **options)
-    except ValueError as error:
-        raise OperatorError(f"redis.url: {error}") from error
+            client = aioredis.Redis.from_url(url, **options, **more)
+        if url.startswith("rediss:"):
+            client.connection_pool.make_connection().ssl_context.get()
+    except ValueError as error:  # a port over 65535, say; its message may quote the password
+        raise bad_url(url) from error
+    except OSError as error:
+        files = url.partition("?")[2]
+        raise OperatorError(f"redis.url: cannot use {files}: {error.strerror}") from error
     return client, (RedisError, OSError, TimeoutError)
+
+
+def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[str, Any]) -> Any:
+    """A client for the Redis of which the Sentinels say that it is the master now.
+
+    Sentinels are asked without user and password, as they are by default.
+    """
+    from redis.asyncio import sentinel as redis_sentinel
+    from redis.asyncio.connection import parse_url
+
+    make: Any = redis_sentinel.Sentinel  # no types
+    urls = [parse_url(f"redis://{host}") for host in found["hosts"].split(",")]
+    places = [(one["host"], one.get("port", 26379)) for one in urls]
+    login = parse_url(f"redis://{found['login'] or ''}@host/{found['db'] or 0}")
+    del login["host"]
+    sentinel = make(places, sentinel_kwargs=options, **{**options, **login, **more})
+    return sentinel.master_for(found["name"] or "mymaster")
 
 
 class Waiting(NamedTuple):
@@ -250,6 +361,8 @@ class Publisher:
 
     def __init__(self, link: Link, source: str, verdict: Callable[[int], bool | None]) -> None:
         self._link = link
+        self._redis = link.client(lambda: not self._server_known)
+        self._server_known = False
         self._source = source
         self._verdict = verdict
         self._numbers: collections.Counter[str] = collections.Counter()
@@ -303,10 +416,13 @@ class Publisher:
         self.dropped += 1
 
     async def work(self) -> None:
-        """Send for as long as Redis answers."""
+        """Send over one connection, for as long as it lasts: the next may lead to another Redis."""
         self._queue.extendleft(reversed(self._batch))
         self._batch = []
-        server = (await self._link.redis.info("server"))["run_id"]
+        self._server_known = False
+        await self._redis.connection_pool.disconnect()
+        server = (await self._redis.info("server"))["run_id"]
+        self._server_known = True
         if self._server not in ("", server):
             self._queue.extendleft(reversed(self._recent))
             self._bytes += sum(len(item.data) for item in self._recent)
@@ -326,7 +442,7 @@ class Publisher:
             while not self._queue:
                 self._drained.set()
                 self._wake.clear()
-                await self._wake.wait()
+                await self._wait_on_line()
             verdict = self._verdict(self._queue[0].term)
             if verdict is None:
                 await asyncio.sleep(BUSY_REST)
@@ -337,8 +453,16 @@ class Publisher:
                 while self._queue and len(self._batch) < BATCH and self._queue[0].term in (0, term):
                     self._batch.append(self._queue.popleft())
 
+    async def _wait_on_line(self) -> None:
+        """Until there is something to send; a connection that ends meanwhile is noticed."""
+        try:
+            async with asyncio.timeout(BEAT_INTERVAL):
+                await self._wake.wait()
+        except TimeoutError:
+            await self._redis.ping()
+
     async def _write(self) -> None:
-        pipe = self._link.redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline(transaction=False)
         streams = {item.stream for item in self._batch}
         for guild in {item.guild for item in self._batch} - {""}:
             truth = self.snapshot(guild)
@@ -1220,8 +1344,8 @@ class Cluster:
     @property
     def problem(self) -> str | None:
         """Why this node should get no new clients, if so."""
-        if not self.link.up:
-            return "no connection to Redis"
+        if self.link.problem:
+            return self.link.problem
         if self.reader.deaf:
             return "deaf: does not hear itself through Redis"
         if not self.replica.fresh:

