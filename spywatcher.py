@@ -790,6 +790,16 @@ class Directory(Protocol):
     def get_thread(self, thread_id: Any, /) -> Any: ...
 
 
+class Part(NamedTuple):
+    """One shard's share of all guilds (Discord documentation: Gateway, Sharding)."""
+
+    shard: int
+    shards: int
+
+    def has(self, guild_id: int) -> bool:
+        return hikari.snowflakes.calculate_shard_id(self.shards, guild_id) == self.shard
+
+
 class Access:
     """Decides which guilds and channels a viewer may see, by hikari's cache as it is now.
 
@@ -801,7 +811,8 @@ class Access:
         self.reconfigure(auth)
         self._watched = frozenset(watched)
         self._cache = cache
-        self._coming: set[int] | None = None  # None: no gateway session yet
+        self._begun: set[Part] = set()  # shards that have said which guilds they bring
+        self._coming: set[int] = set()
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
         #: Guilds that hikari still has and the bot has not.
         self.lost: frozenset[int] = frozenset()
@@ -816,15 +827,25 @@ class Access:
 
     # -- how sure the cache is
 
-    def begin(self, guild_ids: Iterable[int], is_mine: Callable[[int], bool]) -> None:
-        """A new gateway session is about to send these guilds, out of those that `is_mine`.
+    def begin(self, guild_ids: Iterable[int], part: Part) -> None:
+        """A new gateway session is about to send these guilds: all that the bot has of its part.
 
         hikari 2.7 keeps a guild that the bot lost while it was away, so that is noted here.
         """
         coming = frozenset(guild_ids)
-        mine = frozenset(filter(is_mine, self._cache.get_guilds_view()))
+        mine = frozenset(filter(part.has, self._cache.get_guilds_view()))
         self.lost = (self.lost - coming) | (mine - coming)
-        self._coming = {*(self._coming or ()), *coming}
+        self._begun.add(part)
+        self._coming |= coming
+
+    @property
+    def all_begun(self) -> bool:
+        """Whether every shard has said which guilds it brings."""
+        return any(len(self._begun) == part.shards for part in self._begun)
+
+    def end(self) -> None:
+        """The bot goes, and with it all that the cache holds."""
+        self._begun.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
@@ -838,7 +859,7 @@ class Access:
         self._filled = asyncio.Event()
 
     def _settle(self, guild_id: int) -> None:
-        self._coming = (self._coming or set()) - {guild_id}
+        self._coming.discard(guild_id)
         self._gone_meanwhile.pop(guild_id, None)
         self.lost -= {guild_id}
 
@@ -860,7 +881,7 @@ class Access:
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
-        if self._coming is None or guild_id in self._coming:
+        if guild_id in self._coming or not any(part.has(guild_id) for part in self._begun):
             return False
         gone = self._gone_meanwhile.get(guild_id)
         return (
@@ -3723,6 +3744,7 @@ class Guard:
         for change in self.MEMBER_CHANGES:
             events.subscribe(change, self._on_member_change)
         events.subscribe(hikari.ShardReadyEvent, self._on_new_session)
+        events.subscribe(hikari.StoppingEvent, self._on_stopping)
         events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
         events.subscribe(hikari.GuildAvailableEvent, self._on_guild)
         events.subscribe(hikari.GuildJoinEvent, self._on_guild)
@@ -3772,14 +3794,17 @@ class Guard:
     # -- while the cache is refilled
 
     async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
-        self._access.begin(event.unavailable_guilds, functools.partial(belongs_to, event.shard))
+        self._access.begin(event.unavailable_guilds, part_of(event.shard))
         for guild_id in self._access.lost:
             self.check(str(guild_id))
+
+    async def _on_stopping(self, event: hikari.StoppingEvent) -> None:
+        self._access.end()
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         """What was asked for on the connection that broke may never have been heard."""
         for guild_id, nonce in tuple(self._awaited.items()):
-            if belongs_to(event.shard, guild_id):
+            if part_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
     async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
@@ -3803,9 +3828,9 @@ class Guard:
         self.check(str(guild_id))
 
 
-def belongs_to(shard: hikari.api.GatewayShard, guild_id: int) -> bool:
-    """Whether a guild's events come by this shard (Discord documentation: Gateway, Sharding)."""
-    return hikari.snowflakes.calculate_shard_id(shard.shard_count, guild_id) == shard.id
+def part_of(shard: hikari.api.GatewayShard) -> Part:
+    """The guilds whose events come by this shard."""
+    return Part(shard.id, shard.shard_count)
 
 
 def guild_argument(args: tuple[object, ...]) -> str:

@@ -39,6 +39,7 @@ from spywatcher import (
     Greet,
     Metrics,
     OperatorError,
+    Part,
     RedisSettings,
     Rooms,
     SectionT,
@@ -973,7 +974,8 @@ class Truth:
         self._replica = replica
         self._tell = tell
         self._filled: set[int] = set()  # guilds that hikari's cache holds all of
-        self._expected: frozenset[int] | None = None  # None: no session with Discord yet
+        self._expected: set[int] = set()  # guilds that are to come
+        self._expects_all = False  # every shard has said which
         self._wanted: dict[int, float] = {}  # viewers with a dashboard anywhere, until when
 
     @property
@@ -983,7 +985,7 @@ class Truth:
 
     @property
     def _all_filled(self) -> bool:
-        return self._expected is not None and self._filled >= self._expected
+        return self._expects_all and self._filled >= self._expected
 
     def wants(self, user_id: int) -> bool:
         """Whether this user looks on somewhere."""
@@ -1027,10 +1029,12 @@ class Truth:
         if event.user_id in self._wanted:
             self.tell_members(int(event.user_id), int(event.guild_id))
 
-    def expect(self, guild_ids: Iterable[int]) -> None:
-        """A gateway session is about to fill these guilds."""
-        self._expected = frozenset(map(int, guild_ids))
-        self._filled -= self._expected
+    def expect(self, guild_ids: Iterable[int], *, all_begun: bool) -> None:
+        """A gateway session is about to fill these guilds; of no shard is that still to be heard."""
+        coming = frozenset(map(int, guild_ids))
+        self._expected |= coming
+        self._filled -= coming
+        self._expects_all = all_begun
 
     def fill(self, guild_id: int) -> None:
         """All of this guild is in hikari's cache, or it is gone."""
@@ -1044,7 +1048,8 @@ class Truth:
     def end(self) -> None:
         """This node holds the gateway no longer."""
         self._filled.clear()
-        self._expected = None
+        self._expected.clear()
+        self._expects_all = False
 
     def tell_all(self) -> None:
         """Redis may have lost everything."""
@@ -1530,10 +1535,10 @@ class SharedAccess(Access):
         self._cluster = cluster
         self._replica = cluster.replica
 
-    def begin(self, guild_ids: Iterable[int], is_mine: Callable[[int], bool]) -> None:
+    def begin(self, guild_ids: Iterable[int], part: Part) -> None:
         coming = frozenset(guild_ids)
-        super().begin(coming, is_mine)
-        self._cluster.truth.expect(coming)
+        super().begin(coming, part)
+        self._cluster.truth.expect(coming, all_begun=self.all_begun)
         for guild_id in self.lost:
             self._cluster.truth.fill(guild_id)
             self._cluster.on_rights(str(guild_id), None)

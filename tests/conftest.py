@@ -32,7 +32,7 @@ import service
 from jsclient import JavaScript, Node
 from watching import Watch, Watching
 
-from simulator import Guild, PretendDiscord
+from simulator import GatewaySocket, Guild, Op, Packet, PretendDiscord
 
 RECORDS = pytest.StashKey[list[logging.LogRecord]]()
 
@@ -72,6 +72,25 @@ async def discord() -> AsyncIterator[PretendDiscord]:
     """A pretend Discord that waits for the bot."""
     async with PretendDiscord() as discord:
         yield discord
+
+
+@pytest.fixture
+async def waiting_shard(
+    discord: PretendDiscord, monkeypatch: pytest.MonkeyPatch
+) -> asyncio.Future[None]:
+    """Makes it a bot of two shards, the second of which Discord lets in once the future is set."""
+    discord.shards = 2
+    let_in: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    receive = GatewaySocket._receive
+
+    def hold(socket: GatewaySocket, packet: Packet) -> None:
+        if packet.op == Op.IDENTIFY and packet.d["shard"][0] == 1:
+            let_in.add_done_callback(lambda _: receive(socket, packet))
+        else:
+            receive(socket, packet)
+
+    monkeypatch.setattr(GatewaySocket, "_receive", hold)
+    return let_in
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ class Refill:
         await settle()
 
     async def begin(self) -> str:
-        self.access.begin([self.guild.id], lambda guild_id: True)
+        self.access.begin([self.guild.id], spywatcher.Part(0, 1))
         members = self.guild.members
         self.guild.members = {self.guild.bot_id: members[self.guild.bot_id]}
         await self.feed("GUILD_CREATE", simulator.guild_create_json(self.guild) | {"large": True})
@@ -317,6 +317,32 @@ async def test_a_subscription_waits_no_longer_than_its_patience(refill):
     sure = await refill.access.wait_until_sure(refill.viewer, str(refill.guild.id), 0.05)
     assert not sure
     assert time.monotonic() - started < 1
+
+
+async def test_a_subscription_waits_for_a_shard_that_is_not_there_yet(
+    watching, discord, waiting_shard
+):
+    here, there = discord.add_guild(guild_id=2 << 22), discord.add_guild(guild_id=3 << 22)
+    async with watching() as spy:
+        dashboard = await spy.connect()
+        assert (await dashboard.call("subscribe:guild", str(here.id)))["ok"]
+        subscribing = asyncio.create_task(dashboard.call("subscribe:guild", str(there.id)))
+        done, _ = await asyncio.wait([subscribing], timeout=0.5)
+        assert not done
+        waiting_shard.set_result(None)
+        assert await subscribing == {"ok": True, "room": f"guild:{there.id}"}
+
+
+async def test_with_all_shards_there_an_unknown_guild_is_forbidden_at_once(
+    watching, discord, waiting_shard
+):
+    waiting_shard.set_result(None)
+    async with watching() as spy:
+        await discord.wait_for_bot(shards=2)
+        dashboard = await spy.connect()
+        for guild_id in (4 << 22, 5 << 22):
+            answer = await dashboard.call("subscribe:guild", str(guild_id), timeout=1)
+            assert answer["error"]["code"] == "forbidden"
 
 
 @pytest.mark.logs("not connected to Discord", required=False)
@@ -714,7 +740,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Ru
         storage = tmp_path_factory.mktemp("storage") / "spywatcher.db"
 
         async def begin() -> None:
-            server.access.begin([], lambda guild_id: False)
+            server.access.begin([], spywatcher.Part(0, 1))
             bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
             await server.plugins.start(Workplace(bot, emit, lambda: True, watches, storage))
 

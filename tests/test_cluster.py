@@ -556,6 +556,22 @@ async def test_a_viewer_on_two_nodes_keeps_its_guilds_when_one_dashboard_leaves(
     await there.quiet("error")
 
 
+async def test_a_subscription_on_any_node_waits_for_a_shard_that_is_not_there_yet(
+    nodes, discord, waiting_shard
+):
+    here, there = discord.add_guild(guild_id=2 << 22), discord.add_guild(guild_id=3 << 22)
+    for _ in range(2):
+        await nodes.add()
+    for server in nodes.servers:
+        await eventually(lambda s=server: s.cluster.replica.knows(here.id), timeout=15)
+    nodes.guild = there
+    subscribing = [asyncio.create_task(nodes.dashboard(server)) for server in nodes.servers]
+    done, _ = await asyncio.wait(subscribing, timeout=1)
+    assert not done
+    waiting_shard.set_result(None)
+    await asyncio.gather(*subscribing)
+
+
 @pytest.mark.faults
 async def test_a_busy_guild_slows_no_other_and_costs_nodes_without_its_viewers_nothing(
     nodes, guild
