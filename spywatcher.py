@@ -3434,16 +3434,21 @@ class Site(Application):
 
 
 class WebServer(HTTPServer):
-    """Tornado's, with TCP_NODELAY (without it two small writes in a row stall for 40 ms), and
-    with a lobby for connections that have not sent a whole request yet.
+    """Tornado's, with TCP_NODELAY (without it two small writes in a row stall for 40 ms), an end
+    for clients that take nothing, and a lobby for connections that have not sent a whole request yet.
     """
 
     #: Set by whoever makes the server: Tornado's has no constructor of its own to extend.
     door: FrontDoor
+    #: Seconds that a client may leave what it is sent unread or unacknowledged.
+    patience: float
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         with contextlib.suppress(OSError, StreamClosedError):  # it may have gone already
             stream.set_nodelay(True)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: tcp(7)
+                milliseconds = math.ceil(self.patience * 1000)
+                stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         peer = self.door.peer(address[0]) if address else ""
         self.door.limits.expect(stream, stream.close, peer)
         super().handle_stream(stream, address)
@@ -4005,7 +4010,7 @@ def make_web(server: Server, settings: Settings) -> WebServer:
         websocket_max_message_size=limit,
     )
     application.limits = server.limits
-    heartbeat = settings.heartbeat
+    patience = settings.heartbeat.interval + settings.heartbeat.timeout
     web = WebServer(
         application,
         max_body_size=limit,
@@ -4013,9 +4018,9 @@ def make_web(server: Server, settings: Settings) -> WebServer:
         chunk_size=READ_BYTES,
         max_buffer_size=max(limit, MAX_HEADER_BYTES) + 2 * READ_BYTES,
         body_timeout=settings.auth.connect_timeout,
-        idle_connection_timeout=heartbeat.interval + heartbeat.timeout,
+        idle_connection_timeout=patience,
     )
-    web.door = server.door
+    web.door, web.patience = server.door, patience
     return web
 
 

@@ -449,6 +449,32 @@ async def test_a_poll_whose_answer_is_not_read_counts_as_waiting(watching):
         await client.close()
 
 
+async def test_who_answers_pings_but_never_reads_its_poll_is_let_go_by_the_kernel(watching):
+    """After `interval` and `timeout` of the heartbeat, a second here."""
+    settings = {"server": {"max_queue_bytes": 8_000_000}}
+    async with watching(**settings, heartbeat={"interval": 0.5, "timeout": 0.5}) as spy:
+        client = Wire(spy)
+        client.take(await client.get())
+        await client.post("40" + json.dumps({"token": spy.token(role="ADMIN")}))
+        client.take(await client.get())
+        await spy.server.rooms.enter_room(client.sid, NAMESPACE, "guild:1")
+        with socket.create_connection(("127.0.0.1", spy.server.port)) as deaf:
+            path = f"/socket.io/?EIO=4&transport=polling&sid={client.engine_sid}"
+            deaf.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            session = session_of(spy, client)
+            await eventually(lambda: session._polling)
+            stream = spywatcher.stream_of(session._poller)
+            spy.server.rooms.broadcast("guild:1", "x", "x" * 7_500_000)
+            await eventually(stream.writing)
+
+            async def is_over():
+                await client.post("3")
+                return stream.closed()
+
+            await eventually(is_over, timeout=3)
+            assert cut_off(spy) == 0
+
+
 async def test_a_client_that_pings_without_reading_is_cut_off_without_a_log_line(watching):
     """Tornado answers each WebSocket ping by itself, into the same buffer."""
     async with watching(server={"max_queue_bytes": 65_536}) as spy:
@@ -553,7 +579,7 @@ async def test_under_tls_only_the_stream_writes(spy, tmp_path):
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(self_signed(tmp_path / "certificate.pem"))
     web = spywatcher.WebServer(spy.server.web.request_callback, ssl_options=context)
-    web.door = spy.server.door
+    web.door, web.patience = spy.server.door, 60.0
     (listener,) = bind_sockets(0, "127.0.0.1")
     web.add_socket(listener)
     url = f"wss://127.0.0.1:{listener.getsockname()[1]}/socket.io/?EIO=4&transport=websocket"
