@@ -4554,7 +4554,11 @@ async def run_demo(settings: Settings, port: int | None) -> None:
 async def print_events(server: Server, token: str) -> None:
     """A dashboard in a terminal: what any Socket.IO client sees, one line an event."""
     client = socketio.AsyncClient(logger=False, handle_sigint=False)  # run_server does
-    client.on("*", lambda event, data: print(f"{event:18} {json.dumps(data, ensure_ascii=False)}"))
+
+    def show(event: str, data: object) -> None:
+        print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
+
+    client.on("*", show)
     await server.gateway.bot.event_manager.wait_for(hikari.GuildAvailableEvent, timeout=None)
     url = f"http://127.0.0.1:{server.port}"
     await client.connect(url, auth={"token": token}, transports=["websocket"])
