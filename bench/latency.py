@@ -45,10 +45,11 @@ async def measure(spy: Watch, rate: float, events: int) -> list[float]:
 
 async def run(rate: float, events: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        storage = {"path": f"{folder}/spywatcher.db"}
         async with (
             PretendDiscord() as discord,
             JavaScript() as js,
-            Watching(discord, discord.add_guild(), js, Path(folder))() as spy,
+            Watching(discord, discord.add_guild(), js)(storage=storage) as spy,
         ):
             delays = await measure(spy, rate, events)
     cuts = statistics.quantiles(delays, n=100)

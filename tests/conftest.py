@@ -106,9 +106,9 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def watching(discord: PretendDiscord, guild: Guild, js: JavaScript, tmp_path: Path) -> Watching:
+def watching(discord: PretendDiscord, guild: Guild, js: JavaScript) -> Watching:
     """Starts servers: `async with watching(server={"port": 0}) as spy`."""
-    return Watching(discord, guild, js, tmp_path)
+    return Watching(discord, guild, js)
 
 
 @pytest.fixture

@@ -1,11 +1,19 @@
-"""A server in a process of its own, as an operator or systemd runs it, and a stand-in for systemd.
+"""The server as tests have it: its settings, and how it runs.
 
-    async with running(tmp_path, discord) as service:
+In this process, where a test looks into it (`watching.py` puts a guild and dashboards around it):
+
+    async with server_for(discord) as server: ...
+
+In a process of its own, as an operator runs it:
+
+    write_settings(tmp_path, tables_for(discord))
+    async with running(tmp_path) as service:
         await service.get("/health/ready")
         service.process.send_signal(signal.SIGTERM)
         assert await service.exit_status() == 0
 
-The process works in a folder that holds nothing but a config.toml (and what the test put there).
+That process works in a folder that holds nothing but a config.toml (and what the test put there);
+`Systemd` stands for what else runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,11 +35,16 @@ from simulator import PretendDiscord
 from spywatcher import Keys, Server, Tokens, parse_settings
 
 ROOT = Path(__file__).parent.parent
+#: 32 bytes and more, as PyJWT asks for HS256.
 SECRET = "a secret that nobody but the tests knows"
 #: Where relative paths of `server_for` start; a new folder for each test.
 FOLDER = ROOT
 #: Seconds that a process may take to start on a busy machine.
 START = 20.0
+
+#: For tests whose clients all come from one address.
+CROWD: dict[str, Any] = {"connections_per_ip": 5000, "attempts_per_ip": "100000/minute"}
+Tables = dict[str, dict[str, Any]]
 
 #: What systemd does between fork and exec: the socket becomes descriptor 3, and the process is named.
 HAND_OVER = (
@@ -40,17 +53,23 @@ HAND_OVER = (
 )
 
 
-def tables_for(discord: PretendDiscord, /, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Tables of config.toml for a server on a free port in front of `discord`, and `more` over them."""
-    tables: dict[str, dict[str, Any]] = {
+def plain_tables(discord: PretendDiscord) -> Tables:
+    """Tables of config.toml for a server on a free port in front of `discord`, all else by default."""
+    return {
         "server": {"port": 0},
         "auth": {"secret": SECRET},
-        "limits": {"connections_per_ip": 5000, "attempts_per_ip": "100000/minute"},
         "discord": {"token": discord.token, "rest_url": discord.rest_url, "startup_grace": 0.0},
     }
-    for name, table in more.items():
-        tables[name] = {**tables.get(name, {}), **table}
-    return tables
+
+
+def tables_for(discord: PretendDiscord, /, **more: dict[str, Any]) -> Tables:
+    """The same with room for a crowd, and `more` over it, key by key."""
+    return merged(plain_tables(discord) | {"limits": CROWD}, more)
+
+
+def merged(tables: Tables, more: Tables) -> Tables:
+    """TOML tables, those of `more` key by key over those of `tables`."""
+    return tables | {name: tables.get(name, {}) | table for name, table in more.items()}
 
 
 def write_settings(folder: Path, tables: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -61,13 +80,17 @@ def write_settings(folder: Path, tables: Mapping[str, Mapping[str, Any]]) -> Pat
         lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()]
     folder.mkdir(exist_ok=True)
     path = folder / "config.toml"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), "utf-8")
     return path
 
 
 def server_for(discord: PretendDiscord, /, **tables: dict[str, Any]) -> Server:
-    """A server in this process, to be started by `async with`."""
-    tables = tables_for(discord, **tables)
+    """A server in this process with room for a crowd, to be started by `async with`."""
+    return server_of(discord, tables_for(discord, **tables))
+
+
+def server_of(discord: PretendDiscord, tables: Tables) -> Server:
+    """A server in this process with just these settings, to be started by `async with`."""
     return Server(parse_settings(tables, FOLDER), keys=Keys((SECRET,)), token=discord.token)
 
 
@@ -87,34 +110,48 @@ async def fetch(port: int, path: str, **options: Any) -> HTTPResponse:
 class Service:
     """A running process and all that it has written."""
 
-    def __init__(self, process: asyncio.subprocess.Process, port: int = 0) -> None:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.port = port
+        #: Where it says that it listens, and the port of that.
+        self.url = ""
+        self.port = 0
+        #: All that it has written, and the lines of stdout and of stderr alone.
         self.output = ""
+        self.out: list[str] = []
+        self.log: list[str] = []
         self._grown = asyncio.Condition()
-        self._reading = asyncio.create_task(self._read())
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._reading = asyncio.gather(
+            self._read(process.stdout, self.out), self._read(process.stderr, self.log)
+        )
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    async def _read(self) -> None:
-        assert self.process.stdout is not None
-        while line := await self.process.stdout.readline():
+    async def _read(self, stream: asyncio.StreamReader, lines: list[str]) -> None:
+        async for line in stream:
             async with self._grown:
                 self.output += line.decode()
+                lines.append(line.decode().rstrip("\n"))
                 self._grown.notify_all()
 
     async def wrote(self, pattern: str, timeout: float = START) -> re.Match[str]:
-        """Wait until the output matches `pattern`."""
-        try:
-            async with asyncio.timeout(timeout), self._grown:
-                await self._grown.wait_for(lambda: re.search(pattern, self.output))
-        except TimeoutError as error:
-            raise AssertionError(f"no {pattern!r} in:\n{self.output}") from error
-        match = re.search(pattern, self.output)
-        assert match is not None
+        """Wait until the output matches `pattern`, in which ^ and $ are those of a line."""
+        matching = re.compile(pattern, re.MULTILINE)
+        waiting = asyncio.create_task(self._wait_for(matching))
+        either: list[asyncio.Future[Any]] = [waiting, self._reading]
+        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        match = matching.search(self.output)
+        assert match is not None, f"no {pattern!r} in:\n{self.output}"
         return match
+
+    async def _wait_for(self, matching: re.Pattern[str]) -> None:
+        async with self._grown:
+            await self._grown.wait_for(lambda: matching.search(self.output))
+
+    async def listens(self) -> None:
+        """Wait until it accepts connections."""
+        match = await self.wrote(r"listening on (http://\S+:(\d+))")
+        self.url, self.port = match[1], int(match[2])
 
     async def get(self, path: str, **options: Any) -> HTTPResponse:
         return await fetch(self.port, path, **options)
@@ -122,7 +159,7 @@ class Service:
     async def exit_status(self, timeout: float = START) -> int:
         """Wait for the end of the process and of its output."""
         async with asyncio.timeout(timeout):
-            await self._reading
+            await asyncio.shield(self._reading)
             return await self.process.wait()
 
 
@@ -161,15 +198,16 @@ class Systemd:
 
 
 @asynccontextmanager
-async def running(
+async def started(
     folder: Path,
-    *,
+    *arguments: object,
     command: Sequence[str] = (sys.executable, str(ROOT / "spywatcher.py")),
     systemd: Systemd | None = None,
-    ready: Callable[[Service], Any] | None = None,
+    warnings: str = "default",
 ) -> AsyncIterator[Service]:
-    """The server in `folder`; killed at the end if the test has not stopped it."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONWARNINGS": "default"}
+    """`python spywatcher.py ARGUMENTS` in `folder`; killed at the end if the test has not stopped it."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONWARNINGS": warnings}
+    command = [*command, *map(str, arguments)]
     descriptors: tuple[int, ...] = ()
     if systemd is not None:
         environment |= systemd.environment | {"LISTEN_FDS": "1"}
@@ -182,13 +220,28 @@ async def running(
         env=environment,
         pass_fds=descriptors,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        stderr=asyncio.subprocess.PIPE,
     )
     service = Service(process)
     try:
-        service.port = int((await service.wrote(r"listening on http://127\.0\.0\.1:(\d+)"))[1])
         yield service
     finally:
         with suppress(ProcessLookupError):
             process.kill()
         await service.exit_status()
+
+
+@asynccontextmanager
+async def running(folder: Path, *arguments: object, **options: Any) -> AsyncIterator[Service]:
+    """The same once it accepts connections."""
+    async with started(folder, *arguments, **options) as service:
+        await service.listens()
+        yield service
+
+
+async def run(folder: Path, *arguments: object) -> tuple[int, list[str], list[str]]:
+    """Run it to its end, with no more warnings than an operator sees; return exit status and the
+    lines of stdout and stderr.
+    """
+    async with started(folder, *arguments, warnings="") as service:
+        return await service.exit_status(), service.out, service.log

@@ -17,8 +17,8 @@ import hikari
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from service import ROOT, SECRET
 from waiting import eventually
-from watching import ROOT, SECRET
 
 import simulator
 import spywatcher

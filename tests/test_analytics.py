@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
@@ -13,8 +12,9 @@ from typing import Any
 
 import pytest
 from counting import BOT, HOUR, ROOT, Counting
+from service import running, tables_for, write_settings
 from waiting import eventually
-from watching import SECRET, Watch, Watching
+from watching import Watch, Watching
 
 import spywatcher
 from simulator import (
@@ -547,28 +547,12 @@ async def test_a_kill_loses_at_most_the_last_second(
     tmp_path: Path, discord: PretendDiscord, guild: Guild
 ) -> None:
     ada = guild.add_member("ada")
-    server = await serve(tmp_path, discord)
-    try:
+    write_settings(tmp_path, tables_for(discord, storage={"path": "kept.db"}))
+    async with running(tmp_path) as service:
+        await discord.wait_for_bot()
         for number in range(20):
             await discord.typing(guild, ada, guild.add_channel(f"c{number}"))
         await discord.caught_up()
         await asyncio.sleep(1.0)  # the promise itself
-    finally:
-        server.send_signal(signal.SIGKILL)
-        await server.communicate()
+        service.process.kill()
     assert rows(tmp_path / "kept.db", "SELECT sum(typing) FROM counts") == [(20,)]
-
-
-async def serve(folder: Path, discord: PretendDiscord) -> asyncio.subprocess.Process:
-    """`spywatcher.py serve`, connected to Discord."""
-    config = folder / "config.toml"
-    config.write_text(
-        f'[server]\nport = 0\n[auth]\nsecret = "{SECRET}"\n[storage]\npath = "kept.db"\n'
-        f'[plugins]\nfolders = ["{ROOT / "plugins"}"]\n'
-        f'[discord]\ntoken = "{discord.token}"\nrest_url = "{discord.rest_url}"\n',
-        "utf-8",
-    )
-    program = [sys.executable, str(ROOT / "spywatcher.py"), "--config", str(config)]
-    server = await asyncio.create_subprocess_exec(*program, stderr=asyncio.subprocess.DEVNULL)
-    await discord.wait_for_bot()
-    return server

@@ -6,8 +6,7 @@ import signal
 
 import jwt
 import pytest
-from program import running, serving, write_config
-from watching import ROOT, SECRET
+from service import ROOT, SECRET, running, tables_for, write_settings
 
 import spywatcher
 
@@ -37,13 +36,13 @@ def command(capsys):
 
 @pytest.mark.parametrize("serve", [[], ["serve"]])
 def test_without_secrets_serve_names_both_and_points_to_the_demo(tmp_path, serve, command):
-    status, out, log = command("--config", write_config(tmp_path), *serve)
+    status, out, log = command("--config", write_settings(tmp_path, {}), *serve)
     assert (status, out, len(log)) == (2, [], 1)
     assert all(word in log[0] for word in ("auth.secret", "discord.token", "demo"))
 
 
 def test_faults_in_the_settings_are_one_line_each(tmp_path, command):
-    config = write_config(tmp_path, server={"port": "http", "hots": "x"})
+    config = write_settings(tmp_path, {"server": {"port": "http", "hots": "x"}})
     status, _, log = command("--config", config)
     assert (status, log) == (
         2,
@@ -57,43 +56,41 @@ def test_faults_in_the_settings_are_one_line_each(tmp_path, command):
 async def test_secrets_may_come_from_files(tmp_path, discord):
     (tmp_path / "key").write_text(SECRET)
     (tmp_path / "bot").write_text(discord.token + "\n")
-    config = serving(
-        tmp_path,
-        discord,
-        auth={"secret": "", "secret_file": "key"},
-        discord={"token": "", "token_file": "bot"},
-    )
-    async with running("--config", config) as program:
+    files = {
+        "auth": {"secret": "", "secret_file": "key"},
+        "discord": {"token": "", "token_file": "bot"},
+    }
+    config = write_settings(tmp_path, tables_for(discord, **files))
+    async with running(tmp_path, "--config", config) as service:
         await discord.wait_for_bot(timeout=20)
-        await program.says("connected to Discord: a new session, guilds: 0")
+        await service.wrote("connected to Discord: a new session, guilds: 0$")
 
 
 async def test_json_logs_are_json_line_by_line(tmp_path, discord, js):
-    config = serving(tmp_path, discord, log={"format": "json", "level": "debug"})
-    async with running("--config", config) as program:
+    write_settings(tmp_path, tables_for(discord, log={"format": "json", "level": "debug"}))
+    async with running(tmp_path) as service:
         await discord.wait_for_bot(timeout=20)
-        match = await program.says(r"listening on (http://[\d.:]+)")
-        await js.refused(match[1], token="hush.hush.hush")
-        program.signal(signal.SIGTERM)
-        assert await program.exit() == 0
-    lines = [json.loads(line) for line in program.log]
+        await js.refused(service.url, token="hush.hush.hush")
+        service.process.send_signal(signal.SIGTERM)
+        assert await service.exit_status() == 0
+    lines = [json.loads(line) for line in service.log]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
-    assert "hush" not in "".join(program.log)
+    assert "hush" not in "".join(service.log)
 
 
 @pytest.mark.parametrize("level", ["debug", "info"])
 async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, guild, js, level):
     token = spywatcher.Tokens(spywatcher.Keys((SECRET,)), ["HS256"]).issue("1", role="ADMIN")
-    async with running("--config", serving(tmp_path, discord, log={"level": level})) as program:
-        url = await program.url()
+    write_settings(tmp_path, tables_for(discord, log={"level": level}))
+    async with running(tmp_path) as service:
         await discord.wait_for_bot(timeout=20)
-        dashboard = await js.connect(url, token=token)
+        dashboard = await js.connect(service.url, token=token)
         await dashboard.call("subscribe:guild", str(guild.id))
         await discord.message(guild, guild.owner, guild.general, "top secret")
         await dashboard.next("message:new")
-        program.signal(signal.SIGTERM)
-        await program.exit()
-    log = "\n".join(program.log)
+        service.process.send_signal(signal.SIGTERM)
+        await service.exit_status()
+    log = "\n".join(service.log)
     assert [word for word in (SECRET, token, discord.token, "top secret") if word in log] == []
 
 
@@ -101,7 +98,7 @@ async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, g
 
 
 def test_check_prints_settings_and_plugins(tmp_path, command):
-    config = write_config(tmp_path, auth={"secret": SECRET}, server={"port": 4000})
+    config = write_settings(tmp_path, {"auth": {"secret": SECRET}, "server": {"port": 4000}})
     status, out, log = command("--config", config, "check")
     assert (status, log) == (0, [])
     assert "server.port = 4000" in out
@@ -112,14 +109,14 @@ def test_check_prints_settings_and_plugins(tmp_path, command):
 
 @pytest.mark.logs("plugin broken: not loaded: boom at import")
 def test_check_refuses_a_plugin_that_does_not_load(tmp_path, command):
-    status, out, log = command("--config", write_config(tmp_path, plugins=BROKEN), "check")
+    status, out, log = command("--config", write_settings(tmp_path, {"plugins": BROKEN}), "check")
     assert status == 2
     assert out[-1] == "plugin z_good: good:message"
     assert log[-1] == "spywatcher: plugin broken: boom at import"
 
 
 def test_check_refuses_bad_settings(tmp_path, command):
-    status, out, log = command("--config", write_config(tmp_path, sever={}), "check")
+    status, out, log = command("--config", write_settings(tmp_path, {"sever": {}}), "check")
     assert (status, out) == (2, [])
     assert log[0].endswith("sever: unknown table, did you mean server?")
 
@@ -128,7 +125,7 @@ def test_check_refuses_bad_settings(tmp_path, command):
 
 
 async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy, command):
-    config = write_config(tmp_path, auth={"secret": SECRET})
+    config = write_settings(tmp_path, {"auth": {"secret": SECRET}})
     guild = str(spy.guild.id)
     options = ["--discord-id", "42", "--guild", guild, "--ttl", "15m"]
     status, [token], log = command("--config", config, "token", *options)
@@ -145,7 +142,7 @@ async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy, comman
 
 
 def test_token_without_a_secret_is_refused(tmp_path, capsys):
-    config = write_config(tmp_path)
+    config = write_settings(tmp_path, {})
     assert spywatcher.main(["--config", str(config), "token", "--discord-id", "1"]) == 2
     assert capsys.readouterr().err.startswith("spywatcher: auth.secret: not set")
 
@@ -169,13 +166,12 @@ def test_a_life_time_that_is_none_is_refused(capsys, text):
 
 
 async def test_the_demo_shows_events_and_a_token_that_works(js):
-    async with running("demo", "--port", "0") as program:
-        url = await program.url()
-        token = (await program.says(r"^(ey\S+)$"))[1]
-        dashboard = await js.connect(url, token=token)
+    async with running(ROOT, "demo", "--port", "0") as service:
+        token = (await service.wrote(r"^(ey\S+)$"))[1]
+        dashboard = await js.connect(service.url, token=token)
         [guild] = (await dashboard.call("guilds:list"))["guilds"]
         assert (await dashboard.call("subscribe:guild", guild["id"]))["ok"]
-        await program.says(r"^(message:new|presence:update) +\{.*\"guildId\"")
-        program.signal(signal.SIGINT)
-        assert await program.exit() == 0
-        assert "Traceback" not in "".join(program.log)
+        await service.wrote(r"^(message:new|presence:update) +\{.*\"guildId\"")
+        service.process.send_signal(signal.SIGINT)
+        assert await service.exit_status() == 0
+        assert "Traceback" not in "".join(service.log)

@@ -5,7 +5,7 @@ import logging
 
 import hikari
 import pytest
-from program import run, serving
+from service import run, tables_for, write_settings
 from waiting import eventually
 
 import spywatcher
@@ -107,8 +107,8 @@ def test_without_plugins_no_privileged_intent_is_asked_for():
 
 async def test_a_wrong_token_ends_the_process_with_one_line(tmp_path, discord):
     async with PretendDiscord() as other:
-        config = serving(tmp_path, discord, discord={"token": other.token})
-        status, out, log = await run("--config", config, "serve")
+        write_settings(tmp_path, tables_for(discord, discord={"token": other.token}))
+        status, out, log = await run(tmp_path, "serve")
     assert (status, out) == (2, [])
     last = log[-1]
     assert last.startswith("spywatcher: Discord refused the bot token: reset it at https://")
@@ -119,7 +119,8 @@ async def test_a_wrong_token_ends_the_process_with_one_line(tmp_path, discord):
 
 async def test_refused_intents_end_the_process_naming_switches_and_plugins(tmp_path):
     async with PretendDiscord(allowed_privileged=0) as discord:
-        status, out, log = await run("--config", serving(tmp_path, discord), "serve")
+        write_settings(tmp_path, tables_for(discord))
+        status, out, log = await run(tmp_path, "serve")
     assert (status, out) == (2, [])
     assert log[-1] == (
         "spywatcher: Discord refused the intents: switch on Server Members Intent (for access, analytics,"
@@ -130,8 +131,8 @@ async def test_refused_intents_end_the_process_naming_switches_and_plugins(tmp_p
 
 
 async def test_a_token_that_is_none_is_refused_before_any_network(tmp_path, discord):
-    config = serving(tmp_path, discord, discord={"token": "hush"})
-    status, _, log = await run("--config", config, "serve")
+    write_settings(tmp_path, tables_for(discord, discord={"token": "hush"}))
+    status, _, log = await run(tmp_path, "serve")
     assert status == 2
     assert log == [line for line in log if line.startswith("spywatcher: discord.token: got what")]
     assert discord.rest_calls == 0

@@ -5,8 +5,8 @@ import time
 
 import jwt
 import pytest
+from service import SECRET
 from waiting import eventually
-from watching import SECRET
 
 from simulator import Permission
 

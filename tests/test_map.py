@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import CodeType
 
 import pytest
-from watching import ROOT
+from service import ROOT
 
 import spywatcher
 

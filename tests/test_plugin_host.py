@@ -3,8 +3,7 @@
 import sys
 
 import pytest
-from program import run, write_config
-from watching import ROOT
+from service import ROOT, run, write_settings
 
 import spywatcher
 from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
@@ -205,8 +204,8 @@ async def test_run_as_a_script_plugins_get_the_module_that_runs(tmp_path):
         "assert spywatcher is sys.modules['__main__']\n"
         "assert spywatcher.Payload is sys.modules['__main__'].Payload\n"
     )
-    config = write_config(tmp_path, plugins={"folders": ["plugins"]})
-    status, out, log = await run("--config", config, "check")
+    write_settings(tmp_path, {"plugins": {"folders": ["plugins"]}})
+    status, out, log = await run(tmp_path, "check")
     assert (status, log) == (0, [])
     assert out[-1] == "plugin same: no events"
 

@@ -6,8 +6,9 @@ import os
 import re
 
 from jsclient import node
+from service import ROOT
 from waiting import eventually
-from watching import ROOT, Watch
+from watching import Watch
 
 import spywatcher
 

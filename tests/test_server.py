@@ -6,10 +6,9 @@ import signal
 import socket
 
 import pytest
-from program import run, running, serving
+from service import SECRET, run, running, tables_for, write_settings
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 from waiting import eventually
-from watching import SECRET
 
 import spywatcher
 from simulator import PretendDiscord
@@ -27,10 +26,10 @@ async def request(spy, path="/socket.io/?EIO=4&transport=polling", **options):
 
 
 async def test_it_says_where_it_listens_and_serves_there(tmp_path, discord, guild, js):
-    async with running("--config", serving(tmp_path, discord)) as program:
-        url = await program.url()
+    write_settings(tmp_path, tables_for(discord))
+    async with running(tmp_path) as service:
         await discord.wait_for_bot()
-        dashboard = await js.connect(url, token=TOKEN)
+        dashboard = await js.connect(service.url, token=TOKEN)
         assert (await dashboard.call("subscribe:guild", str(guild.id)))["ok"]
         await discord.message(guild, guild.owner, guild.general)
         assert (await dashboard.next("message:new"))["username"] == "owner"
@@ -43,21 +42,19 @@ async def test_a_signal_stops_it_and_dashboards_come_back_to_the_next(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = serving(tmp_path, discord, server={"port": port})
-    async with running("--config", config) as first:
-        url = await first.url()
+    write_settings(tmp_path, tables_for(discord, server={"port": port}))
+    async with running(tmp_path) as first:
         dashboards = [
-            await js.connect(url, token=TOKEN, transports=[transport])
+            await js.connect(first.url, token=TOKEN, transports=[transport])
             for transport in ("websocket", "polling")
         ]
-        first.signal(number)
-        assert await first.exit(timeout=5) == 0
+        first.process.send_signal(number)
+        assert await first.exit_status(timeout=5) == 0
         assert "Traceback" not in "".join(first.log)
     assert await dashboards[0].disconnected() == "transport close"
     end = await dashboards[1].disconnection()
     assert (end.reason in ("transport close", "transport error"), end.active) == (True, True)
-    async with running("--config", config) as second:
-        await second.url()
+    async with running(tmp_path):
         for dashboard in dashboards:
             await dashboard.reconnected(timeout=10)
             assert (await dashboard.call("guilds:list"))["ok"]
@@ -77,8 +74,8 @@ async def test_a_port_that_is_taken_is_one_line_and_status_2(tmp_path, discord):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        config = serving(tmp_path, discord, server={"port": port})
-        status, _, log = await run("--config", config, "serve")
+        write_settings(tmp_path, tables_for(discord, server={"port": port}))
+        status, _, log = await run(tmp_path, "serve")
     line = f"spywatcher: server.port: cannot listen on 127.0.0.1:{port}: Address already in use"
     assert (status, log) == (2, [line])
 
@@ -188,6 +185,6 @@ async def test_a_post_beyond_the_limit_is_refused_before_it_is_read(spy):
 
 async def test_servers_on_all_addresses_say_so(tmp_path):
     async with PretendDiscord() as discord:
-        config = serving(tmp_path, discord, server={"port": 0, "host": "0.0.0.0"})
-        async with running("--config", config) as program:
-            assert (await program.url()).startswith("http://0.0.0.0:")
+        write_settings(tmp_path, tables_for(discord, server={"port": 0, "host": "0.0.0.0"}))
+        async with running(tmp_path) as service:
+            assert service.url.startswith("http://0.0.0.0:")

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 import pytest
-from watching import ROOT, SECRET
+from service import ROOT, SECRET
 
 import spywatcher
 from spywatcher import OperatorError, Settings, parse_settings, read_secret, read_settings

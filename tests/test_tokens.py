@@ -11,8 +11,8 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from service import SECRET
 from waiting import eventually
-from watching import SECRET
 
 import spywatcher
 from spywatcher import AuthSettings, Keys, OperatorError, RefusedConnectionError, Tokens, read_keys

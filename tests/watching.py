@@ -21,19 +21,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import tornado.websocket
 from jsclient import DEADLINE, Dashboard, JavaScript
+from service import merged, plain_tables, server_of
 from tornado.httpclient import HTTPRequest
 
 from simulator import Guild, Member, PretendDiscord
-from spywatcher import Keys, Server, parse_settings
-
-ROOT = Path(__file__).parent.parent
-#: 32 bytes and more, as PyJWT asks for HS256.
-SECRET = "a secret that only tests know, long enough"
+from spywatcher import Server
 
 
 class Watch:
@@ -145,19 +141,16 @@ class RawClient:
 class Watching:
     """Starts watches of one test; settings are given as config.toml would have them."""
 
-    def __init__(self, discord: PretendDiscord, guild: Guild, js: JavaScript, folder: Path) -> None:
+    def __init__(self, discord: PretendDiscord, guild: Guild, js: JavaScript) -> None:
         self._discord = discord
         self._guild = guild
         self._js = js
-        self._folder = folder
 
     @asynccontextmanager
     async def __call__(self, *, ready: bool = True, **tables: Any) -> AsyncIterator[Watch]:
         """A server with these settings; `ready` waits until it knows the guilds."""
-        settings = parse_settings(merged(self._defaults(), tables), ROOT)
-        async with Server(
-            settings, keys=Keys(secrets=(SECRET,)), token=self._discord.token
-        ) as server:
+        settings = merged(plain_tables(self._discord), tables)
+        async with server_of(self._discord, settings) as server:
             if ready:
                 await self._discord.wait_for_bot()
             watch = Watch(server, self._discord, self._guild, self._js)
@@ -165,15 +158,3 @@ class Watching:
                 yield watch
             finally:
                 watch.close()
-
-    def _defaults(self) -> dict[str, Any]:
-        return {
-            "server": {"port": 0},
-            "storage": {"path": str(self._folder / "spywatcher.db")},
-            "discord": {"rest_url": self._discord.rest_url, "startup_grace": 0.0},
-        }
-
-
-def merged(tables: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """TOML tables, those of `more` key by key over those of `tables`."""
-    return tables | {name: tables.get(name, {}) | table for name, table in more.items()}
