@@ -533,6 +533,9 @@ class Reader:
         self._newest = "0-0"
         self._heard = time.monotonic()
 
+    def __len__(self) -> int:
+        return len(self._tails)
+
     # -- which streams
 
     async def follow(self, stream: str) -> None:
@@ -1132,6 +1135,69 @@ def channel_truth(channel: hikari.PermissibleGuildChannel) -> ChannelTruth:
     return ChannelTruth({int(one.id): OverwriteTruth(one.allow, one.deny) for one in overwrites})
 
 
+class Viewers:
+    """Who has a dashboard open here, said to all nodes: of no others does the holder tell."""
+
+    def __init__(
+        self,
+        truth: Truth,
+        replica: Replica,
+        leading: Callable[[], bool],
+        tell: Callable[..., None],
+    ) -> None:
+        self._truth = truth
+        self._replica = replica
+        self._leading = leading
+        self._tell = tell
+        self._dashboards: collections.Counter[int] = collections.Counter()
+        #: Called when a viewer's rights in a guild have changed.
+        self.on_rights: Callable[[str, str], None] = lambda guild_id, viewer: None
+
+    def enter(self, discord_id: str) -> None:
+        """A viewer has a dashboard here."""
+        if is_snowflake(discord_id):
+            self._dashboards[int(discord_id)] += 1
+            self._ask(int(discord_id))
+
+    def exit(self, discord_id: str) -> None:
+        """One dashboard of this viewer is gone."""
+        if is_snowflake(discord_id):
+            user_id = int(discord_id)
+            self._dashboards[user_id] -= 1
+            if not self._dashboards[user_id]:
+                del self._dashboards[user_id]
+
+    def call_roll(self) -> None:
+        """Say who looks on from here, and ask again for whom nothing was told."""
+        viewers = list(self._dashboards)
+        self._truth.want(viewers)
+        self._tell("viewers", body=msgspec.msgpack.encode(viewers))
+        for user_id in viewers:
+            self._ask(user_id)
+
+    def _ask(self, user_id: int) -> None:
+        if user_id not in self._replica.whole:
+            self._tell("ask", str(user_id))
+            self._answer(user_id)
+
+    def _answer(self, user_id: int) -> None:
+        self._truth.want([user_id])
+        if self._leading():
+            self._truth.tell_members(user_id)
+
+    def on_ask(self, note: Note) -> None:
+        self._answer(int(note.detail))
+
+    def on_viewers(self, note: Note) -> None:
+        self._truth.want(msgspec.msgpack.decode(note.body, type=list[int]))
+
+    def on_members(self, note: Note) -> None:
+        if self._truth.wants(int(note.detail)):
+            whole, members = decode_truth(note.body, tuple[bool, Memberships])
+            for guild_id in self._replica.put_members(int(note.detail), members, whole):
+                self.on_rights(str(guild_id), note.detail)
+
+
 async def no_greeting(kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
     """Nothing for a new subscriber."""
 
@@ -1270,7 +1336,7 @@ class Cluster:
         self._muted: collections.deque[tuple[str, str, str, bytes]] = collections.deque(
             maxlen=10_000
         )
-        self._viewers: collections.Counter[int] = collections.Counter()  # with a dashboard here
+        self.viewers = Viewers(self.truth, self.replica, lambda: self.leading, self._tell)
         self.peers = Peers(self.link, self.lease, self._tell)
         self.greetings = Greetings(lambda: self.leading, self._tell)
         self._tasks: list[asyncio.Task[Any]] = []
@@ -1278,10 +1344,10 @@ class Cluster:
             "request": lambda note: self.on_request(msgspec.json.decode(note.body)),
             "beat": self._on_beat,
             CHANGE: self._on_change,
-            "members": self._on_members,
-            "viewers": self._on_viewers,
-            "ask": lambda note: self._answer(int(note.detail)),
-            "who": lambda note: self._call_roll(),
+            "members": self.viewers.on_members,
+            "viewers": self.viewers.on_viewers,
+            "ask": self.viewers.on_ask,
+            "who": lambda note: self.viewers.call_roll(),
             "node": self.peers.on_node,
             "rooms": self.peers.on_rooms,
             "greet": self.greetings.on_greet,
@@ -1292,6 +1358,9 @@ class Cluster:
         self.deliver: Callable[[str, str, str, bytes], None] = lambda *event: None
         #: Called when the rights in a guild have changed, of all or of one viewer.
         self.on_rights: Callable[[str, str | None], None] = lambda guild_id, viewer: None
+        self.viewers.on_rights = lambda guild_id, viewer: self.on_rights(guild_id, viewer)
+        #: Called with a viewer's Discord id when one of its dashboards came here, or went.
+        self.enter, self.exit = self.viewers.enter, self.viewers.exit
         #: Does what another node's Socket.IO manager asks for.
         self.on_request: Callable[[dict[str, Any]], None] = lambda request: None
         self.lease.on_certain = self._speak
@@ -1315,6 +1384,7 @@ class Cluster:
         metrics.gauge(
             "redis_deaf", "1 while this node does not hear itself.", lambda: self.reader.deaf
         )
+        metrics.gauge("redis_streams", "Streams that this node reads.", lambda: len(self.reader))
         metrics.gauge("redis_waiting", "Entries that wait for Redis.", lambda: len(self.publisher))
         metrics.gauge(
             "redis_dropped", "Entries that never reached Redis.", lambda: self.publisher.dropped
@@ -1397,7 +1467,7 @@ class Cluster:
             self.peers.forget()
             self.peers.tell_rooms(count % ROLL_CALL == 0)
             if count % ROLL_CALL == 0:
-                self._call_roll()
+                self.viewers.call_roll()
                 self.peers.introduce()
             await asyncio.sleep(BEAT_INTERVAL)
 
@@ -1438,39 +1508,7 @@ class Cluster:
         if self.leading:
             self.truth.tell_all()
 
-    # -- who may see what
-
-    def enter(self, discord_id: str) -> None:
-        """A viewer has a dashboard here."""
-        if is_snowflake(discord_id):
-            self._viewers[int(discord_id)] += 1
-            self._ask(int(discord_id))
-
-    def exit(self, discord_id: str) -> None:
-        """One dashboard of this viewer is gone."""
-        if is_snowflake(discord_id):
-            user_id = int(discord_id)
-            self._viewers[user_id] -= 1
-            if not self._viewers[user_id]:
-                del self._viewers[user_id]
-
-    def _call_roll(self) -> None:
-        """Say who looks on from here, and ask again for whom nothing was told."""
-        viewers = list(self._viewers)
-        self.truth.want(viewers)
-        self._tell("viewers", body=msgspec.msgpack.encode(viewers))
-        for user_id in viewers:
-            self._ask(user_id)
-
-    def _ask(self, user_id: int) -> None:
-        if user_id not in self.replica.whole:
-            self._tell("ask", str(user_id))
-            self._answer(user_id)
-
-    def _answer(self, user_id: int) -> None:
-        self.truth.want([user_id])
-        if self.leading:
-            self.truth.tell_members(user_id)
+    # -- the control stream
 
     async def _load(self) -> None:
         """What a holder told before this node was there."""
@@ -1478,8 +1516,6 @@ class Cluster:
         for guild_id, data in known.items():
             self.replica.load_guild(int(guild_id), decode_truth(data, GuildTruth))
         await asyncio.Event().wait()
-
-    # -- the control stream
 
     def _tell(
         self,
@@ -1516,15 +1552,6 @@ class Cluster:
     def _on_change(self, note: Note) -> None:
         self.replica.change_guild(int(note.detail), decode_truth(note.body, GuildChange))
         self.on_rights(note.detail, None)
-
-    def _on_members(self, note: Note) -> None:
-        if self.truth.wants(int(note.detail)):
-            whole, members = decode_truth(note.body, tuple[bool, Memberships])
-            for guild_id in self.replica.put_members(int(note.detail), members, whole):
-                self.on_rights(str(guild_id), note.detail)
-
-    def _on_viewers(self, note: Note) -> None:
-        self.truth.want(msgspec.msgpack.decode(note.body, type=list[int]))
 
 
 class SharedAccess(Access):
