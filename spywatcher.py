@@ -2160,6 +2160,9 @@ class Throttle:
         self._newest: dict[Topic, Content | None] = {}  # what waits for the end of its window
         self._timers: dict[Topic, Timer] = {}
         self._making: set[asyncio.Task[None]] = set()
+        #: Called whenever a topic's window opens or ends, or other content waits for that: with the
+        #: seconds that the window stays open (None: as long as before) and what is still to be sent.
+        self.on_change: Callable[[Topic, float | None, Content | None], None] = lambda *change: None
 
     def __len__(self) -> int:
         """Windows open now."""
@@ -2174,10 +2177,17 @@ class Throttle:
         elif topic in self._newest:
             self._metrics.throttled.labels(event).inc()
             self._newest[topic] = content
+            self.on_change(topic, None, content)
         elif event in self.windows:
             self._open(topic, content)
         else:
             self._pass(topic, content, lambda topic: None)
+
+    def resume(self, topic: Topic, seconds: float, waiting: Content | None) -> None:
+        """Go on with a window that another throttle opened: so long it is still open."""
+        if topic not in self._newest:
+            self._newest[topic] = waiting
+            self._timers[topic] = self._call_later(seconds, self._end, topic)
 
     async def close(self) -> None:
         """Forget all that is held and end what is being made."""
@@ -2192,17 +2202,21 @@ class Throttle:
     def _open(self, topic: Topic, content: Content) -> None:
         """A window opens before its content is made, and lasts from when that was sent."""
         self._newest[topic] = None
+        self.on_change(topic, 0.0, content)
         self._pass(topic, content, self._start)
 
     def _start(self, topic: Topic) -> None:
         seconds = self.windows.get(topic[0], 0.0)
         self._timers[topic] = self._call_later(seconds, self._end, topic)
+        self.on_change(topic, seconds, self._newest[topic])
 
     def _end(self, topic: Topic) -> None:
         del self._timers[topic]
         content = self._newest.pop(topic)
         if content is not None and self._listened(topic[1], topic[2]):
             self._open(topic, content)
+        else:
+            self.on_change(topic, 0.0, None)
 
     def _pass(self, topic: Topic, content: Content, then: Callable[[Topic], None]) -> None:
         if not callable(content):
@@ -4061,6 +4075,7 @@ class Server:
             self.cluster.deliver = self._deliver
             self.cluster.on_rights = self.guard.check
             self.cluster.greetings.own = self.plugins.greet
+            self.cluster.windows.share(self.throttle)
             self.dashboards.greet = self.cluster.greetings.greet
             self.dashboards.on_enter = self.cluster.enter
             self.dashboards.on_exit = self.cluster.exit

@@ -35,6 +35,7 @@ from spywatcher import (
     Access,
     AuthSettings,
     BoundedMemory,
+    Content,
     Fields,
     Greet,
     Metrics,
@@ -44,6 +45,8 @@ from spywatcher import (
     Rooms,
     SectionT,
     Sid,
+    Throttle,
+    Topic,
     Viewer,
     event_packet,
     is_snowflake,
@@ -55,6 +58,9 @@ CONTROL: Final = "spywatcher:control"
 GUILDS: Final = "spywatcher:guilds"  # hash: guild id -> GuildTruth
 GATEWAY: Final = "spywatcher:gateway"  # who holds it; empty: free
 TERM: Final = "spywatcher:term"  # the fencing counter
+WINDOWS: Final = (
+    "spywatcher:windows"  # hash: Topic -> when its window ends, what is to be sent then
+)
 #: A topic of guilds' streams too, where all others are kinds of rooms.
 CHANGE: Final = "truth:change"
 
@@ -118,6 +124,23 @@ return {term, now}
 """
 RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], '', 'PX', 60000) end
+"""
+#: Milliseconds for which Redis keeps windows that have ended: a takeover takes less.
+WINDOWS_LAST: Final = 60_000
+KEEP_WINDOWS: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+for i = 3, #ARGV, 3 do
+  if ARGV[i + 1] == '' then
+    redis.call('HDEL', KEYS[2], ARGV[i])
+  else
+    local ends = string.format('%.0f ', now + ARGV[i + 1])
+    redis.call('HSET', KEYS[2], ARGV[i], ends .. ARGV[i + 2])
+  end
+end
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+return 1
 """
 
 
@@ -652,7 +675,7 @@ class Lease:
 
     def __init__(self, link: Link, source: str) -> None:
         self._link = link
-        self._source = source
+        self.source = source
         self._claim = link.redis.register_script(CLAIM)
         self._release = link.redis.register_script(RELEASE)
         self._until = float("-inf")
@@ -713,7 +736,7 @@ class Lease:
             return 0
         deadlines = self._deadlines(contact)
         milliseconds = int(LOCK_TIME * 1000)
-        args = [self._source, milliseconds, self.term, self._known, *deadlines]
+        args = [self.source, milliseconds, self.term, self._known, *deadlines]
         term, now = await self._claim(keys=[GATEWAY, TERM], args=args)
         self._offset = int(now) - boot_clock() * 1000
         self._link.found()
@@ -758,7 +781,7 @@ class Lease:
         self.wanted = False
         if self.term:
             with contextlib.suppress(*self._link.errors):
-                await self._release(keys=[GATEWAY], args=[self._source])
+                await self._release(keys=[GATEWAY], args=[self.source])
         await self._become(0, 0.0)
 
 
@@ -1031,6 +1054,11 @@ class Truth:
     async def _on_member_change(self, event: Any) -> None:
         if event.user_id in self._wanted:
             self.tell_members(int(event.user_id), int(event.guild_id))
+
+    async def filled(self, guild_id: int) -> None:
+        """Until hikari's cache holds all of this guild."""
+        while guild_id not in self._filled:
+            await self._replica.wait()
 
     def expect(self, guild_ids: Iterable[int], *, all_begun: bool) -> None:
         """A gateway session is about to fill these guilds; of no shard is that still to be heard."""
@@ -1318,6 +1346,119 @@ class Greetings:
         if note.detail in self._waiting:
             self._waiting[note.detail](*msgspec.json.decode(note.body))
 
+    async def make(self, event: str, guild_id: str, kind: str) -> Fields | None:
+        """What a new subscriber of the room would get as this event."""
+        made: list[Fields | None] = [None]
+        await self.own(
+            kind, guild_id, lambda name, fields: made.append(fields) if name == event else None
+        )
+        return made[-1]
+
+
+class Windows:
+    """The throttle's open windows, kept in Redis for whoever holds the gateway next."""
+
+    def __init__(
+        self,
+        link: Link,
+        lease: Lease,
+        leading: Callable[[], bool],
+        remake: Callable[[Topic], Awaitable[Fields | None]],
+    ) -> None:
+        self._link = link
+        self._lease = lease
+        self._leading = leading
+        self._remake = remake
+        self._keep = link.redis.register_script(KEEP_WINDOWS)
+        self._open: dict[Topic, tuple[float, Content | None]] = {}  # until when, and what waits
+        self._news: set[Topic] = set()
+        self._wake = asyncio.Event()
+        self._flushing = asyncio.Lock()
+
+    def share(self, throttle: Throttle) -> None:
+        """These windows are all nodes'."""
+        self._throttle = throttle
+        throttle.on_change = self._note
+
+    def _note(self, topic: Topic, seconds: float | None, waiting: Content | None) -> None:
+        now = boot_clock()
+        until, before = self._open.get(topic, (now, None))
+        if not self._leading() or (seconds is None and callable(before) and callable(waiting)):
+            return
+        self._open[topic] = until if seconds is None else now + seconds, waiting
+        self._news.add(topic)
+        if seconds:
+            self._wake.set()
+
+    def tell_all(self) -> None:
+        """Redis may have lost everything."""
+        self._news.update(self._open)
+
+    async def work(self) -> None:
+        """A window that opens is told at once; what waits for its end, twice a second."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEWAL):
+                    await self._wake.wait()
+            self._wake.clear()
+            await self.flush()
+            await asyncio.sleep(BUSY_REST)
+
+    async def flush(self) -> None:
+        """Tell Redis what is new, if this node's term still counts there."""
+        async with self._flushing:
+            news, self._news = self._news, set()
+            kept = False
+            try:
+                if news and self._lease.term:
+                    rows = [value for topic in news for value in self._row(topic)]
+                    longest = max(self._throttle.windows.values(), default=0.0)
+                    args = [self._lease.source, int(longest * 1000) + WINDOWS_LAST, *rows]
+                    kept = await self._keep(keys=[GATEWAY, WINDOWS], args=args)
+            finally:
+                if not kept:
+                    self._news |= news
+
+    def _row(self, topic: Topic) -> tuple[bytes, int | str, bytes]:
+        """What KEEP_WINDOWS takes: the topic, milliseconds to its end (empty: it is over), what waits."""
+        name = msgspec.json.encode(topic)
+        until, waiting = self._open.get(topic, (0.0, None))
+        left = max(0, math.ceil((until - boot_clock()) * 1000))
+        if waiting is None and not left:
+            self._open.pop(topic, None)
+            return name, "", b""
+        return name, left, msgspec.json.encode(True if callable(waiting) else waiting)
+
+    async def load(self) -> None:
+        """Go on where the last holder was, if Redis can say where."""
+        self._open.clear()
+        self._news.clear()
+        pipe = self._link.redis.pipeline()
+        pipe.hgetall(WINDOWS)
+        pipe.time()
+        try:
+            found, (seconds, microseconds) = await pipe.execute()
+            now = seconds * 1000 + microseconds // 1000
+            for name, value in found.items():
+                ends, _, waiting = value.partition(b" ")
+                left = max(0, int(ends) - now) / 1000
+                self._resume(msgspec.json.decode(name, type=Topic), left, waiting)
+        except self._link.errors:
+            pass
+        except Exception:  # as in Reader._handle
+            log.exception("the throttle's windows could not be taken over")
+
+    def _resume(self, topic: Topic, left: float, encoded: bytes) -> None:
+        waiting: Any = msgspec.json.decode(encoded)
+        if waiting is True:  # made by a plugin; that of the last holder is gone
+            waiting = functools.partial(self._remake, topic)
+        self._open[topic] = boot_clock() + left, waiting
+        self._throttle.resume(topic, left, waiting)
+
+    async def end(self) -> None:
+        """This node holds the gateway no longer."""
+        await self._throttle.close()
+
 
 class Cluster:
     """This node among the others: what it tells them, and what it does with what they tell."""
@@ -1339,6 +1480,7 @@ class Cluster:
         self.viewers = Viewers(self.truth, self.replica, lambda: self.leading, self._tell)
         self.peers = Peers(self.link, self.lease, self._tell)
         self.greetings = Greetings(lambda: self.leading, self._tell)
+        self.windows = Windows(self.link, self.lease, lambda: self.leading, self._remake)
         self._tasks: list[asyncio.Task[Any]] = []
         self._topics: dict[str, Callable[[Note], None]] = {
             "request": lambda note: self.on_request(msgspec.json.decode(note.body)),
@@ -1395,7 +1537,7 @@ class Cluster:
         """`host` and `port` are where this node listens, for the other nodes to ask it there."""
         self.peers.settle(host, port, self.source)
         works = [self.publisher.work, self.reader.work, self.lease.work, self._load]
-        works.append(self.reader.probe)
+        works += [self.reader.probe, self.windows.work]
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
         self._tasks += [asyncio.create_task(work()) for work in (self._beat, self.peers.consult)]
 
@@ -1404,6 +1546,8 @@ class Cluster:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace / 2):
                 await self.publisher.drained()
+                with contextlib.suppress(*self.link.errors):
+                    await self.windows.flush()
             await self.lease.release()
             self._tell("bye")
             async with asyncio.timeout(grace / 2):
@@ -1444,7 +1588,10 @@ class Cluster:
             await self.lease.wait(held=True)
             self.leading = True
             self._tell("who")
-            tasks = [asyncio.create_task(run()), asyncio.create_task(self.lease.wait(held=False))]
+            tasks = [
+                asyncio.create_task(self._take_over(run)),
+                asyncio.create_task(self.lease.wait(held=False)),
+            ]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if tasks[0].done():
@@ -1456,6 +1603,19 @@ class Cluster:
                 self.leading = False
                 self._muted.clear()
                 self.truth.end()
+                await self.windows.end()
+
+    async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await self.windows.load()
+        await run()
+
+    async def _remake(self, topic: Topic) -> Fields | None:
+        """What was to be sent by the last holder; names are there once Discord has sent the guild."""
+        event, guild_id, kind = topic
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MOST_MUTED):
+                await self.truth.filled(int(guild_id))
+        return await self.greetings.make(event, guild_id, kind)
 
     async def _beat(self) -> None:
         """The holder says that it is there; all say who watches here, for it to tell of them."""
@@ -1507,6 +1667,7 @@ class Cluster:
         """Redis may have lost everything."""
         if self.leading:
             self.truth.tell_all()
+            self.windows.tell_all()
 
     # -- the control stream
 

@@ -254,9 +254,9 @@ async def test_a_holder_cut_off_from_redis_is_replaced_and_is_silent_before_that
     assert longest_silence(dashboards[1 - holder], cut) <= 10
 
 
-@pytest.fixture
-async def processes(
-    nodes: Nodes, redis: RedisServer, tmp_path: Path
+@asynccontextmanager
+async def three_processes(
+    nodes: Nodes, tmp_path: Path, **tables: dict[str, Any]
 ) -> AsyncIterator[list[Service]]:
     """Three nodes in processes of their own."""
     async with AsyncExitStack() as stack:
@@ -264,10 +264,17 @@ async def processes(
         for number in range(3):
             folder = tmp_path / f"node{number}"
             folder.mkdir()
-            write_settings(folder, tables_for(nodes.discord, redis={"url": redis.url}))
+            redis = {"url": nodes.redis.url}
+            write_settings(folder, tables_for(nodes.discord, redis=redis, **tables))
             services.append(await stack.enter_async_context(running(folder)))
         for service in services:
             await eventually(lambda s=service: part(s, "server", "redis"), timeout=15)
+        yield services
+
+
+@pytest.fixture
+async def processes(nodes: Nodes, tmp_path: Path) -> AsyncIterator[list[Service]]:
+    async with three_processes(nodes, tmp_path) as services:
         yield services
 
 
@@ -342,6 +349,87 @@ async def test_a_clean_stop_hands_the_gateway_over_at_once(nodes, processes):
     for dashboard in left:
         in_order_and_once(dashboard)
         assert longest_silence(dashboard, stopped) <= 2
+
+
+async def hold_back(nodes: Nodes, watching: Dashboard) -> None:
+    """Have a window opened for two events, with something that waits for the end of each."""
+    await watching.call("subscribe:analytics", str(nodes.guild.id))
+    early, late = nodes.guild.add_member("early"), nodes.guild.add_member("late")
+
+    async def both_came() -> bool:
+        """The holder learns within a second that somebody listens, and sends nothing before."""
+        await nodes.discord.message(nodes.guild, early, nodes.guild.general)
+        greeting_too = len(watching.events("analytics:update")) == 2
+        return greeting_too and bool(watching.events("message:new"))
+
+    await eventually(both_came)
+    await nodes.discord.message(nodes.guild, late, nodes.guild.general)
+    await eventually(lambda: kept(nodes.redis, b'"username":"late"', b" true"))
+
+
+async def kept(redis: RedisServer, *parts: bytes) -> bool:
+    """Whether Redis knows of open windows for whose end these wait."""
+    windows = b"".join(await redis.ask("HVALS", "spywatcher:windows"))
+    return all(part in windows for part in parts)
+
+
+async def comes_at_the_end(watching: Dashboard, window: float) -> None:
+    """What was held back came once, at the end of the window that the last holder opened."""
+    await eventually(lambda: len(watching.events("message:new")) == 2, timeout=window + 3)
+    await eventually(lambda: len(watching.events("analytics:update")) == 3)
+    assert [data["username"] for data in watching.received("message:new")] == ["early", "late"]
+    for name in ("message:new", "analytics:update"):
+        before, after = (event.monotonic for event in watching.events(name)[-2:])
+        assert window - 0.1 <= after - before <= window + 1
+
+
+THROTTLE = {"message:new": 4.0, "analytics:update": 4.0}
+
+
+async def test_a_window_outlives_a_clean_stop_of_the_holder(nodes, redis):
+    for _ in range(2):
+        await nodes.add(throttle=THROTTLE)
+    await nodes.ready()
+    watching = await nodes.dashboard(other(nodes))
+    await hold_back(nodes, watching)
+    await nodes.holder.stop()
+    await comes_at_the_end(watching, 4.0)
+    await eventually(lambda: redis.ask("EXISTS", "spywatcher:windows"))
+    await eventually(lambda: gone(redis, "spywatcher:windows"))
+
+
+async def gone(redis: RedisServer, key: str) -> bool:
+    return not await redis.ask("EXISTS", key)
+
+
+@pytest.mark.faults
+async def test_a_window_outlives_a_holder_that_is_killed(nodes, tmp_path):
+    windows = dict.fromkeys(THROTTLE, 13.0)
+    async with three_processes(nodes, tmp_path, throttle=windows) as processes:
+        holder = await find_holder(processes)
+        watching = (await watch(nodes, processes))[holder - 1]
+        await hold_back(nodes, watching)
+        processes[holder].process.kill()
+        await comes_at_the_end(watching, 13.0)
+
+
+@pytest.mark.faults
+@pytest.mark.logs("other nodes miss events", "events of another node were lost", required=False)
+async def test_a_holder_that_is_cut_off_sends_nothing_at_the_end_of_a_window(nodes, redis):
+    for _ in range(2):
+        await nodes.add(throttle=dict.fromkeys(THROTTLE, 13.0))
+    await nodes.ready()
+    holder = nodes.servers.index(nodes.holder)
+    watching = await nodes.dashboard(nodes.servers[1 - holder])
+    at_the_holder = await nodes.dashboard(nodes.servers[holder])
+    await hold_back(nodes, watching)
+    await nodes.proxies[holder].cut()
+    await eventually(lambda: nodes.servers[1 - holder].cluster.lease.holds(), timeout=10)
+    await nodes.proxies[holder].mend()
+    await comes_at_the_end(watching, 13.0)
+    await eventually(lambda: len(at_the_holder.events("message:new")) == 2)
+    await at_the_holder.call("guilds:list")
+    assert len(at_the_holder.events("message:new")) == 2
 
 
 def other(nodes: Nodes) -> Server:

@@ -207,3 +207,22 @@ async def test_closing_ends_what_is_being_made(wire: Wire) -> None:
     wire.throttle.emit("unthrottled", GUILD, make, "guild")
     await wire.throttle.close()
     assert wire.sent == []
+
+
+async def test_a_window_is_told_as_it_opens_is_waited_for_and_ends(wire: Wire) -> None:
+    told: list[tuple[float | None, Any]] = []
+    wire.throttle.on_change = lambda topic, seconds, waiting: told.append((seconds, waiting))
+    wire.change(1)
+    wire.change(2)
+    wire.clock.advance(60.0)
+    first, second = {"n": 1}, {"n": 2}
+    assert told[:3] == [(0.0, first), (30.0, None), (None, second)]
+    assert told[3:] == [(0.0, second), (30.0, None), (0.0, None)]
+
+
+async def test_a_window_of_another_throttle_goes_on(wire: Wire) -> None:
+    wire.throttle.resume((UPDATE, GUILD, "guild"), 10.0, {"n": 1})
+    wire.throttle.resume((UPDATE, OTHER, "guild"), 5.0, None)
+    wire.change(2, OTHER)
+    wire.clock.advance(100.0)
+    assert wire.sent == [(5.0, OTHER, 2), (10.0, GUILD, 1)]
