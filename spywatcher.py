@@ -280,10 +280,13 @@ class DiscordSettings(Section, frozen=True):
 
 class LimitsSettings(Section, frozen=True):
     connections_per_ip: Annotated[
-        Positive, Meta(description="Open connections of one address; IPv6 counts by /64.")
+        Positive,
+        Meta(
+            description="Open connections of one address, on all nodes together; IPv6 counts by /64."
+        ),
     ] = 50
     connections_per_viewer: Annotated[
-        Positive, Meta(description="Open connections of one viewer.")
+        Positive, Meta(description="Open connections of one viewer, on all nodes together.")
     ] = 20
     unauthenticated: Annotated[
         Positive, Meta(description="Connections without a valid token yet, all together.")
@@ -1162,6 +1165,26 @@ class Lobby:
         return next(iter(self._deadlines.values()))
 
 
+class OpenConnections(collections.Counter[str]):
+    """How many connections are open in this process, by whose they are: an address's, a viewer's."""
+
+    async def enter(self, whose: str) -> int:
+        """Count one more; returns how many there were before, in other processes too."""
+        self[whose] += 1
+        return self[whose] - 1
+
+    def leave(self, whose: str) -> None:
+        """Count one fewer."""
+        self[whose] -= 1
+        if not self[whose]:
+            del self[whose]
+
+
+def viewer_name(discord_id: str) -> str:
+    """Whose a viewer's connections are; no address looks like this."""
+    return f"viewer/{discord_id}"
+
+
 class Visit:
     """One connection as the limits see it, from its first packet to its last."""
 
@@ -1172,7 +1195,6 @@ class Visit:
         #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
         self.refusal = refusal
         self._limits = limits
-        limits.open[address] += 1
 
     def is_news(self, what: str) -> bool:
         """Whether to log this of it."""
@@ -1181,9 +1203,7 @@ class Visit:
     def end(self) -> None:
         """Called once, when the connection is closed."""
         self._limits.lobby.leave(self)
-        self._limits.open[self.address] -= 1
-        if not self._limits.open[self.address]:
-            del self._limits.open[self.address]
+        self._limits.open.leave(self.address)
 
 
 class Limits:
@@ -1194,6 +1214,7 @@ class Limits:
         settings: LimitsSettings,
         patience: float,
         storage: limits.aio.storage.Storage,
+        connections: OpenConnections,
         metrics: Metrics,
     ) -> None:
         self.lobby = Lobby(0, 0, patience)
@@ -1204,8 +1225,8 @@ class Limits:
         # What one connection does never leaves this process.
         self._event_limiter = limits.aio.strategies.FixedWindowRateLimiter(BoundedMemory())
         self._told = BoundedMemory()
-        #: Connections open now, by address.
-        self.open: collections.Counter[str] = collections.Counter()
+        #: Connections open now, by address and, of those who have authenticated, by `viewer_name`.
+        self.open = connections
 
     def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
         """Count by these from now on; who is in already stays in."""
@@ -1242,7 +1263,8 @@ class Limits:
             window = await self._attempt_limiter.get_window_stats(self._attempts, address)
             refusal = too_many(max(1.0, window.reset_time - time.time()))
             await self.refused(address, refusal)
-        elif self.open[address] >= self.settings.connections_per_ip:
+        before = await self.open.enter(address)
+        if refusal is None and before >= self.settings.connections_per_ip:
             refusal = self.over("connections_per_ip")
         return Visit(self, address, refusal)
 
@@ -1268,6 +1290,13 @@ class Limits:
     async def accepted(self, address: str) -> None:
         """An attempt succeeded: refusals are counted from the beginning again."""
         await self._storage.clear(f"refused/{address}")
+
+    async def enter(self, discord_id: str) -> None:
+        """A viewer has one more connection; raises RefusedConnectionError if that is one too many."""
+        whose = viewer_name(discord_id)
+        if await self.open.enter(whose) >= self.settings.connections_per_viewer:
+            self.open.leave(whose)
+            raise self.over("connections_per_viewer")
 
     async def may_send(self, sid: str) -> bool:
         """Whether this connection may send one more event."""
@@ -3516,7 +3545,6 @@ class Dashboards:
         self._plugins = plugins
         self._greetings: set[asyncio.Task[None]] = set()
         self._connected: dict[Sid, Dashboard] = {}
-        self._of_viewer: collections.Counter[str] = collections.Counter()
         #: Called with a guild id when one in its rooms is there with another token.
         self.on_audience_change: Callable[[str], None] = lambda guild_id: None
         #: Called with a viewer's Discord id when one of its dashboards came or went.
@@ -3534,7 +3562,7 @@ class Dashboards:
 
     def is_connected(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open."""
-        return discord_id in self._of_viewer
+        return viewer_name(discord_id) in self._limits.open
 
     # -- coming and going
 
@@ -3552,7 +3580,6 @@ class Dashboards:
             asyncio.get_running_loop().call_soon(session.end)
             raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
         self._limits.lobby.leave(session.visit)
-        self._of_viewer[viewer.discord_id] += 1
         self._connected[sid] = Dashboard(viewer, session)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self.on_enter(viewer.discord_id)
@@ -3567,8 +3594,7 @@ class Dashboards:
             await self._limits.refused(visit.address, refusal)
             raise
         await self._limits.accepted(visit.address)
-        if self._of_viewer[viewer.discord_id] >= self._limits.settings.connections_per_viewer:
-            raise self._limits.over("connections_per_viewer")
+        await self._limits.enter(viewer.discord_id)
         return viewer
 
     async def _refuse_namespace(
@@ -3580,9 +3606,7 @@ class Dashboards:
         dashboard = self._connected.pop(sid)
         if dashboard.expiry is not None:
             dashboard.expiry.cancel()
-        self._of_viewer[dashboard.viewer.discord_id] -= 1
-        if not self._of_viewer[dashboard.viewer.discord_id]:
-            del self._of_viewer[dashboard.viewer.discord_id]
+        self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
         self.on_exit(dashboard.viewer.discord_id)
         session = dashboard.session
         if not session.closing:  # it left Socket.IO, and its transport is a stranger's again
@@ -3953,6 +3977,10 @@ def make_counters(cluster: Cluster | None) -> limits.aio.storage.Storage:
     return cluster.make_counters(BoundedMemory()) if cluster else BoundedMemory()
 
 
+def make_connections(cluster: Cluster | None) -> OpenConnections:
+    return cluster.connections if cluster else OpenConnections()
+
+
 def make_rooms(settings: Settings, metrics: Metrics, cluster: Cluster | None) -> Rooms:
     max_delay = settings.fanout.max_delay
     return cluster.make_rooms(max_delay, metrics) if cluster else Rooms(max_delay, metrics)
@@ -4062,6 +4090,7 @@ class Server:
             settings.limits,
             settings.auth.connect_timeout,
             make_counters(self.cluster),
+            make_connections(self.cluster),
             self.metrics,
         )
         self.rooms = make_rooms(settings, self.metrics, self.cluster)

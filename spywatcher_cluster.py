@@ -20,7 +20,15 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -32,6 +40,7 @@ from socketio.async_pubsub_manager import AsyncPubSubManager
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 from spywatcher import (
+    MOST_REMEMBERED,
     Access,
     AuthSettings,
     BoundedMemory,
@@ -39,6 +48,7 @@ from spywatcher import (
     Fields,
     Greet,
     Metrics,
+    OpenConnections,
     OperatorError,
     Part,
     RedisSettings,
@@ -81,6 +91,9 @@ CLAIM_LASTS: Final = 1.0
 PROMISE_TIME: Final = 3.0
 FIRST_PATIENCE: Final = 1.5
 REDIS_TIMEOUT: Final = 2.0
+#: Seconds that a client may be kept waiting for Redis; and those, from then on, in which no other is.
+PATIENCE: Final = 0.25
+SLOW_FOR: Final = 1.0
 FIRST_DELAY: Final = 0.05
 LAST_DELAY: Final = 0.5
 #: Milliseconds of a stream's entries that are kept, and the most entries of one.
@@ -142,6 +155,33 @@ end
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1
 """
+#: Milliseconds for which a node's share of open connections counts that it does not tell again.
+SHARE_LASTS: Final = 60_000
+SHARE: Final = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local elsewhere = {}
+for i, key in ipairs(KEYS) do
+  local mine = ARGV[i + 2]
+  if mine == '0' then
+    redis.call('HDEL', key, ARGV[1])
+  else
+    redis.call('HSET', key, ARGV[1], mine .. string.format(' %.0f', now + ARGV[2]))
+    redis.call('PEXPIRE', key, ARGV[2])
+  end
+  elsewhere[i] = 0
+  local shares = redis.call('HGETALL', key)
+  for n = 1, #shares, 2 do
+    local count, ends = string.match(shares[n + 1], '(%d+) (%d+)')
+    if tonumber(ends) <= now then
+      redis.call('HDEL', key, shares[n])
+    elseif shares[n] ~= ARGV[1] then
+      elsewhere[i] = elsewhere[i] + count
+    end
+  end
+end
+return elsewhere
+"""
 
 
 def boot_clock() -> float:
@@ -176,10 +216,23 @@ class Link:
         self.redis, self.errors = self._open()
         self._clients = [self.redis]
         self.up = False
+        self._slow_until = float("-inf")
         self._why = self._fault = ""
         self._faulty_until = float("-inf")
         self._said = ""  # how things stand, as the log has it: "up", "lost" or "faulty"
         self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def patience(self) -> AsyncIterator[None]:
+        """What a client waits for; raises one of `errors` when that takes too long, or would."""
+        if not self.up or time.monotonic() < self._slow_until:
+            raise TimeoutError
+        try:
+            async with asyncio.timeout(PATIENCE):
+                yield
+        except TimeoutError:
+            self._slow_until = time.monotonic() + SLOW_FOR
+            raise
 
     async def keep(self, work: Callable[[], Awaitable[object]]) -> NoReturn:
         """Do `work`, and again whenever Redis is lost: soon at first, then twice a second."""
@@ -1481,6 +1534,7 @@ class Cluster:
         self.peers = Peers(self.link, self.lease, self._tell)
         self.greetings = Greetings(lambda: self.leading, self._tell)
         self.windows = Windows(self.link, self.lease, lambda: self.leading, self._remake)
+        self.connections = SharedConnections(self.link, self.source)
         self._tasks: list[asyncio.Task[Any]] = []
         self._topics: dict[str, Callable[[Note], None]] = {
             "request": lambda note: self.on_request(msgspec.json.decode(note.body)),
@@ -1537,7 +1591,7 @@ class Cluster:
         """`host` and `port` are where this node listens, for the other nodes to ask it there."""
         self.peers.settle(host, port, self.source)
         works = [self.publisher.work, self.reader.work, self.lease.work, self._load]
-        works += [self.reader.probe, self.windows.work]
+        works += [self.reader.probe, self.windows.work, self.connections.work]
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
         self._tasks += [asyncio.create_task(work()) for work in (self._beat, self.peers.consult)]
 
@@ -1545,6 +1599,7 @@ class Cluster:
         """Send what waits, let go of the gateway, end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace / 2):
+                await self.connections.close()
                 await self.publisher.drained()
                 with contextlib.suppress(*self.link.errors):
                     await self.windows.flush()
@@ -1607,7 +1662,9 @@ class Cluster:
 
     async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await self.windows.load()
-        await run()
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():  # redis-py 8.1 may swallow that, see `stop`
+            await run()
 
     async def _remake(self, topic: Topic) -> Fields | None:
         """What was to be sent by the last holder; names are there once Discord has sent the guild."""
@@ -1628,6 +1685,7 @@ class Cluster:
             self.peers.tell_rooms(count % ROLL_CALL == 0)
             if count % ROLL_CALL == 0:
                 self.viewers.call_roll()
+                self.connections.tell_all()
                 self.peers.introduce()
             await asyncio.sleep(BEAT_INTERVAL)
 
@@ -1831,8 +1889,6 @@ class SharedCounters(limits.aio.storage.Storage):
     """The limits' counters in Redis; in this process's memory while Redis takes too long."""
 
     STORAGE_SCHEME = None
-    #: Seconds that a client may be kept waiting for a count.
-    PATIENCE = 0.25
 
     def __init__(self, link: Link, memory: BoundedMemory) -> None:
         super().__init__()
@@ -1845,13 +1901,11 @@ class SharedCounters(limits.aio.storage.Storage):
 
     async def _ask(self, *commands: tuple[Any, ...]) -> list[Any] | None:
         """The answers to some commands; None when Redis is not there in time."""
-        if not self._link.up:
-            return None
         pipe = self._link.redis.pipeline()
         for command in commands:
             pipe.execute_command(*command)
         try:
-            async with asyncio.timeout(self.PATIENCE):
+            async with self._link.patience():
                 return list(await pipe.execute())
         except self._link.errors:
             return None
@@ -1880,3 +1934,84 @@ class SharedCounters(limits.aio.storage.Storage):
     async def clear(self, key: str) -> None:
         await self._ask(("DEL", f"spywatcher:limits:{key}"))
         await self._memory.clear(key)
+
+
+class SharedConnections(OpenConnections):
+    """Counts those of all nodes: of each, a hash in Redis has this node's share beside the others'.
+
+    All goes one way, in order. What one node has not told again for a minute counts no more.
+    """
+
+    def __init__(self, link: Link, source: str) -> None:
+        super().__init__()
+        self._link = link
+        self._source = source
+        self._share = link.redis.register_script(SHARE)
+        #: What Redis is to be told, and who waits for how many there are elsewhere.
+        self._news: dict[str, asyncio.Future[int]] = {}
+        self._wake = asyncio.Event()
+        self._telling = asyncio.Lock()
+        self._closed = False
+
+    async def enter(self, whose: str) -> int:
+        """Without Redis, or while it is slow, this node's own count decides."""
+        before = await super().enter(whose)
+        answer = self._tell(whose)
+        with contextlib.suppress(*self._link.errors):
+            async with self._link.patience():
+                before += await asyncio.shield(answer)
+        return before
+
+    def leave(self, whose: str) -> None:
+        super().leave(whose)
+        self._tell(whose)
+
+    def _tell(self, whose: str) -> asyncio.Future[int]:
+        answer = self._news.setdefault(whose, asyncio.get_running_loop().create_future())
+        if len(self._news) > MOST_REMEMBERED:
+            self._news.pop(next(iter(self._news)))
+        self._wake.set()
+        return answer
+
+    def tell_all(self) -> None:
+        for whose in self:
+            self._tell(whose)
+
+    async def work(self) -> None:
+        """Tell and ask for as long as Redis answers."""
+        self.tell_all()
+        while True:
+            while not self._news:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._exchange()
+            if self._news:
+                await asyncio.sleep(BUSY_REST)
+
+    async def close(self) -> None:
+        """This node's are about to be closed: they count no more."""
+        self._closed = True
+        self.tell_all()
+        with contextlib.suppress(*self._link.errors):
+            while self._news:
+                await self._exchange()
+
+    async def _exchange(self) -> None:
+        """Tell some news, and hear of these how many there are elsewhere."""
+        async with self._telling:
+            batch = dict(itertools.islice(self._news.items(), BATCH))
+            for whose in batch:
+                del self._news[whose]
+            try:
+                elsewhere = await self._ask(batch)
+            except BaseException:
+                self._news = batch | self._news
+                raise
+        for answer, count in zip(batch.values(), elsewhere, strict=True):
+            if not answer.done():
+                answer.set_result(count)
+
+    async def _ask(self, names: Iterable[str]) -> list[int]:
+        keys = [f"spywatcher:open:{whose}" for whose in names]
+        counts = [0 if self._closed else self[whose] for whose in names]
+        return list(await self._share(keys=keys, args=[self._source, SHARE_LASTS, *counts]))

@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsclient import Dashboard, JavaScript
+from jsclient import Dashboard, JavaScript, State
 from redisserver import Proxy, RedisServer
-from service import SECRET, Service, running, server_for, tables_for, write_settings
+from service import (
+    SECRET,
+    Service,
+    running,
+    server_for,
+    tables_for,
+    viewer_token,
+    write_settings,
+)
 from waiting import eventually
 
 import spywatcher_cluster
@@ -139,9 +147,9 @@ async def test_an_event_reaches_the_clients_of_every_node_once(nodes, redis, gui
         assert len(dashboard.received("user:join")) == 1
 
 
-async def two_nodes(nodes: Nodes) -> list[Dashboard]:
+async def two_nodes(nodes: Nodes, **tables: dict[str, Any]) -> list[Dashboard]:
     for _ in range(2):
-        await nodes.add()
+        await nodes.add(**tables)
     await nodes.ready()
     return [await nodes.dashboard(server) for server in nodes.servers]
 
@@ -533,6 +541,129 @@ async def test_an_address_blocked_by_one_node_is_blocked_by_all(nodes, redis):
     assert (
         await nodes.js.refused(second, token="nonsense", transports=["polling"])
     ).description == 429
+
+
+async def shares(redis: RedisServer) -> dict[str, int]:
+    """How many open connections Redis knows of, by whose they are."""
+    prefix = "spywatcher:open:"
+    found = {}
+    for key in await redis.ask("KEYS", f"{prefix}*"):
+        counts = await redis.ask("HVALS", key)
+        found[key.decode().removeprefix(prefix)] = sum(int(value.split()[0]) for value in counts)
+    return found
+
+
+async def become(redis: RedisServer, **expected: int) -> None:
+    async def are() -> bool:
+        return await shares(redis) == {name.replace("_", "/"): n for name, n in expected.items()}
+
+    await eventually(are)
+
+
+LIMITS = [("connections_per_ip", ("1", "2", "3")), ("connections_per_viewer", ("1", "1", "1"))]
+
+
+@pytest.mark.parametrize(("limit", "viewers"), LIMITS, ids=["address", "viewer"])
+async def test_connections_are_counted_on_all_nodes_together(nodes, redis, limit, viewers):
+    for _ in range(2):
+        await nodes.add(limits={limit: 2})
+    await nodes.ready()
+    first, second = nodes.servers
+    leaving = await nodes.dashboard(first, viewers[0])
+    await nodes.dashboard(second, viewers[1])
+    for server in nodes.servers:
+        url = f"http://127.0.0.1:{server.port}"
+        refused = await nodes.js.refused(url, token=viewer_token(discord_id=viewers[2]))
+        assert (refused.message, refused.data) == ("Too many connections", {"retryAfter": 10})
+    await leaving.disconnect()
+    await eventually(lambda: not first.limits.open)
+    await become(redis, **{"127.0.0.1": 1, f"viewer_{viewers[1]}": 1})
+    await nodes.dashboard(second, viewers[2])
+
+
+async def test_of_clients_that_come_at_once_at_two_nodes_no_more_get_in_than_may(nodes, redis):
+    for _ in range(2):
+        await nodes.add(limits={"connections_per_viewer": 10})
+    await nodes.ready()
+    urls = [f"http://127.0.0.1:{server.port}" for server in nodes.servers] * 20
+
+    async def try_one(url: str) -> int:
+        dashboard = await nodes.js.open(url, token=viewer_token(), transports=["websocket"])
+        return isinstance(await dashboard.first_answer(5), State)
+
+    assert sum(await asyncio.gather(*map(try_one, urls))) == 10
+    await become(redis, **{"127.0.0.1": 10, "viewer_1": 10})
+
+
+async def test_connections_that_are_gone_leave_nothing_in_redis(nodes, redis):
+    await nodes.add()
+    await nodes.add()
+    await nodes.ready()
+    for _ in range(5):
+        came = [await nodes.dashboard(s, str(n)) for n in range(1, 11) for s in nodes.servers]
+        await asyncio.gather(*(dashboard.disconnect() for dashboard in came))
+    await become(redis)
+
+
+async def test_a_clean_stop_takes_a_node_s_share_of_connections_along(nodes, redis):
+    await two_nodes(nodes)
+    await become(redis, **{"127.0.0.1": 2, "viewer_1": 2})
+    await nodes.servers[0].stop()
+    await become(redis, **{"127.0.0.1": 1, "viewer_1": 1})
+
+
+async def test_the_share_of_a_node_that_is_gone_is_forgotten_and_that_of_others_is_not(
+    nodes, redis, monkeypatch
+):
+    monkeypatch.setattr(spywatcher_cluster, "SHARE_LASTS", 3000)
+    monkeypatch.setattr(spywatcher_cluster, "ROLL_CALL", 1.0)
+    await two_nodes(nodes, limits={"connections_per_viewer": 2})
+    await become(redis, **{"127.0.0.1": 2, "viewer_1": 2})
+    await nodes.proxies[0].cut()
+    url = f"http://127.0.0.1:{nodes.servers[1].port}"
+    assert (await nodes.js.refused(url, token=viewer_token())).message == "Too many connections"
+    cut = time.monotonic()
+
+    async def gets_in() -> bool:
+        dashboard = await nodes.js.open(url, token=viewer_token())
+        return isinstance(await dashboard.first_answer(5), State)
+
+    await eventually(gets_in)
+    assert 1 < time.monotonic() - cut < 4
+    until = time.monotonic() + 4  # longer than a share lasts that is not told again
+    while time.monotonic() < until:
+        await become(redis, **{"127.0.0.1": 2, "viewer_1": 2})
+
+
+async def test_without_redis_a_node_counts_its_own_connections_and_tells_them_later(nodes, redis):
+    for _ in range(2):
+        await nodes.add(limits={"connections_per_viewer": 2})
+    await nodes.ready()
+    urls = [f"http://127.0.0.1:{server.port}" for server in nodes.servers]
+    await redis.kill()
+    for url in urls * 2:
+        began = time.monotonic()
+        await nodes.js.connect(url, token=viewer_token(), transports=["websocket"])
+        assert time.monotonic() - began < 1
+    for url in urls:
+        refused = await nodes.js.refused(url, token=viewer_token())
+        assert refused.message == "Too many connections"
+    await redis.start(empty=True)
+    await eventually(lambda: len(nodes.servers[0].limits.open) == 2)
+    await become(redis, **{"127.0.0.1": 4, "viewer_1": 4})
+
+
+async def test_a_frozen_redis_keeps_no_client_waiting_and_refuses_none(nodes, redis):
+    await nodes.add()
+    await nodes.ready()
+    redis.freeze()
+    began = time.monotonic()
+    url = f"http://127.0.0.1:{nodes.servers[0].port}"
+    for _ in range(3):
+        await nodes.js.connect(url, token=viewer_token(), transports=["websocket"])
+    assert time.monotonic() - began < 1
+    redis.thaw()
+    await become(redis, **{"127.0.0.1": 3, "viewer_1": 3})
 
 
 async def test_nodes_that_start_without_redis_serve_and_say_so(nodes, redis):

@@ -533,7 +533,7 @@ async def test_two_connects_race_for_one_place(spy, first):
     assert len(spy.server.dashboards) == 1
     raw.socket.close()
     await eventually(lambda: not len(spy.server.dashboards))
-    assert not spy.server.dashboards._of_viewer
+    assert not spy.server.limits.open
 
 
 @pytest.mark.parametrize("event", ["connect", "disconnect", "*", "request", "connect_error"])
