@@ -3932,9 +3932,9 @@ LIVE: Final = (
     "server.shutdown_grace",
     "server.trusted_proxies",
 )
-#: Sessions closed in one go at a stop. Clients come back a second or so after they were told;
-#: more in one slice would all come back in one moment.
-SLICE: Final = 50
+#: Seconds between two clients that are told of a stop; fewer where that would take too long. They
+#: come back soon after they were told: all in one moment would be more than a server takes in.
+GOODBYE_PACE: Final = 0.01
 GOING_AWAY: Final = 1001  # RFC 6455 §7.4.1
 
 
@@ -4245,14 +4245,15 @@ class Server:
             await self.cluster.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
-        """In slices of random clients at random distances, spread over about `within` seconds."""
+        """In random order, at an even pace that needs no more than `within` seconds."""
         sessions = list(self.socketio.eio.sockets.values())
         random.shuffle(sessions)
-        slices = [sessions[start : start + SLICE] for start in range(0, len(sessions), SLICE)]
-        for number, part in enumerate(slices):
-            if number:
-                await asyncio.sleep(within / len(slices) * random.uniform(0.5, 1.5))
-            await asyncio.gather(*(self._say_goodbye(session) for session in part))
+        pace = min(GOODBYE_PACE, within / max(1, len(sessions)))
+        began = time.monotonic()
+        for number, session in enumerate(sessions):
+            if (early := began + number * pace - time.monotonic()) > 0:
+                await asyncio.sleep(max(early, GOODBYE_PACE))
+            await self._say_goodbye(session)
 
     @staticmethod
     async def _say_goodbye(session: Session) -> None:

@@ -185,10 +185,14 @@ class Proxy:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """What a new connection is passed on to."""
+        return await asyncio.open_connection("127.0.0.1", self._to)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         try:
-            other_reader, other = await asyncio.open_connection("127.0.0.1", self._to)
+            other_reader, other = await self.connect()
         except OSError:
             writer.close()
             return
