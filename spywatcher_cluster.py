@@ -82,8 +82,8 @@ RENEWAL: Final = 0.5
 #: Seconds for which a holder without Redis keeps what its gateway brings, unsent.
 MOST_MUTED: Final = 30.0
 #: Seconds of contact with Redis before a gateway that nobody holds may be taken, so that a holder
-#: that is alive comes first: where it has run out; where Redis is new; (LOCK_TIME where Redis has
-#: lost a term that this node knew of).
+#: that is alive comes first: where it has run out; where Redis knows no term, and nobody told of
+#: one (else LOCK_TIME: a holder that is cut off from Redis counts on that).
 EXPIRED_PATIENCE: Final = 1.0
 #: Seconds, by Redis' clock, in which a claim counts: a Redis that was frozen does not act on old ones.
 CLAIM_LASTS: Final = 1.0
@@ -123,17 +123,17 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local may_take = tonumber(ARGV[term > 0 and 5 or 6]) > now
 if holder == me and term > 0 then
   redis.call('PEXPIRE', KEYS[1], ttl)
-  return {term, now}
+  return {term, now, term}
 elseif not holder and mine > 0 and term <= mine then
   term = mine
 elseif (holder == '' and tonumber(ARGV[5]) > now) or (not holder and may_take) then
   term = math.max(term, known, tonumber(time[1])) + 1
 else
-  return {0, now}
+  return {0, now, term}
 end
 redis.call('SET', KEYS[1], me, 'PX', ttl)
 redis.call('SET', KEYS[2], term)
-return {term, now}
+return {term, now, term}
 """
 RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], '', 'PX', 60000) end
@@ -732,8 +732,10 @@ class Lease:
         self._claim = link.redis.register_script(CLAIM)
         self._release = link.redis.register_script(RELEASE)
         self._until = float("-inf")
-        self._known = 0
+        #: The latest term that this node has heard of.
+        self.known = 0
         self._offset: float | None = None  # of Redis' clock, in milliseconds; None: not known yet
+        self._empty_since = math.inf  # since when Redis knows no term, by `boot_clock`
         self._claims_until = self._promised = float("-inf")
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
@@ -758,7 +760,7 @@ class Lease:
 
     def knows(self, term: int) -> None:
         """Another node had this term."""
-        self._known = max(self._known, term)
+        self.known = max(self.known, term)
 
     def hurry(self) -> None:
         """The gateway has become free."""
@@ -789,9 +791,10 @@ class Lease:
             return 0
         deadlines = self._deadlines(contact)
         milliseconds = int(LOCK_TIME * 1000)
-        args = [self.source, milliseconds, self.term, self._known, *deadlines]
-        term, now = await self._claim(keys=[GATEWAY, TERM], args=args)
+        args = [self.source, milliseconds, self.term, self.known, *deadlines]
+        term, now, latest = await self._claim(keys=[GATEWAY, TERM], args=args)
         self._offset = int(now) - boot_clock() * 1000
+        self._empty_since = math.inf if latest else min(self._empty_since, boot_clock())
         self._link.found()
         return int(term)
 
@@ -802,8 +805,9 @@ class Lease:
             return 0, 0
         self._claims_until = now + CLAIM_LASTS
         until = int(self._offset + self._claims_until * 1000)
-        patience = LOCK_TIME if self._known else FIRST_PATIENCE
-        return until * (contact >= EXPIRED_PATIENCE), until * (contact >= patience)
+        empty = min(contact, now - self._empty_since)
+        patience = LOCK_TIME if self.known else FIRST_PATIENCE
+        return until * (contact >= EXPIRED_PATIENCE), until * (empty >= patience)
 
     def promise(self) -> bool:
         """Not to take over for PROMISE_TIME, if this node has no more Redis than the one that asks."""
@@ -1304,7 +1308,8 @@ class Peers:
         self._address = f"http://{address}:{port}/cluster/{secret}"
 
     def introduce(self) -> None:
-        self._tell("node", self._address)
+        """Where this node is, and its latest term: who is new would not wait for that one's holder."""
+        self._tell("node", self._address, msgspec.msgpack.encode(self._lease.known))
 
     def tell_rooms(self, again: bool) -> None:
         rooms = frozenset(self.rooms())
@@ -1317,6 +1322,7 @@ class Peers:
         return any(room in rooms for rooms in self._listening.values())
 
     def on_node(self, note: Note) -> None:
+        self._lease.knows(msgspec.msgpack.decode(note.body, type=int))
         if note.source not in self._asked_at:
             self.introduce()
             self.tell_rooms(again=True)

@@ -282,6 +282,21 @@ async def three_processes(
         yield services
 
 
+@pytest.mark.faults
+@pytest.mark.logs("other nodes miss events", "events of another node were lost", required=False)
+async def test_a_new_node_and_an_emptied_redis_make_no_second_holder_of_one_cut_off(nodes, redis):
+    await two_nodes(nodes)
+    cut_off = nodes.holder
+    await nodes.proxies[nodes.servers.index(cut_off)].cut()
+    await redis.kill()
+    await redis.start(empty=True)
+    await nodes.add()
+    while cut_off.cluster.lease.holds():
+        assert not any(s.cluster.lease.holds() for s in nodes.servers if s is not cut_off)
+        await asyncio.sleep(0.01)
+    await eventually(lambda: any(s.cluster.lease.holds() for s in nodes.servers), timeout=5)
+
+
 @pytest.fixture
 async def processes(nodes: Nodes, tmp_path: Path) -> AsyncIterator[list[Service]]:
     async with three_processes(nodes, tmp_path) as services:
