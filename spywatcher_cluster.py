@@ -1220,6 +1220,48 @@ def channel_truth(channel: hikari.PermissibleGuildChannel) -> ChannelTruth:
     return ChannelTruth({int(one.id): OverwriteTruth(one.allow, one.deny) for one in overwrites})
 
 
+class Learner:
+    """Takes in what the holder of the gateway tells, and says whose rights that changes."""
+
+    def __init__(self, link: Link, replica: Replica, truth: Truth) -> None:
+        self._link = link
+        self._replica = replica
+        self._truth = truth
+        #: Called when the rights in a guild have changed, of all or of one viewer.
+        self.on_rights: Callable[[str, str | None], None] = lambda guild_id, viewer: None
+
+    async def load(self) -> None:
+        """What a holder told before this node was there."""
+        known = await self._link.redis.hgetall(GUILDS)
+        for guild_id, data in known.items():
+            self._replica.load_guild(int(guild_id), decode_truth(data, GuildTruth))
+        await asyncio.Event().wait()
+
+    async def fetch(self, notes: Iterable[Note]) -> dict[str, bytes | None]:
+        """What Redis holds of the guilds that these notes are about."""
+        ids = list(dict.fromkeys(note.detail for note in notes if note.topic == "guild"))
+        found = await self._link.redis.hmget(GUILDS, ids) if ids else []
+        return dict(zip(ids, found, strict=True))
+
+    def on_beat(self, note: Note) -> None:
+        self._replica.beat(note.detail == "complete")
+
+    def on_guild(self, guild_id: str, data: bytes | None) -> None:
+        truth = decode_truth(data, GuildTruth) if data is not None else None
+        self._replica.put_guild(int(guild_id), truth)
+        self.on_rights(guild_id, None)
+
+    def on_change(self, note: Note) -> None:
+        self._replica.change_guild(int(note.detail), decode_truth(note.body, GuildChange))
+        self.on_rights(note.detail, None)
+
+    def on_members(self, note: Note) -> None:
+        if self._truth.wants(int(note.detail)):
+            whole, members = decode_truth(note.body, tuple[bool, Memberships])
+            for guild_id in self._replica.put_members(int(note.detail), members, whole):
+                self.on_rights(str(guild_id), note.detail)
+
+
 class Viewers:
     """Who has a dashboard open here, said to all nodes: of no others does the holder tell."""
 
@@ -1235,8 +1277,6 @@ class Viewers:
         self._leading = leading
         self._tell = tell
         self._dashboards: collections.Counter[int] = collections.Counter()
-        #: Called when a viewer's rights in a guild have changed.
-        self.on_rights: Callable[[str, str], None] = lambda guild_id, viewer: None
 
     def enter(self, discord_id: str) -> None:
         """A viewer has a dashboard here."""
@@ -1275,12 +1315,6 @@ class Viewers:
 
     def on_viewers(self, note: Note) -> None:
         self._truth.want(msgspec.msgpack.decode(note.body, type=list[int]))
-
-    def on_members(self, note: Note) -> None:
-        if self._truth.wants(int(note.detail)):
-            whole, members = decode_truth(note.body, tuple[bool, Memberships])
-            for guild_id in self._replica.put_members(int(note.detail), members, whole):
-                self.on_rights(str(guild_id), note.detail)
 
 
 async def no_greeting(kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
@@ -1536,6 +1570,7 @@ class Cluster:
         self._muted: collections.deque[tuple[str, str, str, bytes]] = collections.deque(
             maxlen=10_000
         )
+        self.learner = Learner(self.link, self.replica, self.truth)
         self.viewers = Viewers(self.truth, self.replica, lambda: self.leading, self._tell)
         self.peers = Peers(self.link, self.lease, self._tell)
         self.greetings = Greetings(lambda: self.leading, self._tell)
@@ -1544,9 +1579,9 @@ class Cluster:
         self._tasks: list[asyncio.Task[Any]] = []
         self._topics: dict[str, Callable[[Note], None]] = {
             "request": lambda note: self.on_request(msgspec.json.decode(note.body)),
-            "beat": self._on_beat,
-            CHANGE: self._on_change,
-            "members": self.viewers.on_members,
+            "beat": self.learner.on_beat,
+            CHANGE: self.learner.on_change,
+            "members": self.learner.on_members,
             "viewers": self.viewers.on_viewers,
             "ask": self.viewers.on_ask,
             "who": lambda note: self.viewers.call_roll(),
@@ -1560,7 +1595,7 @@ class Cluster:
         self.deliver: Callable[[str, str, str, bytes], None] = lambda *event: None
         #: Called when the rights in a guild have changed, of all or of one viewer.
         self.on_rights: Callable[[str, str | None], None] = lambda guild_id, viewer: None
-        self.viewers.on_rights = lambda guild_id, viewer: self.on_rights(guild_id, viewer)
+        self.learner.on_rights = lambda guild_id, viewer: self.on_rights(guild_id, viewer)
         #: Called with a viewer's Discord id when one of its dashboards came here, or went.
         self.enter, self.exit = self.viewers.enter, self.viewers.exit
         #: Does what another node's Socket.IO manager asks for.
@@ -1596,7 +1631,7 @@ class Cluster:
     def start(self, host: str, port: int) -> None:
         """`host` and `port` are where this node listens, for the other nodes to ask it there."""
         self.peers.settle(host, port, self.source)
-        works = [self.publisher.work, self.reader.work, self.lease.work, self._load]
+        works = [self.publisher.work, self.reader.work, self.lease.work, self.learner.load]
         works += [self.reader.probe, self.windows.work, self.connections.work]
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
         self._tasks += [asyncio.create_task(work()) for work in (self._beat, self.peers.consult)]
@@ -1723,7 +1758,7 @@ class Cluster:
 
     def _on_event(self, stream: str, note: Note) -> None:
         if note.topic == CHANGE:
-            self._on_change(note)
+            self.learner.on_change(note)
         else:
             self.deliver(stream.rpartition(":")[2], note.topic, note.detail, note.body)
 
@@ -1734,13 +1769,6 @@ class Cluster:
             self.windows.tell_all()
 
     # -- the control stream
-
-    async def _load(self) -> None:
-        """What a holder told before this node was there."""
-        known = await self.link.redis.hgetall(GUILDS)
-        for guild_id, data in known.items():
-            self.replica.load_guild(int(guild_id), decode_truth(data, GuildTruth))
-        await asyncio.Event().wait()
 
     def _tell(
         self,
@@ -1755,28 +1783,14 @@ class Cluster:
 
     async def _prepare(self, notes: list[Note]) -> Callable[[Note], None]:
         """Fetch what these notes are about; returns what takes one of them."""
-        ids = list(dict.fromkeys(note.detail for note in notes if note.topic == "guild"))
-        found = await self.link.redis.hmget(GUILDS, ids) if ids else []
-        return functools.partial(self._take, dict(zip(ids, found, strict=True)))
+        return functools.partial(self._take, await self.learner.fetch(notes))
 
     def _take(self, guilds: dict[str, bytes | None], note: Note) -> None:
         self.lease.knows(note.term)
         if note.topic == "guild":
-            self._on_guild(note.detail, guilds[note.detail])
+            self.learner.on_guild(note.detail, guilds[note.detail])
         else:
             self._topics[note.topic](note)
-
-    def _on_beat(self, note: Note) -> None:
-        self.replica.beat(note.detail == "complete")
-
-    def _on_guild(self, guild_id: str, data: bytes | None) -> None:
-        truth = decode_truth(data, GuildTruth) if data is not None else None
-        self.replica.put_guild(int(guild_id), truth)
-        self.on_rights(guild_id, None)
-
-    def _on_change(self, note: Note) -> None:
-        self.replica.change_guild(int(note.detail), decode_truth(note.body, GuildChange))
-        self.on_rights(note.detail, None)
 
 
 class SharedAccess(Access):
