@@ -1764,6 +1764,7 @@ class Cluster:
 
     def _retell(self) -> None:
         """Redis may have lost everything."""
+        self.connections.tell_all()
         if self.leading:
             self.truth.tell_all()
             self.windows.tell_all()
@@ -1999,7 +2000,6 @@ class SharedConnections(OpenConnections):
 
     async def work(self) -> None:
         """Tell and ask for as long as Redis answers."""
-        self.tell_all()
         while True:
             while not self._news:
                 self._wake.clear()

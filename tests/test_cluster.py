@@ -683,6 +683,15 @@ async def test_a_frozen_redis_keeps_no_client_waiting_and_refuses_none(nodes, re
     await become(redis, **{"127.0.0.1": 3, "viewer_1": 3})
 
 
+async def test_a_redis_that_is_empty_all_at_once_is_told_everything_again(nodes, redis):
+    await two_nodes(nodes)
+    await become(redis, **{"127.0.0.1": 2, "viewer_1": 2})
+    await redis.kill()
+    await redis.start(empty=True)
+    await eventually(lambda: redis.ask("EXISTS", "spywatcher:guilds"))
+    await become(redis, **{"127.0.0.1": 2, "viewer_1": 2})
+
+
 async def test_nodes_that_start_without_redis_serve_and_say_so(nodes, redis):
     await redis.kill()
     server = await nodes.add()
