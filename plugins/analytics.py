@@ -150,60 +150,26 @@ EXPLORERS = """SELECT member, channels FROM totals
     WHERE guild = ? AND channels > 0 ORDER BY channels DESC, member LIMIT ?"""
 
 
-class Store:
-    """The counts, summed up in memory and by the hour in an SQLite file. Lives in one thread.
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN")
+    try:
+        yield
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
-    Whatever the disk does, counting goes on in memory: `problem` then says what is wrong, and
-    what is not on disk yet waits, up to MOST_UNWRITTEN keys.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._settings = Settings()
-        self._db = sqlite3.connect(":memory:", isolation_level=None)
-        self._db.executescript(WORKING)
-        self._horizon = 0  # the newest hour that is out of the window
-        self._waiting = 0
-        self._attached = False
-        self._version = 0
-        #: Rows that went to disk; whoever reads it begins again at 0.
-        self.written = 0
-        #: What is wrong with the disk, for the operator; None if nothing is.
-        self.problem: str | None = None
-        #: Lines about what was done to a damaged file, for the log.
-        self.notices: list[str] = []
-        #: (guild or None for all, member) that the command line had removed meanwhile.
-        self.forgotten: list[tuple[int | None, int]] = []
+class Totals:
+    """The window summed up by member, in memory: what the lists are made from."""
 
-    def take(self, jobs: list[Job], hour: int, settings: Settings) -> bool:
-        """Add the rows and drop the people of each job; whether anything else changed, too."""
-        moved = settings != self._settings and self._horizon > 0
-        if settings != self._settings:
-            self._adopt(settings)
-        with self._transaction():
-            for rows, people in jobs:
-                self._add(rows)
-                self._drop(people)
-        try:
-            moved |= self._slide(hour - self._settings.window_days * 24)
-            moved |= self._attach() if not self._attached else self._follow()
-            self._write()
-        except (sqlite3.Error, OSError) as error:
-            moved |= self._fail(error)
-        else:
-            self.problem = None
-        return moved
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        #: The newest hour that is out of the window; 0: not known yet.
+        self.horizon = 0
 
-    def _adopt(self, settings: Settings) -> None:
-        """Begin again from what is on disk."""
-        self._settings = settings
-        self._horizon = 0
-        if self._attached:
-            self._detach()
-
-    def lists(self, guild: int) -> tuple[list[Any], list[Any], list[Any]]:
-        """Ghosts (member, score), lurkers (member, score, channels), explorers (member, channels)."""
-        settings = self._settings
+    def lists(self, guild: int, settings: Settings) -> tuple[list[Any], list[Any], list[Any]]:
         run, least = self._db.execute, settings.lurker_min_presence
         return (
             run(GHOSTS, (guild, settings.ghosts)).fetchall(),
@@ -211,131 +177,115 @@ class Store:
             run(EXPLORERS, (guild, settings.channel_diversity)).fetchall(),
         )
 
-    def keep(self, guild: int, present: list[int]) -> bool:
-        """Drop everybody of a guild who is not present any more; whether there was anybody."""
-        absent = self._db.execute(
+    def absent(self, guild: int, present: list[int]) -> list[Person]:
+        """Who was counted in a guild and is not present any more."""
+        return self._db.execute(
             "SELECT guild, member FROM totals WHERE guild = ?"
             " AND member NOT IN (SELECT value FROM json_each(?))",
             (guild, msgspec.json.encode(present).decode()),
         ).fetchall()
-        with self._transaction():
-            self._drop(absent)
-        return bool(absent)
 
-    def forget(self, guild: int | None, member: int) -> int:
-        """Remove a member's counts from the file, and tell a server that runs; how many they were."""
-        self._open()
-        who = {"guild": guild, "member": member}
-        where = "member = :member AND (:guild IS NULL OR guild = :guild)"
-        with self._transaction():
-            counts: int
-            (counts,) = self._db.execute(
-                "SELECT total(typing + messages + reactions + presences)"
-                f" FROM disk.counts WHERE {where}",
-                who,
-            ).fetchone()
-            self._db.execute(f"DELETE FROM disk.counts WHERE {where}", who)
-            self._db.execute("INSERT INTO disk.forgotten VALUES (:guild, :member)", who)
-        return int(counts)
+    def known_as(self, guild: int | None, member: int) -> list[Person]:
+        """A member, in one guild or in all where it was counted."""
+        return self._db.execute(
+            "SELECT guild, member FROM totals WHERE member = ? AND guild = ifnull(?, guild)",
+            (member, guild),
+        ).fetchall()
 
-    def close(self) -> None:
-        self._db.close()
-
-    # -- in memory
-
-    def _add(self, rows: list[Row]) -> None:
-        if self._waiting + len(rows) > MOST_UNWRITTEN:
-            (self._waiting,) = self._db.execute("SELECT count(*) FROM unwritten").fetchone()
-        if not rows or self._waiting + len(rows) > MOST_UNWRITTEN:
-            return  # what could not be kept could not leave the window either
-        self._waiting += len(rows)
-        columns = ", ".join(f"value ->> {number}" for number in range(8))
-        text = msgspec.json.encode(rows).decode()
-        self._db.execute("DELETE FROM batch")
-        self._db.execute(f"INSERT INTO batch SELECT {columns} FROM json_each(?)", (text,))
-        self._sum_up("batch")
-        self._db.execute(f"INSERT INTO unwritten SELECT * FROM batch WHERE true {ADD}")
-
-    def _sum_up(self, table: str) -> None:
-        """Add a table's hours to the totals."""
+    def add(self, table: str) -> None:
+        """Sum up a table's hours, too."""
         self._db.execute(
             "INSERT INTO totals SELECT guild, member,"
             f" sum(typing), sum(messages), sum(reactions), sum(presences), 0 FROM {table}"
             f" WHERE hour > ? GROUP BY guild, member {ADD}",
-            (self._horizon,),
+            (self.horizon,),
         )
         self._db.execute(
             f"INSERT INTO places SELECT guild, member, channel, max(hour) FROM {table}"
             " WHERE hour > ? AND channel > 0 GROUP BY guild, member, channel"
             " ON CONFLICT DO UPDATE SET last = max(last, excluded.last)",
-            (self._horizon,),
+            (self.horizon,),
         )
         self._count_channels(f"SELECT guild, member FROM {table}")
+
+    def drop(self, people: str) -> None:
+        """`people` is a JSON array of guild and member."""
+        for table in ("totals", "places"):
+            self._db.execute(f"DELETE FROM {table} WHERE (guild, member) IN {PEOPLE}", (people,))
+
+    def clear(self) -> None:
+        self._db.execute("DELETE FROM totals")
+        self._db.execute("DELETE FROM places")
+
+    def slide(self, horizon: int, tables: list[str]) -> None:
+        """Take out the hours of these tables that leave the window."""
+        before, self.horizon = self.horizon, horizon
+        try:
+            for table in tables:
+                self._db.execute(
+                    "INSERT INTO totals SELECT guild, member,"
+                    " -sum(typing), -sum(messages), -sum(reactions), -sum(presences), 0"
+                    f" FROM {table} WHERE hour > ? AND hour <= ? GROUP BY guild, member {ADD}",
+                    (before, horizon),
+                )
+        except sqlite3.Error:
+            self.horizon = before
+            raise
+        self._count_channels("SELECT guild, member FROM places WHERE last <= ?", horizon)
+        self._db.execute("DELETE FROM places WHERE last <= ?", (horizon,))
+        self._db.execute(
+            "DELETE FROM totals WHERE max(typing, messages, reactions, presences) <= 0"
+        )
 
     def _count_channels(self, people: str, *values: int) -> None:
         self._db.execute(
             "UPDATE totals SET channels = (SELECT count(*) FROM places WHERE last > ?"
             " AND places.guild = totals.guild AND places.member = totals.member)"
             f" WHERE (guild, member) IN ({people})",
-            (self._horizon, *values),
+            (self.horizon, *values),
         )
 
-    def _drop(self, people: list[Person]) -> None:
-        if people:
-            text = msgspec.json.encode(people).decode()
-            for table in ("totals", "places", "unwritten"):
-                self._db.execute(f"DELETE FROM {table} WHERE (guild, member) IN {PEOPLE}", (text,))
-            self._db.execute(f"INSERT OR IGNORE INTO gone SELECT * FROM {PEOPLE}", (text,))
 
-    def _slide(self, horizon: int) -> bool:
-        """Take out of the totals the hours that have left the window."""
-        before = self._horizon
-        if horizon <= before:
+class Hours:
+    """The counts by the hour, in an SQLite file attached as `disk`, and what waits for the disk."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        self._db = db
+        self._path = path
+        self._version = 0
+        self.attached = False
+        #: Keys that wait, or a few more.
+        self.waiting = 0
+        #: Rows that went to disk; whoever reads it begins again at 0.
+        self.written = 0
+        #: (guild or None for all, member) that the command line had removed meanwhile.
+        self.forgotten: list[tuple[int | None, int]] = []
+
+    @property
+    def tables(self) -> list[str]:
+        """Where hours are now."""
+        return ["unwritten", "disk.counts"] if self.attached else ["unwritten"]
+
+    def add_batch(self, size: int) -> bool:
+        """Have `batch` wait for the disk; whether there was room."""
+        if self.waiting + size > MOST_UNWRITTEN:
+            (self.waiting,) = self._db.execute("SELECT count(*) FROM unwritten").fetchone()
+        if self.waiting + size > MOST_UNWRITTEN:
             return False
-        tables = ["unwritten", "disk.counts"] if self._attached else ["unwritten"]
-        with self._transaction():
-            self._horizon = horizon
-            try:
-                for table in tables:
-                    self._db.execute(
-                        "INSERT INTO totals SELECT guild, member,"
-                        " -sum(typing), -sum(messages), -sum(reactions), -sum(presences), 0"
-                        f" FROM {table} WHERE hour > ? AND hour <= ? GROUP BY guild, member {ADD}",
-                        (before, horizon),
-                    )
-            except sqlite3.Error:
-                self._horizon = before
-                raise
-            self._count_channels("SELECT guild, member FROM places WHERE last <= ?", horizon)
-            self._db.execute("DELETE FROM places WHERE last <= ?", (horizon,))
-            self._db.execute("DELETE FROM unwritten WHERE hour <= ?", (horizon,))
-            self._db.execute(
-                "DELETE FROM totals WHERE max(typing, messages, reactions, presences) <= 0"
-            )
-        return before > 0
+        self.waiting += size
+        self._db.execute(f"INSERT INTO unwritten SELECT * FROM batch WHERE true {ADD}")
+        return True
 
-    # -- on disk
+    def drop(self, people: str) -> None:
+        """`people` is a JSON array of guild and member."""
+        self._db.execute(f"DELETE FROM unwritten WHERE (guild, member) IN {PEOPLE}", (people,))
+        self._db.execute(f"INSERT OR IGNORE INTO gone SELECT * FROM {PEOPLE}", (people,))
 
-    def _attach(self) -> bool:
-        """Open the file, continue where it stopped, and count what was counted meanwhile."""
-        self._open()
-        try:
-            if self._settings.ignore_members:
-                ignored = [int(member) for member in self._settings.ignore_members]
-                self._db.execute(
-                    "DELETE FROM disk.counts WHERE member IN (SELECT value FROM json_each(?))",
-                    (msgspec.json.encode(ignored).decode(),),
-                )
-            self._load()
-        except sqlite3.Error:
-            self._detach()
-            raise
-        self._attached = True
-        return self.problem is not None  # else nobody was shown anything without it
-
-    def _open(self) -> None:
+    def attach(self) -> None:
+        """Open the file, which is made where there is none."""
         run = self._db.execute
         run("ATTACH DATABASE ? AS disk", (str(self._path),))
+        self.attached = True
         try:
             run("PRAGMA disk.auto_vacuum = INCREMENTAL")  # heeded only by an empty file
             run("PRAGMA disk.journal_mode = WAL")
@@ -350,30 +300,31 @@ class Store:
                     f"BEGIN; {MIGRATIONS[number]}; PRAGMA disk.user_version = {number + 1}; COMMIT;"
                 )
         except sqlite3.Error:
-            self._detach()
+            self.detach()
             raise
 
-    def _detach(self) -> None:
-        self._attached = False
+    def detach(self) -> None:
+        self.attached = False
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
         self._db.execute("DETACH DATABASE disk")
 
-    def _load(self) -> None:
-        """Sum up what is on disk and what is on its way there."""
+    def clean(self, ignored: list[int]) -> None:
+        """Remove whom the disk should not have."""
+        self._remove_gone()
+        if ignored:
+            self._db.execute(
+                "DELETE FROM disk.counts WHERE member IN (SELECT value FROM json_each(?))",
+                (msgspec.json.encode(ignored).decode(),),
+            )
         (self._version,) = self._db.execute("PRAGMA disk.data_version").fetchone()
-        with self._transaction():
-            self._db.execute("DELETE FROM totals")
-            self._db.execute("DELETE FROM places")
-            for table in ("disk.counts", "unwritten"):
-                self._sum_up(table)
 
-    def _follow(self) -> bool:
-        """When another process wrote to the file: forget whom it had forgotten, load the rest."""
+    def follow(self) -> bool:
+        """When another process wrote to the file, forget whom it had forgotten; whether it did."""
         (version,) = self._db.execute("PRAGMA disk.data_version").fetchone()
         if version == self._version:
             return False
-        with self._transaction():
+        with transaction(self._db):
             people = self._db.execute("SELECT guild, member FROM disk.forgotten").fetchall()
             for guild, member in people:
                 for table in ("disk.counts", "unwritten"):
@@ -382,38 +333,178 @@ class Store:
                         (member, guild),
                     )
             self._db.execute("DELETE FROM disk.forgotten")
+        (self._version,) = self._db.execute("PRAGMA disk.data_version").fetchone()
         self.forgotten += people
-        self._load()
         return True
 
-    def _write(self) -> None:
-        with self._transaction():
-            if self._db.execute("SELECT 1 FROM gone LIMIT 1").fetchone():
-                self._db.execute(
-                    f"{HOURS} DELETE FROM disk.counts WHERE (hour, guild, member) IN"
-                    " (SELECT hours.hour, gone.guild, gone.member FROM hours, gone)"
-                )
-                self._db.execute("DELETE FROM gone")
-            if self._waiting:
+    def write(self, horizon: int) -> None:
+        """Bring everything to disk, and remove what is out of the window."""
+        with transaction(self._db):
+            self._remove_gone()
+            if self.waiting:
                 self._db.execute(
                     f"INSERT INTO disk.counts SELECT * FROM unwritten WHERE true {ADD}"
                 )
                 self._db.execute("DELETE FROM unwritten")
-            old = self._db.execute("DELETE FROM disk.counts WHERE hour <= ?", (self._horizon,))
-        self.written += self._waiting
-        self._waiting = 0
+            old = self._db.execute("DELETE FROM disk.counts WHERE hour <= ?", (horizon,))
+        self.written += self.waiting
+        self.waiting = 0
         if old.rowcount > 0:
             self._db.executescript("PRAGMA disk.incremental_vacuum")  # `execute` frees one page
+
+    def _remove_gone(self) -> None:
+        if self._db.execute("SELECT 1 FROM gone LIMIT 1").fetchone():
+            self._db.execute(
+                f"{HOURS} DELETE FROM disk.counts WHERE (hour, guild, member) IN"
+                " (SELECT hours.hour, gone.guild, gone.member FROM hours, gone)"
+            )
+            self._db.execute("DELETE FROM gone")
+
+    def forget(self, guild: int | None, member: int) -> int:
+        """Remove a member's counts from the file, and tell a server that runs; how many they were."""
+        who = {"guild": guild, "member": member}
+        where = "member = :member AND (:guild IS NULL OR guild = :guild)"
+        with transaction(self._db):
+            counts: int
+            (counts,) = self._db.execute(
+                "SELECT total(typing + messages + reactions + presences)"
+                f" FROM disk.counts WHERE {where}",
+                who,
+            ).fetchone()
+            self._db.execute(f"DELETE FROM disk.counts WHERE {where}", who)
+            self._db.execute("INSERT INTO disk.forgotten VALUES (:guild, :member)", who)
+        return int(counts)
+
+
+class Store:
+    """The counts, as totals and by the hour. Lives in one thread.
+
+    Whatever the disk does, counting goes on in memory: `problem` then says what is wrong, and
+    what is not on disk yet waits, up to MOST_UNWRITTEN keys.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._settings = Settings()
+        self._db = sqlite3.connect(":memory:", isolation_level=None)
+        self._db.executescript(WORKING)
+        self._totals = Totals(self._db)
+        self._summed_up = False
+        self.hours = Hours(self._db, path)
+        #: What is wrong with the disk, for the operator; None if nothing is.
+        self.problem: str | None = None
+        #: Lines about what was done to a damaged file, for the log.
+        self.notices: list[str] = []
+
+    def take(self, jobs: list[Job], hour: int, settings: Settings) -> bool:
+        """Add the rows and drop the people of each job; whether anything else changed, too."""
+        moved = settings != self._settings and self._totals.horizon > 0
+        if settings != self._settings:
+            self._adopt(settings)
+        with transaction(self._db):
+            for rows, people in jobs:
+                self._add(rows)
+                self._drop(people)
+        try:
+            moved |= self._slide(hour - self._settings.window_days * 24)
+            moved |= self._reach_disk()
+        except (sqlite3.Error, OSError) as error:
+            moved |= self._fail(error)
+        else:
+            self.problem = None
+        return moved
+
+    def lists(self, guild: int) -> tuple[list[Any], list[Any], list[Any]]:
+        """Ghosts (member, score), lurkers (member, score, channels), explorers (member, channels)."""
+        return self._totals.lists(guild, self._settings)
+
+    def keep(self, guild: int, present: list[int]) -> bool:
+        """Drop everybody of a guild who is not present any more; whether there was anybody."""
+        absent = self._totals.absent(guild, present)
+        with transaction(self._db):
+            self._drop(absent)
+        return bool(absent)
+
+    def forget(self, guild: int | None, member: int) -> int:
+        """Remove a member's counts from the file; see `Hours.forget`."""
+        self.hours.attach()
+        return self.hours.forget(guild, member)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _adopt(self, settings: Settings) -> None:
+        """Begin again from what is on disk."""
+        self._settings = settings
+        self._totals.horizon = 0
+        self._summed_up = False
+
+    def _add(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        columns = ", ".join(f"value ->> {number}" for number in range(8))
+        text = msgspec.json.encode(rows).decode()
+        self._db.execute("DELETE FROM batch")
+        self._db.execute(f"INSERT INTO batch SELECT {columns} FROM json_each(?)", (text,))
+        if self.hours.add_batch(len(rows)):  # what is not kept could not leave the window either
+            self._totals.add("batch")
+
+    def _drop(self, people: list[Person]) -> None:
+        if people:
+            text = msgspec.json.encode(people).decode()
+            self._totals.drop(text)
+            self.hours.drop(text)
+
+    def _slide(self, horizon: int) -> bool:
+        """Forget the hours that have left the window; whether there may have been any."""
+        before = self._totals.horizon
+        if horizon <= before:
+            return False
+        with transaction(self._db):
+            self._totals.slide(horizon, self.hours.tables if self._summed_up else ["unwritten"])
+            self._db.execute("DELETE FROM unwritten WHERE hour <= ?", (horizon,))
+        return before > 0
+
+    def _reach_disk(self) -> bool:
+        """Have everything on disk, and follow what others did there; whether that changed totals."""
+        changed = False
+        if not self.hours.attached:
+            self.hours.attach()
+            self._summed_up = False
+        if not self._summed_up:
+            self._begin()
+            changed = self.problem is not None  # else nobody was shown anything without it
+        elif self.hours.follow():
+            self._sum_up()
+            changed = True
+        self.hours.write(self._totals.horizon)
+        return changed
+
+    def _begin(self) -> None:
+        """Continue where the file stopped, and count what was counted meanwhile."""
+        try:
+            self.hours.clean([int(member) for member in self._settings.ignore_members])
+            self._sum_up()
+        except sqlite3.Error:
+            self.hours.detach()
+            raise
+        self._summed_up = True
+
+    def _sum_up(self) -> None:
+        with transaction(self._db):
+            self._totals.clear()
+            for table in self.hours.tables:
+                self._totals.add(table)
 
     def _fail(self, error: sqlite3.Error | OSError) -> bool:
         """Note what is wrong; put a damaged file aside and begin a fresh one."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            full = ", and new counts are dropped" if self._waiting >= MOST_UNWRITTEN else ""
+            full = ", and new counts are dropped" if self.hours.waiting >= MOST_UNWRITTEN else ""
             self.problem = f"{self._path} cannot be written ({error}); counting in memory{full}"
             return False
-        if self._attached:
-            self._detach()
+        if self.hours.attached:
+            self.hours.detach()
         try:
             aside = put_aside(self._path)
         except OSError as refusal:
@@ -423,16 +514,6 @@ class Store:
             f"{self._path} is damaged ({error}): put aside as {aside.name}, counting begins anew"
         )
         return True
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
 
 
 def put_aside(path: Path) -> Path:
@@ -546,12 +627,12 @@ class Analytics:
             self._spy.log.error("%s", store.notices.pop(0))
         self._spy.problem = store.problem
         self._spy.count("failed writes", store.problem is not None)
-        written, store.written = store.written, 0
+        written, store.hours.written = store.hours.written, 0
         self._spy.count("written rows", written)
         for guild in [g for g, (made, _) in self._latest.items() if is_old(made)]:
             del self._latest[guild]
-        while store.forgotten:
-            self._forget(*store.forgotten.pop())
+        while store.hours.forgotten:
+            self._forget(*store.hours.forgotten.pop())
         if moved:
             for guild in self._spy.bot.cache.get_guilds_view():
                 self.announce(int(guild))

@@ -270,6 +270,23 @@ async def test_a_folder_that_is_missing_is_reported_until_it_is_there(
 
 
 @pytest.mark.logs(r"WARNING .*cannot be written", required=False)
+async def test_who_leaves_while_the_file_is_away_is_not_in_it_later(
+    tmp_path: Path, owls: Guild, ada: Member
+) -> None:
+    async with Counting(tmp_path, [owls], path="later/counts.db") as counting:
+        (tmp_path / "later").mkdir()
+        await types(counting, owls, ada)
+    (tmp_path / "later").rename(tmp_path / "away")
+    async with Counting(tmp_path, [owls], path="later/counts.db") as counting:
+        await counting.flush()
+        await counting.feed("GUILD_MEMBER_REMOVE", member_remove_json(owls, ada))
+        await counting.flush()
+        (tmp_path / "away").rename(tmp_path / "later")
+        assert await score(counting, owls) == []
+    assert rows(tmp_path / "later" / "counts.db") == []
+
+
+@pytest.mark.logs(r"WARNING .*cannot be written", required=False)
 async def test_what_waits_for_a_broken_disk_is_bounded(
     tmp_path: Path, owls: Guild, ada: Member
 ) -> None:
