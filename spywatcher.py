@@ -53,6 +53,7 @@ import unicodedata
 from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Collection,
@@ -115,6 +116,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Payload",
     "PluginSettings",
+    "Shared",
     "Spy",
     "channel_name",
     "clean_name",
@@ -2341,7 +2343,8 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     """Call the function, plain or async, with `(spy)`, again and again.
 
     First after `seconds`, then that long after each time it has ended. What it raises is logged
-    and counted, and it goes on.
+    and counted, and it goes on. Of several nodes (docs/scale.md) only the one that holds the
+    gateway calls it: a plugin is at work there alone, from its `setup` to its `teardown`.
     """
 
     def mark(function: Maker) -> Maker:
@@ -2393,6 +2396,38 @@ def timestamp(moment: datetime | None = None) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+class News(NamedTuple):
+    """What `Shared.write` has to tell."""
+
+    #: Redis was restarted since the last write: what it had may be lost, what it lost may be back.
+    restarted: bool
+    #: (guild or None for all, member) that the command line has had forgotten, told once. Their
+    #: entries are removed; what else the plugin has of them is for it to remove.
+    forgotten: list[tuple[int | None, int]]
+
+
+class Shared(Protocol):
+    """What a plugin keeps of members for all nodes of a service, in Redis.
+
+    Tables of texts, one text a member. A table is named `GUILD_ID:ANYTHING`, a member by its id;
+    so `spywatcher.py forget` finds what it has to remove. Chunks and changes are JSON, for a
+    thread to make and take, SQLite's for one. Of all nodes one has this at a time, from a
+    plugin's `setup` to its `teardown`: read all, then write what is new every now and then.
+    Both raise ConnectionError while Redis does not answer, and for good once another node
+    holds the gateway: keep what is new, and try again for as long as the plugin is at work.
+    """
+
+    def read(self) -> AsyncIterator[str]:
+        """All that there is, in chunks `{table: {member: text}}`; a member may come twice."""
+
+    async def write(self, changes: str) -> News:
+        """Change some, all or none: `{table: [seconds, {member: text}]}`; null removes a text.
+
+        The table goes by itself when nothing was written to it for that many seconds. A few
+        hundred members at a time keep Redis quick for others.
+        """
+
+
 class Spy:
     """What a plugin is handed: its settings, its log, the bot, and the way to the dashboards."""
 
@@ -2414,6 +2449,8 @@ class Spy:
         self.bot = bot
         #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
         self.storage = storage
+        #: What all nodes keep together; None in a single process.
+        self.shared: Shared | None = None
         self._emit = emit
         self._count = count
         self._failed = failed
@@ -2548,6 +2585,8 @@ class Workplace(NamedTuple):
     #: Whether a guild is one of those to be watched.
     watches: Callable[[str], bool]
     storage: Path
+    #: What a plugin of this name keeps for all nodes; None where there is one.
+    share: Callable[[str], Shared | None] = lambda name: None
 
 
 class Runner:
@@ -2565,6 +2604,7 @@ class Runner:
         failed = metrics.plugin_failures.labels(plugin.name).inc
         settings, storage = plugin.settings, place.storage
         self.spy = Spy(plugin.name, settings, place.bot, storage, self._emit, self._count, failed)
+        self.spy.shared = place.share(plugin.name)
 
     async def start(self, count: Callable[[hikari.Event], None]) -> None:
         """Set the plugin up, which may raise anything, and let it hear; `count` sees each event."""
@@ -2580,9 +2620,11 @@ class Runner:
         """Stop hearing events, and tear the plugin down."""
         for event_type, callback in self._subscriptions:
             self._place.bot.event_manager.unsubscribe(event_type, callback)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        left = set(self._tasks)
+        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=0.1)
         with self._fence("teardown failed"):
             await self._run_hook("teardown")
 
@@ -2792,7 +2834,7 @@ class PluginHost:
         spies = {name: runner.spy for name, runner in self.running.items()}
         problems |= {name: spy.problem for name, spy in spies.items() if spy.problem}
         said = "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
-        return {"problem": said or None, "loaded": sorted(spies), "failed": sorted(problems)}
+        return {"problem": said or None, "loaded": sorted(self.plugins), "failed": sorted(problems)}
 
     # -- live settings
 
@@ -4026,7 +4068,7 @@ def measure(server: Server) -> None:
         lambda: server.gateway.silence,
     )
     gauge("loop_lag_seconds", "Worst delay of the last 10 s.", lambda: server.pulse.lag)
-    gauge("plugins_loaded", "Running plugins.", lambda: len(server.plugins.health()["loaded"]))
+    gauge("plugins_loaded", "Loaded plugins.", lambda: len(server.plugins.health()["loaded"]))
     gauge("plugins_failed", "Plugins in trouble.", lambda: len(server.plugins.health()["failed"]))
     gauge("ready", "1 while /health/ready says so.", lambda: server.problem is None)
     if server.cluster is not None:
@@ -4168,11 +4210,10 @@ class Server:
         run = self.gateway.run
         if self.cluster is not None:
             self.cluster.truth.subscribe(self.gateway.bot.event_manager)
-            run = functools.partial(self.cluster.lead, self.gateway.run)
+            run = functools.partial(self.cluster.lead, self._lead)
         self.guard.subscribe(self.gateway.bot.event_manager)
-        emit, storage = self._emit_or_hold, storage_of(self._settings)
-        bot, settled = self.gateway.bot, self.gateway.settled
-        await self.plugins.start(Workplace(bot, emit, settled, self.access.watches, storage))
+        if self.cluster is None:
+            await self.plugins.start(self._workplace())
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
@@ -4183,6 +4224,21 @@ class Server:
         self._tasks = [self._gateway_task, pulse]
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
+
+    async def _lead(self) -> None:
+        """Have the gateway, and the plugins at work, which are so at its holder alone."""
+        try:
+            await self.plugins.start(self._workplace())
+            await self.gateway.run()
+        finally:
+            await self.throttle.close()
+            await self.plugins.stop()
+
+    def _workplace(self) -> Workplace:
+        emit, storage = self._emit_or_hold, storage_of(self._settings)
+        bot, settled = self.gateway.bot, self.gateway.settled
+        place = Workplace(bot, emit, settled, self.access.watches, storage)
+        return place._replace(share=self.cluster.share) if self.cluster else place
 
     def _bind(self) -> list[socket.socket]:
         server = self._settings.server
@@ -4556,6 +4612,13 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
+    if settings.redis.url:
+        from spywatcher_cluster import forget_shared  # as in make_cluster
+
+        password = redis_password_of(settings)
+        member, guild = arguments.member, arguments.guild
+        shared = asyncio.run(forget_shared(settings.redis, password, member, guild))
+        print(f"Redis: {shared} removed")
     plugins, storage = host.plugins.values(), storage_of(settings)
     removed = forget_member(plugins, storage, arguments.member, arguments.guild)
     for name, count in removed.items():

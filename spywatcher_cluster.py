@@ -26,6 +26,7 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -48,12 +49,14 @@ from spywatcher import (
     Fields,
     Greet,
     Metrics,
+    News,
     OpenConnections,
     OperatorError,
     Part,
     RedisSettings,
     Rooms,
     SectionT,
+    Shared,
     Sid,
     Throttle,
     Topic,
@@ -181,6 +184,54 @@ for i, key in ipairs(KEYS) do
   end
 end
 return elsewhere
+"""
+
+#: What plugins keep for all nodes: SHARED:PLUGIN:GUILD:ANYTHING is a hash of texts by member,
+#: SHARED:PLUGIN the term and number of the last write. The list of whom to forget is short-lived.
+SHARED: Final = "spywatcher:shared"
+FORGOTTEN: Final = "spywatcher:forgotten"
+#: Seconds for which the holder, or one that takes over meanwhile, can read whom to forget.
+FORGOTTEN_AGE: Final = 300
+#: Members read at a time: a few milliseconds of Redis, and of whoever takes them.
+SHARED_CHUNK: Final = 2_000
+#: Term and number let no write count that was overtaken by a later one: of a holder that slept,
+#: or over a connection that was given up.
+WRITE_SHARED: Final = """
+local term, number = tonumber(ARGV[1]), tonumber(ARGV[2])
+local last = redis.call('HMGET', KEYS[2], 'term', 'number')
+if term == 0 or tonumber(redis.call('GET', KEYS[1]) or 0) ~= term then return {} end
+if tonumber(last[1] or 0) == term and tonumber(last[2]) >= number then return {} end
+redis.call('HSET', KEYS[2], 'term', term, 'number', number)
+for name, entry in pairs(cjson.decode(ARGV[3])) do
+  local key = KEYS[2] .. ':' .. name
+  for member, text in pairs(entry[2]) do
+    if text == cjson.null then
+      redis.call('HDEL', key, member)
+    else
+      redis.call('HSET', key, member, text)
+    end
+  end
+  redis.call('EXPIRE', key, entry[1])
+end
+local server = redis.call('INFO', 'server')
+return {string.match(server, 'run_id:(%x+)'), redis.call('LRANGE', KEYS[3], 0, -1)}
+"""
+READ_SHARED: Final = """
+local most, cursor, start, found, count = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), {}, 0
+for number, key in ipairs(KEYS) do
+  local texts = {}
+  repeat
+    local page = redis.call('HSCAN', key, cursor, 'COUNT', most)
+    cursor = page[1]
+    for at = 1, #page[2], 2 do texts[page[2][at]] = page[2][at + 1] end
+    count = count + #page[2] / 2
+  until cursor == '0' or count >= most
+  if next(texts) then found[string.sub(key, start)] = texts end
+  if count >= most then
+    return {cjson.encode(found), cursor == '0' and number or number - 1, cursor}
+  end
+end
+return {cjson.encode(found), #KEYS, '0'}
 """
 
 
@@ -1612,6 +1663,10 @@ class Cluster:
         """One count of an address's attempts for all nodes."""
         return SharedCounters(self.link, memory)
 
+    def share(self, plugin: str) -> Shared:
+        """What a plugin keeps for all nodes, while the gateway is this node's."""
+        return SharedTables(self.link, self.lease.term, plugin)
+
     def make_rooms(self, max_delay: float, metrics: Metrics) -> Rooms:
         """Rooms with clients of every node."""
         return ClusterRooms(max_delay, metrics, self)
@@ -1904,6 +1959,89 @@ class ClusterRooms(AsyncPubSubManager, Rooms):  # type: ignore[misc]  # no types
             "close_room": self._handle_close_room,
         }
         self.server.start_background_task(handlers[request["method"]], request)
+
+
+class SharedTables(Shared):
+    """What one plugin keeps in Redis, for as long as the gateway is this node's by `term`."""
+
+    def __init__(self, link: Link, term: int, plugin: str) -> None:
+        self._link = link
+        self._term = term
+        self._name = f"{SHARED}:{plugin}"
+        self._write = link.redis.register_script(WRITE_SHARED)
+        self._read = link.redis.register_script(READ_SHARED)
+        self._number = 0
+        self._server = ""
+        self._told: set[bytes] = set()
+
+    async def read(self) -> AsyncIterator[str]:
+        prefix = f"{self._name}:"
+        with self._failing():
+            self._server = self._server or (await self._link.redis.info("server"))["run_id"]
+            page = 0
+            while True:
+                page, keys = await self._link.redis.scan(page, match=f"{prefix}*", count=1000)
+                cursor = b"0"
+                while keys:
+                    args = [SHARED_CHUNK, cursor, len(prefix) + 1]
+                    chunk, done, cursor = await self._read(keys=keys, args=args)
+                    keys = keys[done:]
+                    yield chunk.decode()
+                if not page:
+                    return
+
+    async def write(self, changes: str) -> News:
+        self._number += 1
+        with self._failing():
+            answer = await self._write(
+                keys=[TERM, self._name, FORGOTTEN], args=[self._term, self._number, changes]
+            )
+        if not answer:
+            raise ConnectionError("another node holds the gateway")
+        server, listed = answer[0].decode(), set(answer[1])
+        restarted = self._server not in ("", server)
+        self._server = server
+        forgotten = [decode_forgotten(entry) for entry in listed - self._told]
+        self._told = listed
+        return News(restarted, forgotten)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except self._link.errors as error:
+            raise ConnectionError(str(error)) from error
+
+
+def decode_forgotten(entry: bytes) -> tuple[int | None, int]:
+    """A guild or None, a member; the third part only makes the entry unlike all others."""
+    guild, member, _ = entry.decode().split(":")
+    return int(guild) if guild else None, int(member)
+
+
+async def forget_shared(
+    settings: RedisSettings, password: str, member_id: int, guild_id: int | None
+) -> int:
+    """Remove a member from what plugins keep in Redis, and have the holder of the gateway follow.
+
+    Returns how many texts there were; raises OperatorError when Redis does not answer.
+    """
+    redis, errors = open_redis(settings.url, password)
+    guild = "" if guild_id is None else guild_id
+    removed, page = 0, None
+    try:
+        async with redis, redis.pipeline(transaction=False) as pipe:
+            await redis.rpush(FORGOTTEN, f"{guild}:{member_id}:{secrets.token_hex(4)}")
+            await redis.expire(FORGOTTEN, FORGOTTEN_AGE)
+            while page != 0:
+                match = f"{SHARED}:*:{guild or '*'}:*"
+                page, keys = await redis.scan(page or 0, match=match, count=1000)
+                for key in keys:
+                    pipe.hdel(key, member_id)
+                removed += sum(await pipe.execute())
+    except errors as error:
+        raise OperatorError(f"redis.url: nothing forgotten, no answer: {error}") from error
+    return removed
 
 
 class SharedCounters(limits.aio.storage.Storage):

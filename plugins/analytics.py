@@ -10,6 +10,12 @@ The way of a count: a listener adds it to `_fresh`, a dict; twice a second that 
 text, to the thread of `Store`, which adds it to running totals in memory (what the lists are
 made from) and to the hours on disk (what a restart, and the end of an hour's stay in the window,
 are made from). SQLite does both in a few long statements, during which Python is free to serve.
+
+Where several nodes are one service, `spy.shared` takes the place of the disk: `Sharing` loads from
+it whenever this node begins to hold the gateway, and twice a second writes to it what has changed.
+Written is what the counts of a member in an hour are, not what came to them: to write twice, or
+after a pause, does no harm. The hours "on disk" are then a copy, in a file that has no name and
+is gone with the process.
 """
 
 import asyncio
@@ -17,7 +23,7 @@ import contextlib
 import functools
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +33,17 @@ import hikari
 import msgspec
 from msgspec import Meta
 
-from spywatcher import Payload, PluginSettings, Spy, every, member_name, on, on_subscribe, timestamp
+from spywatcher import (
+    Payload,
+    PluginSettings,
+    Shared,
+    Spy,
+    every,
+    member_name,
+    on,
+    on_subscribe,
+    timestamp,
+)
 
 #: Seconds in which Discord's repeats of a typing start are the same start.
 TYPING_LASTS = 10.0
@@ -35,6 +51,12 @@ TYPING_LASTS = 10.0
 STAYS_NEW = 5.0
 #: Keys (hour, guild, member, channel) that wait for a disk that takes nothing: about 100 bytes each.
 MOST_UNWRITTEN = 500_000
+#: Members that are written to other nodes at a time, and seconds between two such writes: a few
+#: milliseconds of work, that others can do theirs between.
+MOST_SENT = 500
+BREATH = 0.005
+#: Seconds that a stop may take to write the last counts.
+LAST_WORDS = 2.0
 #: What a message that a member wrote is, other than notices such as "joined the server".
 WRITTEN = frozenset({hikari.MessageType.DEFAULT, hikari.MessageType.REPLY})
 
@@ -148,6 +170,34 @@ LURKERS = """SELECT member, presences / (1.0 + typing + reactions) AS score, cha
     ORDER BY score DESC, member LIMIT ?"""
 EXPLORERS = """SELECT member, channels FROM totals
     WHERE guild = ? AND channels > 0 ORDER BY channels DESC, member LIMIT ?"""
+
+#: What the disk of a service of several nodes has besides: members' hours that Redis has not yet
+#: as they are here, and those under way to it.
+KEYS = (
+    "(hour INTEGER, guild INTEGER, member INTEGER, PRIMARY KEY (hour, guild, member)) WITHOUT ROWID"
+)
+AWARE = f"CREATE TABLE disk.dirty {KEYS}; CREATE TABLE disk.sending {KEYS};"
+#: Once everything is there that Redis has. What fires a trigger would overrule its OR IGNORE.
+WATCH = "".join(
+    f"CREATE TRIGGER disk.on_{event} AFTER {event} ON counts BEGIN INSERT INTO dirty"
+    f" VALUES ({which}.hour, {which}.guild, {which}.member) ON CONFLICT DO NOTHING; END;"
+    for event, which in (("INSERT", "new"), ("UPDATE", "new"), ("DELETE", "old"))
+)
+
+#: In Redis, a table GUILD:HOUR has for each member "[[channel,typing,messages,reactions,presences],…]".
+CHANGES = """SELECT json_group_object(
+        guild || ':' || hour, json_array((hour + ?) * 3600 - ?, json(members)))
+    FROM (SELECT hour, guild, json_group_object(CAST(member AS TEXT), counts) AS members
+        FROM (SELECT hour, guild, member, (SELECT nullif(json_group_array(
+                    json_array(channel, typing, messages, reactions, presences)), '[]') || ''
+                FROM disk.counts WHERE (counts.hour, counts.guild, counts.member)
+                    = (sending.hour, sending.guild, sending.member)) AS counts
+            FROM disk.sending)
+        GROUP BY hour, guild)"""
+CHUNK = """SELECT CAST(substr(tables.key, instr(tables.key, ':') + 1) AS INTEGER) AS hour,
+        CAST(tables.key AS INTEGER) AS guild, CAST(members.key AS INTEGER) AS member,
+        members.value AS counts
+    FROM json_each(?) AS tables, json_each(tables.value) AS members"""
 
 
 @contextlib.contextmanager
@@ -482,12 +532,8 @@ class Store:
 
     def _begin(self) -> None:
         """Continue where the file stopped, and count what was counted meanwhile."""
-        try:
-            self.hours.clean([int(member) for member in self._settings.ignore_members])
-            self._sum_up()
-        except sqlite3.Error:
-            self.hours.detach()
-            raise
+        self.hours.clean([int(member) for member in self._settings.ignore_members])
+        self._sum_up()
         self._summed_up = True
 
     def _sum_up(self) -> None:
@@ -502,6 +548,8 @@ class Store:
         if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             full = ", and new counts are dropped" if self.hours.waiting >= MOST_UNWRITTEN else ""
             self.problem = f"{self._path} cannot be written ({error}); counting in memory{full}"
+            if self.hours.attached and not self._summed_up:
+                self.hours.detach()
             return False
         if self.hours.attached:
             self.hours.detach()
@@ -514,6 +562,169 @@ class Store:
             f"{self._path} is damaged ({error}): put aside as {aside.name}, counting begins anew"
         )
         return True
+
+
+class Copy(Hours):
+    """The hours of a service of several nodes, whose disk is Redis: a copy, in a nameless file."""
+
+    def attach(self) -> None:
+        """Begin an empty one."""
+        self._db.execute("ATTACH DATABASE '' AS disk")
+        self.attached = True
+        self._db.executescript(f"{MIGRATIONS[0]} {AWARE}")
+
+    def load(self, chunk: str) -> None:
+        """Take some of what Redis has."""
+        columns = ", ".join(f"row.value ->> {number}" for number in range(5))
+        self._db.execute(
+            f"INSERT OR REPLACE INTO disk.counts SELECT hour, guild, member, {columns}"
+            f" FROM ({CHUNK}), json_each(counts) AS row",
+            (chunk,),
+        )
+
+    def watch(self) -> None:
+        """Note from now on what changes."""
+        self._db.executescript(WATCH)
+
+    def write(self, horizon: int) -> None:
+        super().write(horizon)
+        self._db.execute("DELETE FROM disk.dirty WHERE hour <= ?", (horizon,))  # Redis knows when
+
+    def doubt(self) -> None:
+        """Redis may lack anything."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO disk.dirty SELECT DISTINCT hour, guild, member FROM disk.counts"
+        )
+
+    def compare(self, chunk: str) -> None:
+        """Note what Redis has and should not have any more."""
+        self._db.execute(
+            f"INSERT OR IGNORE INTO disk.dirty SELECT hour, guild, member FROM ({CHUNK}) AS there"
+            " WHERE NOT EXISTS (SELECT 1 FROM disk.counts WHERE (counts.hour, counts.guild,"
+            " counts.member) = (there.hour, there.guild, there.member))",
+            (chunk,),
+        )
+
+    def changes(self, window: int, moment: float) -> str:
+        """The newest of what Redis lacks, as `Shared.write` takes it; empty if that is nothing."""
+        run = self._db.execute
+        with transaction(self._db):
+            run("INSERT OR IGNORE INTO disk.dirty SELECT * FROM disk.sending")
+            run("DELETE FROM disk.sending")
+            run(
+                "INSERT INTO disk.sending SELECT * FROM disk.dirty"
+                " ORDER BY hour DESC, guild DESC, member DESC LIMIT ?",
+                (MOST_SENT,),
+            )
+            run(
+                "DELETE FROM disk.dirty WHERE (hour, guild, member) IN (SELECT * FROM disk.sending)"
+            )
+        text: str
+        (text,) = run(CHANGES, (window + 1, int(moment))).fetchone()
+        return text
+
+    def sent(self) -> bool:
+        """Redis has the last changes; whether there are more."""
+        self._db.execute("DELETE FROM disk.sending")
+        return self._db.execute("SELECT 1 FROM disk.dirty LIMIT 1").fetchone() is not None
+
+
+class SharedStore(Store):
+    """The same for a service of several nodes: what Redis has comes first."""
+
+    hours: Copy
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.hours = Copy(self._db, path)
+        #: Whether everything is here that Redis has.
+        self.loaded = False
+        self._outdated = False  # whether Redis keeps everything for another time than it should
+        self._inherits = False
+
+    def begin(self) -> bool:
+        """Load, perhaps anew; whether there is need to."""
+        if self.loaded:
+            return False
+        if self.hours.attached:
+            self.hours.detach()
+        self.hours.attach()
+        return True
+
+    def load(self, chunk: str) -> None:
+        self.hours.load(chunk)
+
+    def finish(self) -> None:
+        """All is loaded: count on."""
+        self.hours.watch()
+        self._inherit()
+        self.loaded = True
+
+    def changes(self, moment: float) -> str:
+        return self.hours.changes(self._settings.window_days * 24, moment)
+
+    def sent(self) -> bool:
+        more = self.hours.sent()
+        if self._inherits and not more:
+            self._leave()
+        return more
+
+    def doubt(self) -> None:
+        self.hours.doubt()
+
+    def compare(self, chunk: str) -> None:
+        self.hours.compare(chunk)
+
+    def drop(self, guild: int | None, member: int) -> list[int]:
+        """Drop a member; in which guilds it was."""
+        people = self._totals.known_as(guild, member)
+        with transaction(self._db):
+            self._drop(people)
+        return [guild for guild, _ in people]
+
+    def _adopt(self, settings: Settings) -> None:
+        self._outdated |= settings.window_days != self._settings.window_days
+        super()._adopt(settings)
+
+    def _reach_disk(self) -> bool:
+        if not self.loaded:
+            self._outdated = False
+            return False
+        if self._outdated:
+            self.hours.doubt()
+            self._outdated = False
+        return super()._reach_disk()
+
+    def _fail(self, error: sqlite3.Error | OSError) -> bool:
+        self.problem = f"no room for a copy of the counts ({error}); counting in memory"
+        return False
+
+    # -- what a single process left behind
+
+    def _inherit(self) -> None:
+        """Take from the file of a single process what Redis lacks."""
+        if not self._path.exists():
+            return
+        try:
+            self._db.execute("ATTACH DATABASE ? AS file", (str(self._path),))
+            self._db.execute("PRAGMA file.secure_delete = ON")
+            self._db.execute(
+                "INSERT INTO disk.counts SELECT * FROM file.counts WHERE NOT EXISTS ("
+                "SELECT 1 FROM disk.counts AS here WHERE (here.hour, here.guild, here.member)"
+                " = (counts.hour, counts.guild, counts.member))"
+            )
+        except sqlite3.Error as error:
+            self.notices.append(f"{self._path} is not taken over: {error}")
+            with contextlib.suppress(sqlite3.Error):  # where it was not even attached
+                self._db.execute("DETACH DATABASE file")
+        else:
+            self._inherits = True
+
+    def _leave(self) -> None:
+        """Redis has all of it."""
+        self._inherits = False
+        self._db.execute("DELETE FROM file.counts")
+        self._db.executescript("PRAGMA file.incremental_vacuum; DETACH DATABASE file")
 
 
 def put_aside(path: Path) -> Path:
@@ -529,6 +740,65 @@ def put_aside(path: Path) -> Path:
 # ---- counting --------------------------------------------------------------
 
 
+class Sharing:
+    """Has the store and Redis agree: as Redis has it at first, as the store has it from then on."""
+
+    def __init__(self, shared: Shared, run: Callable[..., Awaitable[Any]]) -> None:
+        self._shared = shared
+        self._run = run  # something of the store, in its thread
+        self._doubtful = False  # whether Redis may have lost what it was given, or not lost enough
+        self._one_step = asyncio.Lock()
+        self.loaded = False
+        #: What is wrong here with the copy of what Redis has; None if nothing is.
+        self.problem: str | None = None
+        #: Called once everything is loaded.
+        self.on_loaded: Callable[[], Awaitable[None]]
+        #: Called for whom the command line has forgotten: guild or None, member.
+        self.on_forgotten: Callable[[int | None, int], Awaitable[None]]
+
+    async def step(self) -> None:
+        """Do what there is to do. Where Redis or a disk prevents it, the next step does."""
+        try:
+            async with self._one_step:
+                if not self.loaded:
+                    await self._load()
+                await self._send()
+        except ConnectionError:
+            return  # /health/ready says so
+        except sqlite3.Error as error:
+            self.problem = f"no room for a copy of the counts: {error}"
+        else:
+            self.problem = None
+
+    async def _load(self) -> None:
+        if await self._run(SharedStore.begin):
+            async for chunk in self._shared.read():
+                await self._run(SharedStore.load, chunk)
+            await self._run(SharedStore.finish)
+        self.loaded = True
+        await self.on_loaded()
+
+    async def _send(self) -> None:
+        more = True
+        while more:
+            if self._doubtful:
+                await self._compare()
+            changes = await self._run(SharedStore.changes, now())
+            news = await self._shared.write(changes)
+            more = await self._run(SharedStore.sent)
+            self._doubtful = news.restarted
+            for guild, member in news.forgotten:
+                await self.on_forgotten(guild, member)
+            await asyncio.sleep(BREATH * more)
+
+    async def _compare(self) -> None:
+        """Redis came back: have it get everything, and lose what it should have lost."""
+        await self._run(SharedStore.doubt)
+        async for chunk in self._shared.read():
+            await self._run(SharedStore.compare, chunk)
+        self._doubtful = False
+
+
 class Analytics:
     """Takes counts on the event loop, hands them to the store, and has the lists made."""
 
@@ -542,6 +812,17 @@ class Analytics:
         self._latest: dict[int, tuple[float, asyncio.Task[AnalyticsUpdate]]] = {}
         self._thread = ThreadPoolExecutor(1, "analytics")
         self._store: Store | None = None
+        self._arrived: dict[int, set[int]] = {}  # guilds that came before the counts: who is there
+        self.sharing: Sharing | None = None
+        if spy.shared is not None:
+            self.sharing = Sharing(spy.shared, self._in_thread)
+            self.sharing.on_loaded = self._begin
+            self.sharing.on_forgotten = self._drop
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the lists can be made: else they would be those of the last seconds alone."""
+        return self.sharing is None or self.sharing.loaded
 
     # -- what happens
 
@@ -583,6 +864,8 @@ class Analytics:
     def announce(self, guild: int) -> None:
         """The guild's lists may have changed."""
         self._changed.add(guild)
+        if not self._complete:
+            return
         make = functools.partial(self.compute, guild)
         self._spy.emit("analytics:update", guild, make, room="analytics")
 
@@ -608,13 +891,32 @@ class Analytics:
             self.announce(guild)  # names that were unknown are known now
 
     async def _keep(self, guild: int, ids: set[int]) -> None:
+        """Drop all others; the first that a new holder of the gateway tells of a guild."""
+        if not self._complete:
+            self._arrived[guild] = ids
+            return
         cached = self._spy.bot.cache.get_members_view_for_guild(guild)
         present = list(ids.union(map(int, cached)))  # some may have joined meanwhile
         await self.flush()
-        if await self._in_thread(Store.keep, guild, present):
+        if await self._in_thread(Store.keep, guild, present) or self.sharing is not None:
             self.announce(guild)
 
     # -- the store
+
+    async def _begin(self) -> None:
+        """The counts of before are here."""
+        await self.flush()
+        arrived, self._arrived = self._arrived, {}
+        for guild in self._changed - arrived.keys() - self._arriving.keys():
+            self.announce(guild)
+        for guild, ids in arrived.items():
+            await self._keep(guild, ids)
+
+    async def _drop(self, guild: int | None, member: int) -> None:
+        """Forget a member."""
+        await self.flush()
+        for changed in await self._in_thread(SharedStore.drop, guild, member):
+            self.announce(changed)
 
     async def flush(self) -> None:
         """Hand over all counts; returns when they are on disk, or wait for it in memory."""
@@ -625,8 +927,9 @@ class Analytics:
         assert store is not None
         while store.notices:
             self._spy.log.error("%s", store.notices.pop(0))
-        self._spy.problem = store.problem
-        self._spy.count("failed writes", store.problem is not None)
+        problem = store.problem or (self.sharing.problem if self.sharing else None)
+        self._spy.problem = problem
+        self._spy.count("failed writes", problem is not None)
         written, store.hours.written = store.hours.written, 0
         self._spy.count("written rows", written)
         for guild in [g for g, (made, _) in self._latest.items() if is_old(made)]:
@@ -648,11 +951,16 @@ class Analytics:
 
     def _run(self, work: Callable[..., Result], *values: Any) -> Result:
         if self._store is None:  # SQLite wants the thread that uses a connection to make it
-            self._store = Store(self._spy.storage)
+            make = Store if self.sharing is None else SharedStore
+            self._store = make(self._spy.storage)
         return work(self._store, *values)
 
     async def close(self) -> None:
         await self.flush()
+        if self.sharing is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS):
+                    await self.sharing.step()
         await self._in_thread(Store.close)
         self._thread.shutdown()
 
@@ -664,8 +972,11 @@ class Analytics:
         self._latest[guild] = time.monotonic(), task
         return await asyncio.shield(task)
 
-    async def newest(self, guild: int) -> AnalyticsUpdate:
-        """The same, but no more often than once in STAYS_NEW seconds."""
+    async def newest(self, guild: int) -> AnalyticsUpdate | None:
+        """The same, but no more often than once in STAYS_NEW seconds; None: later, to the room."""
+        if not self._complete:
+            self.announce(guild)
+            return None
         made, task = self._latest.get(guild, (0.0, None))
         if task is None or is_old(made):
             return await self.compute(guild)
@@ -736,8 +1047,14 @@ async def flush(spy: Spy) -> None:
     await analytics.flush()
 
 
+@every(0.5)
+async def share(spy: Spy) -> None:
+    if analytics.sharing is not None:
+        await analytics.sharing.step()
+
+
 @on_subscribe("analytics", emit="analytics:update")
-async def newest(guild_id: str, spy: Spy) -> AnalyticsUpdate:
+async def newest(guild_id: str, spy: Spy) -> AnalyticsUpdate | None:
     return await analytics.newest(int(guild_id))
 
 

@@ -8,7 +8,7 @@ async with Counting(folder) as counting:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ import hikari
 import msgspec
 
 from simulator import Guild, Json, PretendShard, User, guild_create_json, make_token
-from spywatcher import Metrics, PluginHost, Workplace, intents_for, parse_settings
+from spywatcher import Metrics, PluginHost, Shared, Workplace, intents_for, parse_settings
 
 ROOT = Path(__file__).parent.parent
 HOUR = 3600.0
@@ -45,6 +45,7 @@ class Counting:
         *,
         clock: Clock | None = None,
         path: str = "counts.db",
+        share: Callable[[str], Shared | None] = lambda plugin: None,
         **settings: Any,
     ) -> None:
         tables = {
@@ -56,6 +57,7 @@ class Counting:
         self.clock = clock or Clock()
         self.emitted: list[tuple[str, str]] = []
         self._guilds = guilds
+        self._share = share
         self._metrics = Metrics()
         self._settings = parse_settings(tables, folder)
         self._host = PluginHost(
@@ -79,9 +81,9 @@ class Counting:
             settled=lambda: True,
             watches=lambda guild_id: True,
             storage=self.path,
+            share=self._share,
         )
         await self._host.start(place)
-        self._own = asyncio.all_tasks()
         for guild in self._guilds:
             await self.feed("GUILD_CREATE", guild_create_json(guild))
         return self
@@ -91,8 +93,9 @@ class Counting:
 
     async def feed(self, name: str, payload: Json) -> None:
         """One gateway event, with all that it causes."""
+        before = asyncio.all_tasks()
         self._bot.event_manager.consume_raw_event(name, PretendShard(BOT.id), payload)
-        while others := asyncio.all_tasks() - self._own - {asyncio.current_task()}:
+        while others := asyncio.all_tasks() - before:
             await asyncio.wait(others)
 
     def reconfigure(self, **settings: Any) -> None:
@@ -101,8 +104,12 @@ class Counting:
         self._host.reconfigure(self._host.check(tables))
 
     async def flush(self) -> None:
-        """Hand all counts to the disk, as happens twice a second."""
-        await self.module.analytics.flush()
+        """Hand all counts to the disk and to Redis, as happens twice a second."""
+        analytics = self.module.analytics
+        await analytics.flush()
+        if analytics.sharing is not None:
+            await analytics.sharing.step()
+            await analytics.flush()
 
     async def lists(self, guild: Guild) -> Json:
         """The data of an update made now, without its timestamp."""

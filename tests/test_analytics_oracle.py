@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from counting import BOT, HOUR, Clock, Counting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redisserver import RedisServer
 
 from simulator import (
     Guild,
@@ -24,6 +26,8 @@ from simulator import (
     reaction_json,
     typing_json,
 )
+from spywatcher import RedisSettings
+from spywatcher_cluster import TERM, Link, SharedTables
 
 RULES = {"window_days": 1, "lurker_min_presence": 2, "ghosts": 3, "lurkers": 3}
 RULES |= {"channel_diversity": 4}
@@ -119,7 +123,7 @@ class World:
         self.counting: Counting
 
     async def live(self, history: list[tuple[Any, ...]]) -> None:
-        self.counting = await self.begin().__aenter__()
+        await self.begin()
         try:
             for step, *values in history:
                 await getattr(self, step)(*values)
@@ -127,12 +131,14 @@ class World:
         finally:
             await self.counting.__aexit__()
 
-    def begin(self) -> Counting:
-        return Counting(self.folder, self.guilds, clock=self.clock, **RULES)
+    async def begin(self) -> None:
+        counting = Counting(self.folder, self.guilds, clock=self.clock, **RULES)
+        self.counting = await counting.__aenter__()
 
     async def compare(self) -> None:
         for guild in self.guilds:
             assert await self.counting.lists(guild) == self.oracle.lists(guild)
+            assert self.counting.problem is None
 
     async def act(self, kind: str, g: int, u: int, c: int) -> None:
         guild = self.guilds[g]
@@ -191,7 +197,28 @@ class World:
             self.oracle.drop(self.guilds[g], member)
         self.oracle.started.clear()
         self.clock.time += hours * HOUR
-        self.counting = await self.begin().__aenter__()
+        await self.begin()
+
+
+class SharedWorld(World):
+    """The same, where each start is at another machine: all that it finds is in Redis."""
+
+    def __init__(self, folder: Path, redis: RedisServer, link: Link) -> None:
+        super().__init__(folder)
+        self.redis = redis
+        self.link = link
+        self.term = 0
+
+    async def begin(self) -> None:
+        self.term += 1
+        await self.redis.ask("SET", TERM, self.term)
+        share = partial(SharedTables, self.link, self.term)
+        path = f"machine{self.term}.db"
+        counting = Counting(
+            self.folder, self.guilds, clock=self.clock, path=path, share=share, **RULES
+        )
+        self.counting = await counting.__aenter__()
+        await self.flush()
 
 
 guild, user = st.sampled_from([0, 0, 0, 1]), st.integers(0, PEOPLE)
@@ -216,3 +243,18 @@ steps = st.one_of(
 def test_the_lists_are_those_of_a_plain_computation(history: list[tuple[Any, ...]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(World(Path(folder)).live(history))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(steps, min_size=30, max_size=90))
+def test_they_are_so_where_each_restart_is_at_another_machine(
+    history: list[tuple[Any, ...]],
+) -> None:
+    async def live(folder: Path) -> None:
+        async with RedisServer(folder) as redis:
+            link = Link(RedisSettings(url=redis.url), "")
+            await SharedWorld(folder, redis, link).live(history)
+            await link.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(live(Path(folder)))

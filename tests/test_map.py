@@ -76,8 +76,8 @@ def test_what_plugins_may_import_is_documented(name):
 def test_all_is_sorted_and_complete():
     assert spywatcher.__all__ == sorted(spywatcher.__all__)
     plugins = "\n".join(path.read_text("utf-8") for path in ROOT.glob("plugins/**/*.py"))
-    imported = re.findall(r"^from spywatcher import (.+)$", plugins, re.MULTILINE)
-    names = {name.strip() for line in imported for name in line.strip("()").split(",")}
+    imported = re.findall(r"^from spywatcher import (\([^)]+\)|.+)$", plugins, re.MULTILINE)
+    names = {name for line in imported for name in re.findall(r"\w+", line)}
     assert names <= set(spywatcher.__all__)
 
 

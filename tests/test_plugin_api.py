@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
+from redisserver import RedisServer
+from service import server_for
 from waiting import eventually
 from watching import Watching
 
-from simulator import Guild
+from simulator import Guild, PretendDiscord
+from spywatcher_cluster import GATEWAY, TERM
 
 HEAD = "import hikari\nfrom spywatcher import every, on, on_subscribe\n"
 
@@ -226,3 +230,45 @@ async def test_a_problem_is_logged_once_and_counted_each_time(
         assert spy.server.metrics.plugin_failures.labels("stats")._value.get() == 2
     said = [r.getMessage() for r in caplog.records if r.name == "spywatcher.plugin.stats"]
     assert said == ["out of tea", "all is well again"]
+
+
+# ---- several nodes ---------------------------------------------------------
+
+AT_WORK = """
+    began, ticks, ended = [], [], []
+
+    async def setup(spy): began.append(spy.shared)
+
+    @every(0.02)
+    def tick(spy): ticks.append(1)
+
+    async def teardown(spy): ended.append(len(ticks))
+"""
+
+
+async def test_a_plugin_is_at_work_where_the_gateway_is(
+    plugin: Any, discord: PretendDiscord, guild: Guild, tmp_path: Path
+) -> None:
+    async with RedisServer(tmp_path) as redis, AsyncExitStack() as stack:
+        modules = []
+        for _ in range(2):
+            server = server_for(discord, **plugin(AT_WORK), redis={"url": redis.url})
+            await stack.enter_async_context(server)
+            modules.append(server.plugins.plugins["stats"].module)
+            await eventually(lambda: len(modules[0].ticks) > 2)
+            assert server.plugins.health()["loaded"] == ["stats"]
+        assert (modules[1].began, modules[1].ticks) == ([], [])
+        await redis.ask("SET", GATEWAY, "another node", "PX", 3000)
+        await redis.ask("INCR", TERM)
+        await eventually(lambda: modules[0].ended == [len(modules[0].ticks)])
+        await redis.ask("DEL", GATEWAY)
+        await eventually(lambda: sum(len(module.ended) < len(module.began) for module in modules))
+        places = [place for module in modules for place in module.began]
+        assert len(set(places)) == len(places) == 2
+
+
+async def test_what_all_nodes_share_is_nothing_in_a_single_process(
+    watching: Watching, plugin: Any
+) -> None:
+    async with watching(**plugin(AT_WORK)) as spy:
+        assert spy.server.plugins.plugins["stats"].module.began == [None]
