@@ -1,12 +1,15 @@
 """The analytics plugin against one row per event, side by side: 100,000 members, 7 days, 5,000,000 events.
 
-    python bench/analytics.py [--small] [--seed N]
+    python bench/analytics.py [--small] [--seed N] [--sharing]
 
 Both sides get the same events and answer with the same three lists. The plugin's listeners are
 called with prepared event objects, as hikari would call them, on a running event loop; the
 other side is what one would write first: a table with a row per event and an index on guild and
 time, three GROUP BY queries per update. Then a real server, with a pretend Discord of all those
 members and a dashboard over loopback, tells what updates cost everybody else.
+
+At last, or with --sharing alone: what it costs to share the counts with other nodes over Redis. The
+same events are taken with and without it, in turn, and a second holder loads what is there.
 """
 
 from __future__ import annotations
@@ -31,10 +34,13 @@ import hikari
 import tornado.websocket
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from simulator import Guild, PretendDiscord  # noqa: E402  # after the path
-from spywatcher import Keys, Server, parse_settings  # noqa: E402
+from redisserver import RedisServer  # noqa: E402  # after the path
+
+from simulator import Guild, PretendDiscord  # noqa: E402
+from spywatcher import Keys, RedisSettings, Server, load_module, parse_settings  # noqa: E402
+from spywatcher_cluster import TERM, Link, SharedTables  # noqa: E402
 
 GUILD = 81_384_788_765_712_384
 FIRST_CHANNEL = 201_384_788_765_712_384
@@ -248,6 +254,141 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100)[percent - 1]
 
 
+# ---- what other nodes cost -------------------------------------------------
+
+
+class Sharing:
+    """The plugin alone, with and without Redis; lags of the loop and of Redis are in seconds."""
+
+    def __init__(self, redis: RedisServer, folder: Path) -> None:
+        self.redis = redis
+        self.folder = folder
+        self.link = Link(RedisSettings(url=redis.url), "")
+        self.module: Any = load_module("analytics", ROOT / "plugins" / "analytics.py")
+        self.term = 0
+
+    async def begin(self, shared: bool) -> Any:
+        self.term += 1
+        await self.redis.ask("SET", TERM, self.term)
+        cache = SimpleNamespace(get_guilds_view=dict, get_members_view_for_guild=lambda guild: {})
+        spy = SimpleNamespace(
+            settings=self.module.Settings(),
+            storage=self.folder / f"{self.term}.db",
+            bot=SimpleNamespace(cache=cache),
+            shared=SharedTables(self.link, self.term, "analytics") if shared else None,
+            emit=lambda *event, room: None,
+            count=lambda what, amount=1: None,
+        )
+        self.module.analytics = self.module.Analytics(spy)
+        return self.module.analytics
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[tuple[list[float], list[float]]]:
+        """How late the loop is meanwhile, and how long Redis takes to answer others."""
+        lags: list[float] = []
+        answers: list[float] = []
+
+        async def ask() -> None:
+            while True:
+                started = time.perf_counter()
+                await self.link.redis.ping()
+                answers.append(time.perf_counter() - started)
+                await asyncio.sleep(0.01)
+
+        tasks = [asyncio.create_task(watch_lag(lags)), asyncio.create_task(ask())]
+        yield lags, answers
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def ingest(self, shared: bool, events: Iterator[Event]) -> dict[str, Any]:
+        analytics = await self.begin(shared)
+        await self.redis.ask("FLUSHDB")
+        await self.redis.ask("SET", TERM, self.term)
+        empty = await self.memory()
+        step = analytics.sharing.step if shared else asyncio.Lock  # a word that does nothing
+
+        async def share() -> None:
+            while True:
+                await asyncio.sleep(0.5)
+                await step()
+
+        sharing = asyncio.create_task(share()) if shared else None
+        async with self.watched() as (lags, answers):
+            spent, count = await ingest(self.module, events)
+            started = time.perf_counter()
+            if sharing is not None:
+                await step()
+                sharing.cancel()
+            after = time.perf_counter() - started
+        rows = await analytics._in_thread(
+            lambda store: store._db.execute("SELECT count(*) FROM disk.counts").fetchone()[0]
+        )
+        await analytics.close()
+        return {
+            "rate": count / spent,
+            "after": after,
+            "lag": percentile(lags, 99),
+            "answers": percentile(answers, 99),
+            "rows": rows,
+            "memory": (await self.memory() - empty) / rows,
+        }
+
+    async def load(self) -> dict[str, float]:
+        """As another node does that takes over."""
+        analytics = await self.begin(True)
+        await analytics.flush()
+        async with self.watched() as (lags, answers):
+            started = time.perf_counter()
+            await analytics.sharing.step()
+            spent = time.perf_counter() - started
+        assert analytics.sharing.loaded
+        await analytics.close()
+        return {"spent": spent, "lag": percentile(lags, 99), "answers": percentile(answers, 99)}
+
+    async def memory(self) -> int:
+        return int((await self.link.redis.info("memory"))["used_memory"])
+
+
+async def run_sharing(members: int, events: int, seed: int, rounds: int, folder: Path) -> None:
+    end = time.time() // 3600 * 3600 + 1800
+    async with RedisServer(folder, "--appendonly", "no") as redis:
+        sharing = Sharing(redis, folder)
+        taken: dict[bool, list[Any]] = {False: [], True: []}
+        loads = []
+        for _ in range(rounds):
+            for shared in (False, True):
+                happened = make_events(members, events, seed, end)
+                taken[shared].append(await sharing.ingest(shared, happened))
+            loads.append(await sharing.load())
+        await sharing.link.close()
+    report_sharing(members, events, taken, loads)
+
+
+def report_sharing(members: int, events: int, taken: dict[bool, list[Any]], loads: Any) -> None:
+    milli = lambda seconds: f"{seconds * 1000:,.1f} ms"  # noqa: E731  # a word
+    middle = lambda runs, what: statistics.median(run[what] for run in runs)  # noqa: E731
+    alone, shared = taken[False], taken[True]
+    ratio = middle(shared, "rate") / middle(alone, "rate")
+    table(
+        f"counts shared over Redis: {members:,} members, {events:,} events, {len(loads)} rounds",
+        [
+            ("events taken in a second", f"{middle(shared, 'rate'):,.0f}", "20,000 or more"),
+            ("  without Redis", f"{middle(alone, 'rate'):,.0f}", ""),
+            ("  ratio", f"{ratio:.2f} x", ""),
+            ("  loop lag meanwhile, p99", milli(middle(shared, "lag")), ""),
+            ("  without Redis", milli(middle(alone, "lag")), ""),
+            ("  Redis' answers to others meanwhile, p99", milli(middle(shared, "answers")), ""),
+            ("  until Redis has the last of them", milli(middle(shared, "after")), ""),
+            ("rows", f"{middle(shared, 'rows'):,.0f}", ""),
+            ("Redis' memory for a row", f"{middle(shared, 'memory'):,.0f} bytes", ""),
+            ("loaded at a takeover within", milli(middle(loads, "spent")), ""),
+            ("  loop lag meanwhile, p99", milli(middle(loads, "lag")), ""),
+            ("  Redis' answers to others meanwhile, p99", milli(middle(loads, "answers")), ""),
+        ],
+    )
+
+
 # ---- the run ---------------------------------------------------------------
 
 
@@ -361,10 +502,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="2,000 members, 100,000 events")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sharing", action="store_true", help="only what other nodes cost")
     options = parser.parse_args()
     members, events, rounds = (2_000, 100_000, 2) if options.small else (100_000, 5_000_000, 3)
+    if not options.sharing:
+        with tempfile.TemporaryDirectory() as folder:
+            asyncio.run(run(members, events, options.seed, rounds, Path(folder)))
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(run(members, events, options.seed, rounds, Path(folder)))
+        events = min(events, 1_250_000)
+        asyncio.run(run_sharing(members, events, options.seed, 2, Path(folder)))
 
 
 if __name__ == "__main__":
