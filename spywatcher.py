@@ -33,6 +33,7 @@ import difflib
 import functools
 import gc
 import heapq
+import importlib
 import importlib.util
 import inspect
 import ipaddress
@@ -3983,14 +3984,24 @@ GOING_AWAY: Final = 1001  # RFC 6455 §7.4.1
 # -- parts of a server, alone or a node of several
 
 
+def cluster_code() -> Any:
+    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
+    try:
+        return importlib.import_module("spywatcher_cluster")
+    except ModuleNotFoundError as error:
+        raise OperatorError(
+            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
+            f" {Path(__file__).name}, and redis-py"
+        ) from error
+
+
 def make_cluster(settings: Settings, cache: hikari.api.Cache) -> Cluster | None:
     """This process's part in a service of several; None, and nothing of it loaded, where it is alone."""
     redis = settings.redis
     if not redis.url:
         return None
-    from spywatcher_cluster import Cluster  # it needs redis-py, and most services need neither
-
-    return Cluster(redis, redis_password_of(settings), cache)
+    cluster: Cluster = cluster_code().Cluster(redis, redis_password_of(settings), cache)
+    return cluster
 
 
 def redis_password_of(settings: Settings) -> str:
@@ -4005,9 +4016,7 @@ def redis_password_of(settings: Settings) -> str:
 def check_redis(settings: Settings) -> None:
     """Raises OperatorError where no Redis could be reached like this, whatever runs there."""
     if settings.redis.url:
-        from spywatcher_cluster import open_redis
-
-        open_redis(settings.redis.url, redis_password_of(settings))
+        cluster_code().open_redis(settings.redis.url, redis_password_of(settings))
 
 
 def make_access(settings: Settings, cache: hikari.api.Cache, cluster: Cluster | None) -> Access:
@@ -4613,11 +4622,10 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     if settings.redis.url:
-        from spywatcher_cluster import forget_shared  # as in make_cluster
-
         password = redis_password_of(settings)
         member, guild = arguments.member, arguments.guild
-        shared = asyncio.run(forget_shared(settings.redis, password, member, guild))
+        forget = cluster_code().forget_shared
+        shared = asyncio.run(forget(settings.redis, password, member, guild))
         print(f"Redis: {shared} removed")
     plugins, storage = host.plugins.values(), storage_of(settings)
     removed = forget_member(plugins, storage, arguments.member, arguments.guild)

@@ -1699,9 +1699,10 @@ class Cluster:
                 await self.publisher.drained()
                 with contextlib.suppress(*self.link.errors):
                     await self.windows.flush()
-            await self.lease.release()
-            self._tell("bye")
-            async with asyncio.timeout(grace / 2):
+        await self.lease.release()
+        self._tell("bye")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(grace / 2, REDIS_TIMEOUT)):
                 await self.publisher.drained()
         left = set(self._tasks)
         while left:  # redis-py 8.1 may swallow a cancellation that meets an answer

@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import sys
 
 import jwt
 import pytest
@@ -49,6 +50,20 @@ def test_faults_in_the_settings_are_one_line_each(tmp_path, command):
         [
             f'spywatcher: {config}: server.port: got "http", expected `int`, got `str`',
             f"spywatcher: {config}: server.hots: unknown key, did you mean host?",
+        ],
+    )
+
+
+def test_a_redis_without_the_code_for_it_is_a_fault(tmp_path, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "spywatcher_cluster", None)  # as where it was not copied
+    tables = {"auth": {"secret": SECRET}, "discord": {"token": "a bot's"}}
+    tables["redis"] = {"url": "redis://127.0.0.1"}
+    assert command("--config", write_settings(tmp_path, tables), "check") == (
+        2,
+        [],
+        [
+            "spywatcher: redis.url: spywatcher_cluster is missing, expected spywatcher_cluster.py"
+            " beside spywatcher.py, and redis-py"
         ],
     )
 
