@@ -377,6 +377,8 @@ async def test_a_clean_stop_hands_the_gateway_over_at_once(nodes, processes):
 
 async def hold_back(nodes: Nodes, watching: Dashboard) -> None:
     """Have a window opened for two events, with something that waits for the end of each."""
+    # The holder has loaded the counts: each greeting has lists from now on.
+    await eventually(lambda: nodes.redis.ask("HGET", "spywatcher:shared:analytics", "term"))
     await watching.call("subscribe:analytics", str(nodes.guild.id))
     early, late = nodes.guild.add_member("early"), nodes.guild.add_member("late")
 
