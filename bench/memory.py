@@ -36,8 +36,8 @@ def churn(kind: str, count: int) -> dict[str, Any]:
         come_and_go(peer, count)
         after = settled(peer)
     figures = {"before_mb": before["resident"] / MEGABYTE, "after_mb": after["resident"] / MEGABYTE}
-    left = {name: after[name] for name in after if name not in ("resident", "cpu")}
-    return {**figures, "growth": after["resident"] / before["resident"] - 1, "left": left}
+    growth = after["resident"] / before["resident"] - 1
+    return {**figures, "growth": growth, "left": held(after)}
 
 
 def come_and_go(peer: peers.Peer, count: int) -> None:
@@ -50,9 +50,14 @@ def come_and_go(peer: peers.Peer, count: int) -> None:
 def settled(peer: peers.Peer) -> dict[str, Any]:
     """The server's figures once it has noticed that everybody is gone."""
     deadline = time.monotonic() + 10.0
-    while (usage := peer.usage())["sockets"] and time.monotonic() < deadline:
+    while any(held(usage := peer.usage()).values()) and time.monotonic() < deadline:
         time.sleep(0.2)
     return usage
+
+
+def held(usage: dict[str, Any]) -> dict[str, int]:
+    """What a server holds of its clients, counted."""
+    return {name: usage[name] for name in usage if name not in ("resident", "cpu")}
 
 
 def stalled(kind: str, megabytes: int, *, stalling: int) -> dict[str, float]:

@@ -77,7 +77,11 @@ def figures_of(server: Server) -> Callable[[], dict[str, int]]:
         return {
             "sockets": len(engine.sockets),
             "environ": len(server.socketio.environ),
-            "members": len(tuple(rooms.members(event.ROOM))),
+            "viewers": len(server.dashboards),
+            "addresses": len(server.limits.open),
+            "strangers": len(server.limits.lobby),
+            "rooms": len(rooms),
+            "members": len(rooms.members(event.ROOM)),
             "namespaces": len(rooms.rooms),
             "pending": len(rooms.pending_connect) + len(rooms.pending_disconnect),
         }
