@@ -43,6 +43,7 @@ import logging
 import math
 import os
 import random
+import re
 import secrets
 import signal
 import socket
@@ -403,7 +404,8 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
             values[key] = msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError as error:
             expected = str(error).removeprefix("Expected ")
-            came = "a value not shown here" if key in SECRET_KEYS else shown(without_login(value))
+            secret = key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
+            came = "a value not shown here" if secret else shown(without_login(value))
             faults.append(f"{path}.{key}: got {came}, expected {expected}")
     return to(**values)
 
@@ -419,14 +421,21 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+HOST_AND_PORT: Final = re.compile(r"((\[[^\]]*\]|[^:\[\]]+)(:\d{0,5})?)?")
+
+
 def without_login(value: object) -> object:
     """A URL as it may be shown: not whom it lets in, by which password; anything else as it is."""
     if not isinstance(value, str) or ("://" not in value and "@" not in value):
         return value
     head, at, place = value.rpartition("@")
     place, more, _ = place.partition("?")
-    scheme, slashes, _ = head.partition("://")
-    return (f"{scheme if slashes else ''}{slashes}***@" if at else "") + place + (more and "?***")
+    scheme, slashes, hosts = (head if at else place).partition("://")
+    if at:
+        place = f"{scheme if slashes else ''}{slashes}***@{place}"
+    elif not all(HOST_AND_PORT.fullmatch(host) for host in hosts.partition("/")[0].split(",")):
+        place = f"{scheme}://***"  # a login whose host was forgotten
+    return place + (more and "?***")
 
 
 def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
@@ -2192,6 +2201,7 @@ class Throttle:
         self._newest: dict[Topic, Content | None] = {}  # what waits for the end of its window
         self._timers: dict[Topic, Timer] = {}
         self._making: set[asyncio.Task[None]] = set()
+        self._closing = False
         #: Called whenever a topic's window opens or ends, or other content waits for that: with the
         #: seconds that the window stays open (None: as long as before) and what is still to be sent.
         self.on_change: Callable[[Topic, float | None, Content | None], None] = lambda *change: None
@@ -2222,10 +2232,12 @@ class Throttle:
             self._timers[topic] = self._call_later(seconds, self._end, topic)
 
     async def close(self) -> None:
-        """Forget all that is held and end what is being made."""
+        """Forget all that is held and end what is being made; `on_change` is not told of that."""
+        self._closing = True
         for task in self._making:
             task.cancel()
         await asyncio.gather(*self._making, return_exceptions=True)
+        self._closing = False
         for timer in self._timers.values():
             timer.cancel()
         self._newest.clear()
@@ -2271,6 +2283,8 @@ class Throttle:
             self._finish(topic, fields, then)
 
     def _finish(self, topic: Topic, fields: Fields | None, then: Callable[[Topic], None]) -> None:
+        if self._closing:
+            return  # it is still to be sent, by whoever goes on with the window
         event, guild_id, room = topic
         if fields is not None:
             self._send(event, guild_id, fields, room)
@@ -2402,7 +2416,8 @@ class News(NamedTuple):
 
     #: Redis was restarted since the last write: what it had may be lost, what it lost may be back.
     restarted: bool
-    #: (guild or None for all, member) that the command line has had forgotten, told once. Their
+    #: (guild or None for all, member) that the command line has had forgotten in the last
+    #: minutes, told once to each node that begins to hold the gateway. Their
     #: entries are removed; what else the plugin has of them is for it to remove.
     forgotten: list[tuple[int | None, int]]
 
@@ -2414,7 +2429,7 @@ class Shared(Protocol):
     so `spywatcher.py forget` finds what it has to remove. Chunks and changes are JSON, for a
     thread to make and take, SQLite's for one. Of all nodes one has this at a time, from a
     plugin's `setup` to its `teardown`: read all, then write what is new every now and then.
-    Both raise ConnectionError while Redis does not answer, and for good once another node
+    Both raise ConnectionError while Redis does not answer, `write` for good once another node
     holds the gateway: keep what is new, and try again for as long as the plugin is at work.
     """
 
@@ -2625,7 +2640,7 @@ class Runner:
         while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
             for task in left:
                 task.cancel()
-            _, left = await asyncio.wait(left, timeout=0.1)
+            _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
         with self._fence("teardown failed"):
             await self._run_hook("teardown")
 
@@ -2798,7 +2813,10 @@ class PluginHost:
     # -- running
 
     async def start(self, place: Workplace) -> None:
-        """Set up each plugin and let it hear hikari's events."""
+        """Set up each plugin and let it hear hikari's events.
+
+        One that cannot be set up is left out; of several nodes, until the gateway comes here again.
+        """
         for name, plugin in list(self.plugins.items()):
             claim = functools.partial(self._claim, plugin)
             runner = Runner(plugin, place, claim, self._metrics)
@@ -2806,7 +2824,8 @@ class PluginHost:
                 await runner.start(self._count)
             except Exception as error:  # as in load
                 self.failures[name] = error
-                del self.plugins[name]
+                if runner.spy.shared is None:
+                    del self.plugins[name]
                 blame(self._metrics, name, "setup failed", error)
             else:
                 self.running[name] = runner
@@ -2816,6 +2835,8 @@ class PluginHost:
         while self.running:
             _, runner = self.running.popitem()
             await runner.stop()
+        for name in self.plugins:
+            self.failures.pop(name, None)  # it is not to be at work here now
 
     async def greet(self, kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
         """`tell` a client that entered `kind:guild_id` what plugins have for it, as it comes."""
@@ -2840,7 +2861,7 @@ class PluginHost:
     # -- live settings
 
     def check(self, tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The settings of each running plugin as of these tables; raises OperatorError."""
+        """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
         checked = {}
         for name, plugin in self.plugins.items():
@@ -2854,8 +2875,10 @@ class PluginHost:
 
     def reconfigure(self, checked: dict[str, Any]) -> None:
         """From now on each plugin reads these in `spy.settings`."""
-        for name, runner in self.running.items():
-            runner.spy.settings = self.plugins[name].settings = checked[name]
+        for name, settings in checked.items():
+            self.plugins[name].settings = settings
+            if name in self.running:
+                self.running[name].spy.settings = settings
 
     def _claim(self, plugin: Plugin, event: str) -> None:
         if event in plugin.events:
@@ -4117,6 +4140,12 @@ def make_web(server: Server, settings: Settings) -> WebServer:
     return web
 
 
+def being_cancelled() -> bool:
+    """Whether the task that asks was to end: redis-py 8.1 may swallow what told it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
@@ -4238,7 +4267,8 @@ class Server:
         """Have the gateway, and the plugins at work, which are so at its holder alone."""
         try:
             await self.plugins.start(self._workplace())
-            await self.gateway.run()
+            if not being_cancelled():
+                await self.gateway.run()
         finally:
             await self.throttle.close()
             await self.plugins.stop()

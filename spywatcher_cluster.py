@@ -61,6 +61,7 @@ from spywatcher import (
     Throttle,
     Topic,
     Viewer,
+    being_cancelled,
     event_packet,
     is_snowflake,
     log,
@@ -1693,17 +1694,22 @@ class Cluster:
 
     async def stop(self, grace: float) -> None:
         """Send what waits, let go of the gateway, end."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace / 2):
-                await self.connections.close()
-                await self.publisher.drained()
-                with contextlib.suppress(*self.link.errors):
-                    await self.windows.flush()
-        await self.lease.release()
-        self._tell("bye")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(grace / 2, REDIS_TIMEOUT)):
-                await self.publisher.drained()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace / 2):
+                    await self.connections.close()
+                    await self.publisher.drained()
+                    with contextlib.suppress(*self.link.errors):
+                        await self.windows.flush()
+            await self.lease.release()
+            self._tell("bye")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(grace / 2, REDIS_TIMEOUT)):
+                    await self.publisher.drained()
+        finally:  # a stop that takes too long is cancelled
+            await self._end()
+
+    async def _end(self) -> None:
         left = set(self._tasks)
         while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
             for task in left:
@@ -1759,8 +1765,7 @@ class Cluster:
 
     async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await self.windows.load()
-        task = asyncio.current_task()
-        if task is not None and not task.cancelling():  # redis-py 8.1 may swallow that, see `stop`
+        if not being_cancelled():
             await run()
 
     async def _remake(self, topic: Topic) -> Fields | None:
@@ -1971,7 +1976,7 @@ class SharedTables(Shared):
         self._name = f"{SHARED}:{plugin}"
         self._write = link.redis.register_script(WRITE_SHARED)
         self._read = link.redis.register_script(READ_SHARED)
-        self._number = 0
+        self._number = int(boot_clock() * 1000)  # the same node may have had the same term before
         self._server = ""
         self._told: set[bytes] = set()
 

@@ -55,6 +55,8 @@ MOST_UNWRITTEN = 500_000
 #: milliseconds of work, that others can do theirs between.
 MOST_SENT = 500
 BREATH = 0.005
+#: Seconds after which it is a problem that Redis takes nothing; /health/ready names others sooner.
+MOST_APART = 30.0
 #: Seconds that a stop may take to write the last counts.
 LAST_WORDS = 2.0
 #: What a message that a member wrote is, other than notices such as "joined the server".
@@ -606,7 +608,7 @@ class Copy(Hours):
         )
 
     def changes(self, window: int, moment: float) -> str:
-        """The newest of what Redis lacks, as `Shared.write` takes it; empty if that is nothing."""
+        """The newest of what Redis lacks, as `Shared.write` takes it."""
         run = self._db.execute
         with transaction(self._db):
             run("INSERT OR IGNORE INTO disk.dirty SELECT * FROM disk.sending")
@@ -748,6 +750,7 @@ class Sharing:
         self._run = run  # something of the store, in its thread
         self._doubtful = False  # whether Redis may have lost what it was given, or not lost enough
         self._one_step = asyncio.Lock()
+        self._agreed = time.monotonic()
         self.loaded = False
         #: What is wrong here with the copy of what Redis has; None if nothing is.
         self.problem: str | None = None
@@ -763,12 +766,14 @@ class Sharing:
                 if not self.loaded:
                     await self._load()
                 await self._send()
-        except ConnectionError:
-            return  # /health/ready says so
+        except ConnectionError as error:
+            if time.monotonic() - self._agreed > MOST_APART:
+                self.problem = f"Redis does not get the counts: {error}"
         except sqlite3.Error as error:
             self.problem = f"no room for a copy of the counts: {error}"
         else:
             self.problem = None
+            self._agreed = time.monotonic()
 
     async def _load(self) -> None:
         if await self._run(SharedStore.begin):

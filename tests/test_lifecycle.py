@@ -303,6 +303,16 @@ async def test_a_plugin_reads_its_new_settings_after_a_reload(discord: PretendDi
         assert spy.settings.alert_cooldown == before + 1
 
 
+async def test_a_plugin_that_is_not_at_work_reads_its_new_settings_once_it_is(
+    discord: PretendDiscord,
+) -> None:
+    async with server_for(discord) as server:
+        before = server.plugins.plugins["presence"].settings.alert_cooldown
+        await server.plugins.stop()  # as at a node that another one has taken the gateway from
+        reload(server, discord, plugin={"presence": {"alert_cooldown": before + 1}})
+        assert server.plugins.plugins["presence"].settings.alert_cooldown == before + 1
+
+
 async def test_a_reload_changes_throttle_windows(discord: PretendDiscord) -> None:
     async with server_for(discord) as server:
         reload(server, discord, throttle={"message:new": 2.0})

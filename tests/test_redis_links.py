@@ -310,7 +310,8 @@ UNIX, WATCHED = "unix://[USER:PASSWORD@]/PATH[?db=DB]", "redis+sentinel://[USER:
 @pytest.mark.parametrize(
     ("url", "shown", "expected"),
     [
-        ("redis://:6379", "redis://:6379", REDIS),
+        ("redis://:6379", "redis://***", REDIS),  # a port, or a password whose host was forgotten
+        ("redis://user:x", "redis://***", REDIS),
         ("redis://host/first", "redis://host/first", REDIS),
         ("redis://host:70000", "redis://host:70000", REDIS),
         (f"redis://:{PASSWORD}@host", "redis://***@host", REDIS),

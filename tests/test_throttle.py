@@ -209,6 +209,20 @@ async def test_closing_ends_what_is_being_made(wire: Wire) -> None:
     assert wire.sent == []
 
 
+async def test_closing_leaves_what_is_being_made_to_whoever_goes_on(wire: Wire) -> None:
+    never = asyncio.Event()
+    told: list[tuple[float | None, Any]] = []
+
+    async def make() -> dict[str, Any]:
+        await never.wait()
+        return {}
+
+    wire.throttle.on_change = lambda topic, seconds, waiting: told.append((seconds, waiting))
+    wire.throttle.emit(UPDATE, GUILD, make, "guild")
+    await wire.throttle.close()
+    assert told == [(0.0, make)]
+
+
 async def test_a_window_is_told_as_it_opens_is_waited_for_and_ends(wire: Wire) -> None:
     told: list[tuple[float | None, Any]] = []
     wire.throttle.on_change = lambda topic, seconds, waiting: told.append((seconds, waiting))
