@@ -805,7 +805,7 @@ class Directory(Protocol):
     def get_thread(self, thread_id: Any, /) -> Any: ...
 
 
-class Part(NamedTuple):
+class ShardRange(NamedTuple):
     """One shard's share of all guilds (Discord documentation: Gateway, Sharding)."""
 
     shard: int
@@ -826,7 +826,7 @@ class Access:
         self.reconfigure(auth)
         self._watched = frozenset(watched)
         self._cache = cache
-        self._begun: set[Part] = set()  # shards that have said which guilds they bring
+        self._begun: set[ShardRange] = set()  # shards that have said which guilds they bring
         self._coming: set[int] = set()
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
         #: Guilds that hikari still has and the bot has not.
@@ -842,21 +842,21 @@ class Access:
 
     # -- how sure the cache is
 
-    def begin(self, guild_ids: Iterable[int], part: Part) -> None:
-        """A new gateway session is about to send these guilds: all that the bot has of its part.
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
+        """A new gateway session is about to send these guilds: all that the bot has of its shard.
 
         hikari 2.7 keeps a guild that the bot lost while it was away, so that is noted here.
         """
         coming = frozenset(guild_ids)
-        mine = frozenset(filter(part.has, self._cache.get_guilds_view()))
+        mine = frozenset(filter(shard_range.has, self._cache.get_guilds_view()))
         self.lost = (self.lost - coming) | (mine - coming)
-        self._begun.add(part)
+        self._begun.add(shard_range)
         self._coming |= coming
 
     @property
     def all_begun(self) -> bool:
         """Whether every shard has said which guilds it brings."""
-        return any(len(self._begun) == part.shards for part in self._begun)
+        return any(len(self._begun) == one.shards for one in self._begun)
 
     def end(self) -> None:
         """The bot goes, and with it all that the cache holds."""
@@ -896,7 +896,7 @@ class Access:
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
-        if guild_id in self._coming or not any(part.has(guild_id) for part in self._begun):
+        if guild_id in self._coming or not any(one.has(guild_id) for one in self._begun):
             return False
         gone = self._gone_meanwhile.get(guild_id)
         return (
@@ -1208,9 +1208,9 @@ class Visit:
         self.refusal = refusal
         self._limits = limits
 
-    def is_news(self, what: str) -> bool:
+    def log_once(self, what: str) -> bool:
         """Whether to log this of it."""
-        return self._limits.is_news(self.address, what)
+        return self._limits.log_once(self.address, what)
 
     def end(self) -> None:
         """Called once, when the connection is closed."""
@@ -1257,7 +1257,7 @@ class Limits:
 
         self.lobby.enter(who, drop, address)
 
-    def is_news(self, address: str, what: str) -> bool:
+    def log_once(self, address: str, what: str) -> bool:
         """Whether to log this of an address: a line a minute for each, however often it knocks."""
         return self._told.count(f"{address}/{what}", LOG_INTERVAL) == 1
 
@@ -1640,7 +1640,7 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
         """Drop the client now, without waiting for it; the reason is logged and counted."""
         if self._lost:
             return
-        if self.visit.is_news(reason):
+        if self.visit.log_once(reason):
             self.log.log(level, "%s cut off: %s", self.visit.address, reason)
         self.server.metrics.cut.labels(reason).inc()
         self._lose()
@@ -1670,13 +1670,13 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
         self.queue.put_nowait(CLOSE)  # for a poll that still waits
         for handler in (self.handler, self._prober):
             if handler is not None:
-                hang_up(handler, self.server.ending_timeout)
+                close_gently(handler, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self._poller = None
         self._stream = self._socket = self._timer = None
 
 
-def hang_up(handler: WebSocketHandler, patience: float) -> None:
+def close_gently(handler: WebSocketHandler, patience: float) -> None:
     """Ask the client to close, and close without it after `patience` seconds."""
     if handler.ws_connection is not None:
         stream = websocket_stream(handler)
@@ -2034,7 +2034,7 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
     def rooms_of(self, sid: Sid) -> frozenset[str]:
         return frozenset(self._rooms_of.get(sid, ()))
 
-    def heard(self, room: str) -> bool:
+    def has_listeners(self, room: str) -> bool:
         """Whether anybody listens: where nobody does, no payload needs to be made."""
         return room in self._rooms
 
@@ -2042,7 +2042,7 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
         self, room: str, event: str, payload: object, hidden: Callable[[], Hidden] | None = None
     ) -> None:
         """Send an event to all in a room but the `hidden`; costs nothing where nobody listens."""
-        if self.heard(room):
+        if self.has_listeners(room):
             self._metrics.sent.labels(event).inc()
             self.send(room, event_packet(event, payload), hidden)
         else:
@@ -2157,12 +2157,12 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
 # seconds; what is sent, to whom and how is not its business.
 
 #: The fields of an event.
-Fields = dict[str, Any]
+EventData = dict[str, Any]
 #: Hands what plugins have for a new subscriber, by kind of room and guild id, to a function of
 #: event name and fields.
-Greet = Callable[[str, str, Callable[[str, Fields], None]], Coroutine[Any, Any, None]]
+Greet = Callable[[str, str, Callable[[str, EventData], None]], Coroutine[Any, Any, None]]
 #: The fields, or what makes them once they are really sent; None then sends nothing.
-Content = Fields | Callable[[], Awaitable[Fields | None]]
+DataOrMaker = EventData | Callable[[], Awaitable[EventData | None]]
 #: An event's name, a guild id, a kind of room.
 Topic = tuple[str, str, str]
 
@@ -2187,7 +2187,7 @@ class Throttle:
     def __init__(
         self,
         windows: Mapping[str, float],
-        send: Callable[[str, str, Fields, str], None],
+        send: Callable[[str, str, EventData, str], None],
         listened: Callable[[str, str], bool],
         metrics: Metrics,
         call_later: Callable[..., Timer] = call_later,
@@ -2198,19 +2198,21 @@ class Throttle:
         self._listened = listened
         self._metrics = metrics
         self._call_later = call_later
-        self._newest: dict[Topic, Content | None] = {}  # what waits for the end of its window
+        self._newest: dict[Topic, DataOrMaker | None] = {}  # what waits for the end of its window
         self._timers: dict[Topic, Timer] = {}
         self._making: set[asyncio.Task[None]] = set()
         self._closing = False
         #: Called whenever a topic's window opens or ends, or other content waits for that: with the
         #: seconds that the window stays open (None: as long as before) and what is still to be sent.
-        self.on_change: Callable[[Topic, float | None, Content | None], None] = lambda *change: None
+        self.on_change: Callable[[Topic, float | None, DataOrMaker | None], None] = lambda *change: (
+            None
+        )
 
     def __len__(self) -> int:
         """Windows open now."""
         return len(self._newest)
 
-    def emit(self, event: str, guild_id: str, content: Content, room: str) -> None:
+    def emit(self, event: str, guild_id: str, content: DataOrMaker, room: str) -> None:
         """Send now, or at the end of the window unless something newer comes. Never waits."""
         topic = event, guild_id, room
         if not self._listened(guild_id, room):
@@ -2225,7 +2227,7 @@ class Throttle:
         else:
             self._pass(topic, content, lambda topic: None)
 
-    def resume(self, topic: Topic, seconds: float, waiting: Content | None) -> None:
+    def resume(self, topic: Topic, seconds: float, waiting: DataOrMaker | None) -> None:
         """Go on with a window that another throttle opened: so long it is still open."""
         if topic not in self._newest:
             self._newest[topic] = waiting
@@ -2243,7 +2245,7 @@ class Throttle:
         self._newest.clear()
         self._timers.clear()
 
-    def _open(self, topic: Topic, content: Content) -> None:
+    def _open(self, topic: Topic, content: DataOrMaker) -> None:
         """A window opens before its content is made, and lasts from when that was sent."""
         self._newest[topic] = None
         self.on_change(topic, 0.0, content)
@@ -2262,7 +2264,7 @@ class Throttle:
         else:
             self.on_change(topic, 0.0, None)
 
-    def _pass(self, topic: Topic, content: Content, then: Callable[[Topic], None]) -> None:
+    def _pass(self, topic: Topic, content: DataOrMaker, then: Callable[[Topic], None]) -> None:
         if not callable(content):
             self._finish(topic, content, then)
             return
@@ -2273,7 +2275,7 @@ class Throttle:
     async def _make(
         self,
         topic: Topic,
-        make: Callable[[], Awaitable[Fields | None]],
+        make: Callable[[], Awaitable[EventData | None]],
         then: Callable[[Topic], None],
     ) -> None:
         fields = None
@@ -2282,7 +2284,9 @@ class Throttle:
         finally:
             self._finish(topic, fields, then)
 
-    def _finish(self, topic: Topic, fields: Fields | None, then: Callable[[Topic], None]) -> None:
+    def _finish(
+        self, topic: Topic, fields: EventData | None, then: Callable[[Topic], None]
+    ) -> None:
         if self._closing:
             return  # it is still to be sent, by whoever goes on with the window
         event, guild_id, room = topic
@@ -2590,12 +2594,12 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     return folders
 
 
-class Workplace(NamedTuple):
+class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
     bot: hikari.GatewayBot
     #: The way to the rooms: event, guild id, content, kind of room.
-    emit: Callable[[str, str, Content, str], None]
+    emit: Callable[[str, str, DataOrMaker, str], None]
     #: Whether the gateway session is past its startup grace.
     settled: Callable[[], bool]
     #: Whether a guild is one of those to be watched.
@@ -2609,7 +2613,7 @@ class Runner:
     """One plugin at work: events, time and new subscribers reach it here; its faults go no further."""
 
     def __init__(
-        self, plugin: Plugin, place: Workplace, claim: Callable[[str], None], metrics: Metrics
+        self, plugin: Plugin, place: HostContext, claim: Callable[[str], None], metrics: Metrics
     ) -> None:
         self._plugin = plugin
         self._place = place
@@ -2644,7 +2648,7 @@ class Runner:
         with self._fence("teardown failed"):
             await self._run_hook("teardown")
 
-    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
+    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
         """`tell` a client that entered `kind:guild_id` what the plugin has for it, as it comes."""
         for function, greeted, event in self._plugin.greeters:
             if greeted == kind:
@@ -2655,7 +2659,7 @@ class Runner:
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         self._claim(event)
-        content: Content
+        content: DataOrMaker
         if callable(payload):
             content = functools.partial(self._make, event, guild_id, payload)
         else:
@@ -2676,7 +2680,7 @@ class Runner:
         try:
             yield
         except Exception as error:  # nothing a plugin does may end the server
-            blame(self._metrics, self._plugin.name, what, error)
+            report_fault(self._metrics, self._plugin.name, what, error)
 
     async def _repeat(self, function: Callable[..., Any], seconds: float) -> None:
         while True:
@@ -2686,7 +2690,7 @@ class Runner:
                 if inspect.isawaitable(result):
                     await result
 
-    async def _make(self, event: str, guild_id: str, make: Callable[[], Any]) -> Fields | None:
+    async def _make(self, event: str, guild_id: str, make: Callable[[], Any]) -> EventData | None:
         fields = None
         with self._fence(f"making {event} failed"):
             payload = make()
@@ -2766,7 +2770,7 @@ class PluginHost:
                 faults += error.faults
             except (Exception, SystemExit) as error:  # nothing a plugin does may end the server
                 self.failures[name] = error
-                blame(self._metrics, name, f"not loaded: {error}", error)
+                report_fault(self._metrics, name, f"not loaded: {error}", error)
         known = {*found, *self._disabled}
         faults += [
             f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
@@ -2812,7 +2816,7 @@ class PluginHost:
 
     # -- running
 
-    async def start(self, place: Workplace) -> None:
+    async def start(self, place: HostContext) -> None:
         """Set up each plugin and let it hear hikari's events.
 
         One that cannot be set up is left out; of several nodes, until the gateway comes here again.
@@ -2826,7 +2830,7 @@ class PluginHost:
                 self.failures[name] = error
                 if runner.spy.shared is None:
                     del self.plugins[name]
-                blame(self._metrics, name, "setup failed", error)
+                report_fault(self._metrics, name, "setup failed", error)
             else:
                 self.running[name] = runner
 
@@ -2838,7 +2842,7 @@ class PluginHost:
         for name in self.plugins:
             self.failures.pop(name, None)  # it is not to be at work here now
 
-    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
+    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
         """`tell` a client that entered `kind:guild_id` what plugins have for it, as it comes."""
         running = self.running.values()
         await asyncio.gather(*(runner.greet(kind, guild_id, tell) for runner in running))
@@ -2909,7 +2913,7 @@ def forget_member(
     return removed
 
 
-def blame(metrics: Metrics, name: str, what: str, error: BaseException) -> None:
+def report_fault(metrics: Metrics, name: str, what: str, error: BaseException) -> None:
     """Count and log a plugin's fault."""
     metrics.plugin_failures.labels(name).inc()
     log.error("plugin %s: %s", name, what, exc_info=traceback_of(error))
@@ -3075,7 +3079,7 @@ class Gateway:
             await asyncio.wait([task])
 
     @property
-    def turns(self) -> bool:
+    def alive(self) -> bool:
         """Whether the supervisor still runs: no step of its own, such as closing, is stuck."""
         return time.monotonic() - self._turned < self.turn_limit
 
@@ -3216,7 +3220,7 @@ class Origins:
 PASSED_ON: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip")
 
 
-class Insiders:
+class OperatorNetworks:
     """Who may read what is the operator's alone: this host itself, and who is listed.
 
     The address is the one that the kernel names, never one from a header. A reverse proxy on this
@@ -3254,7 +3258,7 @@ class FrontDoor:
 
     def reconfigure(self, settings: ServerSettings) -> None:
         self.origins = Origins(settings.cors_origins)
-        self.insiders = Insiders(settings.metrics_from)
+        self.operators = OperatorNetworks(settings.metrics_from)
         self._proxies = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
 
     def address(self, request: HTTPServerRequest) -> str:
@@ -3266,12 +3270,12 @@ class FrontDoor:
             if hop is None:
                 break
             client = hop
-        return household(client) if client is not None else "unknown"
+        return address_key(client) if client is not None else "unknown"
 
     def peer(self, text: str) -> str:
         """Whom a connection counts for before it says a word; of a proxy, nobody."""
         client = parse_address(text)
-        return "" if client is None or self._is_proxy(client) else household(client)
+        return "" if client is None or self._is_proxy(client) else address_key(client)
 
     def _is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self._proxies)
@@ -3289,7 +3293,7 @@ def parse_address(text: str) -> Address | None:
     return (address.ipv4_mapped or address) if address.version == 6 else address
 
 
-def household(address: Address) -> str:
+def address_key(address: Address) -> str:
     """What is counted as one address: of IPv6 the /64, since every household has one."""
     if address.version == 6:
         return str(ipaddress.ip_network((address, 64), strict=False))
@@ -3400,7 +3404,7 @@ class SocketHandler(WebSocketHandler):
 
     def _refuse(self, status: int, reason: str, message: str) -> None:
         self._engine.metrics.refused.labels(reason).inc()
-        if self._door.limits.is_news(self._address, reason):
+        if self._door.limits.log_once(self._address, reason):
             log.info("%s refused: %s", self._address, message)
         self.set_status(status)
         self.finish({"message": message})
@@ -3463,7 +3467,7 @@ class OperatorHandler(RequestHandler):
     """Base of what is there for operators and their tools; `read` gets what a GET is answered with."""
 
     def initialize(self, door: FrontDoor, read: Callable[[], Any] = dict) -> None:
-        self.inside = door.insiders.include(self.request)
+        self.inside = door.operators.include(self.request)
         self.read = read
 
     def set_default_headers(self) -> None:
@@ -3639,7 +3643,7 @@ class Dashboards:
         try:
             viewer = await self._identify(session.visit, auth)
         except RefusedConnectionError as refusal:
-            if session.visit.is_news(refusal.message):
+            if session.visit.log_once(refusal.message):
                 address = session.visit.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             # The library sends the refusal in this turn of the loop; then the transport goes too.
@@ -3780,7 +3784,7 @@ class Dashboards:
     def _greet_soon(self, sid: Sid, kind: str, guild_id: str) -> None:
         """What plugins have for a new subscriber; in a task, so that the answer comes first."""
 
-        def tell(event: str, payload: Fields) -> None:
+        def tell(event: str, payload: EventData) -> None:
             if f"{kind}:{guild_id}" in self._rooms.rooms_of(sid):
                 self._connected[sid].tell(event, payload)
 
@@ -3801,7 +3805,7 @@ class Dashboards:
             self._connected[sid].tell("error", lost.to_wire())
 
 
-class Guard:
+class RightsWatcher:
     """Keeps rooms in line with Discord's permissions, as the gateway tells of each change.
 
     hikari runs listeners in the order of the gateway's packets, and these are subscribed before
@@ -3903,7 +3907,7 @@ class Guard:
     # -- while the cache is refilled
 
     async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
-        self._access.begin(event.unavailable_guilds, part_of(event.shard))
+        self._access.begin(event.unavailable_guilds, shard_range_of(event.shard))
         for guild_id in self._access.lost:
             self.check(str(guild_id))
 
@@ -3913,7 +3917,7 @@ class Guard:
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         """What was asked for on the connection that broke may never have been heard."""
         for guild_id, nonce in tuple(self._awaited.items()):
-            if part_of(event.shard).has(guild_id):
+            if shard_range_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
     async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
@@ -3937,9 +3941,9 @@ class Guard:
         self.check(str(guild_id))
 
 
-def part_of(shard: hikari.api.GatewayShard) -> Part:
+def shard_range_of(shard: hikari.api.GatewayShard) -> ShardRange:
     """The guilds whose events come by this shard."""
-    return Part(shard.id, shard.shard_count)
+    return ShardRange(shard.id, shard.shard_count)
 
 
 def guild_argument(args: tuple[object, ...]) -> str:
@@ -4179,10 +4183,10 @@ class Server:
         self.dashboards = Dashboards(
             self.socketio, self.rooms, self.tokens, self.access, self.limits, self.plugins
         )
-        self.guard = Guard(self.access, self.dashboards, self.rooms)
+        self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
         if self.cluster is not None:
             self.cluster.deliver = self._deliver
-            self.cluster.on_rights = self.guard.check
+            self.cluster.on_rights = self.rights.check
             self.cluster.greetings.own = self.plugins.greet
             self.cluster.windows.share(self.throttle)
             self.dashboards.greet = self.cluster.greetings.greet
@@ -4196,7 +4200,7 @@ class Server:
 
     def _wanted(self) -> dict[type[hikari.Event], list[str]]:
         """Which events are needed, and by whom."""
-        wanted = {event_type: ["access"] for event_type in Guard.event_types()}
+        wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
         for event_type, names in self.plugins.event_types().items():
             wanted[event_type] = [*wanted.get(event_type, ()), *names]
         return wanted
@@ -4225,9 +4229,9 @@ class Server:
         return next((part["problem"] for part in self.health().values() if part["problem"]), None)
 
     @property
-    def turns(self) -> bool:
+    def alive(self) -> bool:
         """Whether the parts that must never rest still run; the loop does, if this is asked on it."""
-        turning = self.gateway.turns or not self.leading
+        turning = self.gateway.alive or not self.leading
         return turning and not any(task.done() for task in self._tasks)
 
     # -- start, reload, stop
@@ -4249,7 +4253,7 @@ class Server:
         if self.cluster is not None:
             self.cluster.truth.subscribe(self.gateway.bot.event_manager)
             run = functools.partial(self.cluster.lead, self._lead)
-        self.guard.subscribe(self.gateway.bot.event_manager)
+        self.rights.subscribe(self.gateway.bot.event_manager)
         if self.cluster is None:
             await self.plugins.start(self._workplace())
         sockets = self._sockets or self._bind()
@@ -4273,10 +4277,10 @@ class Server:
             await self.throttle.close()
             await self.plugins.stop()
 
-    def _workplace(self) -> Workplace:
+    def _workplace(self) -> HostContext:
         emit, storage = self._emit_or_hold, storage_of(self._settings)
         bot, settled = self.gateway.bot, self.gateway.settled
-        place = Workplace(bot, emit, settled, self.access.watches, storage)
+        place = HostContext(bot, emit, settled, self.access.watches, storage)
         return place._replace(share=self.cluster.share) if self.cluster else place
 
     def _bind(self) -> list[socket.socket]:
@@ -4356,7 +4360,7 @@ class Server:
             session.handler.close(GOING_AWAY)
         await session.close()
 
-    def _emit_or_hold(self, event: str, guild_id: str, content: Content, kind: str) -> None:
+    def _emit_or_hold(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> None:
         """The first step of an event. Other nodes' listeners of a moment ago are not known yet:
         what costs nothing to make goes out for them all the same.
         """
@@ -4369,7 +4373,7 @@ class Server:
         else:
             self.throttle.emit(event, guild_id, content, kind)
 
-    def emit(self, event: str, guild_id: str, payload: Fields, kind: str) -> None:
+    def emit(self, event: str, guild_id: str, payload: EventData, kind: str) -> None:
         """The last step of an event: from a plugin to those in the room who may see it."""
         if not self.access.watches(guild_id):
             self.metrics.dropped.labels("guild not watched").inc()
@@ -4385,7 +4389,7 @@ class Server:
         """What tells from whom in the room an event of this channel is kept."""
         if not channel_id:
             return None
-        return functools.partial(self.guard.hidden, room, guild_id, channel_id)
+        return functools.partial(self.rights.hidden, room, guild_id, channel_id)
 
     def _deliver(self, guild_id: str, kind: str, channel_id: str, packet: bytes) -> None:
         """What `cluster` hands on, to this node's clients."""
@@ -4453,7 +4457,7 @@ class Systemd:
                 status += f"; {server.problem}"
             if status != said:
                 self.tell(said := status)
-            if self.interval and server.turns:
+            if self.interval and server.alive:
                 self.tell("WATCHDOG=1")
             await asyncio.sleep(min(self.interval or STATUS_INTERVAL, STATUS_INTERVAL))
 
@@ -4744,13 +4748,13 @@ async def run_server(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
 
-    def hang_up() -> None:
+    def on_sighup() -> None:
         systemd.tell_reloading()
         if reload:
             reload()
         systemd.tell("READY=1")
 
-    loop.add_signal_handler(signal.SIGHUP, hang_up)
+    loop.add_signal_handler(signal.SIGHUP, on_sighup)
     async with server:
         systemd.tell("READY=1")
         closed = asyncio.create_task(server.wait_closed())

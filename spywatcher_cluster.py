@@ -45,17 +45,17 @@ from spywatcher import (
     Access,
     AuthSettings,
     BoundedMemory,
-    Content,
-    Fields,
+    DataOrMaker,
+    EventData,
     Greet,
     Metrics,
     News,
     OpenConnections,
     OperatorError,
-    Part,
     RedisSettings,
     Rooms,
     SectionT,
+    ShardRange,
     Shared,
     Sid,
     Throttle,
@@ -810,11 +810,11 @@ class Lease:
             return False
         return True if self.holds() else None
 
-    def knows(self, term: int) -> None:
+    def saw_term(self, term: int) -> None:
         """Another node had this term."""
         self.known = max(self.known, term)
 
-    def hurry(self) -> None:
+    def wake(self) -> None:
         """The gateway has become free."""
         self._wake.set()
 
@@ -877,7 +877,7 @@ class Lease:
     async def _become(self, term: int, until: float) -> None:
         doubted = self.term > 0 and not self.holds()
         changed, self.term, self._until = term != self.term, term, until
-        self.knows(term)
+        self.saw_term(term)
         if changed:
             log.info("this node %s the gateway", "holds" if term else "no longer holds")
             async with self._changed:
@@ -1369,7 +1369,7 @@ class Viewers:
         self._truth.want(msgspec.msgpack.decode(note.body, type=list[int]))
 
 
-async def no_greeting(kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
+async def no_greeting(kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
     """Nothing for a new subscriber."""
 
 
@@ -1408,7 +1408,7 @@ class Peers:
         return any(room in rooms for rooms in self._listening.values())
 
     def on_node(self, note: Note) -> None:
-        self._lease.knows(msgspec.msgpack.decode(note.body, type=int))
+        self._lease.saw_term(msgspec.msgpack.decode(note.body, type=int))
         if note.source not in self._asked_at:
             self.introduce()
             self.tell_rooms(again=True)
@@ -1421,7 +1421,7 @@ class Peers:
     def on_bye(self, note: Note) -> None:
         self._asked_at.pop(note.source, None)
         self._listening.pop(note.source, None)
-        self._lease.hurry()
+        self._lease.wake()
 
     def forget(self) -> None:
         """Nothing was heard of these for long."""
@@ -1459,13 +1459,13 @@ class Greetings:
     def __init__(self, leading: Callable[[], bool], tell: Callable[..., None]) -> None:
         self._leading = leading
         self._tell = tell
-        self._waiting: collections.OrderedDict[str, Callable[[str, Fields], None]]
+        self._waiting: collections.OrderedDict[str, Callable[[str, EventData], None]]
         self._waiting = collections.OrderedDict()
         self._under_way: set[asyncio.Task[None]] = set()
         #: What this node's plugins have.
         self.own: Greet = no_greeting
 
-    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, Fields], None]) -> None:
+    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
         if self._leading():
             await self.own(kind, guild_id, tell)
             return
@@ -1480,7 +1480,7 @@ class Greetings:
             return
         kind, _, guild_id = note.body.decode().partition(":")
 
-        def tell(event: str, payload: Fields) -> None:
+        def tell(event: str, payload: EventData) -> None:
             self._tell("greeting", note.detail, msgspec.json.encode((event, payload)))
 
         task = asyncio.create_task(self.own(kind, guild_id, tell))
@@ -1491,9 +1491,9 @@ class Greetings:
         if note.detail in self._waiting:
             self._waiting[note.detail](*msgspec.json.decode(note.body))
 
-    async def make(self, event: str, guild_id: str, kind: str) -> Fields | None:
+    async def make(self, event: str, guild_id: str, kind: str) -> EventData | None:
         """What a new subscriber of the room would get as this event."""
-        made: list[Fields | None] = [None]
+        made: list[EventData | None] = [None]
         await self.own(
             kind, guild_id, lambda name, fields: made.append(fields) if name == event else None
         )
@@ -1508,14 +1508,14 @@ class Windows:
         link: Link,
         lease: Lease,
         leading: Callable[[], bool],
-        remake: Callable[[Topic], Awaitable[Fields | None]],
+        remake: Callable[[Topic], Awaitable[EventData | None]],
     ) -> None:
         self._link = link
         self._lease = lease
         self._leading = leading
         self._remake = remake
         self._keep = link.redis.register_script(KEEP_WINDOWS)
-        self._open: dict[Topic, tuple[float, Content | None]] = {}  # until when, and what waits
+        self._open: dict[Topic, tuple[float, DataOrMaker | None]] = {}  # until when, and what waits
         self._news: set[Topic] = set()
         self._wake = asyncio.Event()
         self._flushing = asyncio.Lock()
@@ -1525,7 +1525,7 @@ class Windows:
         self._throttle = throttle
         throttle.on_change = self._note
 
-    def _note(self, topic: Topic, seconds: float | None, waiting: Content | None) -> None:
+    def _note(self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None) -> None:
         now = boot_clock()
         until, before = self._open.get(topic, (now, None))
         if not self._leading() or (seconds is None and callable(before) and callable(waiting)):
@@ -1768,7 +1768,7 @@ class Cluster:
         if not being_cancelled():
             await run()
 
-    async def _remake(self, topic: Topic) -> Fields | None:
+    async def _remake(self, topic: Topic) -> EventData | None:
         """What was to be sent by the last holder; names are there once Discord has sent the guild."""
         event, guild_id, kind = topic
         with contextlib.suppress(TimeoutError):
@@ -1848,7 +1848,7 @@ class Cluster:
         return functools.partial(self._take, await self.learner.fetch(notes))
 
     def _take(self, guilds: dict[str, bytes | None], note: Note) -> None:
-        self.lease.knows(note.term)
+        self.lease.saw_term(note.term)
         if note.topic == "guild":
             self.learner.on_guild(note.detail, guilds[note.detail])
         else:
@@ -1863,9 +1863,9 @@ class SharedAccess(Access):
         self._cluster = cluster
         self._replica = cluster.replica
 
-    def begin(self, guild_ids: Iterable[int], part: Part) -> None:
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
         coming = frozenset(guild_ids)
-        super().begin(coming, part)
+        super().begin(coming, shard_range)
         self._cluster.truth.expect(coming, all_begun=self.all_begun)
         for guild_id in self.lost:
             self._cluster.truth.fill(guild_id)
@@ -1926,15 +1926,15 @@ class ClusterRooms(AsyncPubSubManager, Rooms):  # type: ignore[misc]  # no types
     def basic_enter_room(
         self, sid: Sid, namespace: str, room: str | None, eio_sid: str | None = None
     ) -> None:
-        known = room is None or self.heard(room)
+        known = room is None or self.has_listeners(room)
         super().basic_enter_room(sid, namespace, room, eio_sid)
-        if room is not None and not known and self.heard(room):
+        if room is not None and not known and self.has_listeners(room):
             self._rooms_in[room.partition(":")[2]] += 1
 
     def basic_leave_room(self, sid: Sid, namespace: str, room: str | None) -> None:
-        known = room is not None and self.heard(room)
+        known = room is not None and self.has_listeners(room)
         super().basic_leave_room(sid, namespace, room)
-        if room is not None and known and not self.heard(room):
+        if room is not None and known and not self.has_listeners(room):
             guild_id = room.partition(":")[2]
             self._rooms_in[guild_id] -= 1
             self._leave_unless_heard(guild_id)

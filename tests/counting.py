@@ -16,7 +16,7 @@ import hikari
 import msgspec
 
 from simulator import Guild, Json, PretendShard, User, guild_create_json, make_token
-from spywatcher import Metrics, PluginHost, Shared, Workplace, intents_for, parse_settings
+from spywatcher import HostContext, Metrics, PluginHost, Shared, intents_for, parse_settings
 
 ROOT = Path(__file__).parent.parent
 HOUR = 3600.0
@@ -75,7 +75,7 @@ class Counting:
         )
         self.module: Any = self._host.plugins["analytics"].module
         self.module.now = self.clock
-        place = Workplace(
+        place = HostContext(
             bot=self._bot,
             emit=lambda event, guild_id, content, room: self.emitted.append((event, guild_id)),
             settled=lambda: True,

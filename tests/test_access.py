@@ -32,7 +32,7 @@ from simulator import (
     hidden_except,
     iso,
 )
-from spywatcher import Keys, Server, Visit, Workplace, parse_settings
+from spywatcher import HostContext, Keys, Server, Visit, parse_settings
 
 VIEW = Permission.VIEW_CHANNEL
 MANAGE = Permission.MANAGE_GUILD
@@ -241,7 +241,7 @@ class Refill:
         await settle()
 
     async def begin(self) -> str:
-        self.access.begin([self.guild.id], spywatcher.Part(0, 1))
+        self.access.begin([self.guild.id], spywatcher.ShardRange(0, 1))
         members = self.guild.members
         self.guild.members = {self.guild.bot_id: members[self.guild.bot_id]}
         await self.feed("GUILD_CREATE", simulator.guild_create_json(self.guild) | {"large": True})
@@ -467,7 +467,7 @@ def offline_server(bot_id: int) -> Server:
     settings = parse_settings(tables, ROOT)
     token = simulator.make_token(bot_id)
     server = Server(settings, keys=Keys(secrets=(SECRET,)), token=token)
-    server.guard.subscribe(server.gateway.bot.event_manager)
+    server.rights.subscribe(server.gateway.bot.event_manager)
     return server
 
 
@@ -740,9 +740,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Ru
         storage = tmp_path_factory.mktemp("storage") / "spywatcher.db"
 
         async def begin() -> None:
-            server.access.begin([], spywatcher.Part(0, 1))
+            server.access.begin([], spywatcher.ShardRange(0, 1))
             bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-            await server.plugins.start(Workplace(bot, emit, lambda: True, watches, storage))
+            await server.plugins.start(HostContext(bot, emit, lambda: True, watches, storage))
 
         runner.run(begin())
         yield runner, server

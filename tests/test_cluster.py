@@ -532,7 +532,7 @@ async def test_a_room_that_is_closed_is_closed_on_every_node(nodes, redis, guild
     dashboards = await two_nodes(nodes)
     room = f"guild:{guild.id}"
     await nodes.servers[0].rooms.close_room(room, "/")
-    await eventually(lambda: not any(server.rooms.heard(room) for server in nodes.servers))
+    await eventually(lambda: not any(server.rooms.has_listeners(room) for server in nodes.servers))
     say(nodes.servers[0], guild, 1)
     for dashboard in dashboards:
         await dashboard.quiet("test:event")

@@ -180,7 +180,7 @@ async def test_nothing_is_made_of_an_event_that_nobody_hears(spy):
     unspeakable = object()  # encoding it would raise
     rooms.broadcast("guild:1", "x", unspeakable, lambda: pytest.fail("asked who may see it"))
     await rooms.emit("x", unspeakable, NAMESPACE, room="guild:1")
-    assert not rooms.heard("guild:1")
+    assert not rooms.has_listeners("guild:1")
 
 
 async def test_an_event_does_not_reach_those_it_is_hidden_from(spy):
@@ -481,9 +481,9 @@ async def test_a_client_that_pings_without_reading_is_cut_off_without_a_log_line
         raw = await spy.raw(spy.token(role="ADMIN"))
         await raw.send(f'42["subscribe:guild","{spy.guild.id}"]')
         room = f"guild:{spy.guild.id}"
-        await eventually(lambda: spy.server.rooms.heard(room))
+        await eventually(lambda: spy.server.rooms.has_listeners(room))
         raw.stop_reading()
-        while spy.server.rooms.heard(room):
+        while spy.server.rooms.has_listeners(room):
             raw.socket.ping(b"x" * 100)
             spy.server.rooms.broadcast(room, "x", "x" * 5_000)
             await asyncio.sleep(0)
@@ -496,12 +496,12 @@ async def test_no_more_than_max_queue_bytes_ever_wait(watching, size):
         raw = await spy.raw(spy.token(role="ADMIN"))
         await raw.send(f'42["subscribe:guild","{spy.guild.id}"]')
         room = f"guild:{spy.guild.id}"
-        await eventually(lambda: spy.server.rooms.heard(room))
+        await eventually(lambda: spy.server.rooms.has_listeners(room))
         (session,) = spy.server.socketio.eio.sockets.values()
         stream = spywatcher.websocket_stream(session.handler)
         raw.stop_reading()
         most = 0
-        while spy.server.rooms.heard(room):
+        while spy.server.rooms.has_listeners(room):
             spy.server.rooms.broadcast(room, "x", "x" * size)
             most = max(most, len(stream._write_buffer or ()))  # no public name tells how much
             await asyncio.sleep(0)

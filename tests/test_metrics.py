@@ -18,7 +18,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from waiting import eventually
 
 from simulator import Guild, PretendDiscord
-from spywatcher import Insiders, Server
+from spywatcher import OperatorNetworks, Server
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def asks(address: str, **headers: str) -> HTTPServerRequest:
 def test_listed_networks_count_by_the_sockets_own_address(
     address: str, headers: dict[str, str], inside: bool
 ) -> None:
-    assert Insiders(["10.0.0.0/8"]).include(asks(address, **headers)) is inside
+    assert OperatorNetworks(["10.0.0.0/8"]).include(asks(address, **headers)) is inside
 
 
 async def test_a_scrape_costs_the_loop_little(server: Server) -> None:

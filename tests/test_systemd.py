@@ -155,11 +155,11 @@ async def test_a_stuck_gateway_supervisor_does_not_feed_the_watchdog(
 
     async with server_for(discord) as server:
         await discord.wait_for_bot()
-        assert server.turns
+        assert server.alive
         monkeypatch.setattr(Gateway, "turn_limit", 0.4)
         monkeypatch.setattr(Gateway, "_close", never)
         await discord.drop(4012)  # for good: the supervisor has to close the bot
-        await eventually(lambda: not server.turns)
+        await eventually(lambda: not server.alive)
         monkeypatch.undo()
 
 
@@ -172,7 +172,7 @@ async def test_an_outage_of_discord_keeps_the_watchdog_fed(
     async with server_for(discord, discord={"rest_url": "http://127.0.0.1:9/"}) as server:
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
-            assert server.turns
+            assert server.alive
             await asyncio.sleep(0.05)
 
 
@@ -180,7 +180,7 @@ async def test_a_gateway_task_that_ended_is_no_turning(discord: PretendDiscord) 
     async with server_for(discord) as server:
         await discord.wait_for_bot()
         server._gateway_task.cancel()
-        await eventually(lambda: not server.turns)
+        await eventually(lambda: not server.alive)
 
 
 # ---- what systemd hands over
