@@ -3310,7 +3310,7 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
     return Destination(guild_id, kind, str(channel_id))
 
 
-class Clients(Protocol):
+class Audience(Protocol):
     """This process's own dashboards."""
 
     def send(self, to: Destination, packet: bytes) -> None:
@@ -3323,7 +3323,7 @@ class Clients(Protocol):
 class Parts(NamedTuple):
     """What of its own process a node works with."""
 
-    clients: Clients
+    clients: Audience
     rooms: Rooms
     plugins: PluginHost
     throttle: Throttle

@@ -656,6 +656,8 @@ class Tail:
         self._first = numbers_of(last)
         self._had: dict[str, int] = {}
         self._term = 0
+        #: Entries that were not there any more, since the reader asked last.
+        self.lost = 0
 
     def begins_before(self, entry_id: str) -> bool:
         return self._first < numbers_of(entry_id)
@@ -665,8 +667,7 @@ class Tail:
         note, had = entry.note, self._had.get(entry.note.source, 0)
         if entry.number <= had or 0 < note.term < self._term:
             return False
-        if had and entry.number > had + 1:
-            log.error("%d events of another node were lost", entry.number - had - 1)
+        self.lost += entry.number - had - 1 if had else 0
         self._had[note.source] = entry.number
         self._term = max(self._term, note.term)
         return True
@@ -806,6 +807,14 @@ class Reader:
                 if entry.note.source != self._source and not self._comes_again(stream, entry):
                     self._handle(take, entry)
         tail.last = found[-1][0].decode()
+        self._look_for_losses(stream, tail)
+
+    def _look_for_losses(self, stream: str, tail: Tail) -> None:
+        lost, tail.lost = tail.lost, 0
+        if lost and stream == CONTROL:
+            self.missed = True
+        elif lost:
+            log.error("%d events of another node were lost", lost)
 
     async def _take_control(self, entries: list[Entry]) -> Callable[[Entry], None]:
         take = await self._listener.prepare([entry.note for entry in entries])

@@ -304,12 +304,10 @@ async def test_who_is_cut_off_while_another_holds_the_gateway_tells_nobody_anyth
 
 
 @pytest.mark.faults
-@pytest.mark.logs("events of another node were lost", required=False)  # trimmed, and learnt anew
 async def test_who_is_cut_off_for_ninety_seconds_tells_nobody_anything_twice(nodes):
     await cut_off_for(nodes, 90)
 
 
-@pytest.mark.logs("events of another node were lost", required=False)
 async def test_who_was_cut_off_for_long_learns_anew_who_may_see_what(nodes, guild, monkeypatch):
     scale_times(monkeypatch, 10)
     manager = guild.add_role("manager", Permission.MANAGE_GUILD)
