@@ -34,17 +34,14 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn
 
 import hikari
-import limits
-import limits.aio
 import msgspec
-from socketio.async_pubsub_manager import AsyncPubSubManager
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 from spywatcher import (
     MOST_REMEMBERED,
     Access,
     AuthSettings,
-    BoundedMemory,
+    Counters,
     DataOrMaker,
     EventData,
     Greet,
@@ -62,7 +59,6 @@ from spywatcher import (
     Topic,
     Viewer,
     being_cancelled,
-    event_packet,
     is_snowflake,
     log,
     without_login,
@@ -1630,7 +1626,6 @@ class Cluster:
         self.connections = SharedConnections(self.link, self.source)
         self._tasks: list[asyncio.Task[Any]] = []
         self._topics: dict[str, Callable[[Note], None]] = {
-            "request": lambda note: self.on_request(msgspec.json.decode(note.body)),
             "beat": self.learner.on_beat,
             CHANGE: self.learner.on_change,
             "members": self.learner.on_members,
@@ -1651,7 +1646,6 @@ class Cluster:
         #: Called with a viewer's Discord id when one of its dashboards came here, or went.
         self.enter, self.exit = self.viewers.enter, self.viewers.exit
         #: Does what another node's Socket.IO manager asks for.
-        self.on_request: Callable[[dict[str, Any]], None] = lambda request: None
         self.lease.on_certain = self._speak
         self.publisher.on_restart = self._retell
         self.publisher.snapshot = self.truth.snapshot
@@ -1660,17 +1654,17 @@ class Cluster:
         """The same judge on every node."""
         return SharedAccess(auth, watched, self)
 
-    def make_counters(self, memory: BoundedMemory) -> limits.aio.storage.Storage:
+    def make_counters(self) -> Counters:
         """One count of an address's attempts for all nodes."""
-        return SharedCounters(self.link, memory)
+        return SharedCounters(self.link)
 
     def share(self, plugin: str) -> Shared:
         """What a plugin keeps for all nodes, while the gateway is this node's."""
         return SharedTables(self.link, self.lease.term, plugin)
 
-    def make_rooms(self, max_delay: float, metrics: Metrics) -> Rooms:
+    def make_rooms(self, max_delay: float, max_queue_bytes: int, metrics: Metrics) -> Rooms:
         """Rooms with clients of every node."""
-        return ClusterRooms(max_delay, metrics, self)
+        return ClusterRooms(max_delay, max_queue_bytes, metrics, self)
 
     def measure(self, metrics: Metrics) -> None:
         metrics.gauge("redis_connected", "1 while Redis answers.", lambda: self.link.up)
@@ -1813,10 +1807,6 @@ class Cluster:
         """To the other nodes' clients alone."""
         self.publisher.put(guild_stream(guild_id), kind, channel_id, packet, term=term)
 
-    def request(self, request: dict[str, Any]) -> None:
-        """To the Socket.IO managers of the other nodes."""
-        self._tell("request", body=msgspec.json.encode(request))
-
     def _on_event(self, stream: str, note: Note) -> None:
         if note.topic == CHANGE:
             self.learner.on_change(note)
@@ -1894,77 +1884,41 @@ class SharedAccess(Access):
         return self._replica.knows_member(int(viewer.discord_id), int(guild_id))
 
 
-class ClusterRooms(AsyncPubSubManager, Rooms):  # type: ignore[misc]  # no types
-    """Rooms whose clients may be on other nodes: what is asked of a client goes to where it is."""
+class ClusterRooms(Rooms):
+    """Rooms whose events come by a stream of each guild, which is read while anybody listens."""
 
-    def __init__(self, max_delay: float, metrics: Metrics, cluster: Cluster) -> None:
-        # python-socketio's constructor between the two hands no arguments on.
-        Rooms.__init__(self, max_delay, metrics)
-        self.host_id = cluster.source
+    def __init__(
+        self, max_delay: float, max_queue_bytes: int, metrics: Metrics, cluster: Cluster
+    ) -> None:
+        super().__init__(max_delay, max_queue_bytes, metrics)
         self._cluster = cluster
         self._rooms_in: collections.Counter[str] = collections.Counter()
-        cluster.on_request = self._do
+        self._following: set[asyncio.Task[None]] = set()
         cluster.peers.rooms = lambda: self._rooms
-
-    def initialize(self) -> None:
-        Rooms.initialize(self)  # no reading task: the cluster's reader reads
-
-    async def enter_room(
-        self, sid: Sid, namespace: str, room: str, eio_sid: str | None = None
-    ) -> None:
-        """Returns when this node reads what other nodes send to the room."""
-        await super().enter_room(sid, namespace, room, eio_sid)
-        guild_id = room.partition(":")[2]
-        if guild_id:
-            await self._cluster.reader.follow(guild_stream(guild_id))
-            self._leave_unless_heard(guild_id)
 
     def listened(self, guild_id: str, kind: str) -> bool:
         room = f"{kind}:{guild_id}"
         return super().listened(guild_id, kind) or self._cluster.peers.listened(room)
 
-    def basic_enter_room(
-        self, sid: Sid, namespace: str, room: str | None, eio_sid: str | None = None
-    ) -> None:
-        known = room is None or self.has_listeners(room)
-        super().basic_enter_room(sid, namespace, room, eio_sid)
-        if room is not None and not known and self.has_listeners(room):
-            self._rooms_in[room.partition(":")[2]] += 1
+    def enter(self, sid: Sid, room: str) -> None:
+        known = self.has_listeners(room)
+        super().enter(sid, room)
+        guild_id = room.partition(":")[2]
+        if not known and self.has_listeners(room):
+            self._rooms_in[guild_id] += 1
+        task = asyncio.create_task(self._cluster.reader.follow(guild_stream(guild_id)))
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
 
-    def basic_leave_room(self, sid: Sid, namespace: str, room: str | None) -> None:
-        known = room is not None and self.has_listeners(room)
-        super().basic_leave_room(sid, namespace, room)
-        if room is not None and known and not self.has_listeners(room):
+    def expel(self, sid: Sid, room: str) -> None:
+        known = self.has_listeners(room)
+        super().expel(sid, room)
+        if known and not self.has_listeners(room):
             guild_id = room.partition(":")[2]
             self._rooms_in[guild_id] -= 1
-            self._leave_unless_heard(guild_id)
-
-    def _leave_unless_heard(self, guild_id: str) -> None:
-        if self._rooms_in[guild_id] <= 0:
-            del self._rooms_in[guild_id]
-            self._cluster.reader.leave(guild_stream(guild_id))
-
-    async def _publish(self, data: dict[str, Any]) -> None:
-        """What goes to all of a guild's room goes the way of its events, in order with them."""
-        kind, _, guild_id = str(data.get("room") or "").partition(":")
-        plain = not (data.get("binary") or data.get("callback") or data.get("skip_sid"))
-        if data["method"] == "emit" and guild_id and plain:
-            arguments = [] if data["data"] == [None] else data["data"]
-            self._cluster.send(guild_id, kind, "", event_packet(data["event"], *arguments))
-        else:
-            self._cluster.request(data)
-
-    def _do(self, request: dict[str, Any]) -> None:
-        """Another node's request, in the words of python-socketio's own managers."""
-        handlers = {
-            "emit": self._handle_emit,
-            "callback": self._handle_callback,
-            "disconnect": self._handle_disconnect,
-            "enter_room": self._handle_enter_room,
-            "leave_room": self._handle_leave_room,
-            "close_room": self._handle_close_room,
-        }
-        self.server.start_background_task(handlers[request["method"]], request)
+            if self._rooms_in[guild_id] <= 0:
+                del self._rooms_in[guild_id]
+                self._cluster.reader.leave(guild_stream(guild_id))
 
 
 class SharedTables(Shared):
@@ -2050,19 +2004,12 @@ async def forget_shared(
     return removed
 
 
-class SharedCounters(limits.aio.storage.Storage):
+class SharedCounters(Counters):
     """The limits' counters in Redis; in this process's memory while Redis takes too long."""
 
-    STORAGE_SCHEME = None
-
-    def __init__(self, link: Link, memory: BoundedMemory) -> None:
+    def __init__(self, link: Link) -> None:
         super().__init__()
         self._link = link
-        self._memory = memory
-
-    @property
-    def base_exceptions(self) -> tuple[type[Exception], ...]:
-        return self._link.errors
 
     async def _ask(self, *commands: tuple[Any, ...]) -> list[Any] | None:
         """The answers to some commands; None when Redis is not there in time."""
@@ -2075,30 +2022,24 @@ class SharedCounters(limits.aio.storage.Storage):
         except self._link.errors:
             return None
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+    async def count(self, key: str, seconds: float) -> int:
         name = f"spywatcher:limits:{key}"
         counted = await self._ask(
-            ("SET", name, 0, "PX", math.ceil(expiry * 1000), "NX"), ("INCRBY", name, amount)
+            ("SET", name, 0, "PX", math.ceil(seconds * 1000), "NX"), ("INCR", name)
         )
-        return int(counted[1]) if counted else await self._memory.incr(key, expiry, amount)
+        return int(counted[1]) if counted else await super().count(key, seconds)
 
-    async def get(self, key: str) -> int:
+    async def read(self, key: str) -> int:
         counted = await self._ask(("GET", f"spywatcher:limits:{key}"))
-        return int(counted[0] or 0) if counted else await self._memory.get(key)
+        return int(counted[0] or 0) if counted else await super().read(key)
 
-    async def get_expiry(self, key: str) -> float:
+    async def seconds_left(self, key: str) -> float:
         left = await self._ask(("PTTL", f"spywatcher:limits:{key}"))
-        return time.time() + max(0, left[0]) / 1000 if left else await self._memory.get_expiry(key)
-
-    async def check(self) -> bool:
-        return self._link.up
-
-    async def reset(self) -> int:
-        return await self._memory.reset()
+        return max(0.0, left[0] / 1000) if left else await super().seconds_left(key)
 
     async def clear(self, key: str) -> None:
         await self._ask(("DEL", f"spywatcher:limits:{key}"))
-        await self._memory.clear(key)
+        await super().clear(key)
 
 
 class SharedConnections(OpenConnections):
