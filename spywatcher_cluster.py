@@ -36,15 +36,13 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import hikari
-import limits
-import limits.aio
 import msgspec
 
 from spywatcher import (
     MOST_REMEMBERED,
     Access,
     AuthSettings,
-    BoundedMemory,
+    Counters,
     DataOrMaker,
     Destination,
     EventData,
@@ -1786,8 +1784,8 @@ class ClusterNode(Node):
     def make_access(self) -> Access:
         return self.access
 
-    def make_counters(self) -> limits.aio.storage.Storage:
-        return SharedCounters(self.link, BoundedMemory())
+    def make_counters(self) -> Counters:
+        return SharedCounters(self.link)
 
     def make_connections(self) -> OpenConnections:
         return self.connections
@@ -2089,19 +2087,12 @@ async def forget_shared(settings: Settings, member_id: int, guild_id: int | None
     return removed
 
 
-class SharedCounters(limits.aio.storage.Storage):
+class SharedCounters(Counters):
     """The limits' counters in Redis; in this process's memory while Redis takes too long."""
 
-    STORAGE_SCHEME = None
-
-    def __init__(self, link: Link, memory: BoundedMemory) -> None:
+    def __init__(self, link: Link) -> None:
         super().__init__()
         self._link = link
-        self._memory = memory
-
-    @property
-    def base_exceptions(self) -> tuple[type[Exception], ...]:
-        return self._link.errors
 
     async def _ask(self, *commands: tuple[Any, ...]) -> list[Any] | None:
         """The answers to some commands; None when Redis is not there in time."""
@@ -2114,30 +2105,24 @@ class SharedCounters(limits.aio.storage.Storage):
         except self._link.errors:
             return None
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+    async def count(self, key: str, seconds: float) -> int:
         name = f"spywatcher:limits:{key}"
         counted = await self._ask(
-            ("SET", name, 0, "PX", math.ceil(expiry * 1000), "NX"), ("INCRBY", name, amount)
+            ("SET", name, 0, "PX", math.ceil(seconds * 1000), "NX"), ("INCR", name)
         )
-        return int(counted[1]) if counted else await self._memory.incr(key, expiry, amount)
+        return int(counted[1]) if counted else await super().count(key, seconds)
 
-    async def get(self, key: str) -> int:
+    async def read(self, key: str) -> int:
         counted = await self._ask(("GET", f"spywatcher:limits:{key}"))
-        return int(counted[0] or 0) if counted else await self._memory.get(key)
+        return int(counted[0] or 0) if counted else await super().read(key)
 
-    async def get_expiry(self, key: str) -> float:
+    async def seconds_left(self, key: str) -> float:
         left = await self._ask(("PTTL", f"spywatcher:limits:{key}"))
-        return time.time() + max(0, left[0]) / 1000 if left else await self._memory.get_expiry(key)
-
-    async def check(self) -> bool:
-        return self._link.up
-
-    async def reset(self) -> int:
-        return await self._memory.reset()
+        return max(0.0, left[0] / 1000) if left else await super().seconds_left(key)
 
     async def clear(self, key: str) -> None:
         await self._ask(("DEL", f"spywatcher:limits:{key}"))
-        await self._memory.clear(key)
+        await super().clear(key)
 
 
 class SharedConnections(OpenConnections):
