@@ -3692,6 +3692,8 @@ class FrontDoor:
 
     def __init__(self, settings: ServerSettings, limits: Limits) -> None:
         self.limits = limits
+        #: Nobody is let in any more; connections that are open may still ask.
+        self.closed = False
         self._connections: dict[IOStream, Connection] = {}
         self.reconfigure(settings)
 
@@ -3832,6 +3834,8 @@ class SocketHandler(Handler, WebSocketHandler):
         websocket = self.request.headers.get("Upgrade", "").lower() == "websocket"
         if fault := self._fault("websocket" if websocket else "polling"):
             self._refuse(400, "handshake", fault)
+        elif self._sid is None and self._door.closed:
+            self._refuse(503, "draining", "The server is stopping")
         elif self._sid is None and (seconds := await self._door.limits.attempt(self._address)):
             self._refuse_for(seconds, "Too many connections")
         elif websocket:
@@ -4799,7 +4803,7 @@ class Server:
 
         Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
         """
-        self.draining = True
+        self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         work = [

@@ -13,7 +13,6 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import tornado
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -684,15 +683,3 @@ async def test_each_client_gets_the_events_of_its_rooms_in_order_once(crowd, ste
         for index in range(len(clients)):
             await story.close(index)
         await eventually(lambda: not spy.server.socketio.eio.sockets)
-
-
-# ---- the libraries' private names that are touched here; an upgrade that moves one fails
-
-
-def test_tornado_is_as_fan_out_needs_it():
-    assert tornado.version_info < (7,)
-    attributes = vars(spywatcher.IOStream) | vars(tornado.iostream.BaseIOStream)
-    assert {"write", "writing", "closed"} <= set(attributes)
-    signature = inspect.signature(tornado.iostream.BaseIOStream.__init__)
-    assert "max_write_buffer_size" in signature.parameters
-    assert "stream" in tornado.websocket.WebSocketProtocol13.__annotations__

@@ -492,6 +492,43 @@ async def test_who_does_not_authenticate_is_closed_in_time(watching, begin):
         assert count(spy, "cut", "not authenticated in time") >= 1
 
 
+async def one_session(spy, token):
+    """The path of a polling session that has authenticated."""
+    path = await open_poll(spy)
+    assert (
+        await fetch(spy, path, method="POST", body="40" + json.dumps({"token": token}))
+    ).code == 200
+    assert (await fetch(spy, path)).body.startswith(b'40{"sid"')
+    return path
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD", "PUT"])
+async def test_naming_a_session_lifts_no_connection_out_of_the_limits(watching, method):
+    limits = {"unauthenticated": 20}
+    async with watching(auth={"connect_timeout": 1.0}, limits=limits) as spy:
+        path = await one_session(spy, spy.token())
+        text = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        lines = [await dial(spy, text) for _ in range(30)]
+        await eventually(lambda: count(spy, "cut", "made room") >= 10)
+        for reader, _ in lines:
+            assert await seconds_until_closed(reader) < 3
+        assert (await fetch(spy, path, method="POST", body="3")).code == 200
+
+
+async def test_of_many_connections_that_post_for_one_session_only_the_latest_is_its_own(watching):
+    async with watching(auth={"connect_timeout": 0.5}) as spy:
+        path = await one_session(spy, spy.token())
+        text = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n3"
+        lines = []
+        for _ in range(5):
+            lines.append(await dial(spy, text))
+            assert b" 200 " in await lines[-1][0].readline()
+        for reader, _ in lines[:-1]:
+            assert await seconds_until_closed(reader) < 2
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(lines[-1][0].read(), 1.0)
+
+
 async def test_asking_again_and_again_does_not_prolong_it(watching):
     async with watching(auth={"connect_timeout": 0.6}) as spy:
         reader, writer = await dial(spy)
