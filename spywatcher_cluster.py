@@ -1836,7 +1836,7 @@ class ClusterNode(Node):
     def health(self) -> dict[str, Any]:
         return {
             "problem": self.problem,
-            "gateway": "held" if self.lease.holds() else "standby",
+            "gateway": self.lease.state.name.lower(),
             "waiting": len(self.publisher),
             "lost": self.publisher.dropped,
         }
