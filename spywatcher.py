@@ -5,7 +5,7 @@ dashboards (Tornado, python-socketio). Nothing here knows an event by name: ever
 dashboard sees is made by a plugin.
 
 The way of one event:
-    gateway -> plugin -> throttle -> room -> clients that may see it
+    hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
 The sections, each using only those above it:
     errors               whose fault it was, and what they are told
@@ -18,6 +18,7 @@ The sections, each using only those above it:
     plugin API           all that a plugin may import
     plugin host          finds, loads, runs and fences plugins
     gateway              the session with Discord, kept alive
+    node                 this process alone, or as one of several: who judges, leads and delivers
     web handlers         the Tornado side of Socket.IO
     server               puts the parts together, starts and stops them
     command line         serve, demo, check, token, forget
@@ -30,6 +31,8 @@ import asyncio
 import collections
 import contextlib
 import difflib
+import enum
+import errno
 import functools
 import gc
 import heapq
@@ -52,7 +55,7 @@ import tempfile
 import time
 import tomllib
 import unicodedata
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -70,13 +73,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     Final,
     Literal,
     NamedTuple,
-    NoReturn,
     Protocol,
     Self,
     TypeVar,
@@ -86,8 +87,6 @@ from typing import (
 import engineio
 import hikari
 import jwt
-import limits
-import limits.aio
 import msgspec
 import socketio
 from engineio import packet as engineio_packet
@@ -101,16 +100,13 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
+from tornado.ioloop import IOLoop
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketHandler
-
-if TYPE_CHECKING:
-    from spywatcher_cluster import Cluster
 
 __version__ = "0.1.0"
 
@@ -815,22 +811,43 @@ class ShardRange(NamedTuple):
         return hikari.snowflakes.calculate_shard_id(self.shards, guild_id) == self.shard
 
 
+class Cached(enum.Enum):
+    """How much of a guild the cache holds, and so what an entry proves that is not there.
+
+    Discord fills hikari's cache in steps, and anew with each gateway session. READY names the
+    guilds of a shard; each of them comes with GUILD_CREATE; the members of a large one follow in
+    chunks. Each step leads to one state, whatever the state was before:
+
+        it is heard that                                  the guild is then
+        the bot stops                                     UNKNOWN, as all are
+        READY names it                                    COMING
+        READY does not, and the cache still has it        LOST
+        GUILD_CREATE came, members follow                 MEMBERS_COMING
+        GUILD_CREATE or the last chunk came, or it went   WHOLE
+
+    A guild that was never heard of is WHOLE once READY of its shard came: the bot is not in it.
+    """
+
+    UNKNOWN = "nothing is proved"
+    COMING = "what is there may be old; what is not there may still come"
+    LOST = "the bot is not in it: hikari 2.7 keeps a guild that went while it was away"
+    MEMBERS_COMING = "a member who is not there may still come, unless seen to leave meanwhile"
+    WHOLE = "what is not there does not exist"
+
+
 class Access:
     """Decides which guilds and channels a viewer may see, by hikari's cache as it is now.
 
-    While Discord refills the cache (a new gateway session, an outage that ends, the members of a
-    large guild) a missing entry proves nothing: `may_view` then answers None instead of False.
+    Where a missing entry proves nothing (`Cached`), `may_view` answers None instead of False.
     """
 
     def __init__(self, auth: AuthSettings, watched: Sequence[str], cache: Directory) -> None:
         self.reconfigure(auth)
         self._watched = frozenset(watched)
         self._cache = cache
-        self._begun: set[ShardRange] = set()  # shards that have said which guilds they bring
-        self._coming: set[int] = set()
+        self._begun: set[ShardRange] = set()  # shards whose READY came
+        self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
-        #: Guilds that hikari still has and the bot has not.
-        self.lost: frozenset[int] = frozenset()
         self._filled = asyncio.Event()
 
     def reconfigure(self, auth: AuthSettings) -> None:
@@ -843,40 +860,60 @@ class Access:
     # -- how sure the cache is
 
     def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        """A new gateway session is about to send these guilds: all that the bot has of its shard.
-
-        hikari 2.7 keeps a guild that the bot lost while it was away, so that is noted here.
-        """
+        """A new gateway session is about to send these guilds: all that the bot has of its shard."""
         coming = frozenset(guild_ids)
-        mine = frozenset(filter(shard_range.has, self._cache.get_guilds_view()))
-        self.lost = (self.lost - coming) | (mine - coming)
         self._begun.add(shard_range)
-        self._coming |= coming
+        for guild_id in filter(shard_range.has, self._cache.get_guilds_view()):
+            self._set(guild_id, Cached.LOST)
+        for guild_id in coming:
+            self._set(guild_id, Cached.COMING)
 
     @property
     def all_begun(self) -> bool:
         """Whether every shard has said which guilds it brings."""
         return any(len(self._begun) == one.shards for one in self._begun)
 
+    @property
+    def lost(self) -> frozenset[int]:
+        """Guilds that hikari still has and the bot has not."""
+        return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
+
+    def is_whole(self, guild_id: int) -> bool:
+        """Whether the cache holds all of this guild, even if that is nothing."""
+        return self._state(guild_id) is Cached.WHOLE
+
+    @property
+    def all_whole(self) -> bool:
+        """Whether the cache holds all of every guild."""
+        filling = (Cached.COMING, Cached.MEMBERS_COMING)
+        return self.all_begun and not any(state in filling for state in self._states.values())
+
     def end(self) -> None:
         """The bot goes, and with it all that the cache holds."""
         self._begun.clear()
+        self._states.clear()
+        self._gone_meanwhile.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
-        self._settle(guild_id)
+        self._set(guild_id, Cached.MEMBERS_COMING)
         self._gone_meanwhile[guild_id] = set()
 
     def fill(self, guild_id: int) -> None:
         """All of this guild is in the cache, or it is gone."""
-        self._settle(guild_id)
+        self._set(guild_id, Cached.WHOLE)
         self._filled.set()
         self._filled = asyncio.Event()
 
-    def _settle(self, guild_id: int) -> None:
-        self._coming.discard(guild_id)
+    def _set(self, guild_id: int, state: Cached) -> None:
         self._gone_meanwhile.pop(guild_id, None)
-        self.lost -= {guild_id}
+        self._states[guild_id] = state
+        if state is Cached.WHOLE:
+            del self._states[guild_id]
+
+    def _state(self, guild_id: int) -> Cached:
+        begun = any(one.has(guild_id) for one in self._begun)
+        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.UNKNOWN
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
@@ -896,14 +933,11 @@ class Access:
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
-        if guild_id in self._coming or not any(one.has(guild_id) for one in self._begun):
-            return False
-        gone = self._gone_meanwhile.get(guild_id)
-        return (
-            gone is None
-            or self._member(viewer, guild_id) is not None
-            or viewer.discord_id in map(str, gone)
-        )
+        state = self._state(guild_id)
+        if state is Cached.MEMBERS_COMING:
+            gone = self._gone_meanwhile[guild_id]
+            return self._member(viewer, guild_id) is not None or viewer.discord_id in map(str, gone)
+        return state in (Cached.LOST, Cached.WHOLE)
 
     # -- guilds
 
@@ -917,7 +951,8 @@ class Access:
             return False
         number = hikari.Snowflake(guild_id)
         guild = self._cache.get_guild(number)
-        if guild is not None and number not in self.lost and self._may_view(viewer, guild):
+        lost = self._states.get(number) is Cached.LOST
+        if guild is not None and not lost and self._may_view(viewer, guild):
             return True
         return False if self._is_sure(viewer, number) else None
 
@@ -1028,77 +1063,123 @@ def clean_text(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------- limits
-# How much of everything one address, one viewer and one connection may have. Counted with the
-# library `limits`, so that the same rules can be counted for several machines together. It
-# knows neither protocols nor tokens: it is asked before work is done, and told how it ended.
+# How much of everything one address, one viewer and one connection may have. It knows neither
+# protocols nor tokens: it is asked before work is done, and told how it ended.
+#
+# What a connection is: one `Connection` stands for a TCP connection from its first byte to its last.
+# It is a stranger's, and one of those that `Strangers` bounds, unless it carries the transport of
+# a session: its latest poll, its latest POST, or its WebSocket. A session that has not authenticated
+# is a stranger itself, in place of the connections that carry it. Nothing that a request merely
+# names changes any of this.
+#
+# What counts against what:
+#   connections_per_ip      sessions, by the address of the request that began them
+#   connections_per_viewer  sessions that have authenticated
+#   unauthenticated         strangers
+#   attempts_per_ip         each session that is begun, and each further CONNECT on it: 429, no block
+#   block_after             refused tokens in a row, whatever is wrong with them; but a well-signed one
+#                           that has expired counts nothing, for every valid viewer comes with one some day
+#   events_per_connection   what a transport sends, however often it says CONNECT on it
 
-#: Addresses remembered at once; beyond it the one whose window began first is forgotten.
+#: Keys remembered at once; beyond it the one whose window began first is forgotten.
 MOST_REMEMBERED: Final = 50_000
 #: Told to clients that are one connection too many: nobody knows when one will be free.
 RETRY_AFTER: Final = 10.0
-
-
 #: A browser polls on one connection and sends on another.
 CONNECTIONS_OF_A_POLLER: Final = 2
 #: Seconds between two lines of the log on one address.
 LOG_INTERVAL: Final = 60.0
+SECONDS_OF: Final = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86_400.0}
 
 
-class BoundedMemory(limits.aio.storage.Storage):
-    """Counters with an expiry, in memory. The library's own walks all of its keys at every hit."""
-
-    STORAGE_SCHEME = None
+class Counters:
+    """How often something happened within a window of seconds, which begins with the first time."""
 
     def __init__(self) -> None:
-        super().__init__()
-        # In the order in which they began.
-        self._counters: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        # How often, and when the window ends (time.monotonic); in the order in which they began.
+        self._counts: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        return LookupError
-
-    def count(self, key: str, expiry: float, amount: int = 1) -> int:
-        """What `incr` does, for those who cannot wait."""
-        now = time.time()
-        count, until = self._counters.get(key, (0, 0.0))
+    def count_here(self, key: str, seconds: float) -> int:
+        """Count one more in this process alone; returns how many there are by now."""
+        now = time.monotonic()
+        count, until = self._counts.get(key, (0, 0.0))
         if until <= now:
-            self._counters.pop(key, None)
+            self._counts.pop(key, None)
             self._forget_some(now)
-            count, until = 0, now + expiry
-        self._counters[key] = count + amount, until
-        return count + amount
+            count, until = 0, now + seconds
+        self._counts[key] = count + 1, until
+        return count + 1
 
     def _forget_some(self, now: float) -> None:
-        while self._counters:
-            oldest = next(iter(self._counters))
-            if len(self._counters) < MOST_REMEMBERED and self._counters[oldest][1] > now:
+        while self._counts:
+            oldest = next(iter(self._counts))
+            if len(self._counts) < MOST_REMEMBERED and self._counts[oldest][1] > now:
                 return
-            del self._counters[oldest]
+            del self._counts[oldest]
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        return self.count(key, expiry, amount)
+    async def count(self, key: str, seconds: float) -> int:
+        """Count one more; returns how many there are by now."""
+        return self.count_here(key, seconds)
 
-    async def get(self, key: str) -> int:
-        count, until = self._counters.get(key, (0, 0.0))
-        return count if until > time.time() else 0
+    async def read(self, key: str) -> int:
+        """How many there are; none once the window has ended."""
+        count, until = self._counts.get(key, (0, 0.0))
+        return count if until > time.monotonic() else 0
 
-    async def get_expiry(self, key: str) -> float:
-        return self._counters.get(key, (0, time.time()))[1]
-
-    async def check(self) -> bool:
-        return True
-
-    async def reset(self) -> int:
-        count = len(self._counters)
-        self._counters.clear()
-        return count
+    async def seconds_left(self, key: str) -> float:
+        """Until the window ends."""
+        return max(0.0, self._counts.get(key, (0, 0.0))[1] - time.monotonic())
 
     async def clear(self, key: str) -> None:
-        self._counters.pop(key, None)
+        """Count from the beginning again."""
+        self._counts.pop(key, None)
 
 
-class Lobby:
+class Quota(NamedTuple):
+    """So many in so many seconds."""
+
+    amount: int
+    seconds: float
+
+    @classmethod
+    def parse(cls, text: str) -> Quota:
+        """A rate as it is written in the settings: "60/minute"."""
+        count, _, unit = text.partition("/")
+        return cls(int(count), SECONDS_OF[unit])
+
+
+class Allowance:
+    """What one transport may still send: a burst at first, then as much as the rate gives back."""
+
+    __slots__ = ("_moment", "_used")
+
+    def __init__(self) -> None:
+        self._used = 0.0
+        self._moment = 0.0
+
+    def take(self, quota: Quota, burst: int) -> bool:
+        """Use one of it; False if there is none."""
+        now = time.monotonic()
+        given_back = (now - self._moment) * quota.amount / quota.seconds
+        self._used, self._moment = max(0.0, self._used - given_back), now
+        if self._used + 1 > burst:
+            return False
+        self._used += 1
+        return True
+
+
+class Stranger(Protocol):
+    """A connection or a session that has not authenticated."""
+
+    @property
+    def address(self) -> str:
+        """Whose share it takes; empty: nobody's."""
+
+    def drop(self, reason: str) -> None:
+        """Close it; the reason is counted."""
+
+
+class Strangers:
     """Whoever has not authenticated yet: each for `patience` seconds, and no more than `capacity`.
 
     Beyond that the longest silent one is dropped, so that a proper client, which authenticates
@@ -1107,11 +1188,9 @@ class Lobby:
 
     def __init__(self, capacity: int, share: int, patience: float) -> None:
         self.reconfigure(capacity, share, patience)
-        # Both with the longest silent one first; the deadlines with the first to come.
-        self._waiting: OrderedDict[object, tuple[str, Callable[[str], None]]] = OrderedDict()
-        self._of_address: dict[str, OrderedDict[object, None]] = {}
-        self._deadlines: OrderedDict[object, float] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        # Both with the longest silent one first.
+        self._deadlines: OrderedDict[Stranger, asyncio.TimerHandle | None] = OrderedDict()
+        self._of_address: dict[str, OrderedDict[Stranger, None]] = {}
 
     def reconfigure(self, capacity: int, share: int, patience: float) -> None:
         """For those who come from now on."""
@@ -1120,61 +1199,112 @@ class Lobby:
         self._patience = patience
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._deadlines)
 
     def __contains__(self, who: object) -> bool:
-        return who in self._waiting
+        return who in self._deadlines
 
-    def enter(self, who: object, drop: Callable[[str], None], address: str = "") -> None:
-        """Let `who` wait; `drop(reason)` is called if it waits too long. No address, no share."""
-        loop = asyncio.get_running_loop()
+    def enter(self, who: Stranger) -> None:
+        """Let it wait, from now on and behind all others."""
         self.leave(who)
-        self._waiting[who] = address, drop
-        self._deadlines[who] = loop.time() + self._patience
-        neighbours: OrderedDict[object, None] = OrderedDict()
-        if address:
-            neighbours = self._of_address.setdefault(address, neighbours)
+        late = "not authenticated in time"
+        loop = asyncio.get_running_loop()
+        self._deadlines[who] = loop.call_later(self._patience, self._drop, who, late)
+        neighbours: OrderedDict[Stranger, None] = OrderedDict()
+        if who.address:
+            neighbours = self._of_address.setdefault(who.address, neighbours)
             neighbours[who] = None
         if len(neighbours) > self._share:
-            self._drop_first(neighbours, "made room")
-        elif len(self._waiting) > self._capacity:
-            self._drop_first(self._waiting, "made room")
-        if self._timer is None:
-            self._timer = loop.call_later(self._patience, self._drop_late)
+            self._drop(next(iter(neighbours)), "made room")
+        elif len(self) > self._capacity:
+            self.make_room(1)
 
-    def leave(self, who: object) -> None:
+    def leave(self, who: Stranger) -> None:
         """It has authenticated, or it is gone."""
-        address, _ = self._waiting.pop(who, ("", None))
-        self._deadlines.pop(who, None)
-        if address:
-            del self._of_address[address][who]
-            if not self._of_address[address]:
-                del self._of_address[address]
+        if who not in self._deadlines:
+            return
+        deadline = self._deadlines.pop(who)
+        if deadline is not None:
+            deadline.cancel()
+        if who.address:
+            del self._of_address[who.address][who]
+            if not self._of_address[who.address]:
+                del self._of_address[who.address]
 
-    def stir(self, who: object) -> None:
+    def touch(self, who: Stranger) -> None:
         """It has said something, so others are silent for longer; it has no more time for that."""
-        if who in self._waiting:
-            self._waiting.move_to_end(who)
-            address, _ = self._waiting[who]
-            if address:
-                self._of_address[address].move_to_end(who)
+        if who in self._deadlines:
+            self._deadlines.move_to_end(who)
+            if who.address:
+                self._of_address[who.address].move_to_end(who)
 
-    def _drop_first(self, waiting: Iterable[object], reason: str) -> None:
-        who = next(iter(waiting))
-        _, drop = self._waiting[who]
+    def suspend(self, who: Stranger) -> None:
+        """It waits for us: no deadline until it enters again."""
+        self.touch(who)
+        if deadline := self._deadlines.get(who):
+            deadline.cancel()
+            self._deadlines[who] = None
+
+    def make_room(self, places: int) -> int:
+        """Drop the longest silent ones; returns how many there were."""
+        longest_silent = list(itertools.islice(self._deadlines, places))
+        for who in longest_silent:
+            self._drop(who, "made room")
+        return len(longest_silent)
+
+    def _drop(self, who: Stranger, reason: str) -> None:
         self.leave(who)
-        drop(reason)
+        who.drop(reason)
 
-    def _drop_late(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting and self._first_deadline() <= loop.time():
-            self._drop_first(self._deadlines, "not authenticated in time")
-        self._timer = (
-            loop.call_at(self._first_deadline(), self._drop_late) if self._waiting else None
-        )
 
-    def _first_deadline(self) -> float:
-        return next(iter(self._deadlines.values()))
+class Connection:
+    """One TCP connection, from its first byte to its last: a stranger's, unless it carries a session.
+
+    `address` is the peer's, known before it says a word; of a proxy, which speaks for many, empty.
+    """
+
+    def __init__(self, limits: Limits, stream: IOStream, address: str) -> None:
+        self._strangers = limits.strangers
+        self._cut = limits.metrics.cut
+        self._stream = stream
+        self._session: object | None = None
+        self.address = address
+        #: Its WebSocket has taken it from the web server, and tells of its end.
+        self.detached = False
+        self._strangers.enter(self)
+
+    def drop(self, reason: str) -> None:
+        self._cut.labels(reason).inc()
+        self._stream.close()
+
+    def carry(self, session: object) -> None:
+        """It is this session's from now on."""
+        self._session = session
+        self._strangers.leave(self)
+
+    def release(self, session: object) -> None:
+        """It is this session's no more."""
+        if self._session is session:
+            self._session = None
+            self.wait()
+
+    def touch(self) -> None:
+        """A request has come."""
+        self._strangers.touch(self)
+
+    def serve(self) -> None:
+        """A request that belongs to no session is being answered."""
+        self._strangers.suspend(self)
+
+    def wait(self) -> None:
+        """There is nothing to be answered."""
+        if self._session is None and not self._stream.closed():
+            self._strangers.enter(self)
+
+    def end(self) -> None:
+        """It is closed."""
+        self._session = None
+        self._strangers.leave(self)
 
 
 class OpenConnections(collections.Counter[str]):
@@ -1197,27 +1327,6 @@ def viewer_name(discord_id: str) -> str:
     return f"viewer/{discord_id}"
 
 
-class Visit:
-    """One connection as the limits see it, from its first packet to its last."""
-
-    def __init__(
-        self, limits: Limits, address: str, refusal: RefusedConnectionError | None
-    ) -> None:
-        self.address = address
-        #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
-        self.refusal = refusal
-        self._limits = limits
-
-    def log_once(self, what: str) -> bool:
-        """Whether to log this of it."""
-        return self._limits.log_once(self.address, what)
-
-    def end(self) -> None:
-        """Called once, when the connection is closed."""
-        self._limits.lobby.leave(self)
-        self._limits.open.leave(self.address)
-
-
 class Limits:
     """What addresses and connections may do, and who is blocked."""
 
@@ -1225,96 +1334,89 @@ class Limits:
         self,
         settings: LimitsSettings,
         patience: float,
-        storage: limits.aio.storage.Storage,
+        counters: Counters,
         connections: OpenConnections,
         metrics: Metrics,
     ) -> None:
-        self.lobby = Lobby(0, 0, patience)
-        self._storage = storage
+        self.strangers = Strangers(0, 0, patience)
         self.metrics = metrics
         self.reconfigure(settings, patience)
-        self._attempt_limiter = limits.aio.strategies.FixedWindowRateLimiter(storage)
-        # What one connection does never leaves this process.
-        self._event_limiter = limits.aio.strategies.FixedWindowRateLimiter(BoundedMemory())
-        self._told = BoundedMemory()
-        #: Connections open now, by address and, of those who have authenticated, by `viewer_name`.
+        self._counters = counters
+        self._logged = Counters()
+        #: Sessions open now, by address and, of those who have authenticated, by `viewer_name`.
         self.open = connections
 
     def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
         """Count by these from now on; who is in already stays in."""
         self.settings = settings
         share = CONNECTIONS_OF_A_POLLER * settings.connections_per_ip
-        self.lobby.reconfigure(settings.unauthenticated, share, patience)
-        self._attempts = limits.parse(settings.attempts_per_ip)
-        self._events = limits.parse(settings.events_per_connection)
-
-    def expect(self, who: object, close: Callable[[], None], address: str = "") -> None:
-        """Let a connection wait in the lobby; `close` is called if it waits too long."""
-
-        def drop(reason: str) -> None:
-            self.metrics.cut.labels(reason).inc()
-            close()
-
-        self.lobby.enter(who, drop, address)
+        self.strangers.reconfigure(settings.unauthenticated, share, patience)
+        self._attempts = Quota.parse(settings.attempts_per_ip)
+        self._events = Quota.parse(settings.events_per_connection)
 
     def log_once(self, address: str, what: str) -> bool:
         """Whether to log this of an address: a line a minute for each, however often it knocks."""
-        return self._told.count(f"{address}/{what}", LOG_INTERVAL) == 1
+        return self._logged.count_here(f"{address}/{what}", LOG_INTERVAL) == 1
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
         key = f"blocked/{address}"
-        if not await self._storage.get(key):
+        if not await self._counters.read(key):
             return 0.0
-        return max(1.0, await self._storage.get_expiry(key) - time.time())
+        return max(1.0, await self._counters.seconds_left(key))
 
-    async def visit(self, address: str) -> Visit:
-        """A new connection. One too many is let in far enough to be told so."""
-        refusal = None
-        if not await self._attempt_limiter.hit(self._attempts, address):
-            window = await self._attempt_limiter.get_window_stats(self._attempts, address)
-            refusal = too_many(max(1.0, window.reset_time - time.time()))
-            await self.refused(address, refusal)
+    async def attempt(self, address: str) -> float:
+        """Count one; returns the seconds to wait if it is one too many, else 0."""
+        key = f"attempts/{address}"
+        if await self._counters.count(key, self._attempts.seconds) <= self._attempts.amount:
+            return 0.0
+        self.metrics.refused.labels("attempts_per_ip").inc()
+        return max(1.0, await self._counters.seconds_left(key))
+
+    async def begin(self, address: str) -> RefusedConnectionError | None:
+        """A session begins. One too many is let in far enough to be told what is returned."""
         before = await self.open.enter(address)
-        if refusal is None and before >= self.settings.connections_per_ip:
-            refusal = self.over("connections_per_ip")
-        return Visit(self, address, refusal)
+        return (
+            self._over("connections_per_ip") if before >= self.settings.connections_per_ip else None
+        )
 
     async def refused(self, address: str, refusal: RefusedConnectionError) -> None:
-        """An attempt was refused; enough of them in a row block the address."""
-        self.metrics.refused.labels(refusal.data.get("code") or refusal.message).inc()
-        key = f"refused/{address}"
-        seconds = math.ceil(self.settings.block_for)
-        if await self._storage.incr(key, seconds) >= self.settings.block_after:
-            await self._storage.clear(key)
-            await self._storage.incr(f"blocked/{address}", seconds)
+        """A token was refused; enough of them in a row block the address."""
+        code = refusal.data.get("code")
+        self.metrics.refused.labels(code or refusal.message).inc()
+        if code == "expired":
+            return
+        key, seconds = f"refused/{address}", self.settings.block_for
+        if await self._counters.count(key, seconds) >= self.settings.block_after:
+            await self._counters.clear(key)
+            await self._counters.count(f"blocked/{address}", seconds)
             self.metrics.blocked.inc()
-            log.warning("address %s blocked for %d s", address, seconds)
+            log.warning("address %s blocked for %g s", address, seconds)
 
-    async def let_try(self, visit: Visit) -> None:
+    async def let_try(self, address: str) -> None:
         """Before a token is looked at; raises RefusedConnectionError where it makes no difference."""
-        if visit.refusal is None and (seconds := await self.blocked_for(visit.address)):
+        if seconds := await self.blocked_for(address):
             self.metrics.refused.labels("blocked").inc()
-            visit.refusal = too_many(seconds)
-        if visit.refusal is not None:
-            raise visit.refusal
+            raise too_many(seconds)
 
     async def accepted(self, address: str) -> None:
-        """An attempt succeeded: refusals are counted from the beginning again."""
-        await self._storage.clear(f"refused/{address}")
+        """A token was accepted: refusals are counted from the beginning again."""
+        await self._counters.clear(f"refused/{address}")
 
     async def enter(self, discord_id: str) -> None:
         """A viewer has one more connection; raises RefusedConnectionError if that is one too many."""
         whose = viewer_name(discord_id)
         if await self.open.enter(whose) >= self.settings.connections_per_viewer:
             self.open.leave(whose)
-            raise self.over("connections_per_viewer")
+            raise self._over("connections_per_viewer")
 
-    async def may_send(self, sid: str) -> bool:
-        """Whether this connection may send one more event."""
-        return await self._event_limiter.hit(self._events, sid)
+    def may_send(self, allowance: Allowance) -> bool:
+        """Whether one more event may be sent. All rooms can be joined at once, at each reconnect."""
+        return allowance.take(
+            self._events, self._events.amount + self.settings.rooms_per_connection
+        )
 
-    def over(self, limit: str) -> RefusedConnectionError:
+    def _over(self, limit: str) -> RefusedConnectionError:
         """The refusal of one connection too many; unlike a wrong token it leads to no block."""
         self.metrics.refused.labels(limit).inc()
         return too_many(RETRY_AFTER)
@@ -1378,7 +1480,7 @@ class Frame:
         encoded = packet.encode()
         return cls(encoded, binary=True) if packet.binary else cls(encoded.encode())
 
-    def encode(self, b64: bool = False) -> str:
+    def encode(self) -> str:
         """The packet as one part of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
         payload = self.bytes[{126: 4, 127: 10}.get(self.bytes[1], 2) :]
         return payload.decode() if self.bytes[0] == 0x81 else "b" + b64encode(payload).decode()
@@ -1395,9 +1497,11 @@ def event_frame(event: str, *arguments: object) -> Frame:
 
 PING: Final = Frame(b"2")
 NOOP: Final = Frame(b"6")
-CLOSE: Final = Frame(b"1")
 PROBED: Final = Frame(b"3probe")
+CLOSE: Final = "1"
+PONG: Final = "3"
 MESSAGE: Final = "4"
+BASE64: Final = "b"
 PROBE: Final = "2probe"
 UPGRADE: Final = "5"
 
@@ -1412,54 +1516,138 @@ class ConnectionLog(logging.LoggerAdapter[logging.Logger]):
         return f"connection {self.extra['connection']}: {msg}", {**kwargs, "extra": self.extra}
 
 
-class Direct:
-    """What is read of a session for every event, in the object itself and not in its dict.
+class State(enum.Enum):
+    """Where a session is; see `NEXT`."""
 
-    With a thousand clients in turn, each further piece of memory is one more cache miss, and
-    these add up to a tenth of what the system call takes.
-    """
-
-    __slots__ = ("_direct",)
-    #: The socket while it may be written to without a look at its stream.
-    _direct: socket.socket | None
+    POLLING = enum.auto()
+    PROBING = enum.auto()
+    WEBSOCKET = enum.auto()
+    ENDING = enum.auto()
+    CLOSED = enum.auto()
 
 
-class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc]  # python-engineio has no types
-    """One Engine.IO session: polls are answered by python-engineio, a WebSocket is written to at once.
+# How a session lives (Engine.IO protocol v4). It begins POLLING, with its OPEN packet in the queue.
+# If the request that began it was a WebSocket's, that is attached at once; else a second connection
+# may take over: the client probes it, polls are answered with NOOP meanwhile, and after the client's
+# "5" it is attached. A session that is told to end while something waits for its next poll is ENDING
+# until that has come. It is CLOSED at once by whatever goes wrong; what then is left to do for
+# others (Socket.IO's handlers, the limits) happens once, in `_finish`.
+#
+#   state      what is sent to it      what comes from it   the poll that comes or waits
+#   POLLING    waits in the queue      is heard             is answered once something waits
+#   PROBING    waits in the queue      is heard             NOOP
+#   WEBSOCKET  goes to the socket      is heard             NOOP
+#   ENDING     is dropped              only pongs, "1"      gets what waits, and CLOSED it is
+#   CLOSED     is dropped              is dropped           gets what waits, then 400
+#
+# An end by the server is never Engine.IO's CLOSE packet nor Socket.IO's DISCONNECT: stock clients
+# take those as final, while they come back by themselves after a 400 or a closed connection.
+NEXT: Final[Mapping[State, frozenset[State]]] = {
+    State.POLLING: frozenset({State.PROBING, State.WEBSOCKET, State.ENDING, State.CLOSED}),
+    State.PROBING: frozenset({State.POLLING, State.WEBSOCKET, State.ENDING, State.CLOSED}),
+    State.WEBSOCKET: frozenset({State.CLOSED}),
+    State.ENDING: frozenset({State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
 
-    While the client polls or upgrades, packets wait in `queue`; once its WebSocket is attached
+
+class Session:
+    """One Engine.IO session, in the place of python-engineio's own.
+
+    While the client polls or upgrades, frames wait in a queue; once its WebSocket is attached
     they go straight to the socket, and what the kernel does not take waits in Tornado's stream.
     Either way no more than `max_queue_bytes` wait, or the client is cut off.
     """
 
-    upgrading: bool
+    # No dict: with a thousand clients in turn, each further piece of memory is one more cache miss,
+    # and these add up to a tenth of what the system call takes.
+    __slots__ = (
+        "_alone",
+        "_answered",
+        "_awaits_pong",
+        "_carriers",
+        "_direct",
+        "_poll",
+        "_poller",
+        "_prober",
+        "_queue",
+        "_socket",
+        "_stream",
+        "_timer",
+        "_waiting",
+        "address",
+        "allowance",
+        "connects",
+        "handler",
+        "log",
+        "posting",
+        "refusal",
+        "server",
+        "sid",
+        "state",
+    )
 
-    def __init__(self, engine: Engine, sid: str, visit: Visit) -> None:
-        super().__init__(engine, sid)
-        self.visit = visit
+    def __init__(self, engine: Engine, sid: str, address: str) -> None:
+        self.server = engine
+        self.sid = sid
+        #: Whom it counts for.
+        self.address = address
+        #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
+        self.refusal: RefusedConnectionError | None = None
+        #: How often the client has said CONNECT, and what it may still send.
+        self.connects = 0
+        self.allowance = Allowance()
         #: Names the connection in the log; the Engine.IO id would let a reader take it over.
         self.log = ConnectionLog(log, {"connection": secrets.token_hex(4)})
-        self.handler: WebSocketHandler | None = None
+        self.state = State.POLLING
+        self.handler: SocketHandler | None = None
+        self.posting = False  # one POST is at work
+        #: By which TCP connections it comes: the latest of each kind of request.
+        self._carriers: dict[str, Connection] = {}
         self._stream: IOStream | None = None
         self._socket: socket.socket | None = None  # None under TLS: only its stream may write
         self._alone = True  # nobody but `write` writes to the stream
-        self._direct = None
-        self._poller: WebSocketHandler | None = None  # the latest poll
-        self._polling = False  # it has no answer yet
-        self.posting = False  # one POST is at work
-        self._prober: WebSocketHandler | None = None
+        #: The socket while it may be written to without a look at its stream.
+        self._direct: socket.socket | None = None
+        self._queue: list[Frame] = []
         self._waiting = 0  # bytes in the queue, and in the latest poll's answer
         self._answered = 0  # bytes in that answer
-        self._lost = False
-        self._ending = False  # closed as soon as a poll has fetched what waits
+        self._poller: SocketHandler | None = None  # the latest poll
+        self._poll: asyncio.Future[None] | None = None  # done when it is to be answered
+        self._prober: SocketHandler | None = None
         self._awaits_pong = False
         self._timer: asyncio.TimerHandle | None = None
+
+    def _become(self, state: State) -> bool:
+        """Go over to the state, if that may follow; wakes the poll that waits."""
+        if state not in NEXT[self.state]:
+            return False
+        self.state, self._direct = state, None
+        self._wake()
+        return True
+
+    @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    @property
+    def polls(self) -> bool:
+        """Whether polls and POSTs are its transport."""
+        return self.state in (State.POLLING, State.PROBING, State.ENDING)
+
+    def carried_by(self, connection: Connection, kind: str) -> None:
+        """A request of this session has come: of its kind, no other connection is this session's."""
+        before = self._carriers.get(kind)
+        self._carriers[kind] = connection
+        connection.carry(self)
+        if before is not None and before not in self._carriers.values():
+            before.release(self)
 
     # -- to the client
 
     async def send(self, pkt: engineio_packet.Packet) -> None:
         """What the libraries call for each packet."""
-        frame = pkt if isinstance(pkt, Frame) else Frame.of(pkt)
+        frame = Frame.of(pkt)
         self.write((frame,), frame.bytes)
 
     def write(self, frames: Sequence[Frame], data: bytes) -> bool:
@@ -1481,7 +1669,7 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
 
     def _idle_socket(self) -> socket.socket | None:
         """The socket, if there is one and nothing waits to be written to it."""
-        if self._lost or self._socket is None or self._stream is None or self._stream.writing():
+        if self.closed or self._socket is None or self._stream is None or self._stream.writing():
             return None
         if self._alone:
             self._direct = self._socket
@@ -1492,7 +1680,7 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
         self._alone, self._direct = False, None
 
     def _write_later(self, frames: Sequence[Frame], data: memoryview) -> bool:
-        if self._lost or not data:
+        if not data or self.state in (State.ENDING, State.CLOSED):
             return True
         if self._stream is None:
             self._enqueue(frames, len(data))
@@ -1510,105 +1698,136 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
         if self._waiting > self.server.max_queue_bytes:
             self.cut("too slow")
             return
-        for frame in frames:
-            self.queue.put_nowait(frame)
+        self._queue += frames
+        self._wake()
 
     # -- polls
 
-    async def handle_get_request(self, environ: dict[str, Any]) -> list[Frame]:
-        """Answer a poll. Two at a time end the session, as they do in Node's: which is read first?"""
-        if self._polling or (self._poller is not None and stream_of(self._poller).writing()):
+    @property
+    def polling(self) -> bool:
+        """Whether a poll waits for its answer."""
+        return self._poll is not None
+
+    async def poll(self, handler: SocketHandler) -> list[Frame]:
+        """What a poll is answered with; returns once there is something, nothing when it is over.
+
+        Two polls at a time end the session, as they do in Node's: which is read first?
+        """
+        if self.polling or (self._poller is not None and stream_of(self._poller).writing()):
             self.cut("overlapping polls")
             return []
-        self._poller = environ["tornado.handler"]
+        self._poller = handler
+        self.carried_by(handler.connection, "GET")
         self._waiting -= self._answered  # the client asks for more: it has had that
         self._answered = 0
-        self._polling = True
-        try:
-            packets: list[Frame] = await super().handle_get_request(environ)
-        finally:
-            self._polling = False
-        return packets
+        if self.state is State.POLLING and not self._queue:
+            self._poll = asyncio.get_running_loop().create_future()
+            await self._poll
+            self._poll = None
+        if self.state in (State.PROBING, State.WEBSOCKET):
+            return [NOOP]
+        frames, self._queue = self._queue, []
+        self._answered = sum(len(frame.bytes) for frame in frames)
+        if self.state is State.ENDING:
+            self._lose(self.server.reason.SERVER_DISCONNECT)
+        return frames
 
-    async def poll(self) -> list[Frame]:
-        """All that waits for a polling client; returns once there is something."""
-        packets: list[Frame] = await super().poll()
-        self._answered = sum(len(packet.bytes) for packet in packets)
-        if CLOSE in packets:
-            self._lose()
-        elif self._ending:  # next time: the stock client closes before it acts on the rest
-            self.queue.put_nowait(CLOSE)
-        return packets
+    def _wake(self) -> None:
+        if self._poll is not None and not self._poll.done():
+            self._poll.set_result(None)
 
-    # -- from the client
-
-    async def feed(self, message: str | bytes) -> None:
-        """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
-        if self._lost or (self._ending and message[:1] == MESSAGE):
-            return
-        try:
-            await self.receive(engineio_packet.Packet(encoded_packet=message))
-        except (ValueError, IndexError, engineio.exceptions.UnknownPacketError):
-            self.cut("malformed packet")
-        await asyncio.sleep(0)  # however much one client sends, the others have their turn
-
-    async def handle_post_request(self, environ: dict[str, Any]) -> None:
+    async def post(self, handler: SocketHandler) -> None:
         """Take the packets of one poll's POST, however many fit into `max_message_bytes`."""
+        self.carried_by(handler.connection, "POST")
         try:
-            body = (await environ["wsgi.input"].read()).decode()
+            body = handler.request.body.decode()
         except UnicodeDecodeError:
             self.cut("malformed packet")
             return
         for message in body.split("\x1e"):
             await self.feed(message)
 
+    # -- from the client
+
+    async def feed(self, message: str | bytes) -> None:
+        """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
+        if self.closed:
+            return
+        kind = message[:1]
+        if isinstance(message, bytes):
+            await self._hear(message)
+        elif kind == MESSAGE:
+            await self._hear(message[1:])
+        elif kind == BASE64:
+            await self._hear_base64(message[1:])
+        elif kind == PONG:
+            self.schedule_ping()
+        elif kind == CLOSE:
+            self._queue = [NOOP]  # a poll that waits, as Node's answers it
+            self._lose(self.server.reason.CLIENT_DISCONNECT)
+        else:
+            self.cut("malformed packet")
+        await asyncio.sleep(0)  # however much one client sends, the others have their turn
+
+    async def _hear_base64(self, text: str) -> None:
+        try:
+            data = b64decode(text, validate=True)
+        except ValueError:
+            self.cut("malformed packet")
+        else:
+            await self._hear(data)
+
+    async def _hear(self, data: str | bytes) -> None:
+        if self.state is not State.ENDING:
+            await self.server.trigger("message", self.sid, data)
+
     # -- the upgrade from polling (Engine.IO protocol v4, Upgrade): 2probe, 3probe, 5
 
-    def begin_upgrade(self, handler: WebSocketHandler) -> None:
+    def begin_upgrade(self, handler: SocketHandler) -> None:
         """A WebSocket wants to take over from polling; one at a time."""
-        if self._prober is not None or self.upgraded:
+        if self._prober is not None or self.state is not State.POLLING:
             handler.close()
         else:
             self._prober = handler
 
-    def feed_probe(self, handler: WebSocketHandler, message: str | bytes) -> None:
+    def feed_probe(self, handler: SocketHandler, message: str | bytes) -> None:
         if handler is not self._prober:
             return
-        if message == PROBE and not self.upgrading:
-            self.upgrading = True  # polls are answered with NOOP from now on
+        if message == PROBE and self._become(State.PROBING):
             with contextlib.suppress(StreamClosedError):
                 websocket_stream(handler).write(PROBED.bytes)
-            self.queue.put_nowait(NOOP)  # ends the poll that waits
-        elif message == UPGRADE and self.upgrading:
+        elif message == UPGRADE and self.state is State.PROBING:
             self.attach(handler)
         else:
             handler.close()
 
-    def attach(self, handler: WebSocketHandler) -> None:
+    def attach(self, handler: SocketHandler) -> None:
         """From now on this WebSocket is the transport; what waited goes first."""
-        self.connected = self.upgraded = True
-        self.upgrading = False
+        if not self._become(State.WEBSOCKET):
+            handler.close()
+            return
         self.handler, self._prober, self._poller = handler, None, None
+        self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
-        while not self.queue.empty():
-            frame = self.queue.get_nowait()
+        frames, self._queue = self._queue, []
+        for frame in frames:
             self.write((frame,), frame.bytes)
-        if self._polling:
-            self.queue.put_nowait(NOOP)  # a poll that still waits
 
-    def detach(self, handler: WebSocketHandler) -> None:
+    def detach(self, handler: SocketHandler) -> None:
         """This connection is gone: with it the session, or only the attempt to upgrade."""
-        if handler is self.handler or (handler is self._poller and self._polling):
+        if handler is self.handler or (handler is self._poller and self.polling):
             self._lose()
         elif handler is self._prober:
-            self._prober, self.upgrading = None, False
+            self._prober = None
+            if self.state is State.PROBING:
+                self._become(State.POLLING)
 
     # -- heartbeat: one timer, no task
 
     def schedule_ping(self) -> None:
-        """Ping after the interval; the library calls this at the start and for each PONG."""
+        """Ping after the interval: at the start, and after each PONG."""
         if self._timer is not None and not self._awaits_pong:
             return  # a PONG that nobody asked for
         self._awaits_pong = False
@@ -1628,52 +1847,56 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
 
     def end(self) -> None:
         """Close the transport once the client has had what was sent to it so far."""
-        if self._stream is not None:
-            self._lose(self.server.reason.SERVER_DISCONNECT)
-        elif not self._ending:
-            self._ending = True
-            if self.queue.empty():
-                self.queue.put_nowait(CLOSE)
+        if self._queue and self._become(State.ENDING):
             self._call_later(self.server.ending_timeout, self._lose)
+        elif self.state is not State.ENDING:
+            self._lose(self.server.reason.SERVER_DISCONNECT)
+
+    def drop(self, reason: str) -> None:
+        """It has not authenticated. Strangers come by the thousand: counted, but hardly logged."""
+        self.cut(reason, logging.DEBUG)
 
     def cut(self, reason: str, level: int = logging.INFO) -> None:
         """Drop the client now, without waiting for it; the reason is logged and counted."""
-        if self._lost:
+        if self.closed:
             return
-        if self.visit.log_once(reason):
-            self.log.log(level, "%s cut off: %s", self.visit.address, reason)
+        if self.server.limits.log_once(self.address, reason):
+            self.log.log(level, "%s cut off: %s", self.address, reason)
         self.server.metrics.cut.labels(reason).inc()
+        self._queue.clear()
         self._lose()
         if self._stream is not None:
             self._stream.close()
-        elif self._poller is not None and not self._polling:
+        elif self._poller is not None and not self.polling:
             stream_of(self._poller).close()  # an answer that nobody reads
 
     def _lose(self, reason: str | None = None) -> None:
-        if not self._lost:
-            self._lost, self._direct = True, None
+        if self._become(State.CLOSED):
             reason = reason or self.server.reason.TRANSPORT_CLOSE
-            self.server.start_background_task(self.close, False, True, reason)
+            self.server.start_background_task(self._finish, reason)
 
     async def close(
         self, wait: bool = True, abort: bool = False, reason: str | None = None
     ) -> None:
-        """End the session and its transport; tells Socket.IO once."""
-        if self.closed or self.closing:
-            return
-        self._lost, self._direct = True, None
+        """End the session and its transport at once; the libraries' arguments change nothing."""
+        if self._become(State.CLOSED):
+            await self._finish(reason or self.server.reason.SERVER_DISCONNECT)
+
+    async def _finish(self, reason: str) -> None:
+        """Tell Socket.IO, once; then let go of everything."""
         if self._timer is not None:
             self._timer.cancel()
-        await super().close(wait=False, abort=True, reason=reason)
-        self.server.sockets.pop(self.sid, None)
-        self.visit.end()
-        self.queue.put_nowait(CLOSE)  # for a poll that still waits
+        await self.server.trigger("disconnect", self.sid, reason)
+        self.server.forget(self)
+        for connection in set(self._carriers.values()):
+            connection.release(self)
         for handler in (self.handler, self._prober):
             if handler is not None:
                 close_gently(handler, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self._poller = None
         self._stream = self._socket = self._timer = None
+        self._carriers = {}
 
 
 def close_gently(handler: WebSocketHandler, patience: float) -> None:
@@ -1708,46 +1931,80 @@ def stream_of(handler: RequestHandler) -> IOStream:
 
 
 class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has no types
-    """The Engine.IO server; its sessions are `Session`s."""
+    """The Engine.IO server; its sessions are `Session`s, and their requests `SocketHandler`'s."""
 
     #: Seconds that a client has to fetch its last packets or to close before it is forgotten.
     ending_timeout = 4.0
 
-    def __init__(self, *, max_queue_bytes: int, metrics: Metrics, **options: Any) -> None:
+    def __init__(self, *, max_queue_bytes: int, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
         self.max_queue_bytes = max_queue_bytes
-        self.metrics = metrics
+        self.limits = limits
+        self.metrics = limits.metrics
 
-    async def admit(self, visit: Visit, transport: str) -> Session:
-        """A new session, its OPEN packet already under way."""
-        session = Session(self, self.generate_id(), visit)
+    async def admit(self, address: str, transport: str) -> Session:
+        """A new session, which has to authenticate in time; its OPEN packet is already under way."""
+        session = Session(self, self.generate_id(), address)
+        session.refusal = await self.limits.begin(address)
+        self.limits.strangers.enter(session)
         self.sockets[session.sid] = session
+        may_upgrade = transport == "polling" and "websocket" in self.transports
         hello = {
             "sid": session.sid,
-            "upgrades": self._upgrades(session.sid, transport),
+            "upgrades": ["websocket"] if may_upgrade else [],
             "pingInterval": int(self.ping_interval * 1000),
             "pingTimeout": int(self.ping_timeout * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
-        await session.send(Frame(b"0" + msgspec.json.encode(hello)))
-        await self._trigger_event("connect", session.sid, {}, run_async=False)
+        frame = Frame(b"0" + msgspec.json.encode(hello))
+        session.write((frame,), frame.bytes)
+        await self.trigger("connect", session.sid, {})
         session.schedule_ping()
         return session
 
-    async def _handle_connect(
-        self, environ: dict[str, Any], transport: str, jsonp_index: int | None = None
-    ) -> Any:
-        """A first poll, by the library's `handle_request`."""
-        session: Session = await environ["tornado.handler"].admit(transport)
-        session.connected = True
-        return self._ok(await session.handle_get_request(environ), jsonp_index=jsonp_index)
+    async def trigger(self, event: str, *args: object) -> None:
+        """Tell Socket.IO, and wait until it is done with it."""
+        await self._trigger_event(event, *args, run_async=False)
+
+    def forget(self, session: Session) -> None:
+        """It is closed."""
+        self.sockets.pop(session.sid, None)
+        self.limits.strangers.leave(session)
+        self.limits.open.leave(session.address)
+
+
+class Clients(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has no types
+    """Who is connected, as python-socketio asks for it; the rooms are in `Rooms`.
+
+    The stock manager has one more room for each client, and walks all rooms whenever one leaves.
+    """
+
+    def __init__(self, rooms: Rooms) -> None:
+        super().__init__()
+        self._listeners = rooms
+
+    def basic_enter_room(
+        self, sid: Sid, namespace: str, room: str | None, eio_sid: str | None = None
+    ) -> None:
+        if room is None:
+            super().basic_enter_room(sid, namespace, room, eio_sid)
+
+    def basic_disconnect(self, sid: Sid, namespace: str, **kwargs: Any) -> None:
+        self._listeners.remove(sid)
+        self.basic_leave_room(sid, namespace, None)
+        for pending in (self.pending_connect, self.pending_disconnect):
+            if sid in pending.get(namespace, ()):
+                pending[namespace].remove(sid)
+                if not pending[namespace]:
+                    del pending[namespace]
 
 
 class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio has no types
     """The Socket.IO server. Bad packets end their session; `request` hears every client event."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, rooms: Rooms, **options: Any) -> None:
+        super().__init__(client_manager=Clients(rooms), **options)
+        self._rooms = rooms
         self.eio.on("message", self._take_packet)
 
     def session_of(self, sid: Sid) -> Session | None:
@@ -1778,17 +2035,48 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         if session is not None:
             session.cut("malformed packet")
 
-    async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
-        """Stock python-socketio keeps for ever whose connect handler failed or outlived it."""
+    async def _handle_connect(self, eio_sid: str, namespace: str | None, data: Any) -> None:
+        """Stock python-socketio calls a handler that fails once more, and keeps for ever who went
+        meanwhile; its refusals are no objects and leave the transport open.
+        """
         namespace = namespace or NAMESPACE
+        if namespace != NAMESPACE:
+            refusal: RefusedConnectionError | None = RefusedConnectionError("Invalid namespace")
+        else:
+            refusal = await self._connect(self.eio.sockets[eio_sid], data)
+        if refusal is not None:
+            error: dict[str, object] = {"message": refusal.message}
+            if refusal.data:
+                error["data"] = refusal.data
+            kind = socketio.packet.CONNECT_ERROR
+            await self._send_packet(eio_sid, self.packet_class(kind, error, namespace=namespace))
+
+    async def _connect(self, session: Session, auth: Any) -> RefusedConnectionError | None:
+        """Let the client in, or return why not: then the transport ends, unless one is in already."""
+        session.connects += 1
+        if session.connects > 1 and (seconds := await self.eio.limits.attempt(session.address)):
+            asyncio.get_running_loop().call_soon(session.end)
+            return too_many(seconds)
+        sid = await self.manager.pre_connect(session.sid, NAMESPACE)
+        if sid is None:
+            return RefusedConnectionError("Already connected")
         try:
-            await super()._handle_connect(eio_sid, namespace, data)
-        finally:
-            sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
-            if self.manager.is_pre_connected(sid, namespace):
-                await self.manager.disconnect(sid, namespace, ignore_queue=True)
-            elif eio_sid not in self.eio.sockets:
-                await self._handle_eio_disconnect(eio_sid, self.reason.TRANSPORT_CLOSE)
+            await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
+        except RefusedConnectionError as refusal:
+            # It is sent in this turn of the loop; then the transport goes too.
+            asyncio.get_running_loop().call_soon(session.end)
+            await self.manager.disconnect(sid, NAMESPACE)
+            return refusal
+        except Exception:
+            await self.manager.disconnect(sid, NAMESPACE)
+            raise
+        self._rooms.add(sid, session)
+        kind = socketio.packet.CONNECT
+        await self._send_packet(session.sid, self.packet_class(kind, {"sid": sid}))
+        await self.manager.connect(sid, NAMESPACE)
+        if session.closed:
+            await self._handle_eio_disconnect(session.sid, self.reason.TRANSPORT_CLOSE)
+        return None
 
     async def _handle_event(self, eio_sid: str, namespace: str, ack: int, data: Any) -> None:
         """Stock python-socketio would let a client name any handler: "connect", "disconnect", "*"."""
@@ -1798,7 +2086,7 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         """Call a handler; what goes wrong in one is never a client's fault."""
         try:
             return await super()._trigger_event(event, namespace, *args)
-        except SocketIORefusal:
+        except RefusedConnectionError:
             raise
         except Exception:
             log.exception("a Socket.IO handler failed")
@@ -1851,19 +2139,14 @@ class Outbox:
     rooms its events went to, each client gets them in the order in which they were sent.
     """
 
-    def __init__(self, max_delay: float, deliveries: Counter) -> None:
+    def __init__(self, max_delay: float, max_write: int, deliveries: Counter) -> None:
         self._max_delay = max_delay
-        self.max_write = MAX_WRITE_BYTES
+        self._max_write = max_write
         self._deliveries = deliveries
         self._numbers = itertools.count(1)
         self._busy: dict[Room, None] = {}  # those with something waiting, in order
         self._bytes = 0
         self._had: dict[Session, int] = {}  # up to which number who got ahead of its rooms
-
-    @property
-    def crowded(self) -> bool:
-        """Whether a producer that can wait should give the loop a turn."""
-        return self._bytes > self.max_write
 
     def send(self, room: Room, frame: Frame, hidden: Hidden) -> None:
         room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
@@ -1923,7 +2206,7 @@ class Outbox:
             room.rest = loop.call_later(seconds, self._flush, room)
 
     def _take_batch(self, room: Room) -> list[Outgoing]:
-        """What waits for a room, up to `max_write` bytes and at least one event.
+        """What waits for a room, up to `_max_write` bytes and at least one event.
 
         Where a member is in another room for which something waits, all that waits comes along.
         """
@@ -1936,7 +2219,7 @@ class Outbox:
         size = 0
         for out in in_order(self._busy if shared else [room]):
             size += len(out.frame.bytes)
-            if batch and size > self.max_write:
+            if batch and size > self._max_write:
                 break
             batch.append(out)
         for out in batch:
@@ -1993,26 +2276,22 @@ def audiences(
     return groups
 
 
-class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has no types
-    """Who is in which room. May sit under a pub/sub manager: `emit` is local delivery.
+class Rooms:
+    """Who is in which room, and the way of an event to them.
 
-    The stock manager keeps a two-way map per room and one more room per client, and walks all
-    of them whenever a client leaves; this one knows each client's rooms.
+    A client is added once it is connected; what it is in is forgotten when it is removed.
     """
 
-    def __init__(self, max_delay: float, metrics: Metrics) -> None:
-        super().__init__()
+    def __init__(self, max_delay: float, max_queue_bytes: int, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._outbox = Outbox(max_delay, metrics.deliveries)
+        max_write = min(MAX_WRITE_BYTES, max_queue_bytes // 4)
+        self._outbox = Outbox(max_delay, max_write, metrics.deliveries)
         self._rooms: dict[str, Room] = {}
         self._rooms_of: dict[Sid, set[str]] = {}
+        self._sessions: dict[Sid, Session] = {}
 
     def __len__(self) -> int:
         return len(self._rooms)
-
-    def set_server(self, server: SocketIO) -> None:
-        super().set_server(server)
-        self._outbox.max_write = min(MAX_WRITE_BYTES, server.eio.max_queue_bytes // 4)
 
     def members(self, room: str) -> tuple[Sid, ...]:
         """Who is in the room: the same tuple, not only an equal one, until that changes."""
@@ -2023,20 +2302,59 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
             target.sids = tuple(target.members)
         return target.sids
 
-    def listened(self, guild_id: str, kind: str) -> bool:
-        """Whether anybody is in the room `kind:guild_id`."""
-        return f"{kind}:{guild_id}" in self._rooms
+    def has_listeners(self, room: str) -> bool:
+        """Whether anybody listens: where nobody does, no payload needs to be made."""
+        return room in self._rooms
 
     def names(self) -> Iterable[str]:
         """The rooms that anybody is in."""
         return tuple(self._rooms)
 
     def rooms_of(self, sid: Sid) -> frozenset[str]:
+        """The rooms that a client is in."""
         return frozenset(self._rooms_of.get(sid, ()))
 
-    def has_listeners(self, room: str) -> bool:
-        """Whether anybody listens: where nobody does, no payload needs to be made."""
-        return room in self._rooms
+    # -- coming and going
+
+    def add(self, sid: Sid, session: Session) -> None:
+        """A client is connected."""
+        self._sessions[sid] = session
+
+    def remove(self, sid: Sid) -> None:
+        """It is gone, and so is what waits for it."""
+        for room in self.rooms_of(sid):
+            self.expel(sid, room)
+        self._rooms_of.pop(sid, None)
+        self._sessions.pop(sid, None)
+
+    def enter(self, sid: Sid, room: str) -> None:
+        """The client gets what is sent from now on; harmless where it is in, or gone."""
+        session = self._sessions.get(sid)
+        if session is not None:
+            self._outbox.catch_up(sid, session)
+            target = self._rooms.setdefault(room, Room())
+            target.members[sid] = session
+            target.sids = None
+            self._rooms_of.setdefault(sid, set()).add(room)
+
+    def leave(self, sid: Sid, room: str) -> None:
+        """As a client wishes: it still gets what came before."""
+        if room in self._rooms_of.get(sid, ()):
+            self._outbox.catch_up(sid, self._sessions[sid])
+            self.expel(sid, room)
+
+    def expel(self, sid: Sid, room: str) -> None:
+        """Against its wish: not even what waits."""
+        self._rooms_of.get(sid, set()).discard(room)
+        target = self._rooms.get(room)
+        if target is not None:
+            target.members.pop(sid, None)
+            target.sids = None
+            if not target.members:
+                self._outbox.forget(target)
+                del self._rooms[room]
+
+    # -- events
 
     def broadcast(
         self, room: str, event: str, payload: object, hidden: Callable[[], Hidden] | None = None
@@ -2054,102 +2372,6 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
         if target is not None:
             self._outbox.send(target, Frame(packet), hidden() if hidden else NOBODY)
 
-    async def emit(
-        self,
-        event: str,
-        data: Any,
-        namespace: str,
-        room: str | None = None,
-        skip_sid: Any = None,
-        callback: Any = None,
-        to: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """What python-socketio and its pub/sub managers call; whole rooms take the short way."""
-        room = to or room
-        target = None
-        if isinstance(room, str) and not self.is_sid_room(namespace, room):
-            target = self._rooms.get(room) if namespace == NAMESPACE else None
-            if target is None:
-                return
-        arguments = list(data) if isinstance(data, tuple) else [] if data is None else [data]
-        binary = self.server.packet_class.data_is_binary(arguments)
-        if target is None or callback is not None or binary:
-            for sid, _ in self.get_participants(namespace, room):
-                self._outbox.catch_up(sid, self.server.session_of(sid))
-            await super().emit(event, data, namespace, room, skip_sid, callback, **kwargs)
-            return
-        skipped = [skip_sid] if isinstance(skip_sid, str) else skip_sid or ()
-        self._outbox.send(target, event_frame(event, *arguments), frozenset(skipped))
-        if self._outbox.crowded:
-            await asyncio.sleep(0)
-
-    async def leave_room(self, sid: Sid, namespace: str, room: str) -> None:
-        """As a client wishes: it still gets what came before."""
-        if room in self._rooms_of.get(sid, ()):
-            self._outbox.catch_up(sid, self._rooms[room].members[sid])
-        await super().leave_room(sid, namespace, room)
-
-    def expel(self, sid: Sid, room: str) -> None:
-        """Against its wish: not even what waits."""
-        self.basic_leave_room(sid, NAMESPACE, room)
-
-    def basic_enter_room(
-        self, sid: Sid, namespace: str, room: str | None, eio_sid: str | None = None
-    ) -> None:
-        if room is None:
-            super().basic_enter_room(sid, namespace, room, eio_sid)
-        elif room != sid:
-            session = self.server.session_of(sid)
-            if session is not None:
-                self._outbox.catch_up(sid, session)
-                target = self._rooms.setdefault(room, Room())
-                target.members[sid] = session
-                target.sids = None
-                self._rooms_of.setdefault(sid, set()).add(room)
-
-    def basic_leave_room(self, sid: Sid, namespace: str, room: str | None) -> None:
-        if room is None:
-            super().basic_leave_room(sid, namespace, room)
-            return
-        self._rooms_of.get(sid, set()).discard(room)
-        target = self._rooms.get(room)
-        if target is not None:
-            target.members.pop(sid, None)
-            target.sids = None
-            if not target.members:
-                self._outbox.forget(target)
-                del self._rooms[room]
-
-    def basic_disconnect(self, sid: Sid, namespace: str, **kwargs: Any) -> None:
-        for room in self._rooms_of.pop(sid, ()):
-            self.basic_leave_room(sid, namespace, room)
-        self.basic_leave_room(sid, namespace, None)
-        self.callbacks.pop(sid, None)
-        for pending in (self.pending_connect, self.pending_disconnect):
-            if sid in pending.get(namespace, ()):
-                pending[namespace].remove(sid)
-                if not pending[namespace]:
-                    del pending[namespace]
-
-    def basic_close_room(self, room: str, namespace: str) -> None:
-        for sid in self.members(room):
-            self.basic_leave_room(sid, namespace, room)
-
-    def get_rooms(self, sid: Sid, namespace: str) -> list[str]:
-        return [sid, *self._rooms_of.get(sid, ())]
-
-    def get_participants(self, namespace: str, room: Any) -> Iterator[tuple[Sid, str]]:
-        everyone = self.rooms.get(namespace, {}).get(None, {})
-        if room is None:
-            sids: Iterable[Sid] = tuple(everyone)
-        elif isinstance(room, str):
-            sids = (room,) if room in everyone else self.members(room)
-        else:
-            sids = dict.fromkeys(sid for one in room for sid in self.members(one))
-        for sid in sids:
-            yield sid, everyone[sid]
-
 
 # ----------------------------------------------------------------------------- throttle
 # How often one event may go to one room of one guild: the first time at once, then once per
@@ -2158,13 +2380,21 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
 
 #: The fields of an event.
 EventData = dict[str, Any]
-#: Hands what plugins have for a new subscriber, by kind of room and guild id, to a function of
-#: event name and fields.
-Greet = Callable[[str, str, Callable[[str, EventData], None]], Coroutine[Any, Any, None]]
 #: The fields, or what makes them once they are really sent; None then sends nothing.
 DataOrMaker = EventData | Callable[[], Awaitable[EventData | None]]
-#: An event's name, a guild id, a kind of room.
-Topic = tuple[str, str, str]
+#: Windows that one event may have open in one room for members, each its own; who comes then
+#: shares one with all others who do.
+MOST_MEMBER_WINDOWS: Final = 1_000
+
+
+class Topic(NamedTuple):
+    """What has a window of its own."""
+
+    event: str
+    guild_id: str
+    kind: str
+    #: Whom an event with a `userId` is about; empty where it has none.
+    member: str = ""
 
 
 class Timer(Protocol):
@@ -2178,63 +2408,73 @@ def call_later(seconds: float, callback: Callable[..., object], *args: object) -
     return asyncio.get_running_loop().call_later(seconds, callback, *args)
 
 
+class Outlet(Protocol):
+    """Where events go that may leave now."""
+
+    def has_listeners(self, guild_id: str, kind: str) -> bool: ...
+
+    def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None: ...
+
+    def window_changed(
+        self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
+    ) -> None:
+        """A window opens or ends, or other content waits for its end.
+
+        It stays open for `seconds` (None: as long as before); `waiting` is still to be sent.
+        """
+
+
 class Throttle:
     """Holds events back for as long as their window says; keeps only windows that are open.
 
-    What nobody listens to is neither made nor held.
+    What nobody listens to is neither made nor held. A window opens when its content is about to
+    be made, and lasts from when that was sent; it ends however that goes.
     """
 
     def __init__(
         self,
         windows: Mapping[str, float],
-        send: Callable[[str, str, EventData, str], None],
-        listened: Callable[[str, str], bool],
+        outlet: Outlet,
         metrics: Metrics,
+        maker_timeout: float = 5.0,
         call_later: Callable[..., Timer] = call_later,
     ) -> None:
         #: Seconds by event; those without a row are not held. May be replaced at any time.
         self.windows = windows
-        self._send = send
-        self._listened = listened
+        self._outlet = outlet
         self._metrics = metrics
+        self._maker_timeout = maker_timeout
         self._call_later = call_later
         self._newest: dict[Topic, DataOrMaker | None] = {}  # what waits for the end of its window
+        self._of_members: collections.Counter[Topic] = collections.Counter()
         self._timers: dict[Topic, Timer] = {}
         self._making: set[asyncio.Task[None]] = set()
         self._closing = False
-        #: Called whenever a topic's window opens or ends, or other content waits for that: with the
-        #: seconds that the window stays open (None: as long as before) and what is still to be sent.
-        self.on_change: Callable[[Topic, float | None, DataOrMaker | None], None] = lambda *change: (
-            None
-        )
 
     def __len__(self) -> int:
         """Windows open now."""
         return len(self._newest)
 
-    def emit(self, event: str, guild_id: str, content: DataOrMaker, room: str) -> None:
+    def emit(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> None:
         """Send now, or at the end of the window unless something newer comes. Never waits."""
-        topic = event, guild_id, room
-        if not self._listened(guild_id, room):
+        if event not in self.windows and not callable(content):
+            self._outlet.deliver(event, guild_id, content, kind)
+        elif not self._outlet.has_listeners(guild_id, kind):
             if not callable(content):  # what is not made is no event
                 self._metrics.dropped.labels("nobody listens").inc()
-        elif topic in self._newest:
-            self._metrics.throttled.labels(event).inc()
-            self._newest[topic] = content
-            self.on_change(topic, None, content)
         elif event in self.windows:
-            self._open(topic, content)
-        else:
-            self._pass(topic, content, lambda topic: None)
+            self._hold(self._topic(event, guild_id, content, kind), content)
+        elif callable(content):
+            self._send_soon(Topic(event, guild_id, kind), content, held=False)
 
     def resume(self, topic: Topic, seconds: float, waiting: DataOrMaker | None) -> None:
         """Go on with a window that another throttle opened: so long it is still open."""
         if topic not in self._newest:
-            self._newest[topic] = waiting
+            self._enter(topic, waiting)
             self._timers[topic] = self._call_later(seconds, self._end, topic)
 
     async def close(self) -> None:
-        """Forget all that is held and end what is being made; `on_change` is not told of that."""
+        """Forget all that is held and end what is being made; nobody is told of that."""
         self._closing = True
         for task in self._making:
             task.cancel()
@@ -2243,56 +2483,97 @@ class Throttle:
         for timer in self._timers.values():
             timer.cancel()
         self._newest.clear()
+        self._of_members.clear()
         self._timers.clear()
 
+    # -- windows
+
+    def _topic(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> Topic:
+        everybody = Topic(event, guild_id, kind)
+        member = "" if callable(content) else str(content.get("userId") or "")
+        topic = everybody._replace(member=member)
+        full = self._of_members[everybody] >= MOST_MEMBER_WINDOWS
+        return everybody if full and topic not in self._newest else topic
+
+    def _enter(self, topic: Topic, waiting: DataOrMaker | None) -> None:
+        if topic not in self._newest and topic.member:
+            self._of_members[topic._replace(member="")] += 1
+        self._newest[topic] = waiting
+
+    def _hold(self, topic: Topic, content: DataOrMaker) -> None:
+        if topic in self._newest:
+            self._metrics.throttled.labels(topic.event).inc()
+            self._newest[topic] = content
+            self._outlet.window_changed(topic, None, content)
+        else:
+            self._open(topic, content)
+
     def _open(self, topic: Topic, content: DataOrMaker) -> None:
-        """A window opens before its content is made, and lasts from when that was sent."""
-        self._newest[topic] = None
-        self.on_change(topic, 0.0, content)
-        self._pass(topic, content, self._start)
+        self._enter(topic, None)
+        self._outlet.window_changed(topic, 0.0, content)
+        if callable(content):
+            self._send_soon(topic, content, held=True)
+        else:
+            try:
+                self._send(topic, content)
+            finally:
+                self._start(topic)
 
     def _start(self, topic: Topic) -> None:
-        seconds = self.windows.get(topic[0], 0.0)
+        seconds = self.windows.get(topic.event, 0.0)
         self._timers[topic] = self._call_later(seconds, self._end, topic)
-        self.on_change(topic, seconds, self._newest[topic])
+        self._outlet.window_changed(topic, seconds, self._newest[topic])
 
     def _end(self, topic: Topic) -> None:
         del self._timers[topic]
-        content = self._newest.pop(topic)
-        if content is not None and self._listened(topic[1], topic[2]):
-            self._open(topic, content)
-        else:
-            self.on_change(topic, 0.0, None)
-
-    def _pass(self, topic: Topic, content: DataOrMaker, then: Callable[[Topic], None]) -> None:
-        if not callable(content):
-            self._finish(topic, content, then)
+        content = self._newest[topic]
+        if content is not None and self._outlet.has_listeners(topic.guild_id, topic.kind):
+            with self._logging(topic):
+                self._open(topic, content)
             return
-        task = asyncio.create_task(self._make(topic, content, then))
+        del self._newest[topic]
+        if topic.member:
+            everybody = topic._replace(member="")
+            self._of_members[everybody] -= 1
+            if not self._of_members[everybody]:
+                del self._of_members[everybody]
+        self._outlet.window_changed(topic, 0.0, None)
+
+    # -- sending
+
+    def _send(self, topic: Topic, fields: EventData) -> None:
+        self._outlet.deliver(topic.event, topic.guild_id, fields, topic.kind)
+
+    def _send_soon(
+        self, topic: Topic, make: Callable[[], Awaitable[EventData | None]], held: bool
+    ) -> None:
+        task = asyncio.create_task(self._make(topic, make, held))
         self._making.add(task)
         task.add_done_callback(self._making.discard)
 
     async def _make(
-        self,
-        topic: Topic,
-        make: Callable[[], Awaitable[EventData | None]],
-        then: Callable[[Topic], None],
+        self, topic: Topic, make: Callable[[], Awaitable[EventData | None]], held: bool
     ) -> None:
-        fields = None
         try:
-            fields = await make()
+            with self._logging(topic):
+                async with asyncio.timeout(self._maker_timeout):
+                    fields = await make()
+                if fields is not None and not self._closing:
+                    self._send(topic, fields)
         finally:
-            self._finish(topic, fields, then)
+            # While closing, it is still to be sent: by whoever goes on with the window.
+            if held and not self._closing:
+                self._start(topic)
 
-    def _finish(
-        self, topic: Topic, fields: EventData | None, then: Callable[[Topic], None]
-    ) -> None:
-        if self._closing:
-            return  # it is still to be sent, by whoever goes on with the window
-        event, guild_id, room = topic
-        if fields is not None:
-            self._send(event, guild_id, fields, room)
-        then(topic)
+    @contextlib.contextmanager
+    def _logging(self, topic: Topic) -> Iterator[None]:
+        """Nobody is there to be told of what goes wrong in a task or at the end of a window."""
+        try:
+            yield
+        except TimeoutError:
+            log.error("%s: not made within %s s", topic.event, self._maker_timeout)
+        except Exception as error:  # an encoder's, of whatever a plugin put into an event
+            log.error("%s could not be sent: %s", topic.event, type(error).__name__)
 
 
 # --------------------------------------------------------------------------- plugin API
@@ -2623,7 +2904,8 @@ class Runner:
         self._tasks: list[asyncio.Task[None]] = []
         failed = metrics.plugin_failures.labels(plugin.name).inc
         settings, storage = plugin.settings, place.storage
-        self.spy = Spy(plugin.name, settings, place.bot, storage, self._emit, self._count, failed)
+        emit = self._emit_if_watched
+        self.spy = Spy(plugin.name, settings, place.bot, storage, emit, self._count, failed)
         self.spy.shared = place.share(plugin.name)
 
     async def start(self, count: Callable[[hikari.Event], None]) -> None:
@@ -2656,6 +2938,14 @@ class Runner:
                 fields = await self._make(event, guild_id, make)
                 if fields is not None:
                     tell(event, fields)
+
+    def _emit_if_watched(
+        self, event: str, guild_id: str, payload: PayloadOrMaker, room: str
+    ) -> None:
+        if self._place.watches(guild_id):
+            self._emit(event, guild_id, payload, room)
+        else:
+            self._metrics.dropped.labels("guild not watched").inc()
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         self._claim(event)
@@ -2727,7 +3017,7 @@ class Runner:
                     if listener.settled and not self._place.settled():
                         self._metrics.dropped.labels("startup grace").inc()
                         return
-                    self.spy.emit(listener.emit, guild_of(event), result, listener.room)
+                    self._emit(listener.emit, str(guild_of(event)), result, listener.room)
             finally:
                 seconds.inc(time.perf_counter() - started)
 
@@ -3183,6 +3473,142 @@ def finite(number: float) -> float | None:
     return round(number, 3) if math.isfinite(number) else None
 
 
+# --------------------------------------------------------------------------------- node
+# The one seam between a process alone and one of several: who judges, counts, keeps, leads and
+# delivers. `Node` is a process alone; spywatcher_cluster.ClusterNode overrides it. A node knows
+# no event by name and no client; nothing else in this file knows that there may be others.
+
+#: Takes an event for one client: its name and fields.
+Tell = Callable[[str, EventData], None]
+
+
+class Destination(NamedTuple):
+    """Where an event goes: to those in a room who may see the channel, if it belongs to one."""
+
+    guild_id: str
+    kind: str
+    channel_id: str = ""
+
+    @property
+    def room(self) -> str:
+        return f"{self.kind}:{self.guild_id}"
+
+
+def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
+    channel_id = fields.get("channelId") or fields.get("channel_id") or ""
+    return Destination(guild_id, kind, str(channel_id))
+
+
+class Audience(Protocol):
+    """This process's own dashboards."""
+
+    def send(self, to: Destination, packet: bytes) -> None:
+        """Hand them an event, each of them that may see it."""
+
+    def check(self, guild_id: str, discord_id: str | None = None) -> None:
+        """Judge anew who may be in the guild's rooms: all of them, or one viewer."""
+
+
+class Parts(NamedTuple):
+    """What of its own process a node works with."""
+
+    clients: Audience
+    rooms: Rooms
+    plugins: PluginHost
+    throttle: Throttle
+    metrics: Metrics
+
+
+class Node:
+    """A process alone."""
+
+    _parts: Parts
+
+    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+        self._settings = settings
+        self._bot = bot
+
+    # -- what the parts of the process are made with
+
+    def make_access(self) -> Access:
+        """Who judges."""
+        return Access(self._settings.auth, self._settings.discord.guilds, self._bot.cache)
+
+    def make_counters(self) -> Counters:
+        """Who counts attempts."""
+        return Counters()
+
+    def make_connections(self) -> OpenConnections:
+        """Who counts open connections."""
+        return OpenConnections()
+
+    # -- start, stop, how things stand
+
+    def attach(self, parts: Parts) -> None:
+        """Called once, when all parts are made."""
+        self._parts = parts
+
+    def start(self) -> None:
+        """Called when this process listens."""
+
+    async def stop(self, grace: float) -> None:
+        """Called when plugins and gateway have stopped; takes `grace` seconds at most."""
+
+    def health(self) -> dict[str, Any]:
+        """For /health/ready: what shares the work with others."""
+        return {"problem": None}
+
+    # -- the gateway
+
+    @property
+    def leading(self) -> bool:
+        """Whether the session with Discord is this process's to keep."""
+        return True
+
+    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run gateway and plugins whenever they are this process's; raises what that raises."""
+        await run()
+
+    def share(self, plugin: str) -> Shared | None:
+        """What a plugin keeps for all nodes; None where there is one."""
+        return None
+
+    # -- events
+
+    def has_listeners(self, guild_id: str, kind: str) -> bool:
+        """Whether anybody is in the room: where nobody is, no payload needs to be made."""
+        return self._parts.rooms.has_listeners(Destination(guild_id, kind).room)
+
+    def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
+        """The last step of an event that all nodes share: to whom it goes."""
+        if self.has_listeners(guild_id, kind):
+            self._parts.metrics.sent.labels(event).inc()
+            to = destination_of(guild_id, kind, fields)
+            self._parts.clients.send(to, event_packet(event, fields))
+        else:
+            self._parts.metrics.dropped.labels("nobody listens").inc()
+
+    def window_changed(
+        self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
+    ) -> None:
+        """As the throttle tells it (`Outlet.window_changed`), for whoever leads next."""
+
+    # -- dashboards
+
+    def viewer_entered(self, discord_id: str) -> None:
+        """A viewer has one dashboard more here."""
+
+    def viewer_left(self, discord_id: str) -> None:
+        """A viewer has one dashboard fewer here."""
+
+    async def follow(self, guild_id: str) -> None:
+        """Returns when what other nodes send to the guild's rooms is heard here."""
+
+    async def send_snapshots(self, kind: str, guild_id: str, tell: Tell) -> None:
+        """`tell` a new subscriber of the room what plugins have for it."""
+        await self._parts.plugins.greet(kind, guild_id, tell)
+
+
 # ------------------------------------------------------------------------- web handlers
 # The Tornado side of Socket.IO: which requests get through, and the bytes of a WebSocket
 # handed to its session. Bounds and refusals come before any work.
@@ -3193,14 +3619,19 @@ MAX_HEADER_BYTES: Final = 16_384
 #: A buffer of so many bytes is made and zeroed for every read; clients send little at a time.
 READ_BYTES: Final = 8_192
 SOCKET_PATH: Final = "/socket.io/"
+ORIGIN_SHOWN: Final = 100
 
 
 class Origins:
-    """Which pages may connect: the same host, or one that is listed; "https://*.host" is any below."""
+    """Which pages may connect: the same host, or one that is listed.
+
+    "https://*.host" is any below, "http://host:*" one on any port.
+    """
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._any = "*" in patterns
         self._exact = frozenset(map(str.lower, patterns))
+        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
         self._below = tuple(
             tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
         )
@@ -3213,19 +3644,25 @@ class Origins:
         scheme, _, rest = origin.partition("://")
         if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
             return True
+        without_port, _, port = origin.rpartition(":")
+        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
+            return True
         return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
 
 
-#: Headers by which a request shows that a proxy passed it on.
-PASSED_ON: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip")
+#: Headers by which a request shows that a proxy passed it on; of "X-…" there are too many to name.
+PASSED_ON: Final = re.compile(
+    r"forwarded|via|cdn-.*|cf-.*|.*-ip|x-(?!prometheus-).*", re.IGNORECASE
+)
 
 
 class OperatorNetworks:
     """Who may read what is the operator's alone: this host itself, and who is listed.
 
     The address is the one that the kernel names, never one from a header. A reverse proxy on this
-    host has a local address too while it speaks for the whole world: what it passed on shows by
-    its headers or by a `Host` that is no local one, and gets in only if that address is listed.
+    host has a local address too while it speaks for the whole world: what it may have passed on
+    shows by its headers, by HTTP/1.0 or by a `Host` that is missing or no local one, and gets in
+    only if that address is listed.
     """
 
     def __init__(self, networks: Sequence[str]) -> None:
@@ -3237,8 +3674,9 @@ class OperatorNetworks:
             return False
         if any(peer in network for network in self._networks):
             return True
-        passed_on = any(name in request.headers for name in PASSED_ON)
-        return peer.is_loopback and not passed_on and is_local(request.host_name)
+        passed_on = request.version == "HTTP/1.0" or any(map(PASSED_ON.fullmatch, request.headers))
+        named = is_local(request.host_name) and "Host" in request.headers
+        return peer.is_loopback and named and not passed_on
 
 
 def is_local(host: str) -> bool:
@@ -3250,10 +3688,13 @@ def is_local(host: str) -> bool:
 
 
 class FrontDoor:
-    """What is decided about a request before anything is spent on it."""
+    """What is decided about a request before anything is spent on it, and the connections that are open."""
 
     def __init__(self, settings: ServerSettings, limits: Limits) -> None:
         self.limits = limits
+        #: Nobody is let in any more; connections that are open may still ask.
+        self.closed = False
+        self._connections: dict[IOStream, Connection] = {}
         self.reconfigure(settings)
 
     def reconfigure(self, settings: ServerSettings) -> None:
@@ -3261,21 +3702,39 @@ class FrontDoor:
         self.operators = OperatorNetworks(settings.metrics_from)
         self._proxies = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
 
+    # -- connections
+
+    def open(self, stream: IOStream, peer: str) -> None:
+        """A TCP connection was accepted; of a proxy's it is not known yet whom it counts for."""
+        client = parse_address(peer)
+        of_proxy = client is None or self._is_proxy(client)
+        address = "" if client is None or of_proxy else address_key(client)
+        self._connections[stream] = Connection(self.limits, stream, address)
+
+    def connection(self, request: HTTPServerRequest) -> Connection | None:
+        """What a request comes by; None once its WebSocket has taken it."""
+        stream: IOStream | None = getattr(request.connection, "stream", None)
+        return None if stream is None else self._connections.get(stream)
+
+    def close(self, stream: IOStream) -> None:
+        """The connection was closed, or the web server is done with it."""
+        connection = self._connections.get(stream)
+        if connection is not None and (stream.closed() or not connection.detached):
+            del self._connections[stream]
+            connection.end()
+
+    # -- addresses
+
     def address(self, request: HTTPServerRequest) -> str:
         """Whom a request counts for: its peer or, of a trusted proxy, the right-most hop that is none."""
         hops = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
         client = parse_address(request.remote_ip or "")
         while hops and client is not None and self._is_proxy(client):
-            hop = parse_address(hops.pop().strip())
+            hop = parse_hop(hops.pop())
             if hop is None:
                 break
             client = hop
         return address_key(client) if client is not None else "unknown"
-
-    def peer(self, text: str) -> str:
-        """Whom a connection counts for before it says a word; of a proxy, nobody."""
-        client = parse_address(text)
-        return "" if client is None or self._is_proxy(client) else address_key(client)
 
     def _is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self._proxies)
@@ -3293,6 +3752,15 @@ def parse_address(text: str) -> Address | None:
     return (address.ipv4_mapped or address) if address.version == 6 else address
 
 
+def parse_hop(text: str) -> Address | None:
+    """An entry of X-Forwarded-For: some proxies add the port, and then brackets to IPv6."""
+    text = text.strip().strip('"')
+    if text.startswith("["):
+        return parse_address(text[1:].partition("]")[0])
+    host, colon, port = text.partition(":")
+    return parse_address(host if colon and port.isdecimal() else text)
+
+
 def address_key(address: Address) -> str:
     """What is counted as one address: of IPv6 the /64, since every household has one."""
     if address.version == 6:
@@ -3300,7 +3768,31 @@ def address_key(address: Address) -> str:
     return str(address)
 
 
-class SocketHandler(WebSocketHandler):
+def allowed_methods(handler: RequestHandler) -> str:
+    """What a handler answers, as RFC 9110 §10.2.1 has it."""
+    unknown = RequestHandler._unimplemented_method
+    return ", ".join(
+        method
+        for method in handler.SUPPORTED_METHODS
+        if getattr(type(handler), method.lower()) is not unknown
+    )
+
+
+class Handler(RequestHandler):
+    """Base of what is served: JSON without a banner, never from a cache."""
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        self.set_header("Cache-Control", "no-store")
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """What Tornado refuses by itself: above all other methods than those that there are."""
+        if status_code == 405:
+            self.set_header("Allow", allowed_methods(self))
+        self.finish({"message": self._reason})
+
+
+class SocketHandler(Handler, WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
 
     def initialize(self, engine: Engine, door: FrontDoor) -> None:
@@ -3309,50 +3801,28 @@ class SocketHandler(WebSocketHandler):
         self._address = door.address(self.request)
         self._sid = parse_sid(self.request)
         self._session: Session | None = None
-
-    def set_default_headers(self) -> None:
-        self.clear_header("Server")
-        self.set_header("Cache-Control", "no-store")
+        self._stream = stream_of(self)
+        connection = door.connection(self.request)
+        assert connection is not None
+        self.connection = connection
 
     async def prepare(self) -> None:
-        """Turn away blocked addresses and foreign pages."""
-        self._settle()
-        session = self._engine.sockets.get(self._sid)
+        """Turn away foreign pages and blocked addresses."""
+        self.connection.touch()
         origin = self.request.headers.get("Origin")
-        if session is None and (seconds := await self._door.limits.blocked_for(self._address)):
-            self.set_header("Retry-After", str(math.ceil(seconds)))
-            self._refuse(429, "blocked", "Too many refused attempts")
-        elif not self._door.origins.allow(origin, self.request.host):
-            self._refuse(403, "origin", "This origin is not allowed")
-        elif origin is not None:
+        session = self._engine.sockets.get(self._sid)
+        if session is not None:
+            self._engine.limits.strangers.touch(session)
+        if not self._door.origins.allow(origin, self.request.host):
+            self._refuse_origin(origin)
+            return
+        if origin is not None:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Allow-Credentials", "true")
             self.set_header("Vary", "Origin")
-
-    def on_finish(self) -> None:
-        self._settle()
-
-    def _settle(self) -> None:
-        """A connection is a stranger's until a request on it belongs to who has authenticated."""
-        limits, connection = self._door.limits, self.request.connection
-        stream: IOStream | None = getattr(connection, "stream", None)  # None: a WebSocket has it
-        session = self._engine.sockets.get(self._sid)
-        if session is not None and session.visit not in limits.lobby:
-            limits.lobby.leave(stream)
-            return
-        if stream is not None and stream not in limits.lobby:
-            limits.expect(stream, stream.close)
-        for who in (stream, session and session.visit):
-            limits.lobby.stir(who)
-
-    async def admit(self, transport: str) -> Session:
-        """A new session for this request, which has to authenticate in time."""
-        limits = self._door.limits
-        visit = await limits.visit(self._address)
-        session = await self._engine.admit(visit, transport)
-        # Strangers come by the thousand: metrics count them, the log is for what was somebody's.
-        limits.lobby.enter(visit, functools.partial(session.cut, level=logging.DEBUG))
-        return session
+        if session is None and (seconds := await self._door.limits.blocked_for(self._address)):
+            self._engine.metrics.refused.labels("blocked").inc()
+            self._refuse_for(seconds, "Too many refused attempts")
 
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has done it, for polls too
@@ -3361,44 +3831,62 @@ class SocketHandler(WebSocketHandler):
         """There are no cookies to forge with."""
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
-        if self.request.headers.get("Upgrade", "").lower() != "websocket":
-            self._session = self._engine.sockets.get(self._sid)
-            await self._engine.handle_request(self)
-        elif fault := self._websocket_fault():
+        websocket = self.request.headers.get("Upgrade", "").lower() == "websocket"
+        if fault := self._fault("websocket" if websocket else "polling"):
             self._refuse(400, "handshake", fault)
-        else:
+        elif self._sid is None and self._door.closed:
+            self._refuse(503, "draining", "The server is stopping")
+        elif self._sid is None and (seconds := await self._door.limits.attempt(self._address)):
+            self._refuse_for(seconds, "Too many connections")
+        elif websocket:
             await super().get(*args, **kwargs)
+        else:
+            await self._poll()
+
+    async def _poll(self) -> None:
+        session = self._engine.sockets.get(self._sid)
+        self._session = session or await self._engine.admit(self._address, "polling")
+        self._answer("\x1e".join([frame.encode() for frame in await self._session.poll(self)]))
 
     async def post(self) -> None:
         """Two at a time end the session, as they do in Node's: which is to be taken first?"""
         session = self._engine.sockets.get(self._sid)
-        if session is None or session.posting:
-            if session is not None:
+        if session is None or not session.polls or session.posting:
+            if session is not None and session.posting:
                 session.cut("overlapping posts")
             self._refuse(400, "handshake", "Unknown session")
             return
         session.posting = True
         try:
-            await self._engine.handle_request(self)
+            await session.post(self)
         finally:
             session.posting = False
+        self._answer("ok")
 
     def options(self) -> None:
         """CORS preflight (Fetch standard)."""
         self.set_header("Access-Control-Allow-Methods", "GET, POST")
-        self.set_header("Access-Control-Allow-Headers", "Content-Type")
+        asked = self.request.headers.get("Access-Control-Request-Headers", "Content-Type")
+        self.set_header("Access-Control-Allow-Headers", asked)
         self.set_status(204)
 
-    def _websocket_fault(self) -> str | None:
-        sid = self._sid
-        session = self._engine.sockets.get(sid)
-        if "websocket" not in self._engine.transports:
-            return "The websocket transport is switched off"
-        if self.get_query_argument("transport", "") != "websocket":
+    def _answer(self, body: str) -> None:
+        """Engine.IO's answer; none is the end of the session, which no client takes as final."""
+        self.set_header("Content-Type", "text/plain; charset=UTF-8")
+        if not body:
+            self.set_status(400)
+        self.finish(body)
+
+    def _fault(self, transport: str) -> str | None:
+        """What is wrong with a GET (Engine.IO protocol v4)."""
+        session = self._engine.sockets.get(self._sid)
+        if transport not in self._engine.transports:
+            return f"The {transport} transport is switched off"
+        if self.get_query_argument("transport", "") != transport:
             return "Invalid transport"
         if self.get_query_argument("EIO", "") != "4":
             return "Unsupported protocol version"
-        if sid is not None and (session is None or session.upgraded or session.closed):
+        if self._sid is not None and (session is None or not session.polls):
             return "Unknown session"
         return None
 
@@ -3409,15 +3897,32 @@ class SocketHandler(WebSocketHandler):
         self.set_status(status)
         self.finish({"message": message})
 
+    def _refuse_origin(self, origin: str | None) -> None:
+        self._engine.metrics.refused.labels("origin").inc()
+        if self._door.limits.log_once(self._address, "origin"):
+            shown = clean_text(origin or "")[:ORIGIN_SHOWN]
+            log.info(
+                "%s refused: its page is of the origin %r, which [server] cors_origins does not list",
+                self._address,
+                shown,
+            )
+        self.set_status(403)
+        self.finish({"message": "This origin is not allowed"})
+
+    def _refuse_for(self, seconds: float, message: str) -> None:
+        """Stock clients try again by themselves."""
+        self.set_header("Retry-After", str(math.ceil(seconds)))
+        if self._door.limits.log_once(self._address, message):
+            log.info("%s refused: %s", self._address, message)
+        self.set_status(429)
+        self.finish({"message": message})
+
     async def open(self, *args: str, **kwargs: str) -> None:
-        limits = self._door.limits
+        self.connection.detached = True
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
-        stream = websocket_stream(self)
-        stream.max_write_buffer_size = self._engine.max_queue_bytes
+        self._stream.max_write_buffer_size = self._engine.max_queue_bytes
         if self._sid is None:
-            limits.expect(self, stream.close)
-            session = await self.admit("websocket")
-            limits.lobby.leave(self)
+            session = await self._engine.admit(self._address, "websocket")
             if self.ws_connection is None:
                 session.cut("gone")  # while the limits were asked
             else:
@@ -3426,7 +3931,6 @@ class SocketHandler(WebSocketHandler):
         elif self._sid in self._engine.sockets:
             self._session = self._engine.sockets[self._sid]
             self._session.begin_upgrade(self)
-            limits.expect(self, stream.close)
         else:
             self.close()
 
@@ -3434,19 +3938,18 @@ class SocketHandler(WebSocketHandler):
         session = self._session
         if session is None or session.closed:
             return
+        self.connection.touch()
         if session.handler is self:
             await session.feed(message)
         else:
             session.feed_probe(self, message)
-            if session.handler is self:
-                self._door.limits.lobby.leave(self)
 
     def on_ping(self, data: bytes) -> None:
         if self._session is not None:
             self._session.share_stream()
 
     def on_close(self) -> None:
-        self._door.limits.lobby.leave(self)
+        self._door.close(self._stream)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -3458,21 +3961,21 @@ class SocketHandler(WebSocketHandler):
 
 
 def parse_sid(request: HTTPServerRequest) -> str | None:
-    """The session that a request names, as python-engineio reads it."""
+    """The session that a request names."""
     sids = request.query_arguments.get("sid")
     return sids[0].decode("utf-8", "replace") if sids else None
 
 
-class OperatorHandler(RequestHandler):
+class OperatorHandler(Handler):
     """Base of what is there for operators and their tools; `read` gets what a GET is answered with."""
 
     def initialize(self, door: FrontDoor, read: Callable[[], Any] = dict) -> None:
         self.inside = door.operators.include(self.request)
         self.read = read
 
-    def set_default_headers(self) -> None:
-        self.clear_header("Server")
-        self.set_header("Cache-Control", "no-store")
+    def head(self) -> None:
+        """As GET without a body (RFC 9110 §9.3.2); Tornado leaves that out."""
+        self.get()
 
 
 class LiveHandler(OperatorHandler):
@@ -3506,23 +4009,8 @@ class MetricsHandler(OperatorHandler):
             self.finish({"message": "Only for this host and for [server] metrics_from"})
 
 
-class PromiseHandler(RequestHandler):
-    """A node that has lost Redis asks whether this one has, too (see `Lease.promise`)."""
-
-    def initialize(self, secret: str, promise: Callable[[], bool]) -> None:
-        self._secret = secret
-        self._promise = promise
-
-    def post(self, secret: str) -> None:
-        known = secrets.compare_digest(secret, self._secret)
-        self.set_status(200 if known and self._promise() else 404)
-
-
-class NotFoundHandler(RequestHandler):
+class NotFoundHandler(Handler):
     """Everything that is not served."""
-
-    def set_default_headers(self) -> None:
-        self.clear_header("Server")
 
     def prepare(self) -> None:
         self.set_status(404)
@@ -3530,31 +4018,93 @@ class NotFoundHandler(RequestHandler):
 
 
 class Site(Application):
-    """All that is served. Who is served waits in no lobby meanwhile, but for `SocketHandler`'s."""
+    """All that is served. Who is served has its time for that, but not by naming a session."""
 
-    limits: Limits
+    door: FrontDoor
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
-        if request.path != SOCKET_PATH:
-            self.limits.lobby.leave(getattr(request.connection, "stream", None))
+        connection = self.door.connection(request)
+        if connection is not None and request.path != SOCKET_PATH:
+            connection.serve()
         return super().find_handler(request, **kwargs)
 
     def log_request(self, handler: RequestHandler) -> None:
         """Called when a request is done with; nothing is logged."""
-        stream = getattr(handler.request.connection, "stream", None)
-        if handler.request.path != SOCKET_PATH and stream is not None:
-            self.limits.expect(stream, stream.close)
+        connection = self.door.connection(handler.request)
+        if connection is not None and handler.request.path != SOCKET_PATH:
+            connection.wait()
+
+
+class Acceptor:
+    """A socket that Tornado accepts connections on; it pauses while there is no file descriptor left.
+
+    Tornado would ask again at once, for ever, and log each time.
+    """
+
+    #: What accept(2) fails with when the process or the host has no room for one more.
+    FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+    #: Seconds of a pause after room was made, and where there were no strangers to make it.
+    PAUSE: Final = (0.05, 1.0)
+    #: Strangers that go then: enough for who waits, and fewer than usually are there.
+    STRANGERS: Final = 100
+
+    def __init__(self, listening: socket.socket, limits: Limits) -> None:
+        self._socket = listening
+        self._limits = limits
+        self._full_until = 0.0
+        self.fileno = listening.fileno
+        self.close = listening.close
+
+    @property
+    def problem(self) -> str | None:
+        """A sentence while it pauses, and for a little longer."""
+        full = time.monotonic() < self._full_until
+        return "no file descriptor is left for one more connection" if full else None
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """socket.accept; raises BlockingIOError where that would not help."""
+        try:
+            return self._socket.accept()
+        except OSError as error:
+            if error.errno not in self.FULL:
+                raise
+            self._pause(error)
+            raise BlockingIOError(error.errno, error.strerror) from error
+
+    def _pause(self, error: OSError) -> None:
+        made_room = self._limits.strangers.make_room(self.STRANGERS)
+        seconds = self.PAUSE[0 if made_room else 1]
+        self._full_until = time.monotonic() + self.PAUSE[1] + seconds
+        if self._limits.log_once("", "full"):
+            log.error("no connection can be accepted: %s; raise LimitNOFILE", error.strerror)
+        IOLoop.current().update_handler(self, 0)
+        asyncio.get_running_loop().call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        if self.fileno() >= 0:
+            with contextlib.suppress(KeyError):  # it is listened on no more
+                IOLoop.current().update_handler(self, IOLoop.READ)
 
 
 class WebServer(HTTPServer):
     """Tornado's, with TCP_NODELAY (without it two small writes in a row stall for 40 ms), an end
-    for clients that take nothing, and a lobby for connections that have not sent a whole request yet.
+    for clients that take nothing, and an entry at the door for each connection.
     """
 
     #: Set by whoever makes the server: Tornado's has no constructor of its own to extend.
     door: FrontDoor
     #: Seconds that a client may leave what it is sent unread or unacknowledged.
     patience: float
+    acceptors: Sequence[Acceptor] = ()
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        self.acceptors = [Acceptor(listening, self.door.limits) for listening in sockets]
+        super().add_sockets(self.acceptors)  # type: ignore[arg-type]  # all that it asks of a socket
+
+    @property
+    def problem(self) -> str | None:
+        """A sentence while connections cannot be accepted."""
+        return next((one.problem for one in self.acceptors if one.problem), None)
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         with contextlib.suppress(OSError, StreamClosedError):  # it may have gone already
@@ -3562,12 +4112,11 @@ class WebServer(HTTPServer):
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: tcp(7)
                 milliseconds = math.ceil(self.patience * 1000)
                 stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        peer = self.door.peer(address[0]) if address else ""
-        self.door.limits.expect(stream, stream.close, peer)
+        self.door.open(stream, address[0] if address else "")
         super().handle_stream(stream, address)
 
     def on_close(self, server_conn: Any) -> None:
-        self.door.limits.lobby.leave(server_conn.stream)
+        self.door.close(server_conn.stream)
         super().on_close(server_conn)
 
 
@@ -3576,6 +4125,8 @@ class WebServer(HTTPServer):
 # them all: the dashboards' requests, the way of an event to its room, start and stop.
 
 EVENT_SHOWN: Final = 40
+#: How `Tokens` refuses who is banned.
+BANNED: Final = "Access denied"
 #: Seconds before a token ends that its dashboard is warned (design: identity and access).
 EXPIRY_WARNING: Final = 60.0
 #: Seconds that a subscription waits for guilds that Discord is still sending.
@@ -3606,6 +4157,7 @@ class Dashboards:
         access: Access,
         limits: Limits,
         plugins: PluginHost,
+        node: Node,
     ) -> None:
         self._sio = sio
         self._rooms = rooms
@@ -3613,19 +4165,14 @@ class Dashboards:
         self._access = access
         self._limits = limits
         self._plugins = plugins
+        self._node = node
         self._greetings: set[asyncio.Task[None]] = set()
         self._connected: dict[Sid, Dashboard] = {}
         #: Called with a guild id when one in its rooms is there with another token.
         self.on_audience_change: Callable[[str], None] = lambda guild_id: None
-        #: Called with a viewer's Discord id when one of its dashboards came or went.
-        self.on_enter: Callable[[str], None] = lambda discord_id: None
-        self.on_exit: Callable[[str], None] = lambda discord_id: None
-        #: What plugins have for a new subscriber of a room, handed to `tell`.
-        self.greet: Greet = plugins.greet
         sio.on("connect", self._connect)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
-        sio.on("connect", self._refuse_namespace, namespace="*")
 
     def viewer(self, sid: Sid) -> Viewer:
         return self._connected[sid].viewer
@@ -3639,60 +4186,49 @@ class Dashboards:
     async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
         session = self._sio.session_of(sid)
         if session is None:
-            raise SocketIORefusal("Gone")  # to nobody: it has left right after it sent CONNECT
+            raise RefusedConnectionError(
+                "Gone"
+            )  # to nobody: it has left right after it sent CONNECT
         try:
-            viewer = await self._identify(session.visit, auth)
+            viewer = await self._identify(session, auth)
         except RefusedConnectionError as refusal:
-            if session.visit.log_once(refusal.message):
-                address = session.visit.address
+            if self._limits.log_once(session.address, refusal.message):
+                address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
-            # The library sends the refusal in this turn of the loop; then the transport goes too.
-            asyncio.get_running_loop().call_soon(session.end)
-            raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
-        self._limits.lobby.leave(session.visit)
+            raise
+        self._limits.strangers.leave(session)
         self._connected[sid] = Dashboard(viewer, session)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
-        self.on_enter(viewer.discord_id)
+        self._node.viewer_entered(viewer.discord_id)
         self._watch_expiry(sid)
 
-    async def _identify(self, visit: Visit, auth: object) -> Viewer:
-        await self._limits.let_try(visit)
+    async def _identify(self, session: Session, auth: object) -> Viewer:
+        if session.refusal is not None:
+            raise session.refusal
+        await self._limits.let_try(session.address)
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
             viewer = self._tokens.verify(token)
         except RefusedConnectionError as refusal:
-            await self._limits.refused(visit.address, refusal)
+            await self._limits.refused(session.address, refusal)
             raise
-        await self._limits.accepted(visit.address)
+        await self._limits.accepted(session.address)
         await self._limits.enter(viewer.discord_id)
         return viewer
-
-    async def _refuse_namespace(
-        self, namespace: str, sid: Sid, environ: dict[str, Any], auth: object
-    ) -> NoReturn:
-        raise SocketIORefusal("Invalid namespace")
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._connected.pop(sid)
         if dashboard.expiry is not None:
             dashboard.expiry.cancel()
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
-        self.on_exit(dashboard.viewer.discord_id)
+        self._node.viewer_left(dashboard.viewer.discord_id)
         session = dashboard.session
-        if not session.closing:  # it left Socket.IO, and its transport is a stranger's again
-            self._limits.lobby.enter(session.visit, session.cut)
+        if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
+            self._limits.strangers.enter(session)
         session.log.info("viewer is gone: %s", reason)
 
     def __len__(self) -> int:
         return len(self._connected)
-
-    async def _kick(self, sid: Sid, message: str) -> None:
-        """Disconnect for good: a stock client does not come back by itself after this."""
-        dashboard = self._connected.get(sid)
-        if dashboard is not None:
-            dashboard.tell("error", {"message": message})
-            await self._sio.disconnect(sid)
-            dashboard.session.end()
 
     # -- the life of a token
 
@@ -3714,7 +4250,10 @@ class Dashboards:
         dashboard.expiry = loop.call_later(expires - time.time(), self._expire, sid)
 
     def _expire(self, sid: Sid) -> None:
-        self._sio.start_background_task(self._kick, sid, "Token expired")
+        """Only the transport ends: a stock client comes back with what its `auth` gives then."""
+        dashboard = self._connected[sid]
+        dashboard.tell("error", {"message": "Token expired", "code": "expired"})
+        dashboard.session.end()
 
     async def _refresh(self, sid: Sid, args: tuple[object, ...]) -> dict[str, Any]:
         """A new token for the same viewer; what it no longer allows is left."""
@@ -3722,6 +4261,8 @@ class Dashboards:
         try:
             viewer = self._tokens.verify(args[0] if len(args) == 1 else None)
         except RefusedConnectionError as refusal:
+            if refusal.message == BANNED:  # out, once it has been told
+                asyncio.get_running_loop().call_soon(dashboard.session.end)
             raise ClientError("forbidden", refusal.message) from refusal
         if viewer.discord_id != dashboard.viewer.discord_id:
             raise ClientError("forbidden", "The token is another viewer's")
@@ -3744,7 +4285,7 @@ class Dashboards:
 
     async def _request(self, sid: Sid, event: object, *args: object) -> dict[str, Any]:
         try:
-            if not await self._limits.may_send(sid):
+            if not self._limits.may_send(self._connected[sid].session.allowance):
                 raise ClientError("rate_limited", "Too many events; slow down")
             return {"ok": True, **await self._answer(event, sid, args)}
         except ClientError as error:
@@ -3763,7 +4304,7 @@ class Dashboards:
             return {"room": await self._subscribe(sid, kind, guild_argument(args))}
         if kind in self._plugins.kinds and verb == "unsubscribe":
             room = f"{kind}:{guild_argument(args)}"
-            await self._rooms.leave_room(sid, NAMESPACE, room)
+            self._rooms.leave(sid, room)
             return {"room": room}
         raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
 
@@ -3775,8 +4316,11 @@ class Dashboards:
         viewer = self.viewer(sid)
         if not await self._access.wait_until_sure(viewer, guild_id, SUBSCRIBE_PATIENCE):
             raise ClientError("forbidden", f"No access to guild {guild_id}")
-        if sid in self._connected:  # it may have left meanwhile
-            await self._rooms.enter_room(sid, NAMESPACE, room)
+        await self._node.follow(guild_id)
+        if sid in self._connected:  # it may have left meanwhile, or lost its right
+            if self._access.may_view(self.viewer(sid), guild_id) is False:
+                raise ClientError("forbidden", f"No access to guild {guild_id}")
+            self._rooms.enter(sid, room)
             if room not in rooms:
                 self._greet_soon(sid, kind, guild_id)
         return room
@@ -3788,7 +4332,7 @@ class Dashboards:
             if f"{kind}:{guild_id}" in self._rooms.rooms_of(sid):
                 self._connected[sid].tell(event, payload)
 
-        task = asyncio.create_task(self.greet(kind, guild_id, tell))
+        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell))
         self._greetings.add(task)
         task.add_done_callback(self._greetings.discard)
 
@@ -3863,6 +4407,11 @@ class RightsWatcher:
         events.subscribe(hikari.GuildJoinEvent, self._on_guild)
         events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
+
+    def send(self, to: Destination, packet: bytes) -> None:
+        """An event to those in a room who may see it."""
+        hidden = functools.partial(self.hidden, to.room, to.guild_id, to.channel_id)
+        self._rooms.send(to.room, packet, hidden if to.channel_id else None)
 
     def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
@@ -4008,66 +4557,9 @@ GOODBYE_PACE: Final = 0.01
 GOING_AWAY: Final = 1001  # RFC 6455 §7.4.1
 
 
-# -- parts of a server, alone or a node of several
-
-
-def cluster_code() -> Any:
-    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
-    try:
-        return importlib.import_module("spywatcher_cluster")
-    except ModuleNotFoundError as error:
-        raise OperatorError(
-            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
-            f" {Path(__file__).name}, and redis-py"
-        ) from error
-
-
-def make_cluster(settings: Settings, cache: hikari.api.Cache) -> Cluster | None:
-    """This process's part in a service of several; None, and nothing of it loaded, where it is alone."""
-    redis = settings.redis
-    if not redis.url:
-        return None
-    cluster: Cluster = cluster_code().Cluster(redis, redis_password_of(settings), cache)
-    return cluster
-
-
-def redis_password_of(settings: Settings) -> str:
-    """Empty where the URL has it, or there is none."""
-    file = settings.redis.password_file
-    password = read_secret("", file, settings.folder, "redis.password")
-    if file and not password:
-        raise OperatorError(f"redis.password_file: {file} is empty, expected Redis' password")
-    return password
-
-
-def check_redis(settings: Settings) -> None:
-    """Raises OperatorError where no Redis could be reached like this, whatever runs there."""
-    if settings.redis.url:
-        cluster_code().open_redis(settings.redis.url, redis_password_of(settings))
-
-
-def make_access(settings: Settings, cache: hikari.api.Cache, cluster: Cluster | None) -> Access:
-    auth, watched = settings.auth, settings.discord.guilds
-    return cluster.make_access(auth, watched) if cluster else Access(auth, watched, cache)
-
-
-def make_counters(cluster: Cluster | None) -> limits.aio.storage.Storage:
-    return cluster.make_counters(BoundedMemory()) if cluster else BoundedMemory()
-
-
-def make_connections(cluster: Cluster | None) -> OpenConnections:
-    return cluster.connections if cluster else OpenConnections()
-
-
-def make_rooms(settings: Settings, metrics: Metrics, cluster: Cluster | None) -> Rooms:
-    max_delay = settings.fanout.max_delay
-    return cluster.make_rooms(max_delay, metrics) if cluster else Rooms(max_delay, metrics)
-
-
-def make_socketio(settings: Settings, rooms: Rooms, metrics: Metrics) -> SocketIO:
+def make_socketio(settings: Settings, rooms: Rooms, limits: Limits) -> SocketIO:
     return SocketIO(
-        client_manager=rooms,
-        namespaces="*",
+        rooms,
         async_mode="tornado",
         async_handlers=False,  # one request of a client at a time, in their order
         monitor_clients=False,  # each session has its own timer
@@ -4078,7 +4570,7 @@ def make_socketio(settings: Settings, rooms: Rooms, metrics: Metrics) -> SocketI
         ping_timeout=settings.heartbeat.timeout,
         max_http_buffer_size=settings.server.max_message_bytes,
         max_queue_bytes=settings.server.max_queue_bytes,
-        metrics=metrics,
+        limits=limits,
         logger=library_log("socketio"),
         engineio_logger=library_log("engineio"),
     )
@@ -4107,20 +4599,13 @@ def measure(server: Server) -> None:
     gauge("plugins_loaded", "Loaded plugins.", lambda: len(server.plugins.health()["loaded"]))
     gauge("plugins_failed", "Plugins in trouble.", lambda: len(server.plugins.health()["failed"]))
     gauge("ready", "1 while /health/ready says so.", lambda: server.problem is None)
-    if server.cluster is not None:
-        server.cluster.measure(server.metrics)
 
 
 def make_web(server: Server, settings: Settings) -> WebServer:
     limit = settings.server.max_message_bytes
     door = {"door": server.door}
-    routes: list[Any] = []
-    if server.cluster is not None:
-        asked = {"secret": server.cluster.source, "promise": server.cluster.lease.promise}
-        routes.append((r"/cluster/([0-9a-f]+)", PromiseHandler, asked))
     application = Site(
         [
-            *routes,
             (SOCKET_PATH, SocketHandler, {**door, "engine": server.socketio.eio}),
             (r"/health/live", LiveHandler, door),
             (r"/health/ready", ReadyHandler, {**door, "read": server.health}),
@@ -4129,7 +4614,7 @@ def make_web(server: Server, settings: Settings) -> WebServer:
         default_handler_class=NotFoundHandler,
         websocket_max_message_size=limit,
     )
-    application.limits = server.limits
+    application.door = server.door
     patience = settings.heartbeat.interval + settings.heartbeat.timeout
     web = WebServer(
         application,
@@ -4153,11 +4638,18 @@ def being_cancelled() -> bool:
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
-    `sockets` that listen already (systemd's) are used instead of `[server] host` and `port`.
+    `sockets` that listen already (systemd's) are used instead of `[server] host` and `port`;
+    `make_node` says whether this process is alone.
     """
 
     def __init__(
-        self, settings: Settings, *, keys: Keys, token: str, sockets: Sequence[socket.socket] = ()
+        self,
+        settings: Settings,
+        *,
+        keys: Keys,
+        token: str,
+        sockets: Sequence[socket.socket] = (),
+        make_node: Callable[[Settings, hikari.GatewayBot], Node] = Node,
     ) -> None:
         self._settings = self._started_with = settings
         self._sockets = list(sockets)
@@ -4167,31 +4659,31 @@ class Server:
         self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder, self.metrics)
         self.plugins.load()
         self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics)
-        self.cluster = make_cluster(settings, self.gateway.bot.cache)
-        self.access = make_access(settings, self.gateway.bot.cache, self.cluster)
+        self.node = make_node(settings, self.gateway.bot)
+        self.access = self.node.make_access()
         self.tokens = Tokens(keys, settings.auth.algorithms)
         self.limits = Limits(
             settings.limits,
             settings.auth.connect_timeout,
-            make_counters(self.cluster),
-            make_connections(self.cluster),
+            self.node.make_counters(),
+            self.node.make_connections(),
             self.metrics,
         )
-        self.rooms = make_rooms(settings, self.metrics, self.cluster)
-        self.socketio = make_socketio(settings, self.rooms, self.metrics)
-        self.throttle = Throttle(settings.throttle, self.emit, self.rooms.listened, self.metrics)
+        fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
+        self.rooms = Rooms(*fanout, self.metrics)
+        self.socketio = make_socketio(settings, self.rooms, self.limits)
+        self.throttle = Throttle(settings.throttle, self.node, self.metrics)
         self.dashboards = Dashboards(
-            self.socketio, self.rooms, self.tokens, self.access, self.limits, self.plugins
+            self.socketio,
+            self.rooms,
+            self.tokens,
+            self.access,
+            self.limits,
+            self.plugins,
+            self.node,
         )
         self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
-        if self.cluster is not None:
-            self.cluster.deliver = self._deliver
-            self.cluster.on_rights = self.rights.check
-            self.cluster.greetings.own = self.plugins.greet
-            self.cluster.windows.share(self.throttle)
-            self.dashboards.greet = self.cluster.greetings.greet
-            self.dashboards.on_enter = self.cluster.enter
-            self.dashboards.on_exit = self.cluster.exit
+        self.node.attach(Parts(self.rights, self.rooms, self.plugins, self.throttle, self.metrics))
         self.door = FrontDoor(settings.server, self.limits)
         measure(self)
         self.web = make_web(self, settings)
@@ -4211,17 +4703,12 @@ class Server:
         """Each part's `problem`, None or a sentence, with its figures."""
         stopping = "draining: the server is stopping" if self.draining else None
         return {
-            "server": {"problem": stopping},
+            "server": {"problem": stopping or self.web.problem},
             "loop": self.pulse.health(),
-            "gateway": self.gateway.health() if self.leading else {"problem": None},
+            "gateway": self.gateway.health() if self.node.leading else {"problem": None},
             "plugins": self.plugins.health(),
-            "redis": {"problem": None} if self.cluster is None else self.cluster.health(),
+            "redis": self.node.health(),
         }
-
-    @property
-    def leading(self) -> bool:
-        """Whether the session with Discord is this process's to keep."""
-        return self.cluster is None or self.cluster.leading
 
     @property
     def problem(self) -> str | None:
@@ -4231,7 +4718,7 @@ class Server:
     @property
     def alive(self) -> bool:
         """Whether the parts that must never rest still run; the loop does, if this is asked on it."""
-        turning = self.gateway.alive or not self.leading
+        turning = self.gateway.alive or not self.node.leading
         return turning and not any(task.done() for task in self._tasks)
 
     # -- start, reload, stop
@@ -4249,26 +4736,19 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
-        run = self.gateway.run
-        if self.cluster is not None:
-            self.cluster.truth.subscribe(self.gateway.bot.event_manager)
-            run = functools.partial(self.cluster.lead, self._lead)
         self.rights.subscribe(self.gateway.bot.event_manager)
-        if self.cluster is None:
-            await self.plugins.start(self._workplace())
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
-        if self.cluster is not None:
-            self.cluster.start(host, self.port)
-        self._gateway_task = asyncio.create_task(run(), name="gateway")
+        self.node.start()
+        self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
         self._tasks = [self._gateway_task, pulse]
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
 
     async def _lead(self) -> None:
-        """Have the gateway, and the plugins at work, which are so at its holder alone."""
+        """Have plugins at work and the gateway running: both are one node's alone."""
         try:
             await self.plugins.start(self._workplace())
             if not being_cancelled():
@@ -4278,10 +4758,14 @@ class Server:
             await self.plugins.stop()
 
     def _workplace(self) -> HostContext:
-        emit, storage = self._emit_or_hold, storage_of(self._settings)
-        bot, settled = self.gateway.bot, self.gateway.settled
-        place = HostContext(bot, emit, settled, self.access.watches, storage)
-        return place._replace(share=self.cluster.share) if self.cluster else place
+        return HostContext(
+            bot=self.gateway.bot,
+            emit=self.throttle.emit,
+            settled=self.gateway.settled,
+            watches=self.access.watches,
+            storage=storage_of(self._settings),
+            share=self.node.share,
+        )
 
     def _bind(self) -> list[socket.socket]:
         server = self._settings.server
@@ -4319,7 +4803,7 @@ class Server:
 
         Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
         """
-        self.draining = True
+        self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         work = [
@@ -4338,10 +4822,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
-        await self.throttle.close()
-        await self.plugins.stop()
-        if self.cluster is not None:
-            await self.cluster.stop(self._settings.server.shutdown_grace / 2)
+        await self.node.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
         """In random order, at an even pace that needs no more than `within` seconds."""
@@ -4359,42 +4840,6 @@ class Server:
         if session.handler is not None:
             session.handler.close(GOING_AWAY)
         await session.close()
-
-    def _emit_or_hold(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> None:
-        """The first step of an event. Other nodes' listeners of a moment ago are not known yet:
-        what costs nothing to make goes out for them all the same.
-        """
-        if (
-            self.cluster is not None
-            and not callable(content)
-            and event not in self.throttle.windows
-        ):
-            self.emit(event, guild_id, content, kind)
-        else:
-            self.throttle.emit(event, guild_id, content, kind)
-
-    def emit(self, event: str, guild_id: str, payload: EventData, kind: str) -> None:
-        """The last step of an event: from a plugin to those in the room who may see it."""
-        if not self.access.watches(guild_id):
-            self.metrics.dropped.labels("guild not watched").inc()
-            return
-        channel_id = str(payload.get("channelId") or payload.get("channel_id") or "")
-        if self.cluster is not None:
-            self.cluster.emit(guild_id, kind, channel_id, event_packet(event, payload))
-        else:
-            room = f"{kind}:{guild_id}"
-            self.rooms.broadcast(room, event, payload, self._hidden(room, guild_id, channel_id))
-
-    def _hidden(self, room: str, guild_id: str, channel_id: str) -> Callable[[], Hidden] | None:
-        """What tells from whom in the room an event of this channel is kept."""
-        if not channel_id:
-            return None
-        return functools.partial(self.rights.hidden, room, guild_id, channel_id)
-
-    def _deliver(self, guild_id: str, kind: str, channel_id: str, packet: bytes) -> None:
-        """What `cluster` hands on, to this node's clients."""
-        room = f"{kind}:{guild_id}"
-        self.rooms.send(room, packet, self._hidden(room, guild_id, channel_id))
 
 
 #: Seconds between two looks at the status line that `systemctl status` shows.
@@ -4583,6 +5028,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def cluster_code() -> Any:
+    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
+    try:
+        return importlib.import_module("spywatcher_cluster")
+    except ModuleNotFoundError as error:
+        raise OperatorError(
+            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
+            f" {Path(__file__).name}, and redis-py"
+        ) from error
+
+
+def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
+    """Makes this process's node: alone, or one of several where they have a Redis to meet at."""
+    makes: Callable[[Settings, hikari.GatewayBot], Node] = Node
+    return cluster_code().ClusterNode if settings.redis.url else makes
+
+
 def bot_token_of(settings: Settings) -> str:
     discord = settings.discord
     return read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
@@ -4597,7 +5059,8 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
     systemd = Systemd(os.environ)
-    server = Server(settings, keys=keys, token=token, sockets=systemd.sockets())
+    sockets, make_node = systemd.sockets(), node_type(settings)
+    server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
     reload = functools.partial(reload_settings, server, arguments.config)
     run_until_stopped(run_server(server, systemd, reload))
 
@@ -4623,7 +5086,8 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
     read_keys(settings.auth, settings.folder)
     bot_token_of(settings)
-    check_redis(settings)
+    if settings.redis.url:
+        cluster_code().check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     print(settings_text(settings))
@@ -4656,10 +5120,8 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     if settings.redis.url:
-        password = redis_password_of(settings)
-        member, guild = arguments.member, arguments.guild
         forget = cluster_code().forget_shared
-        shared = asyncio.run(forget(settings.redis, password, member, guild))
+        shared = asyncio.run(forget(settings, arguments.member, arguments.guild))
         print(f"Redis: {shared} removed")
     plugins, storage = host.plugins.values(), storage_of(settings)
     removed = forget_member(plugins, storage, arguments.member, arguments.guild)
