@@ -3186,22 +3186,22 @@ class Guarded:
     def paused(self) -> bool:
         return self._paused_until > time.monotonic()
 
-    def call(self, subject: object, then: Callable[[Any], None]) -> None:
-        """Call it, and `then` with what it returns: at once, or when that is there."""
+    def call(self, subject: object, then: Callable[[Any, Any], None]) -> None:
+        """Call it with a subject, and `then` with that and what it returns, when that is there."""
         if self._paused_until and self.paused:
             return
         started = time.perf_counter()
         try:
             result = self._function(subject, *self._arguments)
-        except FAULTS as error:
             self._took(time.perf_counter() - started)
+            if hasattr(result, "__await__"):
+                self._await(result, functools.partial(then, subject))
+                return
+            then(subject, result)
+        except FAULTS as error:
             self._failed(error)
-            return
-        self._took(time.perf_counter() - started)
-        if hasattr(result, "__await__"):
-            self._await(result, then)
         else:
-            self._finish(result, then)
+            self._failed_in_row = 0
 
     async def ask(self, *subject: object, limited: bool = True) -> Any:
         """Call it, and return what it returns; None when it fails or is paused."""
@@ -3260,14 +3260,6 @@ class Guarded:
         self._running.discard(task)
         with self.fenced():
             then(task.result())
-
-    def _finish(self, result: object, then: Callable[[Any], None]) -> None:
-        try:
-            then(result)
-        except FAULTS as error:
-            self._failed(error)
-        else:
-            self._failed_in_row = 0
 
     def _failed(self, error: BaseException) -> None:
         self._fence.failed(f"{self.name} failed{self._where}", error)
@@ -3513,6 +3505,15 @@ class PluginHandler(RequestHandler):
             type(self).failed(f"{type(self).__name__} failed", value)
 
 
+class Hearer(NamedTuple):
+    """One listener at work."""
+
+    listener: Listener
+    guarded: Guarded
+    #: Takes an event and what the function returned for it.
+    send: Callable[[Any, Any], None]
+
+
 class Runner:
     """One plugin at work: events, time and new subscribers reach it here, and its events leave here."""
 
@@ -3542,7 +3543,10 @@ class Runner:
         self._tasks: list[asyncio.Task[None]] = []
         failed = metrics.plugin_failures.labels(plugin.name).inc
         self.spy = Spy(plugin.name, plugin.settings, context, self._emit, self._count, failed)
-        self.listeners = [(mark, self._listener(f, mark)) for f, mark in plugin.listeners]
+        self.listeners = [
+            Hearer(mark, self._listener(f, mark), functools.partial(self._send_result, mark))
+            for f, mark in plugin.listeners
+        ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
 
@@ -3573,7 +3577,7 @@ class Runner:
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
         greeters = [guarded for _, guarded, _ in self.greeters]
-        everything = [guarded for _, guarded in self.listeners] + greeters
+        everything = [hearer.guarded for hearer in self.listeners] + greeters
         everything += [guarded for guarded, _ in self.repeated]
         paused = [guarded.name for guarded in everything if guarded.paused]
         return [f"{self.plugin.name}.{name}" for name in paused]
@@ -3604,8 +3608,8 @@ class Runner:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for _, guarded in self.listeners:
-            await guarded.wait()
+        for hearer in self.listeners:
+            await hearer.guarded.wait()
         try:
             await self._run_hook("teardown", self._time_limit)
         except FAULTS as error:
@@ -3626,10 +3630,6 @@ class Runner:
             await guarded.ask(limited=False)
 
     # -- events
-
-    def hear(self, listener: Listener, guarded: Guarded, event: Any) -> None:
-        """Call a listener with an event, and send what comes of it."""
-        guarded.call(event, functools.partial(self._send_result, listener, event))
 
     async def greet(
         self, kind: str, guild_id: str, tell: Tell, subscriber: Subscriber | None
@@ -3723,17 +3723,17 @@ class Dispatcher:
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
         self._metrics = metrics
-        self._hearers: dict[type | str, list[tuple[Runner, Listener, Guarded]]] = {}
+        self._hearers: dict[type | str, list[Hearer]] = {}
         self._subscribed: dict[type[hikari.Event], Any] = {}
         self._received: dict[type, Counter] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[tuple[Runner, Listener, Guarded]]] = {}
+        hearers: dict[type | str, list[Hearer]] = {}
         for runner in runners:
-            for listener, guarded in runner.listeners:
-                hearers.setdefault(listener.source, []).append((runner, listener, guarded))
+            for hearer in runner.listeners:
+                hearers.setdefault(hearer.listener.source, []).append(hearer)
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
         events = self._context.bot.event_manager
@@ -3751,8 +3751,8 @@ class Dispatcher:
                 raise PluginError(f"{event} comes of itself, through plugins that hear each other")
             before = CHAIN.set(CHAIN.get() + 1)
             try:
-                for runner, listener, guarded in hearers:
-                    runner.hear(listener, guarded, copy.deepcopy(fields))
+                for hearer in hearers:
+                    hearer.guarded.call(copy.deepcopy(fields), hearer.send)
             finally:
                 CHAIN.reset(before)
 
@@ -3768,9 +3768,9 @@ class Dispatcher:
                 return
             person = rule is None or rule(event, cache)
             self._count(event)
-            for runner, listener, guarded in self._hearers.get(event_type, ()):
+            for listener, guarded, send in self._hearers.get(event_type, ()):
                 if person or listener.bots:
-                    runner.hear(listener, guarded, event)
+                    guarded.call(event, send)
 
         return hear
 
