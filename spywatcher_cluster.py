@@ -1589,25 +1589,26 @@ class Snapshots:
         self._waiting: collections.OrderedDict[str, Tell] = collections.OrderedDict()
         self._under_way: set[asyncio.Task[None]] = set()
 
-    async def send(self, kind: str, guild_id: str, tell: Tell) -> None:
+    async def send(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
         if self._node.leading:
-            await self._plugins.greet(kind, guild_id, tell)
+            await self._plugins.greet(kind, guild_id, tell, viewer)
             return
         ticket = secrets.token_hex(8)
         self._waiting[ticket] = tell
         if len(self._waiting) > MOST_SNAPSHOTS:
             self._waiting.popitem(last=False)
-        self._node.tell("subscribed", ticket, f"{kind}:{guild_id}".encode())
+        body = msgspec.json.encode((kind, guild_id, viewer))
+        self._node.tell("subscribed", ticket, body)
 
     def on_subscribed(self, note: Note) -> None:
         if not self._node.leading:
             return
-        kind, _, guild_id = note.body.decode().partition(":")
+        kind, guild_id, viewer = msgspec.json.decode(note.body, type=tuple[str, str, Viewer])
 
         def tell(event: str, payload: EventData) -> None:
             self._node.tell("snapshot", note.detail, msgspec.json.encode((event, payload)))
 
-        task = asyncio.create_task(self._plugins.greet(kind, guild_id, tell))
+        task = asyncio.create_task(self._plugins.greet(kind, guild_id, tell, viewer))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
@@ -1952,8 +1953,8 @@ class ClusterNode(Node):
     async def follow(self, guild_id: str) -> None:
         await self.reader.follow(guild_stream(guild_id))
 
-    async def send_snapshots(self, kind: str, guild_id: str, tell: Tell) -> None:
-        await self.snapshots.send(kind, guild_id, tell)
+    async def send_snapshots(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
+        await self.snapshots.send(kind, guild_id, tell, viewer)
 
     # -- the control stream
 
