@@ -17,7 +17,7 @@ Run as a program it plays a lively guild: `python simulator.py --port 8123`.
 
 Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
 payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
-REST · the server · a lively guild · the demo · command line.
+REST · the server · the harness · a lively guild · the demo · command line.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import http
 import importlib
 import itertools
 import json
+import logging
 import random
 import secrets
 import signal
@@ -40,11 +41,11 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import hikari
 import msgspec
@@ -61,7 +62,9 @@ __all__ = [
     "Channel",
     "ChannelType",
     "CloseCode",
+    "Emitted",
     "Guild",
+    "Harness",
     "Intent",
     "LivelyGuild",
     "Member",
@@ -2085,6 +2088,197 @@ class PretendDiscord(Happenings):
             default_handler_args={"discord": self},
             log_function=lambda handler: None,  # a refused bot is a result here, not a warning
         )
+
+
+# ---- the harness ----
+# Plugins without a network and without a server: the real plugin host and the real hikari, fed by hand
+# as a gateway session of the plugins' own intents would feed them.
+
+PATIENCE = 5.0  # seconds after which what a plugin still does counts as going on in the background
+
+
+class Emitted(NamedTuple):
+    """What dashboards in a room would get."""
+
+    event: str
+    fields: Json
+    room: str
+
+
+class Harness:
+    """Plugins to be tried: feed raw gateway JSON, see what was emitted.
+
+        with Harness("plugins/mine.py") as h:
+            ada = h.guild.add_member("ada")
+            h.feed("MESSAGE_CREATE", message_json(h.guild, ada, h.guild.general))
+            h.run(h.discord.presence(h.guild, ada, "online", ["web"]))
+            assert h.emitted[0].event == "message:new"
+            assert h.emitted[0].fields["username"] == "ada"
+
+    Each path is a plugin, a file or a folder; `settings` are their `[plugin.NAME]` tables, by name.
+    The bot sees the guild before the first packet: whoever is in it by then was there before.
+    What a plugin raises, at load or later, is raised here as PluginError, by the call that led to
+    it. Not for use where an event loop runs already.
+    """
+
+    def __init__(self, *paths: str | Path, settings: Mapping[str, Json] | None = None) -> None:
+        self.discord = PretendDiscord()
+        self.guild = self.discord.add_guild()
+        #: What was emitted so far, in order.
+        self.emitted: list[Emitted] = []
+        self._paths = [Path(path).resolve() for path in paths]
+        self._tables = {name: dict(table) for name, table in (settings or {}).items()}
+        self._faults = FaultsLogged()
+        self._making: set[asyncio.Task[None]] = set()
+        self._resting: set[asyncio.Task[Any]] = set()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            logging.getLogger().addHandler(self._faults)
+            stack.callback(logging.getLogger().removeHandler, self._faults)
+            self._runner = stack.enter_context(asyncio.Runner())
+            self._runner.run(self._start())
+            stack.callback(lambda: self._runner.run(self.host.stop()))
+            self._raise_faults()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def feed(self, name: str, data: Json) -> None:
+        """One dispatch of the gateway: `d` as Discord documents it, of which hikari makes its event.
+
+        It comes only to a plugin whose events need its intent, and without what people wrote.
+        """
+        self.run(self.discord.dispatch(name, data))
+
+    def run(self, doing: Coroutine[Any, Any, T]) -> T:
+        """Have something happen, and wait until the plugins are through with it."""
+        result = self._runner.run(self._through(doing))
+        self._raise_faults()
+        return result
+
+    def subscribe(self, kind: str = "guild") -> list[Emitted]:
+        """What a new subscriber of the guild's room gets at once."""
+        told: list[Emitted] = []
+        guild_id = str(self.guild.id)
+
+        def tell(event: str, fields: Json) -> None:
+            told.append(Emitted(event, fields, f"{kind}:{guild_id}"))
+
+        self.run(self.host.greet(kind, guild_id, tell))
+        return told
+
+    def _raise_faults(self) -> None:
+        records = self._faults.take()
+        if records:
+            cause = records[0].exc_info[1] if records[0].exc_info else None
+            raise spywatcher.PluginError(records[0].getMessage()) from cause
+
+    # Behind the scenes.
+
+    async def _start(self) -> None:
+        metrics = spywatcher.Metrics()
+        names = {path.stem for path in self._paths}
+        folders = dict.fromkeys(path.parent for path in self._paths)
+        others = {entry.stem for folder in folders for entry in folder.iterdir()} - names
+        settings = spywatcher.PluginsSettings(tuple(map(str, folders)), tuple(sorted(others)))
+        self.host = spywatcher.PluginHost(settings, self._tables, self._folder, metrics)
+        self.host.load()
+        wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
+        wanted |= self.host.event_types()
+        self.bot = spywatcher.Gateway(
+            spywatcher.DiscordSettings(), self.discord.token, wanted, metrics
+        ).bot
+        place = spywatcher.HostContext(
+            bot=self.bot,
+            emit=self._emit,
+            settled=lambda: True,
+            watches=lambda guild_id: True,
+            storage=self._folder / "counts.db",
+        )
+        await self.host.start(place)
+        self._resting = asyncio.all_tasks()
+
+    def _emit(self, event: str, guild_id: str, content: Any, kind: str) -> None:
+        room = f"{kind}:{guild_id}"
+
+        async def make() -> None:
+            if (fields := await content()) is not None:
+                self.emitted.append(Emitted(event, fields, room))
+
+        if callable(content):
+            self._making.add(asyncio.create_task(make()))
+        else:
+            self.emitted.append(Emitted(event, content, room))
+
+    async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
+        if not self.discord.sessions:
+            ShardByHand(self.discord, self.bot).identify(int(self.bot.intents))
+        result = await doing
+        while tasks := asyncio.all_tasks() - self._resting - {asyncio.current_task()}:
+            done, _ = await asyncio.wait(tasks, timeout=PATIENCE)
+            if not done:
+                self._resting |= tasks
+        return result
+
+
+class FaultsLogged(logging.Handler):
+    """Keeps what plugin host, hikari and asyncio log at ERROR: a test has nobody who reads a log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self._records.append(record)
+
+    def take(self) -> list[logging.LogRecord]:
+        """What came since the last time."""
+        records, self._records = self._records, []
+        return records
+
+
+class ShardByHand(PretendShard):
+    """A gateway session that ends in hikari without a socket; both sides take it for theirs."""
+
+    def __init__(self, discord: Gateway, bot: hikari.GatewayBot) -> None:
+        super().__init__(discord.bot.id)
+        self._discord = discord
+        self._bot = bot
+        self._session: Session | None = None
+
+    def identify(self, intents: int) -> None:
+        """Come in, which brings READY and the guilds."""
+        identify = Identify(self._discord.token, intents)
+        self._session = self._discord.identify(identify, self)
+
+    def transmit(self, packet: bytes) -> None:
+        """What the pretend Discord sends."""
+        dispatch = msgspec.json.decode(packet)
+        consume = self._bot.event_manager.consume_raw_event
+        consume(dispatch["t"], cast("Any", self), dispatch["d"])
+
+    async def request_guild_members(
+        self, guild: int, *, include_presences: bool = False, nonce: str | None = None, **_: Any
+    ) -> None:
+        """What hikari asks for once it knows a large guild."""
+        assert self._session is not None
+        request = RequestMembers(int(guild), presences=include_presences, nonce=nonce)
+        self._discord.request_members(self._session, request)
+
+    def send(self, op: Op, d: Any) -> None:
+        """Nothing but dispatches means anything here."""
+
+    def close(self, code: int | None = None, reason: str | None = None) -> None:
+        """There is no connection."""
+
+    def cut(self) -> None:
+        """There is no connection."""
 
 
 # ---- a lively guild ----
