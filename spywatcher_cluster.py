@@ -58,6 +58,7 @@ from spywatcher import (
     ShardRange,
     Shared,
     Sid,
+    Tell,
     Throttle,
     Topic,
     Viewer,
@@ -1369,7 +1370,7 @@ class Viewers:
         self._truth.want(msgspec.msgpack.decode(note.body, type=list[int]))
 
 
-async def no_greeting(kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
+async def no_greeting(kind: str, guild_id: str, tell: Tell, viewer: Viewer | None) -> None:
     """Nothing for a new subscriber."""
 
 
@@ -1465,25 +1466,25 @@ class Greetings:
         #: What this node's plugins have.
         self.own: Greet = no_greeting
 
-    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
+    async def greet(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer | None) -> None:
         if self._leading():
-            await self.own(kind, guild_id, tell)
+            await self.own(kind, guild_id, tell, viewer)
             return
         ticket = secrets.token_hex(8)
         self._waiting[ticket] = tell
         if len(self._waiting) > MOST_GREETINGS:
             self._waiting.popitem(last=False)
-        self._tell("greet", ticket, f"{kind}:{guild_id}".encode())
+        self._tell("greet", ticket, msgspec.json.encode((kind, guild_id, viewer)))
 
     def on_greet(self, note: Note) -> None:
         if not self._leading():
             return
-        kind, _, guild_id = note.body.decode().partition(":")
+        kind, guild_id, viewer = msgspec.json.decode(note.body, type=tuple[str, str, Viewer])
 
         def tell(event: str, payload: EventData) -> None:
             self._tell("greeting", note.detail, msgspec.json.encode((event, payload)))
 
-        task = asyncio.create_task(self.own(kind, guild_id, tell))
+        task = asyncio.create_task(self.own(kind, guild_id, tell, viewer))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
@@ -1495,7 +1496,10 @@ class Greetings:
         """What a new subscriber of the room would get as this event."""
         made: list[EventData | None] = [None]
         await self.own(
-            kind, guild_id, lambda name, fields: made.append(fields) if name == event else None
+            kind,
+            guild_id,
+            lambda name, fields: made.append(fields) if name == event else None,
+            None,
         )
         return made[-1]
 

@@ -299,7 +299,7 @@ async def test_a_plugin_reads_its_new_settings_after_a_reload(discord: PretendDi
     async with server_for(discord) as server:
         before = server.plugins.plugins["presence"].settings.alert_cooldown
         reload(server, discord, plugin={"presence": {"alert_cooldown": before + 1}})
-        spy = server.plugins.running["presence"].spy
+        spy = server.plugins.runners["presence"].spy
         assert spy.settings.alert_cooldown == before + 1
 
 
