@@ -2198,15 +2198,15 @@ class Harness:
         self.host.load()
         wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
         wanted |= self.host.event_types()
-        self.bot = spywatcher.Gateway(
-            spywatcher.DiscordSettings(), self.discord.token, wanted, metrics
-        ).bot
+        discord, kept = spywatcher.DiscordSettings(), self.host.cached()
+        self.bot = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept).bot
         place = spywatcher.HostContext(
             bot=self.bot,
             emit=self._emit,
             settled=lambda: True,
             watches=lambda guild_id: True,
             storage=self._folder / "counts.db",
+            tokens=spywatcher.Tokens(spywatcher.Keys((secrets.token_hex(32),)), ("HS256",)),
         )
         await self.host.start(place)
         self._resting = asyncio.all_tasks()

@@ -20,7 +20,7 @@ The sections, each using only those above it:
     gateway              the session with Discord, kept alive
     web handlers         the Tornado side of Socket.IO
     server               puts the parts together, starts and stops them
-    command line         serve, demo, check, token, forget
+    command line         serve, demo, check, types, token, forget
 """
 
 from __future__ import annotations
@@ -5952,6 +5952,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     demo.set_defaults(command=demo_command)
     check = commands.add_parser("check", help="validate settings and plugins, print them")
     check.set_defaults(command=check_command)
+    types = commands.add_parser(
+        "types", help="TypeScript declarations of all events, or AsyncAPI 3"
+    )
+    types.add_argument("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    types.set_defaults(command=types_command)
     token = commands.add_parser("token", help="make a viewer's token")
     token.add_argument("--discord-id", required=True, metavar="ID", help="the viewer's user id")
     token.add_argument("--role", default="USER", choices=sorted(ROLES))
@@ -6013,6 +6018,18 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
     if faults := host.loader.faults():
         raise OperatorError(*faults)
+
+
+def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Print what dashboards say and hear; nothing of it while a plugin does not load."""
+    import spywatcher_types  # needed by this command alone; a server is deployed without it
+
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host.load()
+    if faults := host.loader.faults():
+        raise OperatorError(*faults)
+    write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
+    print(write(host))
 
 
 def settings_text(settings: Settings) -> str:
