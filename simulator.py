@@ -11,13 +11,26 @@ Tests, demos and plugin authors drive it; the bot under test connects to it and 
         await discord.message(guild, ada, guild.general, "hello")  # hikari gets MESSAGE_CREATE
 
 The path of one action: state changes -> payload -> what the session's intents allow -> numbered
-and remembered for RESUME -> compressed -> socket. Without any network, the `*_json` functions give
-the same payloads to `bot.event_manager.consume_raw_event(name, PretendShard(bot_id), payload)`.
-Run as a program it plays a lively guild: `python simulator.py --port 8123`.
+and remembered for RESUME -> compressed -> socket. Tests of plugins need no network: see `Harness`;
+the `*_json` functions give the same payloads to whoever feeds hikari by hand.
+Run as a program it plays two guilds: `python simulator.py --port 8123`.
 
-Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
-payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
-REST · the server · the harness · a lively guild · the demo · command line.
+Sections, each using only those above it:
+    numbers of the protocol   opcodes, close codes, intents, permissions, as Discord documents them
+    ids and times             snowflakes, bot tokens, timestamps
+    the guild                 who and what there is, and its JSON
+    payloads                  what the gateway sends, made from that
+    what intents let through  which bot gets what, and how much of it
+    gateway sessions          one shard of a bot, whether it is connected or not
+    gateway                   all sessions: who comes in, who gets what, and every fault of Discord's
+    gateway sockets           bytes and opcodes, and the limits of what a client may send
+    what people do            actions: each changes the guild and tells the bots
+    REST                      what bots ask and post
+    the server                PretendDiscord, all of that on a port
+    the harness               plugins tried without any network
+    a lively guild            people who never sleep
+    the demo                  the server of spywatcher.py in front of two such guilds
+    command line              the pretend Discord alone
 """
 
 from __future__ import annotations
@@ -1624,11 +1637,6 @@ class Happenings(Gateway):
         await self.dispatch("GUILD_BAN_ADD", member_remove_json(guild, member))
         await self.kick(guild, member)
 
-    async def unban(self, guild: Guild, user: User) -> None:
-        """Someone may come back."""
-        guild.bans.pop(user.id)
-        await self.dispatch("GUILD_BAN_REMOVE", {"guild_id": str(guild.id), "user": user.to_json()})
-
     async def rename(
         self, guild: Guild, member: Member, *, name: str | None = None, nick: str | None = None
     ) -> None:
@@ -2407,8 +2415,8 @@ class LivelyGuild:
             self.begin_a_game: 3,
             self.confer: 2,
             self.promote: 2,
-            self.arrive: 2,
-            self.depart: 2,
+            self.arrive: 1,
+            self.depart: 1,
             self.delete: 2,
             self.rename: 1,
             self.turn_to_a_topic: 1,
@@ -2498,13 +2506,15 @@ class LivelyGuild:
         await self.discord.presence(self.guild, member, member.status, activities=game)
 
     async def promote(self) -> None:
-        """A regular gains a rank; when all have all of them, one begins again."""
-        wanting = [m for m in self.regulars if len(m.role_ids) < len(self.ranks)]
-        if not wanting:
-            wanting = [self.dice.choice(self.regulars)]
-            await self.discord.set_roles(self.guild, wanting[0])
-        member = self.dice.choice(wanting)
+        """A regular gains a rank; who has all of them begins again."""
+        member = self.dice.choice(self.regulars)
         missing = [rank for rank in self.ranks if rank.id not in member.role_ids]
+        if not missing:
+            kept = [role for i, role in self.guild.roles.items() if i in member.role_ids]
+            await self.discord.set_roles(
+                self.guild, member, *(r for r in kept if r not in self.ranks)
+            )
+            missing = self.ranks
         await self.discord.add_role(self.guild, member, self.dice.choice(missing))
 
     async def rename(self) -> None:

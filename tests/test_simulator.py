@@ -675,9 +675,9 @@ async def test_resuming_from_the_future_is_refused_and_an_unknown_session_invali
 
 
 def test_the_map_at_the_top_lists_the_sections_in_their_order() -> None:
-    listed = " ".join((simulator.__doc__ or "").split()).partition("those above it: ")[2]
-    source = Path(simulator.__file__).read_text()
-    assert listed.rstrip(".").split(" · ") == re.findall(r"^# ---- (.+) ----$", source, re.M)
+    listed = (simulator.__doc__ or "").partition("those above it:\n")[2]
+    banners = re.findall(r"^# ---- (.+) ----$", Path(simulator.__file__).read_text(), re.M)
+    assert re.findall(r"^    (\S.*?)  ", listed, re.M) == banners
 
 
 def test_a_snowflake_carries_the_moment_it_was_made() -> None:
