@@ -5,7 +5,7 @@ dashboards (Tornado, python-socketio). Nothing here knows an event by name: ever
 dashboard sees is made by a plugin.
 
 The way of one event:
-    gateway -> plugin -> throttle -> room -> clients that may see it
+    hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
 The sections, each using only those above it:
     errors               whose fault it was, and what they are told
@@ -18,6 +18,7 @@ The sections, each using only those above it:
     plugin API           all that a plugin may import
     plugin host          finds, loads, runs and fences plugins
     gateway              the session with Discord, kept alive
+    node                 this process alone, or as one of several: who judges, leads and delivers
     web handlers         the Tornado side of Socket.IO
     server               puts the parts together, starts and stops them
     command line         serve, demo, check, types, token, forget
@@ -33,6 +34,7 @@ import contextlib
 import contextvars
 import copy
 import difflib
+import enum
 import functools
 import gc
 import hashlib
@@ -79,7 +81,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
@@ -119,9 +120,6 @@ from tornado.netutil import bind_sockets
 from tornado.routing import PathMatches
 from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketHandler
-
-if TYPE_CHECKING:
-    from spywatcher_cluster import Cluster
 
 __version__ = "0.1.0"
 
@@ -844,22 +842,43 @@ class ShardRange(NamedTuple):
         return hikari.snowflakes.calculate_shard_id(self.shards, guild_id) == self.shard
 
 
+class Cached(enum.Enum):
+    """How much of a guild the cache holds, and so what an entry proves that is not there.
+
+    Discord fills hikari's cache in steps, and anew with each gateway session. READY names the
+    guilds of a shard; each of them comes with GUILD_CREATE; the members of a large one follow in
+    chunks. Each step leads to one state, whatever the state was before:
+
+        it is heard that                                  the guild is then
+        the bot stops                                     UNKNOWN, as all are
+        READY names it                                    COMING
+        READY does not, and the cache still has it        LOST
+        GUILD_CREATE came, members follow                 MEMBERS_COMING
+        GUILD_CREATE or the last chunk came, or it went   WHOLE
+
+    A guild that was never heard of is WHOLE once READY of its shard came: the bot is not in it.
+    """
+
+    UNKNOWN = "nothing is proved"
+    COMING = "what is there may be old; what is not there may still come"
+    LOST = "the bot is not in it: hikari 2.7 keeps a guild that went while it was away"
+    MEMBERS_COMING = "a member who is not there may still come, unless seen to leave meanwhile"
+    WHOLE = "what is not there does not exist"
+
+
 class Access:
     """Decides which guilds and channels a viewer may see, by hikari's cache as it is now.
 
-    While Discord refills the cache (a new gateway session, an outage that ends, the members of a
-    large guild) a missing entry proves nothing: `may_view` then answers None instead of False.
+    Where a missing entry proves nothing (`Cached`), `may_view` answers None instead of False.
     """
 
     def __init__(self, auth: AuthSettings, watched: Sequence[str], cache: Directory) -> None:
         self.reconfigure(auth)
         self._watched = frozenset(watched)
         self._cache = cache
-        self._begun: set[ShardRange] = set()  # shards that have said which guilds they bring
-        self._coming: set[int] = set()
+        self._begun: set[ShardRange] = set()  # shards whose READY came
+        self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
-        #: Guilds that hikari still has and the bot has not.
-        self.lost: frozenset[int] = frozenset()
         self._filled = asyncio.Event()
 
     def reconfigure(self, auth: AuthSettings) -> None:
@@ -872,40 +891,60 @@ class Access:
     # -- how sure the cache is
 
     def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        """A new gateway session is about to send these guilds: all that the bot has of its shard.
-
-        hikari 2.7 keeps a guild that the bot lost while it was away, so that is noted here.
-        """
+        """A new gateway session is about to send these guilds: all that the bot has of its shard."""
         coming = frozenset(guild_ids)
-        mine = frozenset(filter(shard_range.has, self._cache.get_guilds_view()))
-        self.lost = (self.lost - coming) | (mine - coming)
         self._begun.add(shard_range)
-        self._coming |= coming
+        for guild_id in filter(shard_range.has, self._cache.get_guilds_view()):
+            self._set(guild_id, Cached.LOST)
+        for guild_id in coming:
+            self._set(guild_id, Cached.COMING)
 
     @property
     def all_begun(self) -> bool:
         """Whether every shard has said which guilds it brings."""
         return any(len(self._begun) == one.shards for one in self._begun)
 
+    @property
+    def lost(self) -> frozenset[int]:
+        """Guilds that hikari still has and the bot has not."""
+        return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
+
+    def is_whole(self, guild_id: int) -> bool:
+        """Whether the cache holds all of this guild, even if that is nothing."""
+        return self._state(guild_id) is Cached.WHOLE
+
+    @property
+    def all_whole(self) -> bool:
+        """Whether the cache holds all of every guild."""
+        filling = (Cached.COMING, Cached.MEMBERS_COMING)
+        return self.all_begun and not any(state in filling for state in self._states.values())
+
     def end(self) -> None:
         """The bot goes, and with it all that the cache holds."""
         self._begun.clear()
+        self._states.clear()
+        self._gone_meanwhile.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
-        self._settle(guild_id)
+        self._set(guild_id, Cached.MEMBERS_COMING)
         self._gone_meanwhile[guild_id] = set()
 
     def fill(self, guild_id: int) -> None:
         """All of this guild is in the cache, or it is gone."""
-        self._settle(guild_id)
+        self._set(guild_id, Cached.WHOLE)
         self._filled.set()
         self._filled = asyncio.Event()
 
-    def _settle(self, guild_id: int) -> None:
-        self._coming.discard(guild_id)
+    def _set(self, guild_id: int, state: Cached) -> None:
         self._gone_meanwhile.pop(guild_id, None)
-        self.lost -= {guild_id}
+        self._states[guild_id] = state
+        if state is Cached.WHOLE:
+            del self._states[guild_id]
+
+    def _state(self, guild_id: int) -> Cached:
+        begun = any(one.has(guild_id) for one in self._begun)
+        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.UNKNOWN
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
@@ -925,14 +964,11 @@ class Access:
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
-        if guild_id in self._coming or not any(one.has(guild_id) for one in self._begun):
-            return False
-        gone = self._gone_meanwhile.get(guild_id)
-        return (
-            gone is None
-            or self._member(viewer, guild_id) is not None
-            or viewer.discord_id in map(str, gone)
-        )
+        state = self._state(guild_id)
+        if state is Cached.MEMBERS_COMING:
+            gone = self._gone_meanwhile[guild_id]
+            return self._member(viewer, guild_id) is not None or viewer.discord_id in map(str, gone)
+        return state in (Cached.LOST, Cached.WHOLE)
 
     # -- guilds
 
@@ -946,7 +982,8 @@ class Access:
             return False
         number = hikari.Snowflake(guild_id)
         guild = self._cache.get_guild(number)
-        if guild is not None and number not in self.lost and self._may_view(viewer, guild):
+        lost = self._states.get(number) is Cached.LOST
+        if guild is not None and not lost and self._may_view(viewer, guild):
             return True
         return False if self._is_sure(viewer, number) else None
 
@@ -2052,10 +2089,6 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
             target.sids = tuple(target.members)
         return target.sids
 
-    def listened(self, guild_id: str, kind: str) -> bool:
-        """Whether anybody is in the room `kind:guild_id`."""
-        return f"{kind}:{guild_id}" in self._rooms
-
     def names(self) -> Iterable[str]:
         """The rooms that anybody is in."""
         return tuple(self._rooms)
@@ -2187,14 +2220,23 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
 
 #: The fields of an event.
 EventData = dict[str, Any]
-#: Takes an event's name and fields, for one client.
+#: Takes an event for one client: its name and fields.
 Tell = Callable[[str, EventData], None]
-#: Hands what plugins have for a viewer who subscribed, by kind of room and guild id, to a `Tell`.
-Greet = Callable[[str, str, Tell, Viewer | None], Coroutine[Any, Any, None]]
 #: The fields, or what makes them once they are really sent; None then sends nothing.
 DataOrMaker = EventData | Callable[[], Awaitable[EventData | None]]
-#: An event's name, a guild id, a kind of room.
-Topic = tuple[str, str, str]
+#: Windows that one event may have open in one room for members, each its own; who comes then
+#: shares one with all others who do.
+MOST_MEMBER_WINDOWS: Final = 1_000
+
+
+class Topic(NamedTuple):
+    """What has a window of its own."""
+
+    event: str
+    guild_id: str
+    kind: str
+    #: Whom an event with a `userId` is about; empty where it has none.
+    member: str = ""
 
 
 class Timer(Protocol):
@@ -2208,63 +2250,73 @@ def call_later(seconds: float, callback: Callable[..., object], *args: object) -
     return asyncio.get_running_loop().call_later(seconds, callback, *args)
 
 
+class Outlet(Protocol):
+    """Where events go that may leave now."""
+
+    def has_listeners(self, guild_id: str, kind: str) -> bool: ...
+
+    def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None: ...
+
+    def window_changed(
+        self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
+    ) -> None:
+        """A window opens or ends, or other content waits for its end.
+
+        It stays open for `seconds` (None: as long as before); `waiting` is still to be sent.
+        """
+
+
 class Throttle:
     """Holds events back for as long as their window says; keeps only windows that are open.
 
-    What nobody listens to is neither made nor held.
+    What nobody listens to is neither made nor held. A window opens when its content is about to
+    be made, and lasts from when that was sent; it ends however that goes.
     """
 
     def __init__(
         self,
         windows: Mapping[str, float],
-        send: Callable[[str, str, EventData, str], None],
-        listened: Callable[[str, str], bool],
+        outlet: Outlet,
         metrics: Metrics,
+        maker_timeout: float = 5.0,
         call_later: Callable[..., Timer] = call_later,
     ) -> None:
         #: Seconds by event; those without a row are not held. May be replaced at any time.
         self.windows = windows
-        self._send = send
-        self._listened = listened
+        self._outlet = outlet
         self._metrics = metrics
+        self._maker_timeout = maker_timeout
         self._call_later = call_later
         self._newest: dict[Topic, DataOrMaker | None] = {}  # what waits for the end of its window
+        self._of_members: collections.Counter[Topic] = collections.Counter()
         self._timers: dict[Topic, Timer] = {}
         self._making: set[asyncio.Task[None]] = set()
         self._closing = False
-        #: Called whenever a topic's window opens or ends, or other content waits for that: with the
-        #: seconds that the window stays open (None: as long as before) and what is still to be sent.
-        self.on_change: Callable[[Topic, float | None, DataOrMaker | None], None] = lambda *change: (
-            None
-        )
 
     def __len__(self) -> int:
         """Windows open now."""
         return len(self._newest)
 
-    def emit(self, event: str, guild_id: str, content: DataOrMaker, room: str) -> None:
+    def emit(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> None:
         """Send now, or at the end of the window unless something newer comes. Never waits."""
-        topic = event, guild_id, room
-        if not self._listened(guild_id, room):
+        if event not in self.windows and not callable(content):
+            self._outlet.deliver(event, guild_id, content, kind)
+        elif not self._outlet.has_listeners(guild_id, kind):
             if not callable(content):  # what is not made is no event
                 self._metrics.dropped.labels("nobody listens").inc()
-        elif topic in self._newest:
-            self._metrics.throttled.labels(event).inc()
-            self._newest[topic] = content
-            self.on_change(topic, None, content)
         elif event in self.windows:
-            self._open(topic, content)
-        else:
-            self._pass(topic, content, lambda topic: None)
+            self._hold(self._topic(event, guild_id, content, kind), content)
+        elif callable(content):
+            self._send_soon(Topic(event, guild_id, kind), content, held=False)
 
     def resume(self, topic: Topic, seconds: float, waiting: DataOrMaker | None) -> None:
         """Go on with a window that another throttle opened: so long it is still open."""
         if topic not in self._newest:
-            self._newest[topic] = waiting
+            self._enter(topic, waiting)
             self._timers[topic] = self._call_later(seconds, self._end, topic)
 
     async def close(self) -> None:
-        """Forget all that is held and end what is being made; `on_change` is not told of that."""
+        """Forget all that is held and end what is being made; nobody is told of that."""
         self._closing = True
         for task in self._making:
             task.cancel()
@@ -2273,56 +2325,97 @@ class Throttle:
         for timer in self._timers.values():
             timer.cancel()
         self._newest.clear()
+        self._of_members.clear()
         self._timers.clear()
 
+    # -- windows
+
+    def _topic(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> Topic:
+        everybody = Topic(event, guild_id, kind)
+        member = "" if callable(content) else str(content.get("userId") or "")
+        topic = everybody._replace(member=member)
+        full = self._of_members[everybody] >= MOST_MEMBER_WINDOWS
+        return everybody if full and topic not in self._newest else topic
+
+    def _enter(self, topic: Topic, waiting: DataOrMaker | None) -> None:
+        if topic not in self._newest and topic.member:
+            self._of_members[topic._replace(member="")] += 1
+        self._newest[topic] = waiting
+
+    def _hold(self, topic: Topic, content: DataOrMaker) -> None:
+        if topic in self._newest:
+            self._metrics.throttled.labels(topic.event).inc()
+            self._newest[topic] = content
+            self._outlet.window_changed(topic, None, content)
+        else:
+            self._open(topic, content)
+
     def _open(self, topic: Topic, content: DataOrMaker) -> None:
-        """A window opens before its content is made, and lasts from when that was sent."""
-        self._newest[topic] = None
-        self.on_change(topic, 0.0, content)
-        self._pass(topic, content, self._start)
+        self._enter(topic, None)
+        self._outlet.window_changed(topic, 0.0, content)
+        if callable(content):
+            self._send_soon(topic, content, held=True)
+        else:
+            try:
+                self._send(topic, content)
+            finally:
+                self._start(topic)
 
     def _start(self, topic: Topic) -> None:
-        seconds = self.windows.get(topic[0], 0.0)
+        seconds = self.windows.get(topic.event, 0.0)
         self._timers[topic] = self._call_later(seconds, self._end, topic)
-        self.on_change(topic, seconds, self._newest[topic])
+        self._outlet.window_changed(topic, seconds, self._newest[topic])
 
     def _end(self, topic: Topic) -> None:
         del self._timers[topic]
-        content = self._newest.pop(topic)
-        if content is not None and self._listened(topic[1], topic[2]):
-            self._open(topic, content)
-        else:
-            self.on_change(topic, 0.0, None)
-
-    def _pass(self, topic: Topic, content: DataOrMaker, then: Callable[[Topic], None]) -> None:
-        if not callable(content):
-            self._finish(topic, content, then)
+        content = self._newest[topic]
+        if content is not None and self._outlet.has_listeners(topic.guild_id, topic.kind):
+            with self._logging(topic):
+                self._open(topic, content)
             return
-        task = asyncio.create_task(self._make(topic, content, then))
+        del self._newest[topic]
+        if topic.member:
+            everybody = topic._replace(member="")
+            self._of_members[everybody] -= 1
+            if not self._of_members[everybody]:
+                del self._of_members[everybody]
+        self._outlet.window_changed(topic, 0.0, None)
+
+    # -- sending
+
+    def _send(self, topic: Topic, fields: EventData) -> None:
+        self._outlet.deliver(topic.event, topic.guild_id, fields, topic.kind)
+
+    def _send_soon(
+        self, topic: Topic, make: Callable[[], Awaitable[EventData | None]], held: bool
+    ) -> None:
+        task = asyncio.create_task(self._make(topic, make, held))
         self._making.add(task)
         task.add_done_callback(self._making.discard)
 
     async def _make(
-        self,
-        topic: Topic,
-        make: Callable[[], Awaitable[EventData | None]],
-        then: Callable[[Topic], None],
+        self, topic: Topic, make: Callable[[], Awaitable[EventData | None]], held: bool
     ) -> None:
-        fields = None
         try:
-            fields = await make()
+            with self._logging(topic):
+                async with asyncio.timeout(self._maker_timeout):
+                    fields = await make()
+                if fields is not None and not self._closing:
+                    self._send(topic, fields)
         finally:
-            self._finish(topic, fields, then)
+            # While closing, it is still to be sent: by whoever goes on with the window.
+            if held and not self._closing:
+                self._start(topic)
 
-    def _finish(
-        self, topic: Topic, fields: EventData | None, then: Callable[[Topic], None]
-    ) -> None:
-        if self._closing:
-            return  # it is still to be sent, by whoever goes on with the window
-        event, guild_id, room = topic
-        if fields is not None:
-            self._send(event, guild_id, fields, room)
-        then(topic)
+    @contextlib.contextmanager
+    def _logging(self, topic: Topic) -> Iterator[None]:
+        """Nobody is there to be told of what goes wrong in a task or at the end of a window."""
+        try:
+            yield
+        except TimeoutError:
+            log.error("%s: not made within %s s", topic.event, self._maker_timeout)
+        except Exception as error:  # an encoder's, of whatever a plugin put into an event
+            log.error("%s could not be sent: %s", topic.event, type(error).__name__)
 
 
 # --------------------------------------------------------------------------- plugin API
@@ -3092,22 +3185,22 @@ class Guarded:
     def paused(self) -> bool:
         return self._paused_until > time.monotonic()
 
-    def call(self, subject: object, then: Callable[[Any], None]) -> None:
-        """Call it, and `then` with what it returns: at once, or when that is there."""
+    def call(self, subject: object, then: Callable[[Any, Any], None]) -> None:
+        """Call it with a subject, and `then` with that and what it returns, when that is there."""
         if self._paused_until and self.paused:
             return
         started = time.perf_counter()
         try:
             result = self._function(subject, *self._arguments)
-        except FAULTS as error:
             self._took(time.perf_counter() - started)
+            if hasattr(result, "__await__"):
+                self._await(result, functools.partial(then, subject))
+                return
+            then(subject, result)
+        except FAULTS as error:
             self._failed(error)
-            return
-        self._took(time.perf_counter() - started)
-        if hasattr(result, "__await__"):
-            self._await(result, then)
         else:
-            self._finish(result, then)
+            self._failed_in_row = 0
 
     async def ask(self, *subject: object, limited: bool = True) -> Any:
         """Call it, and return what it returns; None when it fails or is paused."""
@@ -3166,14 +3259,6 @@ class Guarded:
         self._running.discard(task)
         with self.fenced():
             then(task.result())
-
-    def _finish(self, result: object, then: Callable[[Any], None]) -> None:
-        try:
-            then(result)
-        except FAULTS as error:
-            self._failed(error)
-        else:
-            self._failed_in_row = 0
 
     def _failed(self, error: BaseException) -> None:
         self._fence.failed(f"{self.name} failed{self._where}", error)
@@ -3419,6 +3504,15 @@ class PluginHandler(RequestHandler):
             type(self).failed(f"{type(self).__name__} failed", value)
 
 
+class Hearer(NamedTuple):
+    """One listener at work."""
+
+    listener: Listener
+    guarded: Guarded
+    #: Takes an event and what the function returned for it.
+    send: Callable[[Any, Any], None]
+
+
 class Runner:
     """One plugin at work: events, time and new subscribers reach it here, and its events leave here."""
 
@@ -3448,7 +3542,10 @@ class Runner:
         self._tasks: list[asyncio.Task[None]] = []
         failed = metrics.plugin_failures.labels(plugin.name).inc
         self.spy = Spy(plugin.name, plugin.settings, context, self._emit, self._count, failed)
-        self.listeners = [(mark, self._listener(f, mark)) for f, mark in plugin.listeners]
+        self.listeners = [
+            Hearer(mark, self._listener(f, mark), functools.partial(self._send_result, mark))
+            for f, mark in plugin.listeners
+        ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
 
@@ -3479,7 +3576,7 @@ class Runner:
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
         greeters = [guarded for _, guarded, _ in self.greeters]
-        everything = [guarded for _, guarded in self.listeners] + greeters
+        everything = [hearer.guarded for hearer in self.listeners] + greeters
         everything += [guarded for guarded, _ in self.repeated]
         paused = [guarded.name for guarded in everything if guarded.paused]
         return [f"{self.plugin.name}.{name}" for name in paused]
@@ -3510,8 +3607,8 @@ class Runner:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for _, guarded in self.listeners:
-            await guarded.wait()
+        for hearer in self.listeners:
+            await hearer.guarded.wait()
         try:
             await self._run_hook("teardown", self._time_limit)
         except FAULTS as error:
@@ -3532,10 +3629,6 @@ class Runner:
             await guarded.ask(limited=False)
 
     # -- events
-
-    def hear(self, listener: Listener, guarded: Guarded, event: Any) -> None:
-        """Call a listener with an event, and send what comes of it."""
-        guarded.call(event, functools.partial(self._send_result, listener, event))
 
     async def greet(
         self, kind: str, guild_id: str, tell: Tell, subscriber: Subscriber | None
@@ -3629,17 +3722,17 @@ class Dispatcher:
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
         self._metrics = metrics
-        self._hearers: dict[type | str, list[tuple[Runner, Listener, Guarded]]] = {}
+        self._hearers: dict[type | str, list[Hearer]] = {}
         self._subscribed: dict[type[hikari.Event], Any] = {}
         self._received: dict[type, Counter] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[tuple[Runner, Listener, Guarded]]] = {}
+        hearers: dict[type | str, list[Hearer]] = {}
         for runner in runners:
-            for listener, guarded in runner.listeners:
-                hearers.setdefault(listener.source, []).append((runner, listener, guarded))
+            for hearer in runner.listeners:
+                hearers.setdefault(hearer.listener.source, []).append(hearer)
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
         events = self._context.bot.event_manager
@@ -3657,8 +3750,8 @@ class Dispatcher:
                 raise PluginError(f"{event} comes of itself, through plugins that hear each other")
             before = CHAIN.set(CHAIN.get() + 1)
             try:
-                for runner, listener, guarded in hearers:
-                    runner.hear(listener, guarded, copy.deepcopy(fields))
+                for hearer in hearers:
+                    hearer.guarded.call(copy.deepcopy(fields), hearer.send)
             finally:
                 CHAIN.reset(before)
 
@@ -3674,9 +3767,9 @@ class Dispatcher:
                 return
             person = rule is None or rule(event, cache)
             self._count(event)
-            for runner, listener, guarded in self._hearers.get(event_type, ()):
+            for listener, guarded, send in self._hearers.get(event_type, ()):
                 if person or listener.bots:
-                    runner.hear(listener, guarded, event)
+                    guarded.call(event, send)
 
         return hear
 
@@ -4543,6 +4636,139 @@ def finite(number: float) -> float | None:
     return round(number, 3) if math.isfinite(number) else None
 
 
+# --------------------------------------------------------------------------------- node
+# The one seam between a process alone and one of several: who judges, counts, keeps, leads and
+# delivers. `Node` is a process alone; spywatcher_cluster.ClusterNode overrides it. A node knows
+# no event by name and no client; nothing else in this file knows that there may be others.
+
+
+class Destination(NamedTuple):
+    """Where an event goes: to those in a room who may see the channel, if it belongs to one."""
+
+    guild_id: str
+    kind: str
+    channel_id: str = ""
+
+    @property
+    def room(self) -> str:
+        return f"{self.kind}:{self.guild_id}"
+
+
+def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
+    channel_id = fields.get("channelId") or fields.get("channel_id") or ""
+    return Destination(guild_id, kind, str(channel_id))
+
+
+class Audience(Protocol):
+    """This process's own dashboards."""
+
+    def send(self, to: Destination, packet: bytes) -> None:
+        """Hand them an event, each of them that may see it."""
+
+    def check(self, guild_id: str, discord_id: str | None = None) -> None:
+        """Judge anew who may be in the guild's rooms: all of them, or one viewer."""
+
+
+class Parts(NamedTuple):
+    """What of its own process a node works with."""
+
+    clients: Audience
+    rooms: Rooms
+    plugins: PluginHost
+    throttle: Throttle
+    metrics: Metrics
+
+
+class Node:
+    """A process alone."""
+
+    _parts: Parts
+
+    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+        self._settings = settings
+        self._bot = bot
+
+    # -- what the parts of the process are made with
+
+    def make_access(self) -> Access:
+        """Who judges."""
+        return Access(self._settings.auth, self._settings.discord.guilds, self._bot.cache)
+
+    def make_counters(self) -> limits.aio.storage.Storage:
+        """Who counts attempts."""
+        return BoundedMemory()
+
+    def make_connections(self) -> OpenConnections:
+        """Who counts open connections."""
+        return OpenConnections()
+
+    # -- start, stop, how things stand
+
+    def attach(self, parts: Parts) -> None:
+        """Called once, when all parts are made."""
+        self._parts = parts
+
+    def start(self) -> None:
+        """Called when this process listens."""
+
+    async def stop(self, grace: float) -> None:
+        """Called when plugins and gateway have stopped; takes `grace` seconds at most."""
+
+    def health(self) -> dict[str, Any]:
+        """For /health/ready: what shares the work with others."""
+        return {"problem": None}
+
+    # -- the gateway
+
+    @property
+    def leading(self) -> bool:
+        """Whether the session with Discord is this process's to keep."""
+        return True
+
+    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run gateway and plugins whenever they are this process's; raises what that raises."""
+        await run()
+
+    def share(self, plugin: str) -> Shared | None:
+        """What a plugin keeps for all nodes; None where there is one."""
+        return None
+
+    # -- events
+
+    def has_listeners(self, guild_id: str, kind: str) -> bool:
+        """Whether anybody is in the room: where nobody is, no payload needs to be made."""
+        return self._parts.rooms.has_listeners(Destination(guild_id, kind).room)
+
+    def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
+        """The last step of an event that all nodes share: to whom it goes."""
+        if self.has_listeners(guild_id, kind):
+            self._parts.metrics.sent.labels(event).inc()
+            to = destination_of(guild_id, kind, fields)
+            self._parts.clients.send(to, event_packet(event, fields))
+        else:
+            self._parts.metrics.dropped.labels("nobody listens").inc()
+
+    def window_changed(
+        self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
+    ) -> None:
+        """As the throttle tells it (`Outlet.window_changed`), for whoever leads next."""
+
+    # -- dashboards
+
+    def viewer_entered(self, discord_id: str) -> None:
+        """A viewer has one dashboard more here."""
+
+    def viewer_left(self, discord_id: str) -> None:
+        """A viewer has one dashboard fewer here."""
+
+    async def follow(self, guild_id: str) -> None:
+        """Returns when what other nodes send to the guild's rooms is heard here."""
+
+    async def send_snapshots(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
+        """`tell` a viewer who is a new subscriber of the room what plugins have for it."""
+        await self._parts.plugins.greet(kind, guild_id, tell, viewer)
+
+
 # ------------------------------------------------------------------------- web handlers
 # The Tornado side of Socket.IO: which requests get through, and the bytes of a WebSocket
 # handed to its session. Bounds and refusals come before any work.
@@ -4866,18 +5092,6 @@ class MetricsHandler(OperatorHandler):
             self.finish({"message": "Only for this host and for [server] metrics_from"})
 
 
-class PromiseHandler(RequestHandler):
-    """A node that has lost Redis asks whether this one has, too (see `Lease.promise`)."""
-
-    def initialize(self, secret: str, promise: Callable[[], bool]) -> None:
-        self._secret = secret
-        self._promise = promise
-
-    def post(self, secret: str) -> None:
-        known = secrets.compare_digest(secret, self._secret)
-        self.set_status(200 if known and self._promise() else 404)
-
-
 class NotFoundHandler(RequestHandler):
     """Everything that is not served."""
 
@@ -4972,6 +5186,7 @@ class Dashboards:
         access: Access,
         limits: Limits,
         plugins: PluginHost,
+        node: Node,
     ) -> None:
         self._sio = sio
         self._rooms = rooms
@@ -4979,15 +5194,11 @@ class Dashboards:
         self._access = access
         self._limits = limits
         self._plugins = plugins
+        self._node = node
         self._greetings: set[asyncio.Task[None]] = set()
         self._connected: dict[Sid, Dashboard] = {}
         #: Called with a guild id when one in its rooms is there with another token.
         self.on_audience_change: Callable[[str], None] = lambda guild_id: None
-        #: Called with a viewer's Discord id when one of its dashboards came or went.
-        self.on_enter: Callable[[str], None] = lambda discord_id: None
-        self.on_exit: Callable[[str], None] = lambda discord_id: None
-        #: What plugins have for a new subscriber of a room, handed to `tell`.
-        self.greet: Greet = plugins.greet
         sio.on("connect", self._connect)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
@@ -5018,7 +5229,7 @@ class Dashboards:
         self._limits.lobby.leave(session.visit)
         self._connected[sid] = Dashboard(viewer, session)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
-        self.on_enter(viewer.discord_id)
+        self._node.viewer_entered(viewer.discord_id)
         self._watch_expiry(sid)
 
     async def _identify(self, visit: Visit, auth: object) -> Viewer:
@@ -5043,7 +5254,7 @@ class Dashboards:
         if dashboard.expiry is not None:
             dashboard.expiry.cancel()
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
-        self.on_exit(dashboard.viewer.discord_id)
+        self._node.viewer_left(dashboard.viewer.discord_id)
         session = dashboard.session
         if not session.closing:  # it left Socket.IO, and its transport is a stranger's again
             self._limits.lobby.enter(session.visit, session.cut)
@@ -5141,6 +5352,7 @@ class Dashboards:
         viewer = self.viewer(sid)
         if not await self._access.wait_until_sure(viewer, guild_id, SUBSCRIBE_PATIENCE):
             raise ClientError("forbidden", f"No access to guild {guild_id}")
+        await self._node.follow(guild_id)
         if sid in self._connected:  # it may have left meanwhile
             await self._rooms.enter_room(sid, NAMESPACE, room)
             if room not in rooms:
@@ -5154,7 +5366,8 @@ class Dashboards:
             if f"{kind}:{guild_id}" in self._rooms.rooms_of(sid):
                 self._connected[sid].tell(event, payload)
 
-        task = asyncio.create_task(self.greet(kind, guild_id, tell, self.viewer(sid)))
+        viewer = self.viewer(sid)
+        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
         self._greetings.add(task)
         task.add_done_callback(self._greetings.discard)
 
@@ -5229,6 +5442,11 @@ class RightsWatcher:
         events.subscribe(hikari.GuildJoinEvent, self._on_guild)
         events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
+
+    def send(self, to: Destination, packet: bytes) -> None:
+        """An event to those in a room who may see it."""
+        hidden = functools.partial(self.hidden, to.room, to.guild_id, to.channel_id)
+        self._rooms.send(to.room, packet, hidden if to.channel_id else None)
 
     def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
@@ -5374,62 +5592,6 @@ GOODBYE_PACE: Final = 0.01
 GOING_AWAY: Final = 1001  # RFC 6455 §7.4.1
 
 
-# -- parts of a server, alone or a node of several
-
-
-def cluster_code() -> Any:
-    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
-    try:
-        return importlib.import_module("spywatcher_cluster")
-    except ModuleNotFoundError as error:
-        raise OperatorError(
-            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
-            f" {Path(__file__).name}, and redis-py"
-        ) from error
-
-
-def make_cluster(settings: Settings, cache: hikari.api.Cache) -> Cluster | None:
-    """This process's part in a service of several; None, and nothing of it loaded, where it is alone."""
-    redis = settings.redis
-    if not redis.url:
-        return None
-    cluster: Cluster = cluster_code().Cluster(redis, redis_password_of(settings), cache)
-    return cluster
-
-
-def redis_password_of(settings: Settings) -> str:
-    """Empty where the URL has it, or there is none."""
-    file = settings.redis.password_file
-    password = read_secret("", file, settings.folder, "redis.password")
-    if file and not password:
-        raise OperatorError(f"redis.password_file: {file} is empty, expected Redis' password")
-    return password
-
-
-def check_redis(settings: Settings) -> None:
-    """Raises OperatorError where no Redis could be reached like this, whatever runs there."""
-    if settings.redis.url:
-        cluster_code().open_redis(settings.redis.url, redis_password_of(settings))
-
-
-def make_access(settings: Settings, cache: hikari.api.Cache, cluster: Cluster | None) -> Access:
-    auth, watched = settings.auth, settings.discord.guilds
-    return cluster.make_access(auth, watched) if cluster else Access(auth, watched, cache)
-
-
-def make_counters(cluster: Cluster | None) -> limits.aio.storage.Storage:
-    return cluster.make_counters(BoundedMemory()) if cluster else BoundedMemory()
-
-
-def make_connections(cluster: Cluster | None) -> OpenConnections:
-    return cluster.connections if cluster else OpenConnections()
-
-
-def make_rooms(settings: Settings, metrics: Metrics, cluster: Cluster | None) -> Rooms:
-    max_delay = settings.fanout.max_delay
-    return cluster.make_rooms(max_delay, metrics) if cluster else Rooms(max_delay, metrics)
-
-
 def make_socketio(settings: Settings, rooms: Rooms, metrics: Metrics) -> SocketIO:
     return SocketIO(
         client_manager=rooms,
@@ -5473,20 +5635,13 @@ def measure(server: Server) -> None:
     gauge("plugins_loaded", "Loaded plugins.", lambda: len(server.plugins.health()["loaded"]))
     gauge("plugins_failed", "Plugins in trouble.", lambda: len(server.plugins.health()["failed"]))
     gauge("ready", "1 while /health/ready says so.", lambda: server.problem is None)
-    if server.cluster is not None:
-        server.cluster.measure(server.metrics)
 
 
 def make_web(server: Server, settings: Settings) -> WebServer:
     limit = settings.server.max_message_bytes
     door = {"door": server.door}
-    routes: list[Any] = []
-    if server.cluster is not None:
-        asked = {"secret": server.cluster.source, "promise": server.cluster.lease.promise}
-        routes.append((r"/cluster/([0-9a-f]+)", PromiseHandler, asked))
     application = Site(
         [
-            *routes,
             (SOCKET_PATH, SocketHandler, {**door, "engine": server.socketio.eio}),
             (r"/health/live", LiveHandler, door),
             (r"/health/ready", ReadyHandler, {**door, "read": server.health}),
@@ -5514,11 +5669,18 @@ def make_web(server: Server, settings: Settings) -> WebServer:
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
-    `sockets` that listen already (systemd's) are used instead of `[server] host` and `port`.
+    `sockets` that listen already (systemd's) are used instead of `[server] host` and `port`;
+    `make_node` says whether this process is alone.
     """
 
     def __init__(
-        self, settings: Settings, *, keys: Keys, token: str, sockets: Sequence[socket.socket] = ()
+        self,
+        settings: Settings,
+        *,
+        keys: Keys,
+        token: str,
+        sockets: Sequence[socket.socket] = (),
+        make_node: Callable[[Settings, hikari.GatewayBot], Node] = Node,
     ) -> None:
         self._settings = self._started_with = settings
         self._sockets = list(sockets)
@@ -5529,31 +5691,30 @@ class Server:
         self.plugins.load()
         cached = self.plugins.cached()
         self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics, cached)
-        self.cluster = make_cluster(settings, self.gateway.bot.cache)
-        self.access = make_access(settings, self.gateway.bot.cache, self.cluster)
+        self.node = make_node(settings, self.gateway.bot)
+        self.access = self.node.make_access()
         self.tokens = Tokens(keys, settings.auth.algorithms)
         self.limits = Limits(
             settings.limits,
             settings.auth.connect_timeout,
-            make_counters(self.cluster),
-            make_connections(self.cluster),
+            self.node.make_counters(),
+            self.node.make_connections(),
             self.metrics,
         )
-        self.rooms = make_rooms(settings, self.metrics, self.cluster)
+        self.rooms = Rooms(settings.fanout.max_delay, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.metrics)
-        self.throttle = Throttle(settings.throttle, self.emit, self.rooms.listened, self.metrics)
+        self.throttle = Throttle(settings.throttle, self.node, self.metrics)
         self.dashboards = Dashboards(
-            self.socketio, self.rooms, self.tokens, self.access, self.limits, self.plugins
+            self.socketio,
+            self.rooms,
+            self.tokens,
+            self.access,
+            self.limits,
+            self.plugins,
+            self.node,
         )
         self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
-        if self.cluster is not None:
-            self.cluster.deliver = self._deliver
-            self.cluster.on_rights = self.rights.check
-            self.cluster.greetings.own = self.plugins.greet
-            self.cluster.windows.share(self.throttle)
-            self.dashboards.greet = self.cluster.greetings.greet
-            self.dashboards.on_enter = self.cluster.enter
-            self.dashboards.on_exit = self.cluster.exit
+        self.node.attach(Parts(self.rights, self.rooms, self.plugins, self.throttle, self.metrics))
         self.door = FrontDoor(settings.server, self.limits)
         measure(self)
         self.plugins.attach(self._workplace())
@@ -5578,15 +5739,10 @@ class Server:
         return {
             "server": {"problem": stopping},
             "loop": self.pulse.health(),
-            "gateway": self.gateway.health() if self.leading else {"problem": None},
+            "gateway": self.gateway.health() if self.node.leading else {"problem": None},
             "plugins": self.plugins.health(),
-            "redis": {"problem": None} if self.cluster is None else self.cluster.health(),
+            "redis": self.node.health(),
         }
-
-    @property
-    def leading(self) -> bool:
-        """Whether the session with Discord is this process's to keep."""
-        return self.cluster is None or self.cluster.leading
 
     @property
     def problem(self) -> str | None:
@@ -5596,7 +5752,7 @@ class Server:
     @property
     def alive(self) -> bool:
         """Whether the parts that must never rest still run; the loop does, if this is asked on it."""
-        turning = self.gateway.alive or not self.leading
+        turning = self.gateway.alive or not self.node.leading
         return turning and not any(task.done() for task in self._tasks)
 
     # -- start, reload, stop
@@ -5614,17 +5770,12 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
-        run = self._lead
-        if self.cluster is not None:
-            self.cluster.truth.subscribe(self.gateway.bot.event_manager)
-            run = functools.partial(self.cluster.lead, self._lead)
         self.rights.subscribe(self.gateway.bot.event_manager)
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
-        if self.cluster is not None:
-            self.cluster.start(host, self.port)
-        self._gateway_task = asyncio.create_task(run(), name="gateway")
+        self.node.start()
+        self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
         files = asyncio.create_task(self.plugin_watcher.run(), name="plugins' files")
         self._tasks = [self._gateway_task, pulse, files]
@@ -5632,7 +5783,7 @@ class Server:
         log.info("listening on http://%s:%d", host, self.port)
 
     async def _lead(self) -> None:
-        """Have the gateway, and the plugins at work, which are so at its holder alone."""
+        """Have plugins at work and the gateway running: both are one node's alone."""
         try:
             await self.plugins.start(self._workplace())
             if not being_cancelled():
@@ -5642,18 +5793,16 @@ class Server:
             await self.plugins.stop()
 
     def _workplace(self) -> HostContext:
-        emit, storage = self._emit_or_hold, storage_of(self._settings)
-        bot, settled = self.gateway.bot, self.gateway.settled
-        place = HostContext(
-            bot,
-            emit,
-            settled,
-            self.access.watches,
-            storage,
+        return HostContext(
+            bot=self.gateway.bot,
+            emit=self.throttle.emit,
+            settled=self.gateway.settled,
+            watches=self.access.watches,
+            storage=storage_of(self._settings),
+            share=self.node.share,
             tokens=self.tokens,
             may_see=self.access.may_see,
         )
-        return place._replace(share=self.cluster.share) if self.cluster else place
 
     def _bind(self) -> list[socket.socket]:
         server = self._settings.server
@@ -5711,10 +5860,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
-        await self.throttle.close()
-        await self.plugins.stop()
-        if self.cluster is not None:
-            await self.cluster.stop(self._settings.server.shutdown_grace / 2)
+        await self.node.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
         """In random order, at an even pace that needs no more than `within` seconds."""
@@ -5732,42 +5878,6 @@ class Server:
         if session.handler is not None:
             session.handler.close(GOING_AWAY)
         await session.close()
-
-    def _emit_or_hold(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> None:
-        """The first step of an event. Other nodes' listeners of a moment ago are not known yet:
-        what costs nothing to make goes out for them all the same.
-        """
-        if (
-            self.cluster is not None
-            and not callable(content)
-            and event not in self.throttle.windows
-        ):
-            self.emit(event, guild_id, content, kind)
-        else:
-            self.throttle.emit(event, guild_id, content, kind)
-
-    def emit(self, event: str, guild_id: str, payload: EventData, kind: str) -> None:
-        """The last step of an event: from a plugin to those in the room who may see it."""
-        if not self.access.watches(guild_id):
-            self.metrics.dropped.labels("guild not watched").inc()
-            return
-        channel_id = str(payload.get("channelId") or payload.get("channel_id") or "")
-        if self.cluster is not None:
-            self.cluster.emit(guild_id, kind, channel_id, event_packet(event, payload))
-        else:
-            room = f"{kind}:{guild_id}"
-            self.rooms.broadcast(room, event, payload, self._hidden(room, guild_id, channel_id))
-
-    def _hidden(self, room: str, guild_id: str, channel_id: str) -> Callable[[], Hidden] | None:
-        """What tells from whom in the room an event of this channel is kept."""
-        if not channel_id:
-            return None
-        return functools.partial(self.rights.hidden, room, guild_id, channel_id)
-
-    def _deliver(self, guild_id: str, kind: str, channel_id: str, packet: bytes) -> None:
-        """What `cluster` hands on, to this node's clients."""
-        room = f"{kind}:{guild_id}"
-        self.rooms.send(room, packet, self._hidden(room, guild_id, channel_id))
 
 
 #: Seconds between two looks at the status line that `systemctl status` shows.
@@ -5970,6 +6080,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def cluster_code() -> Any:
+    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
+    try:
+        return importlib.import_module("spywatcher_cluster")
+    except ModuleNotFoundError as error:
+        raise OperatorError(
+            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
+            f" {Path(__file__).name}, and redis-py"
+        ) from error
+
+
+def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
+    """Makes this process's node: alone, or one of several where they have a Redis to meet at."""
+    makes: Callable[[Settings, hikari.GatewayBot], Node] = Node
+    return cluster_code().ClusterNode if settings.redis.url else makes
+
+
 def bot_token_of(settings: Settings) -> str:
     discord = settings.discord
     return read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
@@ -5984,7 +6111,8 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
     systemd = Systemd(os.environ)
-    server = Server(settings, keys=keys, token=token, sockets=systemd.sockets())
+    sockets, make_node = systemd.sockets(), node_type(settings)
+    server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
     reload = functools.partial(reload_settings, server, arguments.config)
     run_until_stopped(run_server(server, systemd, reload))
 
@@ -6010,7 +6138,8 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
     read_keys(settings.auth, settings.folder)
     bot_token_of(settings)
-    check_redis(settings)
+    if settings.redis.url:
+        cluster_code().check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     print(settings_text(settings))
@@ -6055,10 +6184,8 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     if settings.redis.url:
-        password = redis_password_of(settings)
-        member, guild = arguments.member, arguments.guild
         forget = cluster_code().forget_shared
-        shared = asyncio.run(forget(settings.redis, password, member, guild))
+        shared = asyncio.run(forget(settings, arguments.member, arguments.guild))
         print(f"Redis: {shared} removed")
     plugins, storage = host.plugins.values(), storage_of(settings)
     removed = forget_member(plugins, storage, arguments.member, arguments.guild)
