@@ -121,12 +121,13 @@ __all__ = [
     "Shared",
     "Spy",
     "channel_name",
-    "clean_name",
     "every",
     "member_name",
     "on",
     "on_subscribe",
+    "role_name",
     "timestamp",
+    "user_name",
 ]
 
 log = logging.getLogger("spywatcher")
@@ -628,8 +629,6 @@ MAX_TOKEN_BYTES: Final = 4096
 LAST_MOMENT: Final = 253_402_300_799
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
-#: Unicode categories that steer a display instead of showing something.
-UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 LEFT_IN_TIMEOUT: Final = hikari.Permissions.VIEW_CHANNEL | hikari.Permissions.READ_MESSAGE_HISTORY
 ALL_PERMISSIONS: Final = hikari.Permissions.all_permissions()
 
@@ -935,7 +934,7 @@ class Access:
     def guilds_of(self, viewer: Viewer) -> list[dict[str, str | None]]:
         """`{id, name, icon}` of each guild that the viewer may see, by name."""
         guilds = [
-            {"id": str(guild.id), "name": clean_text(guild.name), "icon": guild.icon_hash}
+            {"id": str(guild.id), "name": guild_name(guild), "icon": guild.icon_hash}
             for guild in self._cache.get_guilds_view().values()
             if self.may_view(viewer, str(guild.id))
         ]
@@ -1020,11 +1019,89 @@ def is_snowflake(text: str) -> bool:
     return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
+#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
+#: roles and guilds Discord's own limit.
+USERNAME_LENGTH: Final = 64
+NAME_LENGTH: Final = 100
+
+#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
+#: Unicode's Default_Ignorable_Code_Point (zero-width, bidi and filler characters, of Hangul too).
+#: Number signs of Arabic and Kaithi are of the same category Cf, but show.
+INVISIBLE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb"
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+#: Pictures and symbols; wider than today's emoji, so that next year's are among them.
+EMOJI: Final = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
+#: India and its neighbours, Mongolian, Adlam, Rohingya.
+JOINING: Final = (
+    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
+    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
+)
+CJK: Final = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+#: What of the invisible stays, since what is beside it shows otherwise without it.
+NEEDED: Final = re.compile(
+    # a flag of a region (UTS #51, emoji tag sequence)
+    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+    # joined emoji, each perhaps with a colour of skin, a variation selector or a keycap
+    f"|(?<=[{EMOJI}\ufe0f\u20e3])\u200d(?=[{EMOJI}])"
+    # as text or as a picture
+    f"|(?<=[0-9#*{EMOJI}])[\ufe0e\ufe0f]"
+    # other variants of symbols and letters
+    f"|(?<=[0{EMOJI}{CJK}\u1000-\u109f\u3001\u3002\ua840-\ua87f\uff01-\uff1f])[\ufe00-\ufe0d]"
+    f"|(?<=[{CJK}])[\U000e0100-\U000e01ef]"
+    "|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
+    f"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
+)
+SEEN: Final = re.compile(f"({NEEDED.pattern})|{INVISIBLE.pattern}")
+#: An empty cell of Braille is as wide as a letter and as blank as a space.
+BLANK: Final = "\u2800"
+#: What belongs to the character before it (UAX #29): marks, joiners, selectors, colours of skin, tags.
+EXTENDS: Final = re.compile(
+    "[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef]"
+)
+
+
 def clean_text(text: str) -> str:
-    """`text` without control, bidi-override and zero-width characters and line separators."""
+    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char for char in text if unicodedata.category(char) not in UNSEEN)
+    return SEEN.sub(lambda found: found[1] or "", text)
+
+
+def shown_name(name: str | None, own_id: int, longest: int) -> str:
+    """A name as it may leave; the id where nothing of it can be seen."""
+    text = clean_text(name or "").strip()
+    if not INVISIBLE.sub("", text).replace(BLANK, "").strip():
+        return str(int(own_id))
+    return shortened(text, longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """At most so many characters of `text`, with no picture or letter cut in two."""
+    end = longest
+    while 0 < end < len(text) and is_one(text, end):
+        end -= 1
+    return text[: end or longest].strip()
+
+
+def is_one(text: str, place: int) -> bool:
+    """Whether what stands before `place` and what stands there are read as one."""
+    before, char = text[:place], text[place]
+    if before[-1] == "\u200d" or EXTENDS.match(char) or unicodedata.category(char)[0] == "M":
+        return True
+    flags = len(before) - len(before.rstrip(FLAG_LETTERS))
+    return char in FLAG_LETTERS and flags % 2 == 1  # two letters make a flag
+
+
+FLAG_LETTERS: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
+def guild_name(guild: hikari.Guild) -> str:
+    return shown_name(guild.name, guild.id, NAME_LENGTH)
 
 
 # ------------------------------------------------------------------------------- limits
@@ -2387,9 +2464,13 @@ def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
     return mark
 
 
-def clean_name(name: str) -> str:
-    """A name as it may leave: no control, bidi or zero-width characters, 64 characters at most."""
-    return clean_text(name).strip()[:64]
+def user_name(user: hikari.User) -> str:
+    """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
+
+    Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
+    usernames have 64 characters at most, other names 100.
+    """
+    return shown_name(user.username, user.id, USERNAME_LENGTH)
 
 
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
@@ -2399,14 +2480,19 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     their messages leaves its cache.
     """
     member = cache.get_member(guild_id, user_id)
-    return clean_name(member.username) if member else str(int(user_id))
+    return user_name(member.user) if member else str(int(user_id))
+
+
+def role_name(role: hikari.Role) -> str:
+    """A role's name as it may leave, or its id."""
+    return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
     """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
-    name = clean_name(channel.name or "") if channel else ""
-    return name if name and name != HIDDEN_CHANNEL_NAME else str(int(channel_id))
+    name = channel.name if channel else None
+    return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import hikari
 
-from spywatcher import Payload, Spy, clean_name, on
+from spywatcher import Payload, Spy, on, role_name, user_name
 
 
 class UserJoin(Payload):
@@ -26,7 +26,7 @@ def user_join(event: hikari.MemberCreateEvent) -> UserJoin | None:
     age = datetime.now(UTC) - event.user.created_at
     return UserJoin(
         user_id=str(event.user_id),
-        username=clean_name(event.user.username),
+        username=user_name(event.user),
         account_age_days=max(0, age.days),  # Discord's clock may be ahead of ours
     )
 
@@ -41,9 +41,8 @@ def role_change(event: hikari.MemberUpdateEvent, spy: Spy) -> RoleChange | None:
         return None
     return RoleChange(
         user_id=str(event.user_id),
-        username=clean_name(event.user.username),
+        username=user_name(event.user),
         added_roles=[
-            clean_name(role.name)
-            for role in sorted(roles, key=lambda role: (-role.position, role.id))
+            role_name(role) for role in sorted(roles, key=lambda role: (-role.position, role.id))
         ],
     )
