@@ -623,8 +623,19 @@ class Metrics:
 # cache). The only place that decides either. It knows no sockets and no rooms.
 
 ROLES: Final = frozenset(get_args(Role))
-#: A token is a few hundred bytes; nothing longer is worth the work of checking it.
-MAX_TOKEN_BYTES: Final = 4096
+#: Room for some 270 guild ids; nothing longer is worth the work of checking it.
+MAX_TOKEN_BYTES: Final = 8192
+#: Seconds by which the clock of who made a token may be ahead of ours.
+CLOCK_DIFFERENCE: Final = 10.0
+#: What web applications put into their tokens for others is not looked at; `nbf` is, in `Tokens`.
+JWT_CHECKS: Final = jwt.types.Options(
+    verify_aud=False,
+    verify_iat=False,
+    verify_iss=False,
+    verify_jti=False,
+    verify_nbf=False,
+    verify_sub=False,
+)
 #: The end of the year 9999, in seconds since 1970.
 LAST_MOMENT: Final = 253_402_300_799
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
@@ -715,14 +726,15 @@ class Tokens:
         """The viewer a token stands for; raises RefusedConnectionError with the published message."""
         if token is None or token == "":
             raise RefusedConnectionError("Authentication required")
-        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
-            raise RefusedConnectionError("Invalid token", code="malformed")
         viewer = self._viewer(self._claims(token))
         if viewer.role == "BANNED":
             raise RefusedConnectionError("Access denied")
         return viewer
 
-    def _claims(self, token: str) -> dict[str, Any]:
+    def _claims(self, token: object) -> dict[str, Any]:
+        """What a token says; only one that is well signed can be refused as `expired`."""
+        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
+            raise RefusedConnectionError("Invalid token", code="malformed")
         try:
             algorithm = jwt.get_unverified_header(token).get("alg")
             if algorithm not in self._algorithms:
@@ -741,7 +753,7 @@ class Tokens:
     def _decode(self, token: str, algorithm: str) -> dict[str, Any]:
         for key in self._keys.of(algorithm):
             with contextlib.suppress(jwt.InvalidSignatureError):
-                return jwt.decode(token, key, algorithms=[algorithm])
+                return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
         raise jwt.InvalidSignatureError
 
     @staticmethod
@@ -756,6 +768,7 @@ class Tokens:
             and role in ROLES
             and (guilds is None or is_list_of_strings(guilds))
             and is_moment(expires)
+            and has_begun(claims.get("nbf"))
         )
         if not sound:
             raise RefusedConnectionError("Invalid token", code="claims")
@@ -769,7 +782,10 @@ class Tokens:
     def issue(
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
     ) -> str:
-        """A token that `verify` accepts for `ttl` seconds; raises OperatorError without a secret."""
+        """A token that `verify` takes for `ttl` seconds, if the role is not BANNED.
+
+        Raises OperatorError without a secret, and for what `verify` would not take.
+        """
         algorithm = next((name for name in self._algorithms if name.startswith("HS")), None)
         if algorithm is None or not self._keys.secrets:
             raise OperatorError("auth.secret: not set, expected the key that signs tokens")
@@ -781,12 +797,28 @@ class Tokens:
         }
         if guilds:
             claims["guilds"] = list(guilds)
-        return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        token = jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        if len(token) > MAX_TOKEN_BYTES:
+            raise OperatorError(
+                f"token: got {len(token)} bytes with {len(guilds)} guilds, expected"
+                f" {MAX_TOKEN_BYTES} at most; name fewer guilds, or use a role of auth.admin_roles"
+            )
+        try:
+            self._viewer(self._claims(token))
+        except RefusedConnectionError as refusal:
+            raise OperatorError(f"token: nobody would take it: {refusal.data['code']}") from refusal
+        return token
 
 
 def is_moment(value: object) -> bool:
     """None, or seconds since 1970 that a calendar knows: a page's milliseconds are not taken."""
     return value is None or (type(value) in (int, float) and 0 < value <= LAST_MOMENT)  # type: ignore[operator]  # a number
+
+
+def has_begun(value: object) -> bool:
+    """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
 
 
 def is_list_of_strings(value: object) -> bool:
@@ -4657,9 +4689,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     check = commands.add_parser("check", help="validate settings and plugins, print them")
     check.set_defaults(command=check_command)
     token = commands.add_parser("token", help="make a viewer's token")
-    token.add_argument("--discord-id", required=True, metavar="ID", help="the viewer's user id")
+    token.add_argument(
+        "--discord-id", required=True, type=parse_id, metavar="ID", help="the viewer's user id"
+    )
     token.add_argument("--role", default="USER", choices=sorted(ROLES))
-    token.add_argument("--guild", action="append", default=[], metavar="ID", help="may view it")
+    token.add_argument(
+        "--guild", action="append", default=[], type=parse_id, metavar="ID", help="may view it"
+    )
     token.add_argument("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
     token.set_defaults(command=token_command)
     forget = commands.add_parser("forget", help="remove a member's counts")
@@ -4734,7 +4770,8 @@ def settings_text(settings: Settings) -> str:
 
 def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
     tokens = Tokens(read_keys(settings.auth, settings.folder), settings.auth.algorithms)
-    print(tokens.issue(arguments.discord_id, arguments.role, arguments.guild, arguments.ttl))
+    viewer, guilds = str(arguments.discord_id), [str(guild) for guild in arguments.guild]
+    print(tokens.issue(viewer, arguments.role, guilds, arguments.ttl))
 
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
