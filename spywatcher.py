@@ -51,6 +51,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 import unicodedata
 from base64 import b64encode
 from collections import OrderedDict
@@ -102,6 +103,7 @@ from prometheus_client import (
     generate_latest,
 )
 from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
@@ -605,6 +607,8 @@ class Metrics:
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
+        self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
+        self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="spywatcher", registry=self.registry)
@@ -3079,11 +3083,10 @@ def traceback_of(error: BaseException) -> BaseException | None:
 
 
 # ------------------------------------------------------------------------------ gateway
-# The session with Discord: hikari's bot, kept alive in this process's loop. It reports how
+# The session with Discord: hikari's bot, kept alive in this process's loop, and the fence around
+# whatever Discord sends or does not send: at the worst it is away, with a reason. It reports how
 # things stand and says once what changed; it knows neither plugins' functions nor clients.
 
-FIRST_RETRY: Final = 1.0
-LAST_RETRY: Final = 60.0
 PORTAL: Final = "https://discord.com/developers/applications -> your application -> Bot"
 PRIVILEGED_SWITCHES: Final = {
     hikari.Intents.GUILD_MEMBERS: "Server Members Intent",
@@ -3113,9 +3116,473 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+#: Packets that bring a guild, and where they name it.
+GUILD_CONTENT: Final = {"GUILD_CREATE": "id", "GUILD_MEMBERS_CHUNK": "guild_id"}
+
+
+class Report:
+    """Says in the log how the link to Discord stands: each change once, and of one cause at most one
+    line in `quiet` seconds. What comes too soon is said later, if it still holds then.
+    """
+
+    def __init__(self, quiet: float) -> None:
+        self._quiet = quiet
+        self._next: dict[str, float] = {}  # by cause, when it may be said again
+        self._said = ""
+        self._later: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._cause = ""
+        #: Why Discord is away, or how it came back.
+        self.why = "connecting"
+        self.connected = False
+
+    def say(self, cause: str, why: str, *, connected: bool) -> None:
+        self._cause, self.why, self.connected = cause, why, connected
+        self._tell()
+
+    def unreadable(self, name: str, what: str) -> None:
+        if self._may_say(f"unreadable {name}"):
+            log.error("cannot read Discord's %s: %s; it is left out", name, what)
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._closed = True
+        if self._later is not None:
+            self._later.cancel()
+
+    def _may_say(self, cause: str) -> bool:
+        now = time.monotonic()
+        if now < self._next.get(cause, 0.0):
+            return False
+        self._next[cause] = now + self._quiet
+        return True
+
+    def _tell(self) -> None:
+        if self._closed or self._cause == self._said:
+            return
+        # A return is news of its own after each way in which Discord went.
+        cause = f"back after {self._said}" if self.connected else self._cause
+        if not self._may_say(cause):
+            wait = self._next[cause] - time.monotonic()
+            if self._later is not None:
+                self._later.cancel()
+            self._later = asyncio.get_running_loop().call_later(wait, self._tell)
+            return
+        self._said = self._cause
+        if self.connected:
+            log.info("connected to Discord: %s", self.why)
+        else:
+            log.warning("not connected to Discord (%s); dashboards stay up, trying again", self.why)
+
+
+class Patience(NamedTuple):
+    """How long the gateway waits, in seconds, and how often it begins anew."""
+
+    #: For each of: the answer of REST, HELLO, READY, RESUMED.
+    step: float = 30.0
+    #: Between two tries: doubled each time, less a random part.
+    first_retry: float = 1.0
+    last_retry: float = 60.0
+    #: After a connection that lasted so long the next one begins at once.
+    lasted: float = 30.0
+    #: Tries in a row to begin a session after which REST is asked again where the gateway is.
+    tries: int = 6
+    #: New sessions that may begin in a row, for each shard; then one in so many seconds, of all
+    #: shards together. Discord resets the token of who begins 1,000 a day.
+    sessions: int = 5
+    session_every: float = 120.0
+    #: Between two lines of one cause in the log.
+    quiet: float = 60.0
+
+
+class AwayError(SpyWatcherError):
+    """Discord cannot be had for now. `cause` is one of few words, `why` a sentence for the log."""
+
+    def __init__(self, cause: str, why: str, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.cause = cause
+        self.why = why
+        #: Seconds that Discord asked to wait.
+        self.wait = wait
+
+
+#: Longest that Discord's `retry_after` is believed, in seconds.
+LONGEST_WAIT: Final = 86_400.0
+#: An answer of `GET /gateway/bot` has some 200 bytes.
+MOST_REST_BYTES: Final = 65_536
+#: Seconds between two groups of shards that begin a session (Discord documentation: Sharding).
+STARTUP_WINDOW: Final = 5.0
+#: What a HELLO may ask for, in seconds between two heartbeats; Discord's is 41.25.
+LONGEST_HEARTBEAT: Final = 600.0
+#: Close codes (Discord documentation: Gateway Close Event Codes): no other try would end otherwise,
+FINAL_CODES: Final = frozenset({4004, 4012, 4013, 4014})
+#: another number of shards may help, which only REST tells,
+START_OVER_CODES: Final = frozenset({4010, 4011})
+#: or the session is over. After any other it is resumed.
+NEW_SESSION_CODES: Final = frozenset({4003, 4005, 4007, 4009})
+
+
+class SessionStartLimit(msgspec.Struct):
+    remaining: Annotated[int, Meta(ge=0)]
+    reset_after: Annotated[float, Meta(ge=0)]  # milliseconds
+    max_concurrency: Annotated[int, Meta(ge=1)] = 1
+
+
+class GatewayInfo(msgspec.Struct):
+    """What REST says of the gateway (Discord documentation: Get Gateway Bot)."""
+
+    url: Annotated[str, Meta(pattern=r"^wss?://[^\s/?#]+")]
+    shards: Annotated[int, Meta(ge=1, le=4096)]
+    session_start_limit: SessionStartLimit
+
+
+async def fetch_gateway(rest_url: str, token: str, patience: Patience) -> GatewayInfo:
+    """Ask REST for the gateway. Raises UpstreamError if the token is refused, else AwayError."""
+    client = AsyncHTTPClient(force_instance=True, max_body_size=MOST_REST_BYTES)
+    headers = {
+        "Authorization": f"Bot {token}",
+        "User-Agent": f"DiscordBot (spywatcher, {__version__})",
+    }
+    request = HTTPRequest(
+        f"{rest_url.rstrip('/')}/gateway/bot",
+        headers=headers,
+        connect_timeout=patience.step,
+        request_timeout=patience.step,
+        follow_redirects=False,
+    )
+    try:
+        response = await client.fetch(request, raise_error=False)
+    except Exception as error:  # whatever a server may send
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(error)}") from error
+    finally:
+        client.close()
+    refuse_answer(response)
+    try:
+        return msgspec.json.decode(response.body, type=GatewayInfo)
+    except msgspec.DecodeError as error:
+        why = f"its answer to GET /gateway/bot cannot be read: {error}"
+        raise AwayError("rest answer", why) from error
+
+
+def refuse_answer(response: HTTPResponse) -> None:
+    """Raise what any status but 200 means."""
+    if response.code == 401:
+        raise UpstreamError("Discord refused the bot token")
+    if response.code == 429:
+        wait = retry_after(response)
+        raise AwayError("rest 429", f"it asks to wait {wait:.0f} s before the next request", wait)
+    if response.code == 599:  # Tornado's own: no answer
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(response.error)}")
+    if response.code != 200:
+        raise AwayError("rest status", f"its REST API answers {response.code}")
+
+
+def retry_after(response: HTTPResponse) -> float:
+    """Seconds that Discord asks to wait, from the body or the header (Rate Limits); 0 if in neither."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        body = json.loads(response.body)
+        wait = body["retry_after"] if "retry_after" in body else response.headers["Retry-After"]
+        if float(wait) > 0:  # not so NaN
+            return min(float(wait), LONGEST_WAIT)
+    with contextlib.suppress(ValueError):
+        return min(max(float(response.headers.get("Retry-After", 0)), 0.0), LONGEST_WAIT)
+    return 0.0
+
+
+def reason_of(error: BaseException | None) -> str:
+    """What went wrong, in a few words; nothing that was sent is quoted at length."""
+    said = clean_text(str(error)).strip()
+    name = type(error).__name__
+    return shortened(
+        said
+        if isinstance(error, OSError | hikari.HikariError | HTTPError) and said
+        else f"{name}: {said}",
+        120,
+    )
+
+
+def closed_with(error: object) -> str:
+    code, reason = getattr(error, "code", None), getattr(error, "reason", "")
+    return shortened(f"closed with {code} ({clean_text(str(reason))})", 120)
+
+
+def place_of(error: BaseException) -> str:
+    """FILE:LINE FUNCTION in which an error arose."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+
+
+class GatewayEvents(hikari.impl.EventManagerImpl):
+    """hikari's, but of a packet that it cannot read no payload is shown, and of who is no member
+    nothing is kept.
+    """
+
+    #: Told the event's name, its payload and what was raised.
+    unreadable: Callable[[str, Any, Exception], None]
+    #: Told each event that was read, and its payload.
+    read: Callable[[str, Any], None]
+
+    def consume_raw_event(
+        self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
+    ) -> None:
+        consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
+        if self._enabled_for_event(hikari.ShardPayloadEvent):
+            factory = self._event_factory
+            self.dispatch(factory.deserialize_shard_payload_event(shard, payload, name=event_name))
+        if not consumer.is_enabled:
+            return
+        try:
+            consumer.callback(shard, payload)
+            self._forget_strangers(event_name, payload)
+        except hikari.UnrecognisedEntityError:
+            return
+        except Exception as error:
+            if event_name == "READY":
+                raise AwayError("READY", f"READY cannot be read: {reason_of(error)}") from error
+            self.unreadable(event_name, payload, error)
+        else:
+            self.read(event_name, payload)
+
+    def _forget_strangers(self, event_name: str, payload: Any) -> None:
+        if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
+            ids = hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
+            if self._cache.get_member(*ids) is None:
+                self._cache.delete_presence(*ids)
+
+
+class Brake:
+    """How many sessions a shard may begin: a few at once, later one every so many seconds."""
+
+    def __init__(self, at_once: int, every: float) -> None:
+        self._left = float(at_once)
+        self._at_once = at_once
+        self._every = every
+        self._since = time.monotonic()
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a session may begin."""
+        now = time.monotonic()
+        self._left = min(self._at_once, self._left + (now - self._since) / self._every)
+        self._since = now
+        return max(0.0, (1 - self._left) * self._every)
+
+    def take(self) -> None:
+        self._left -= 1
+
+
+class Shard(hikari.impl.GatewayShardImpl):
+    """hikari's shard, but each step has its time, and whatever breaks it is followed by another try.
+
+    Discord documentation: Gateway, Connection Lifecycle. `_awaited` says which step it is at, and so
+    what Discord owes:
+
+        step       at most (`Patience`)     then
+        HELLO      step                     READY without a session, RESUMED with one
+        READY      step                     events
+        RESUMED    step                     events
+        events     -                        the pause
+        (pause)    last_retry, or the brake HELLO
+
+    A step that fails leads to the pause. The session is given up for a new one when Discord says so,
+    or when instead of READY or RESUMED came nothing, or what cannot be read.
+    """
+
+    def __init__(self, gateway: Gateway, brake: Brake, **hikaris: Any) -> None:
+        super().__init__(**hikaris)
+        self._gateway = gateway
+        self._patience = gateway.patience
+        self._brake = brake
+        self._awaited = "HELLO"
+        self._failures = 0
+        self._broken: Exception | None = None
+        self._lifetime: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to connect; unlike hikari's this does not wait until Discord has let it in."""
+        self._handshake_event = asyncio.Event()
+        self._keep_alive_task = asyncio.create_task(
+            self._keep_alive(), name=f"keep alive (shard {self.id})"
+        )
+
+    async def _keep_alive(self) -> None:
+        try:
+            while True:
+                if self._session_id is None:
+                    await self._wait_for_brake()
+                began = time.monotonic()
+                try:
+                    await self._live()
+                    self._away("lost", "the connection was lost")
+                except Exception as error:  # whatever Discord sends
+                    self._away(*self._cause(error))
+                    if self._is_final(error) or self._is_lost():
+                        self._gateway.shard_ended(error)
+                        return
+                await asyncio.sleep(self._pause(time.monotonic() - began))
+        except asyncio.CancelledError:
+            self._is_closing = True
+
+    async def _wait_for_brake(self) -> None:
+        while (wait := self._brake.wait) > 0:
+            self._away("sessions", f"sessions keep ending; the next begins in {wait:.0f} s")
+            await asyncio.sleep(wait)
+
+    async def _live(self) -> None:
+        """One connection, from its beginning to its end; raises what broke it."""
+        try:
+            await self._connect()
+            if self._has_begun():
+                self._awaited = "events"
+                self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
+                await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken is not None:
+                raise self._broken
+        finally:
+            await self._hang_up()
+
+    def _has_begun(self) -> bool:
+        """Whether READY or RESUMED came."""
+        handshake = self._handshake_event
+        return handshake is not None and handshake.is_set()
+
+    async def _connect(self) -> tuple[asyncio.Task[None], ...]:
+        self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        try:
+            async with asyncio.timeout(self._patience.step) as self._deadline:
+                tasks = await super()._connect()
+        except TimeoutError as error:
+            why = f"no {self._awaited} within {self._patience.step:g} s"
+            raise AwayError(self._awaited, why) from error
+        if self._broken is not None:
+            raise self._broken
+        if self._has_begun() and self._session_id is None:
+            raise AwayError("READY", "RESUMED came instead of READY")
+        return tasks
+
+    async def _heartbeat(self, heartbeat_interval: float) -> None:
+        """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
+        with self._lifelong():
+            self._awaited = "RESUMED" if self._seq is not None else "READY"
+            if self._awaited == "READY":
+                self._brake.take()
+            if not 0 < heartbeat_interval <= LONGEST_HEARTBEAT:
+                why = f"HELLO asks for a heartbeat each {heartbeat_interval:g} s"
+                raise AwayError("HELLO", why)
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._patience.step)
+            await super()._heartbeat(heartbeat_interval)
+            raise AwayError("heartbeat", "it answers no heartbeat")
+
+    async def _poll_events(self) -> None:
+        with self._lifelong():
+            await super()._poll_events()
+
+    @contextlib.contextmanager
+    def _lifelong(self) -> Iterator[None]:
+        """A task that lives as long as the connection; its error is `_broken`, since hikari loses some."""
+        self._lifetime.append(asyncio.current_task())  # type: ignore[arg-type]  # it runs in one
+        try:
+            yield
+        except Exception as error:  # whatever Discord sends
+            self._broken = self._broken or error
+
+    async def _hang_up(self) -> None:
+        """End the connection and all that lives as long."""
+        await asyncio.sleep(0)  # what was begun a moment ago is in `_lifetime` only now
+        for task in self._lifetime:
+            task.cancel()
+        await asyncio.gather(*self._lifetime, return_exceptions=True)
+        ws, self._ws = self._ws, None
+        if ws is not None:
+            code = hikari.ShardCloseCode.GOING_AWAY if self._is_closing else RESUME_LATER
+            with contextlib.suppress(Exception):  # it is over, one way or another
+                await ws.send_close(code=code, message=b"")
+        if self._has_begun() and self._handshake_event is not None:
+            self._handshake_event.clear()
+            self._event_manager.dispatch(self._event_factory.deserialize_disconnected_event(self))
+
+    def _forget_session(self) -> None:
+        self._seq = self._session_id = self._resume_gateway_url = None
+
+    def _is_final(self, error: Exception) -> bool:
+        return getattr(error, "code", None) in FINAL_CODES | START_OVER_CODES
+
+    def _is_lost(self) -> bool:
+        """Whether the gateway may be elsewhere by now; nothing is given up for asking REST."""
+        tried = self._failures >= self._patience.tries
+        return tried and self._session_id is None and not self._gateway.any_connected
+
+    def _cause(self, error: Exception) -> tuple[str, str]:
+        """What to say of an error, and of the session what is left of it."""
+        if isinstance(error, hikari.GatewayServerClosedConnectionError):
+            if error.code in NEW_SESSION_CODES:
+                self._forget_session()
+            return "closed", f"the connection was lost: {closed_with(error)}"
+        if isinstance(error, hikari.GatewayConnectionError | OSError):
+            return "lost", f"the connection was lost: {reason_of(error)}"
+        if self._awaited in ("READY", "RESUMED"):
+            self._forget_session()
+        if isinstance(error, AwayError):
+            return error.cause, error.why
+        return "unreadable", f"its {self._awaited} cannot be read: {reason_of(error)}"
+
+    def _pause(self, lasted: float) -> float:
+        """Seconds until the next try: none after a connection that lasted, else longer each time."""
+        patience = self._patience
+        self._failures = 0 if lasted >= patience.lasted else min(self._failures + 1, 10)
+        longest = min(patience.first_retry * 2 ** (self._failures - 1), patience.last_retry)
+        return random.uniform(longest / 2, longest) if self._failures else 0.0
+
+    def _away(self, cause: str, why: str) -> None:
+        self._gateway.shard_away(self, cause, why)
+
+
+#: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
+RESUME_LATER: Final = 3000
+
+
+class Bot(hikari.GatewayBot):
+    """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
+
+    def __init__(self, token: str, **hikaris: Any) -> None:
+        super().__init__(token, **hikaris)
+        self._event_manager = self.events = GatewayEvents(
+            self._entity_factory, self._event_factory, self._intents, cache=self._cache
+        )
+
+    async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
+        """Start a shard for each brake; returns once each is about to connect."""
+        self._closed_event, self._closing_event = asyncio.Event(), asyncio.Event()
+        self._rest.start()
+        self._voice.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_starting_event())
+        for number, (shard_id, brake) in enumerate(brakes.items()):
+            if number and number % info.session_start_limit.max_concurrency == 0:
+                await asyncio.sleep(STARTUP_WINDOW)
+            self._shards[shard_id] = shard = self._shard(gateway, info, shard_id, brake)
+            await shard.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_started_event())
+
+    def _shard(self, gateway: Gateway, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
+        return Shard(
+            gateway,
+            brake,
+            shard_id=shard_id,
+            shard_count=info.shards,
+            url=info.url,
+            token=self._token,
+            intents=self._intents,
+            http_settings=self._http_settings,
+            proxy_settings=self._proxy_settings,
+            event_manager=self._event_manager,
+            event_factory=self._event_factory,
+        )
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
+    patience = Patience()
     #: Seconds without an answered heartbeat after which the session counts as silent. Discord
     #: asks for one each 41.25 s.
     silence_limit = 60.0
@@ -3129,56 +3596,90 @@ class Gateway:
         wanted: dict[type[hikari.Event], list[str]],
         metrics: Metrics,
     ) -> None:
+        self._settings = settings
+        self._token = token
         self._metrics = metrics
         self._turned = time.monotonic()
-        self._why_away = "connecting"
-        self._grace = settings.startup_grace
         self._wanted = wanted
         self._fresh_since = float("-inf")
-        self.connected = False
-        self._reported_away = False
+        self._brakes: dict[int, Brake] = {}
+        self._up: set[int] = set()
+        self._ended: Exception | None = None
+        self._unread_guilds: dict[str, str] = {}
+        self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
+        #: The setting that holds the bot's token.
+        self.token_key = "discord.token_file" if settings.token_file else "discord.token"
         try:
-            self.bot = hikari.GatewayBot(
-                token,
-                rest_url=settings.rest_url,
-                intents=self.intents,
-                cache_settings=hikari.impl.CacheSettings(components=CACHED),
-                suppress_optimization_warning=True,
-                banner=None,
-                logs=None,
-            )
+            self.bot = self._make_bot(token)
         except ValueError as error:
             raise OperatorError(
-                f"discord.token: got what is no bot token, expected the one from {PORTAL}"
+                f"{self.token_key}: got what is no bot token, expected the one from {PORTAL}"
             ) from error
+        self.bot.events.unreadable = self._on_unreadable
+        self.bot.events.read = self._on_read
         self.bot.event_manager.subscribe(hikari.ShardReadyEvent, self._on_ready)
         self.bot.event_manager.subscribe(hikari.ShardResumedEvent, self._on_resumed)
-        self.bot.event_manager.subscribe(hikari.ShardDisconnectedEvent, self._on_disconnected)
+
+    def _make_bot(self, token: str) -> Bot:
+        # Well within the time of a step, so that aiohttp itself tidies up what hangs.
+        timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
+        return Bot(
+            token,
+            rest_url=self._settings.rest_url,
+            intents=self.intents,
+            cache_settings=hikari.impl.CacheSettings(components=CACHED),
+            http_settings=hikari.impl.HTTPSettings(timeouts=timeouts),
+            suppress_optimization_warning=True,
+            banner=None,
+            logs=None,
+        )
 
     def settled(self) -> bool:
         """Whether the gateway session is older than the startup grace."""
-        return time.monotonic() - self._fresh_since >= self._grace
+        return time.monotonic() - self._fresh_since >= self._settings.startup_grace
 
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
-        delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+        failures = 0
         try:
             while True:
+                asked = 0.0
                 try:
-                    await self._turning(self.bot.start(check_for_updates=False))
-                    delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+                    await self._turning(self._begin())
+                    failures = 0
                     await self._turning(self.bot.join())
-                except hikari.HikariError as error:
-                    self._refuse_if_final(error)
-                    self._away(str(error))
-                except (OSError, RuntimeError, TimeoutError) as error:
-                    self._away(str(error) or type(error).__name__)
+                    self._refuse(self._ended)
+                except UpstreamError as error:
+                    raise self._final(error) from error
+                except AwayError as error:
+                    self._away(error.cause, error.why)
+                    asked = error.wait
+                except Exception as error:  # whatever Discord sends
+                    self._away("unreadable", reason_of(error))
                 await self._close()
-                await self._turning(asyncio.sleep(next(delays)))
+                patience = self.patience
+                wait = min(patience.first_retry * 2**failures, patience.last_retry)
+                failures = min(failures + 1, 10)
+                await self._turning(asyncio.sleep(max(wait, asked)))
         finally:
-            self._reported_away = True  # the end is no news
+            self._report.close()  # the end is no news
             await self._close()
+
+    async def _begin(self) -> None:
+        info = await fetch_gateway(self._settings.rest_url, self._token, self.patience)
+        limit = info.session_start_limit
+        if limit.remaining < info.shards:
+            wait = min(limit.reset_after / 1000, LONGEST_WAIT)
+            why = f"it lets begin no session any more for {wait:.0f} s"
+            raise AwayError("sessions", why, wait)
+        every = self.patience.session_every * info.shards
+        self._brakes = {
+            shard_id: self._brakes.get(shard_id) or Brake(self.patience.sessions, every)
+            for shard_id in range(info.shards)
+        }
+        self._ended = None
+        await self.bot.begin(self, info, self._brakes)
 
     async def _turning(self, step: Coroutine[Any, Any, None]) -> None:
         """Wait for a step that may take any time, and note meanwhile that this still runs."""
@@ -3189,7 +3690,7 @@ class Gateway:
                 await asyncio.wait([task], timeout=self.turn_limit / 4)
             task.result()
         except asyncio.CancelledError:
-            self._reported_away = True  # see `run`: the step may still end with a report
+            self._report.close()  # see `run`: the step may still end with a report
             raise
         finally:
             self._turned = time.monotonic()
@@ -3221,46 +3722,66 @@ class Gateway:
         """How the link to Discord stands, for /health/ready."""
         problem = None
         if not self.connected:
-            problem = f"not connected to Discord ({self._why_away})"
+            problem = f"not connected to Discord ({self._report.why})"
         elif self.silence > self.silence_limit:
             problem = f"Discord has not answered for {self.silence:.0f} s"
+        elif self._unread_guilds:
+            problem = f"cannot be read: {'; '.join(self._unread_guilds.values())}"
         return {
             "problem": problem,
             "connected": self.connected,
+            "shards": {"connected": len(self._up), "all": len(self._brakes)},
             "heartbeatAge": finite(self.silence),
             "latency": finite(self.latency),
             "guilds": self.guilds,
         }
 
-    @staticmethod
-    def _growing_delays() -> Iterator[float]:
-        delay = FIRST_RETRY
-        while True:
-            delay = min(delay * 2, LAST_RETRY)
-            yield delay
+    @property
+    def any_connected(self) -> bool:
+        return bool(self._up)
+
+    @property
+    def connected(self) -> bool:
+        """Whether all shards are."""
+        return bool(self._up) and len(self._up) == len(self._brakes)
 
     async def _close(self) -> None:
-        self.connected = False
+        self._up.clear()
+        self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
 
-    def _refuse_if_final(self, error: hikari.HikariError) -> None:
+    # -- refused for good
+
+    def _refuse(self, error: Exception | None) -> None:
+        """Raise what the end of a shard means, if not that REST is to be asked again."""
         code = getattr(error, "code", None)
-        if isinstance(error, hikari.UnauthorizedError) or code == 4004:
-            raise UpstreamError(
-                f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-                " and put the new one into [discord] token"
-            ) from error
+        if code in FINAL_CODES:
+            raise UpstreamError(code)
+
+    def _final(self, error: UpstreamError) -> UpstreamError:
+        """What an operator reads of a refusal: what to change, and where."""
+        code = error.args[0]
         if code == 4014:
             switches = " and ".join(
                 f"{switch} (for {', '.join(self._wanted_by(intent))})"
                 for intent, switch in PRIVILEGED_SWITCHES.items()
                 if intent & self.intents
             )
-            raise UpstreamError(
+            return UpstreamError(
                 f"Discord refused the intents: switch on {switches} at {PORTAL}"
                 " -> Privileged Gateway Intents"
-            ) from error
+            )
+        if code in (4012, 4013):
+            return UpstreamError(
+                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+                f" (this is {hikari.__version__}) and SpyWatcher"
+            )
+        table, _, key = self.token_key.partition(".")
+        return UpstreamError(
+            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+            f" and put the new one into [{table}] {key}"
+        )
 
     def _wanted_by(self, intent: hikari.Intents) -> list[str]:
         plugins = [
@@ -3271,29 +3792,52 @@ class Gateway:
         ]
         return sorted(set(plugins))
 
+    # -- what shards tell
+
+    def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
+        self._up.discard(shard.id)
+        self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
+
+    def shard_ended(self, error: Exception) -> None:
+        """A shard is over, and with it the bot; `run` has to judge why."""
+        self._ended = error
+
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back("session resumed, nothing missed")
+        self._back(event.shard, "session resumed, nothing missed")
 
-    async def _on_disconnected(self, event: hikari.ShardDisconnectedEvent) -> None:
-        self._away("the connection was lost")
+    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
+        if shard.is_connected:  # else the connection broke a moment ago
+            self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", how, connected=True)
 
-    def _back(self, how: str) -> None:
-        self.connected, self._reported_away = True, False
-        log.info("connected to Discord: %s", how)
-
-    def _away(self, why: str) -> None:
-        self.connected = False
-        self._why_away = why
-        if not self._reported_away:
-            self._reported_away = True
+    def _away(self, cause: str, why: str) -> None:
+        if self._report.connected:
             self._metrics.gateway_changes.labels("lost").inc()
-            log.warning("not connected to Discord (%s); dashboards stay up, trying again", why)
+        self._metrics.gateway_failures.labels(cause).inc()
+        self._report.say(cause, why, connected=False)
+
+    # -- what cannot be read
+
+    def _on_unreadable(self, name: str, payload: Any, error: Exception) -> None:
+        self._metrics.unreadable_packets.labels(name).inc()
+        self._report.unreadable(name, f"{reason_of(error)} at {place_of(error)}")
+        if name in GUILD_CONTENT and isinstance(payload, dict):
+            guild_id = str(payload.get(GUILD_CONTENT[name]))
+            shown = shown_name(str(payload.get("name") or ""), 0, NAME_LENGTH)
+            self._unread_guilds[guild_id] = f"{name} of guild {clean_text(guild_id)[:20]}" + (
+                f" ({shown})" if shown != "0" else ""
+            )
+
+    def _on_read(self, name: str, payload: Any) -> None:
+        if self._unread_guilds and name in (*GUILD_CONTENT, "GUILD_DELETE"):
+            self._unread_guilds.pop(str(payload.get(GUILD_CONTENT.get(name, "id"))), None)
 
 
 def finite(number: float) -> float | None:
