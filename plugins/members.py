@@ -1,4 +1,4 @@
-"""Tell dashboards who joins and who gains roles. Teaches: comparing with how it was before."""
+"""Tell dashboards who joins, who leaves and who gains roles. Teaches: comparing with how it was before."""
 
 from datetime import UTC, datetime
 
@@ -11,6 +11,11 @@ class UserJoin(Payload):
     user_id: str
     username: str
     account_age_days: int
+
+
+class UserLeave(Payload):
+    user_id: str
+    username: str
 
 
 class RoleChange(Payload):
@@ -31,9 +36,16 @@ def user_join(event: hikari.MemberCreateEvent) -> UserJoin | None:
     )
 
 
+@on(hikari.MemberDeleteEvent, emit="user:leave")
+def user_leave(event: hikari.MemberDeleteEvent) -> UserLeave | None:
+    if event.user.is_bot:
+        return None
+    return UserLeave(user_id=str(event.user_id), username=user_name(event.user))
+
+
 @on(hikari.MemberUpdateEvent, emit="role:change", settled=True)
 def role_change(event: hikari.MemberUpdateEvent, spy: Spy) -> RoleChange | None:
-    if event.old_member is None:  # not cached: everything would look new
+    if event.old_member is None or event.user.is_bot:  # not cached: everything would look new
         return None
     gained = set(event.member.role_ids) - set(event.old_member.role_ids)
     roles = [role for role_id in gained if (role := spy.bot.cache.get_role(role_id))]

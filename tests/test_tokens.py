@@ -173,7 +173,7 @@ async def test_clocks_may_differ_by_ten_seconds_and_other_claims_are_for_others(
         assert (await dashboard.call("guilds:list"))["ok"], claims
 
 
-@pytest.mark.parametrize("nbf", [time.time() + 3600, "soon", [], True, math.nan, 10**400])
+@pytest.mark.parametrize("nbf", [2**33, "soon", [], True, math.nan, 10**400])
 def test_a_token_of_later_is_refused(nbf):
     assert code_of(signed(SOUND | {"nbf": nbf})) == "claims"
 
