@@ -110,6 +110,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
@@ -129,13 +130,14 @@ __all__ = [
     "Spy",
     "Subscriber",
     "channel_name",
-    "clean_name",
     "every",
     "member_name",
     "on",
     "on_subscribe",
+    "role_name",
     "route",
     "timestamp",
+    "user_name",
 ]
 
 log = logging.getLogger("spywatcher")
@@ -618,6 +620,8 @@ class Metrics:
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
+        self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
+        self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="spywatcher", registry=self.registry)
@@ -636,14 +640,23 @@ class Metrics:
 # cache). The only place that decides either. It knows no sockets and no rooms.
 
 ROLES: Final = frozenset(get_args(Role))
-#: A token is a few hundred bytes; nothing longer is worth the work of checking it.
-MAX_TOKEN_BYTES: Final = 4096
+#: Room for some 270 guild ids; nothing longer is worth the work of checking it.
+MAX_TOKEN_BYTES: Final = 8192
+#: Seconds by which the clock of who made a token may be ahead of ours.
+CLOCK_DIFFERENCE: Final = 10.0
+#: What web applications put into their tokens for others is not looked at; `nbf` is, in `Tokens`.
+JWT_CHECKS: Final = jwt.types.Options(
+    verify_aud=False,
+    verify_iat=False,
+    verify_iss=False,
+    verify_jti=False,
+    verify_nbf=False,
+    verify_sub=False,
+)
 #: The end of the year 9999, in seconds since 1970.
 LAST_MOMENT: Final = 253_402_300_799
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
-#: Unicode categories that steer a display instead of showing something.
-UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 LEFT_IN_TIMEOUT: Final = hikari.Permissions.VIEW_CHANNEL | hikari.Permissions.READ_MESSAGE_HISTORY
 ALL_PERMISSIONS: Final = hikari.Permissions.all_permissions()
 
@@ -730,14 +743,15 @@ class Tokens:
         """The viewer a token stands for; raises RefusedConnectionError with the published message."""
         if token is None or token == "":
             raise RefusedConnectionError("Authentication required")
-        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
-            raise RefusedConnectionError("Invalid token", code="malformed")
         viewer = self._viewer(self._claims(token))
         if viewer.role == "BANNED":
             raise RefusedConnectionError("Access denied")
         return viewer
 
-    def _claims(self, token: str) -> dict[str, Any]:
+    def _claims(self, token: object) -> dict[str, Any]:
+        """What a token says; only one that is well signed can be refused as `expired`."""
+        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
+            raise RefusedConnectionError("Invalid token", code="malformed")
         try:
             algorithm = jwt.get_unverified_header(token).get("alg")
             if algorithm not in self._algorithms:
@@ -756,7 +770,7 @@ class Tokens:
     def _decode(self, token: str, algorithm: str) -> dict[str, Any]:
         for key in self._keys.of(algorithm):
             with contextlib.suppress(jwt.InvalidSignatureError):
-                return jwt.decode(token, key, algorithms=[algorithm])
+                return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
         raise jwt.InvalidSignatureError
 
     @staticmethod
@@ -771,6 +785,7 @@ class Tokens:
             and role in ROLES
             and (guilds is None or is_list_of_strings(guilds))
             and is_moment(expires)
+            and has_begun(claims.get("nbf"))
         )
         if not sound:
             raise RefusedConnectionError("Invalid token", code="claims")
@@ -784,7 +799,10 @@ class Tokens:
     def issue(
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
     ) -> str:
-        """A token that `verify` accepts for `ttl` seconds; raises OperatorError without a secret."""
+        """A token that `verify` takes for `ttl` seconds, if the role is not BANNED.
+
+        Raises OperatorError without a secret, and for what `verify` would not take.
+        """
         algorithm = next((name for name in self._algorithms if name.startswith("HS")), None)
         if algorithm is None or not self._keys.secrets:
             raise OperatorError("auth.secret: not set, expected the key that signs tokens")
@@ -796,7 +814,17 @@ class Tokens:
         }
         if guilds:
             claims["guilds"] = list(guilds)
-        return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        token = jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        if len(token) > MAX_TOKEN_BYTES:
+            raise OperatorError(
+                f"token: got {len(token)} bytes with {len(guilds)} guilds, expected"
+                f" {MAX_TOKEN_BYTES} at most; name fewer guilds, or use a role of auth.admin_roles"
+            )
+        try:
+            self._viewer(self._claims(token))
+        except RefusedConnectionError as refusal:
+            raise OperatorError(f"token: nobody would take it: {refusal.data['code']}") from refusal
+        return token
 
     def derive_key(self, purpose: str) -> bytes:
         """32 bytes that only who has the newest secret can know (HMAC-SHA256); raises OperatorError
@@ -813,6 +841,12 @@ class Tokens:
 def is_moment(value: object) -> bool:
     """None, or seconds since 1970 that a calendar knows: a page's milliseconds are not taken."""
     return value is None or (type(value) in (int, float) and 0 < value <= LAST_MOMENT)  # type: ignore[operator]  # a number
+
+
+def has_begun(value: object) -> bool:
+    """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
 
 
 def is_list_of_strings(value: object) -> bool:
@@ -999,7 +1033,7 @@ class Access:
     def guilds_of(self, viewer: Viewer) -> list[dict[str, str | None]]:
         """`{id, name, icon}` of each guild that the viewer may see, by name."""
         guilds = [
-            {"id": str(guild.id), "name": clean_text(guild.name), "icon": guild.icon_hash}
+            {"id": str(guild.id), "name": guild_name(guild), "icon": guild.icon_hash}
             for guild in self._cache.get_guilds_view().values()
             if self.may_view(viewer, str(guild.id))
         ]
@@ -1084,11 +1118,89 @@ def is_snowflake(text: str) -> bool:
     return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
+#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
+#: roles and guilds Discord's own limit.
+USERNAME_LENGTH: Final = 64
+NAME_LENGTH: Final = 100
+
+#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
+#: Unicode's Default_Ignorable_Code_Point (zero-width, bidi and filler characters, of Hangul too).
+#: Number signs of Arabic and Kaithi are of the same category Cf, but show.
+INVISIBLE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb"
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+#: Pictures and symbols; wider than today's emoji, so that next year's are among them.
+EMOJI: Final = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
+#: India and its neighbours, Mongolian, Adlam, Rohingya.
+JOINING: Final = (
+    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
+    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
+)
+CJK: Final = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+#: What of the invisible stays, since what is beside it shows otherwise without it.
+NEEDED: Final = re.compile(
+    # a flag of a region (UTS #51, emoji tag sequence)
+    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+    # joined emoji, each perhaps with a colour of skin, a variation selector or a keycap
+    f"|(?<=[{EMOJI}\ufe0f\u20e3])\u200d(?=[{EMOJI}])"
+    # as text or as a picture
+    f"|(?<=[0-9#*{EMOJI}])[\ufe0e\ufe0f]"
+    # other variants of symbols and letters
+    f"|(?<=[0{EMOJI}{CJK}\u1000-\u109f\u3001\u3002\ua840-\ua87f\uff01-\uff1f])[\ufe00-\ufe0d]"
+    f"|(?<=[{CJK}])[\U000e0100-\U000e01ef]"
+    "|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
+    f"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
+)
+SEEN: Final = re.compile(f"({NEEDED.pattern})|{INVISIBLE.pattern}")
+#: An empty cell of Braille is as wide as a letter and as blank as a space.
+BLANK: Final = "\u2800"
+#: What belongs to the character before it (UAX #29): marks, joiners, selectors, colours of skin, tags.
+EXTENDS: Final = re.compile(
+    "[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef]"
+)
+
+
 def clean_text(text: str) -> str:
-    """`text` without control, bidi-override and zero-width characters and line separators."""
+    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char for char in text if unicodedata.category(char) not in UNSEEN)
+    return SEEN.sub(lambda found: found[1] or "", text)
+
+
+def shown_name(name: str | None, own_id: int, longest: int) -> str:
+    """A name as it may leave; the id where nothing of it can be seen."""
+    text = clean_text(name or "").strip()
+    if not INVISIBLE.sub("", text).replace(BLANK, "").strip():
+        return str(int(own_id))
+    return shortened(text, longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """At most so many characters of `text`, with no picture or letter cut in two."""
+    end = longest
+    while 0 < end < len(text) and is_one(text, end):
+        end -= 1
+    return text[: end or longest].strip()
+
+
+def is_one(text: str, place: int) -> bool:
+    """Whether what stands before `place` and what stands there are read as one."""
+    before, char = text[:place], text[place]
+    if before[-1] == "\u200d" or EXTENDS.match(char) or unicodedata.category(char)[0] == "M":
+        return True
+    flags = len(before) - len(before.rstrip(FLAG_LETTERS))
+    return char in FLAG_LETTERS and flags % 2 == 1  # two letters make a flag
+
+
+FLAG_LETTERS: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
+def guild_name(guild: hikari.Guild) -> str:
+    return shown_name(guild.name, guild.id, NAME_LENGTH)
 
 
 # ------------------------------------------------------------------------------- limits
@@ -2861,9 +2973,13 @@ def check_kind(kind: object) -> None:
         raise PluginError(f"got {shown(kind)}, expected a kind of room: letters, digits, - and _")
 
 
-def clean_name(name: str) -> str:
-    """A name as it may leave: no control, bidi or zero-width characters, 64 characters at most."""
-    return clean_text(name).strip()[:64]
+def user_name(user: hikari.User) -> str:
+    """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
+
+    Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
+    usernames have 64 characters at most, other names 100.
+    """
+    return shown_name(user.username, user.id, USERNAME_LENGTH)
 
 
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
@@ -2873,14 +2989,19 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     their messages leaves its cache.
     """
     member = cache.get_member(guild_id, user_id)
-    return clean_name(member.username) if member else str(int(user_id))
+    return user_name(member.user) if member else str(int(user_id))
+
+
+def role_name(role: hikari.Role) -> str:
+    """A role's name as it may leave, or its id."""
+    return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
     """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
-    name = clean_name(channel.name or "") if channel else ""
-    return name if name and name != HIDDEN_CHANNEL_NAME else str(int(channel_id))
+    name = channel.name if channel else None
+    return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
@@ -4598,11 +4719,10 @@ def forget_member(
 
 
 # ------------------------------------------------------------------------------ gateway
-# The session with Discord: hikari's bot, kept alive in this process's loop. It reports how
+# The session with Discord: hikari's bot, kept alive in this process's loop, and the fence around
+# whatever Discord sends or does not send: at the worst it is away, with a reason. It reports how
 # things stand and says once what changed; it knows neither plugins' functions nor clients.
 
-FIRST_RETRY: Final = 1.0
-LAST_RETRY: Final = 60.0
 PORTAL: Final = "https://discord.com/developers/applications -> your application -> Bot"
 PRIVILEGED_SWITCHES: Final = {
     hikari.Intents.GUILD_MEMBERS: "Server Members Intent",
@@ -4634,9 +4754,473 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+#: Packets that bring a guild, and where they name it.
+GUILD_CONTENT: Final = {"GUILD_CREATE": "id", "GUILD_MEMBERS_CHUNK": "guild_id"}
+
+
+class Report:
+    """Says in the log how the link to Discord stands: each change once, and of one cause at most one
+    line in `quiet` seconds. What comes too soon is said later, if it still holds then.
+    """
+
+    def __init__(self, quiet: float) -> None:
+        self._quiet = quiet
+        self._next: dict[str, float] = {}  # by cause, when it may be said again
+        self._said = ""
+        self._later: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._cause = ""
+        #: Why Discord is away, or how it came back.
+        self.why = "connecting"
+        self.connected = False
+
+    def say(self, cause: str, why: str, *, connected: bool) -> None:
+        self._cause, self.why, self.connected = cause, why, connected
+        self._tell()
+
+    def unreadable(self, name: str, what: str) -> None:
+        if self._may_say(f"unreadable {name}"):
+            log.error("cannot read Discord's %s: %s; it is left out", name, what)
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._closed = True
+        if self._later is not None:
+            self._later.cancel()
+
+    def _may_say(self, cause: str) -> bool:
+        now = time.monotonic()
+        if now < self._next.get(cause, 0.0):
+            return False
+        self._next[cause] = now + self._quiet
+        return True
+
+    def _tell(self) -> None:
+        if self._closed or self._cause == self._said:
+            return
+        # A return is news of its own after each way in which Discord went.
+        cause = f"back after {self._said}" if self.connected else self._cause
+        if not self._may_say(cause):
+            wait = self._next[cause] - time.monotonic()
+            if self._later is not None:
+                self._later.cancel()
+            self._later = asyncio.get_running_loop().call_later(wait, self._tell)
+            return
+        self._said = self._cause
+        if self.connected:
+            log.info("connected to Discord: %s", self.why)
+        else:
+            log.warning("not connected to Discord (%s); dashboards stay up, trying again", self.why)
+
+
+class Patience(NamedTuple):
+    """How long the gateway waits, in seconds, and how often it begins anew."""
+
+    #: For each of: the answer of REST, HELLO, READY, RESUMED.
+    step: float = 30.0
+    #: Between two tries: doubled each time, less a random part.
+    first_retry: float = 1.0
+    last_retry: float = 60.0
+    #: After a connection that lasted so long the next one begins at once.
+    lasted: float = 30.0
+    #: Tries in a row to begin a session after which REST is asked again where the gateway is.
+    tries: int = 6
+    #: New sessions that may begin in a row, for each shard; then one in so many seconds, of all
+    #: shards together. Discord resets the token of who begins 1,000 a day.
+    sessions: int = 5
+    session_every: float = 120.0
+    #: Between two lines of one cause in the log.
+    quiet: float = 60.0
+
+
+class AwayError(SpyWatcherError):
+    """Discord cannot be had for now. `cause` is one of few words, `why` a sentence for the log."""
+
+    def __init__(self, cause: str, why: str, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.cause = cause
+        self.why = why
+        #: Seconds that Discord asked to wait.
+        self.wait = wait
+
+
+#: Longest that Discord's `retry_after` is believed, in seconds.
+LONGEST_WAIT: Final = 86_400.0
+#: An answer of `GET /gateway/bot` has some 200 bytes.
+MOST_REST_BYTES: Final = 65_536
+#: Seconds between two groups of shards that begin a session (Discord documentation: Sharding).
+STARTUP_WINDOW: Final = 5.0
+#: What a HELLO may ask for, in seconds between two heartbeats; Discord's is 41.25.
+LONGEST_HEARTBEAT: Final = 600.0
+#: Close codes (Discord documentation: Gateway Close Event Codes): no other try would end otherwise,
+FINAL_CODES: Final = frozenset({4004, 4012, 4013, 4014})
+#: another number of shards may help, which only REST tells,
+START_OVER_CODES: Final = frozenset({4010, 4011})
+#: or the session is over. After any other it is resumed.
+NEW_SESSION_CODES: Final = frozenset({4003, 4005, 4007, 4009})
+
+
+class SessionStartLimit(msgspec.Struct):
+    remaining: Annotated[int, Meta(ge=0)]
+    reset_after: Annotated[float, Meta(ge=0)]  # milliseconds
+    max_concurrency: Annotated[int, Meta(ge=1)] = 1
+
+
+class GatewayInfo(msgspec.Struct):
+    """What REST says of the gateway (Discord documentation: Get Gateway Bot)."""
+
+    url: Annotated[str, Meta(pattern=r"^wss?://[^\s/?#]+")]
+    shards: Annotated[int, Meta(ge=1, le=4096)]
+    session_start_limit: SessionStartLimit
+
+
+async def fetch_gateway(rest_url: str, token: str, patience: Patience) -> GatewayInfo:
+    """Ask REST for the gateway. Raises UpstreamError if the token is refused, else AwayError."""
+    client = AsyncHTTPClient(force_instance=True, max_body_size=MOST_REST_BYTES)
+    headers = {
+        "Authorization": f"Bot {token}",
+        "User-Agent": f"DiscordBot (spywatcher, {__version__})",
+    }
+    request = HTTPRequest(
+        f"{rest_url.rstrip('/')}/gateway/bot",
+        headers=headers,
+        connect_timeout=patience.step,
+        request_timeout=patience.step,
+        follow_redirects=False,
+    )
+    try:
+        response = await client.fetch(request, raise_error=False)
+    except Exception as error:  # whatever a server may send
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(error)}") from error
+    finally:
+        client.close()
+    refuse_answer(response)
+    try:
+        return msgspec.json.decode(response.body, type=GatewayInfo)
+    except msgspec.DecodeError as error:
+        why = f"its answer to GET /gateway/bot cannot be read: {error}"
+        raise AwayError("rest answer", why) from error
+
+
+def refuse_answer(response: HTTPResponse) -> None:
+    """Raise what any status but 200 means."""
+    if response.code == 401:
+        raise UpstreamError("Discord refused the bot token")
+    if response.code == 429:
+        wait = retry_after(response)
+        raise AwayError("rest 429", f"it asks to wait {wait:.0f} s before the next request", wait)
+    if response.code == 599:  # Tornado's own: no answer
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(response.error)}")
+    if response.code != 200:
+        raise AwayError("rest status", f"its REST API answers {response.code}")
+
+
+def retry_after(response: HTTPResponse) -> float:
+    """Seconds that Discord asks to wait, from the body or the header (Rate Limits); 0 if in neither."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        body = json.loads(response.body)
+        wait = body["retry_after"] if "retry_after" in body else response.headers["Retry-After"]
+        if float(wait) > 0:  # not so NaN
+            return min(float(wait), LONGEST_WAIT)
+    with contextlib.suppress(ValueError):
+        return min(max(float(response.headers.get("Retry-After", 0)), 0.0), LONGEST_WAIT)
+    return 0.0
+
+
+def reason_of(error: BaseException | None) -> str:
+    """What went wrong, in a few words; nothing that was sent is quoted at length."""
+    said = clean_text(str(error)).strip()
+    name = type(error).__name__
+    return shortened(
+        said
+        if isinstance(error, OSError | hikari.HikariError | HTTPError) and said
+        else f"{name}: {said}",
+        120,
+    )
+
+
+def closed_with(error: object) -> str:
+    code, reason = getattr(error, "code", None), getattr(error, "reason", "")
+    return shortened(f"closed with {code} ({clean_text(str(reason))})", 120)
+
+
+def place_of(error: BaseException) -> str:
+    """FILE:LINE FUNCTION in which an error arose."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+
+
+class GatewayEvents(hikari.impl.EventManagerImpl):
+    """hikari's, but of a packet that it cannot read no payload is shown, and of who is no member
+    nothing is kept.
+    """
+
+    #: Told the event's name, its payload and what was raised.
+    unreadable: Callable[[str, Any, Exception], None]
+    #: Told each event that was read, and its payload.
+    read: Callable[[str, Any], None]
+
+    def consume_raw_event(
+        self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
+    ) -> None:
+        consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
+        if self._enabled_for_event(hikari.ShardPayloadEvent):
+            factory = self._event_factory
+            self.dispatch(factory.deserialize_shard_payload_event(shard, payload, name=event_name))
+        if not consumer.is_enabled:
+            return
+        try:
+            consumer.callback(shard, payload)
+            self._forget_strangers(event_name, payload)
+        except hikari.UnrecognisedEntityError:
+            return
+        except Exception as error:
+            if event_name == "READY":
+                raise AwayError("READY", f"READY cannot be read: {reason_of(error)}") from error
+            self.unreadable(event_name, payload, error)
+        else:
+            self.read(event_name, payload)
+
+    def _forget_strangers(self, event_name: str, payload: Any) -> None:
+        if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
+            ids = hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
+            if self._cache.get_member(*ids) is None:
+                self._cache.delete_presence(*ids)
+
+
+class Brake:
+    """How many sessions a shard may begin: a few at once, later one every so many seconds."""
+
+    def __init__(self, at_once: int, every: float) -> None:
+        self._left = float(at_once)
+        self._at_once = at_once
+        self._every = every
+        self._since = time.monotonic()
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a session may begin."""
+        now = time.monotonic()
+        self._left = min(self._at_once, self._left + (now - self._since) / self._every)
+        self._since = now
+        return max(0.0, (1 - self._left) * self._every)
+
+    def take(self) -> None:
+        self._left -= 1
+
+
+class Shard(hikari.impl.GatewayShardImpl):
+    """hikari's shard, but each step has its time, and whatever breaks it is followed by another try.
+
+    Discord documentation: Gateway, Connection Lifecycle. `_awaited` says which step it is at, and so
+    what Discord owes:
+
+        step       at most (`Patience`)     then
+        HELLO      step                     READY without a session, RESUMED with one
+        READY      step                     events
+        RESUMED    step                     events
+        events     -                        the pause
+        (pause)    last_retry, or the brake HELLO
+
+    A step that fails leads to the pause. The session is given up for a new one when Discord says so,
+    or when instead of READY or RESUMED came nothing, or what cannot be read.
+    """
+
+    def __init__(self, gateway: Gateway, brake: Brake, **hikaris: Any) -> None:
+        super().__init__(**hikaris)
+        self._gateway = gateway
+        self._patience = gateway.patience
+        self._brake = brake
+        self._awaited = "HELLO"
+        self._failures = 0
+        self._broken: Exception | None = None
+        self._lifetime: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to connect; unlike hikari's this does not wait until Discord has let it in."""
+        self._handshake_event = asyncio.Event()
+        self._keep_alive_task = asyncio.create_task(
+            self._keep_alive(), name=f"keep alive (shard {self.id})"
+        )
+
+    async def _keep_alive(self) -> None:
+        try:
+            while True:
+                if self._session_id is None:
+                    await self._wait_for_brake()
+                began = time.monotonic()
+                try:
+                    await self._live()
+                    self._away("lost", "the connection was lost")
+                except Exception as error:  # whatever Discord sends
+                    self._away(*self._cause(error))
+                    if self._is_final(error) or self._is_lost():
+                        self._gateway.shard_ended(error)
+                        return
+                await asyncio.sleep(self._pause(time.monotonic() - began))
+        except asyncio.CancelledError:
+            self._is_closing = True
+
+    async def _wait_for_brake(self) -> None:
+        while (wait := self._brake.wait) > 0:
+            self._away("sessions", f"sessions keep ending; the next begins in {wait:.0f} s")
+            await asyncio.sleep(wait)
+
+    async def _live(self) -> None:
+        """One connection, from its beginning to its end; raises what broke it."""
+        try:
+            await self._connect()
+            if self._has_begun():
+                self._awaited = "events"
+                self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
+                await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken is not None:
+                raise self._broken
+        finally:
+            await self._hang_up()
+
+    def _has_begun(self) -> bool:
+        """Whether READY or RESUMED came."""
+        handshake = self._handshake_event
+        return handshake is not None and handshake.is_set()
+
+    async def _connect(self) -> tuple[asyncio.Task[None], ...]:
+        self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        try:
+            async with asyncio.timeout(self._patience.step) as self._deadline:
+                tasks = await super()._connect()
+        except TimeoutError as error:
+            why = f"no {self._awaited} within {self._patience.step:g} s"
+            raise AwayError(self._awaited, why) from error
+        if self._broken is not None:
+            raise self._broken
+        if self._has_begun() and self._session_id is None:
+            raise AwayError("READY", "RESUMED came instead of READY")
+        return tasks
+
+    async def _heartbeat(self, heartbeat_interval: float) -> None:
+        """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
+        with self._lifelong():
+            self._awaited = "RESUMED" if self._seq is not None else "READY"
+            if self._awaited == "READY":
+                self._brake.take()
+            if not 0 < heartbeat_interval <= LONGEST_HEARTBEAT:
+                why = f"HELLO asks for a heartbeat each {heartbeat_interval:g} s"
+                raise AwayError("HELLO", why)
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._patience.step)
+            await super()._heartbeat(heartbeat_interval)
+            raise AwayError("heartbeat", "it answers no heartbeat")
+
+    async def _poll_events(self) -> None:
+        with self._lifelong():
+            await super()._poll_events()
+
+    @contextlib.contextmanager
+    def _lifelong(self) -> Iterator[None]:
+        """A task that lives as long as the connection; its error is `_broken`, since hikari loses some."""
+        self._lifetime.append(asyncio.current_task())  # type: ignore[arg-type]  # it runs in one
+        try:
+            yield
+        except Exception as error:  # whatever Discord sends
+            self._broken = self._broken or error
+
+    async def _hang_up(self) -> None:
+        """End the connection and all that lives as long."""
+        await asyncio.sleep(0)  # what was begun a moment ago is in `_lifetime` only now
+        for task in self._lifetime:
+            task.cancel()
+        await asyncio.gather(*self._lifetime, return_exceptions=True)
+        ws, self._ws = self._ws, None
+        if ws is not None:
+            code = hikari.ShardCloseCode.GOING_AWAY if self._is_closing else RESUME_LATER
+            with contextlib.suppress(Exception):  # it is over, one way or another
+                await ws.send_close(code=code, message=b"")
+        if self._has_begun() and self._handshake_event is not None:
+            self._handshake_event.clear()
+            self._event_manager.dispatch(self._event_factory.deserialize_disconnected_event(self))
+
+    def _forget_session(self) -> None:
+        self._seq = self._session_id = self._resume_gateway_url = None
+
+    def _is_final(self, error: Exception) -> bool:
+        return getattr(error, "code", None) in FINAL_CODES | START_OVER_CODES
+
+    def _is_lost(self) -> bool:
+        """Whether the gateway may be elsewhere by now; nothing is given up for asking REST."""
+        tried = self._failures >= self._patience.tries
+        return tried and self._session_id is None and not self._gateway.any_connected
+
+    def _cause(self, error: Exception) -> tuple[str, str]:
+        """What to say of an error, and of the session what is left of it."""
+        if isinstance(error, hikari.GatewayServerClosedConnectionError):
+            if error.code in NEW_SESSION_CODES:
+                self._forget_session()
+            return "closed", f"the connection was lost: {closed_with(error)}"
+        if isinstance(error, hikari.GatewayConnectionError | OSError):
+            return "lost", f"the connection was lost: {reason_of(error)}"
+        if self._awaited in ("READY", "RESUMED"):
+            self._forget_session()
+        if isinstance(error, AwayError):
+            return error.cause, error.why
+        return "unreadable", f"its {self._awaited} cannot be read: {reason_of(error)}"
+
+    def _pause(self, lasted: float) -> float:
+        """Seconds until the next try: none after a connection that lasted, else longer each time."""
+        patience = self._patience
+        self._failures = 0 if lasted >= patience.lasted else min(self._failures + 1, 10)
+        longest = min(patience.first_retry * 2 ** (self._failures - 1), patience.last_retry)
+        return random.uniform(longest / 2, longest) if self._failures else 0.0
+
+    def _away(self, cause: str, why: str) -> None:
+        self._gateway.shard_away(self, cause, why)
+
+
+#: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
+RESUME_LATER: Final = 3000
+
+
+class Bot(hikari.GatewayBot):
+    """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
+
+    def __init__(self, token: str, **hikaris: Any) -> None:
+        super().__init__(token, **hikaris)
+        self._event_manager = self.events = GatewayEvents(
+            self._entity_factory, self._event_factory, self._intents, cache=self._cache
+        )
+
+    async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
+        """Start a shard for each brake; returns once each is about to connect."""
+        self._closed_event, self._closing_event = asyncio.Event(), asyncio.Event()
+        self._rest.start()
+        self._voice.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_starting_event())
+        for number, (shard_id, brake) in enumerate(brakes.items()):
+            if number and number % info.session_start_limit.max_concurrency == 0:
+                await asyncio.sleep(STARTUP_WINDOW)
+            self._shards[shard_id] = shard = self._shard(gateway, info, shard_id, brake)
+            await shard.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_started_event())
+
+    def _shard(self, gateway: Gateway, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
+        return Shard(
+            gateway,
+            brake,
+            shard_id=shard_id,
+            shard_count=info.shards,
+            url=info.url,
+            token=self._token,
+            intents=self._intents,
+            http_settings=self._http_settings,
+            proxy_settings=self._proxy_settings,
+            event_manager=self._event_manager,
+            event_factory=self._event_factory,
+        )
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
+    patience = Patience()
     #: Seconds without an answered heartbeat after which the session counts as silent. Discord
     #: asks for one each 41.25 s.
     silence_limit = 60.0
@@ -4651,58 +5235,92 @@ class Gateway:
         metrics: Metrics,
         cached: hikari.api.CacheComponents = hikari.api.CacheComponents.NONE,
     ) -> None:
+        self._settings = settings
+        self._token = token
         self._metrics = metrics
         self._turned = time.monotonic()
-        self._why_away = "connecting"
-        self._grace = settings.startup_grace
         self._wanted = wanted
         self._fresh_since = float("-inf")
-        self.connected = False
-        self._reported_away = False
+        self._brakes: dict[int, Brake] = {}
+        self._up: set[int] = set()
+        self._ended: Exception | None = None
+        self._unread_guilds: dict[str, str] = {}
+        self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
+        #: The setting that holds the bot's token.
+        self.token_key = "discord.token_file" if settings.token_file else "discord.token"
         try:
-            self.bot = hikari.GatewayBot(
-                token,
-                rest_url=settings.rest_url,
-                intents=self.intents,
-                cache_settings=hikari.impl.CacheSettings(
-                    components=CACHED | cached, max_messages=MOST_MESSAGES
-                ),
-                suppress_optimization_warning=True,
-                banner=None,
-                logs=None,
-            )
+            self.bot = self._make_bot(token, cached)
         except ValueError as error:
             raise OperatorError(
-                f"discord.token: got what is no bot token, expected the one from {PORTAL}"
+                f"{self.token_key}: got what is no bot token, expected the one from {PORTAL}"
             ) from error
+        self.bot.events.unreadable = self._on_unreadable
+        self.bot.events.read = self._on_read
         self.bot.event_manager.subscribe(hikari.ShardReadyEvent, self._on_ready)
         self.bot.event_manager.subscribe(hikari.ShardResumedEvent, self._on_resumed)
-        self.bot.event_manager.subscribe(hikari.ShardDisconnectedEvent, self._on_disconnected)
+
+    def _make_bot(self, token: str, cached: hikari.api.CacheComponents) -> Bot:
+        # Well within the time of a step, so that aiohttp itself tidies up what hangs.
+        timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
+        return Bot(
+            token,
+            rest_url=self._settings.rest_url,
+            intents=self.intents,
+            cache_settings=hikari.impl.CacheSettings(
+                components=CACHED | cached, max_messages=MOST_MESSAGES
+            ),
+            http_settings=hikari.impl.HTTPSettings(timeouts=timeouts),
+            suppress_optimization_warning=True,
+            banner=None,
+            logs=None,
+        )
 
     def settled(self) -> bool:
         """Whether the gateway session is older than the startup grace."""
-        return time.monotonic() - self._fresh_since >= self._grace
+        return time.monotonic() - self._fresh_since >= self._settings.startup_grace
 
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
-        delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+        failures = 0
         try:
             while True:
+                asked = 0.0
                 try:
-                    await self._turning(self.bot.start(check_for_updates=False))
-                    delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+                    await self._turning(self._begin())
+                    failures = 0
                     await self._turning(self.bot.join())
-                except hikari.HikariError as error:
-                    self._refuse_if_final(error)
-                    self._away(str(error))
-                except (OSError, RuntimeError, TimeoutError) as error:
-                    self._away(str(error) or type(error).__name__)
+                    self._refuse(self._ended)
+                except UpstreamError as error:
+                    raise self._final(error) from error
+                except AwayError as error:
+                    self._away(error.cause, error.why)
+                    asked = error.wait
+                except Exception as error:  # whatever Discord sends
+                    self._away("unreadable", reason_of(error))
                 await self._close()
-                await self._turning(asyncio.sleep(next(delays)))
+                patience = self.patience
+                wait = min(patience.first_retry * 2**failures, patience.last_retry)
+                failures = min(failures + 1, 10)
+                await self._turning(asyncio.sleep(max(wait, asked)))
         finally:
-            self._reported_away = True  # the end is no news
+            self._report.close()  # the end is no news
             await self._close()
+
+    async def _begin(self) -> None:
+        info = await fetch_gateway(self._settings.rest_url, self._token, self.patience)
+        limit = info.session_start_limit
+        if limit.remaining < info.shards:
+            wait = min(limit.reset_after / 1000, LONGEST_WAIT)
+            why = f"it lets begin no session any more for {wait:.0f} s"
+            raise AwayError("sessions", why, wait)
+        every = self.patience.session_every * info.shards
+        self._brakes = {
+            shard_id: self._brakes.get(shard_id) or Brake(self.patience.sessions, every)
+            for shard_id in range(info.shards)
+        }
+        self._ended = None
+        await self.bot.begin(self, info, self._brakes)
 
     async def _turning(self, step: Coroutine[Any, Any, None]) -> None:
         """Wait for a step that may take any time, and note meanwhile that this still runs."""
@@ -4713,7 +5331,7 @@ class Gateway:
                 await asyncio.wait([task], timeout=self.turn_limit / 4)
             task.result()
         except asyncio.CancelledError:
-            self._reported_away = True  # see `run`: the step may still end with a report
+            self._report.close()  # see `run`: the step may still end with a report
             raise
         finally:
             self._turned = time.monotonic()
@@ -4745,46 +5363,66 @@ class Gateway:
         """How the link to Discord stands, for /health/ready."""
         problem = None
         if not self.connected:
-            problem = f"not connected to Discord ({self._why_away})"
+            problem = f"not connected to Discord ({self._report.why})"
         elif self.silence > self.silence_limit:
             problem = f"Discord has not answered for {self.silence:.0f} s"
+        elif self._unread_guilds:
+            problem = f"cannot be read: {'; '.join(self._unread_guilds.values())}"
         return {
             "problem": problem,
             "connected": self.connected,
+            "shards": {"connected": len(self._up), "all": len(self._brakes)},
             "heartbeatAge": finite(self.silence),
             "latency": finite(self.latency),
             "guilds": self.guilds,
         }
 
-    @staticmethod
-    def _growing_delays() -> Iterator[float]:
-        delay = FIRST_RETRY
-        while True:
-            delay = min(delay * 2, LAST_RETRY)
-            yield delay
+    @property
+    def any_connected(self) -> bool:
+        return bool(self._up)
+
+    @property
+    def connected(self) -> bool:
+        """Whether all shards are."""
+        return bool(self._up) and len(self._up) == len(self._brakes)
 
     async def _close(self) -> None:
-        self.connected = False
+        self._up.clear()
+        self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
 
-    def _refuse_if_final(self, error: hikari.HikariError) -> None:
+    # -- refused for good
+
+    def _refuse(self, error: Exception | None) -> None:
+        """Raise what the end of a shard means, if not that REST is to be asked again."""
         code = getattr(error, "code", None)
-        if isinstance(error, hikari.UnauthorizedError) or code == 4004:
-            raise UpstreamError(
-                f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-                " and put the new one into [discord] token"
-            ) from error
+        if code in FINAL_CODES:
+            raise UpstreamError(code)
+
+    def _final(self, error: UpstreamError) -> UpstreamError:
+        """What an operator reads of a refusal: what to change, and where."""
+        code = error.args[0]
         if code == 4014:
             switches = " and ".join(
                 f"{switch} (for {', '.join(self._wanted_by(intent))})"
                 for intent, switch in PRIVILEGED_SWITCHES.items()
                 if intent & self.intents
             )
-            raise UpstreamError(
+            return UpstreamError(
                 f"Discord refused the intents: switch on {switches} at {PORTAL}"
                 " -> Privileged Gateway Intents"
-            ) from error
+            )
+        if code in (4012, 4013):
+            return UpstreamError(
+                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+                f" (this is {hikari.__version__}) and SpyWatcher"
+            )
+        table, _, key = self.token_key.partition(".")
+        return UpstreamError(
+            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+            f" and put the new one into [{table}] {key}"
+        )
 
     def _wanted_by(self, intent: hikari.Intents) -> list[str]:
         plugins = [
@@ -4795,29 +5433,52 @@ class Gateway:
         ]
         return sorted(set(plugins))
 
+    # -- what shards tell
+
+    def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
+        self._up.discard(shard.id)
+        self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
+
+    def shard_ended(self, error: Exception) -> None:
+        """A shard is over, and with it the bot; `run` has to judge why."""
+        self._ended = error
+
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back("session resumed, nothing missed")
+        self._back(event.shard, "session resumed, nothing missed")
 
-    async def _on_disconnected(self, event: hikari.ShardDisconnectedEvent) -> None:
-        self._away("the connection was lost")
+    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
+        if shard.is_connected:  # else the connection broke a moment ago
+            self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", how, connected=True)
 
-    def _back(self, how: str) -> None:
-        self.connected, self._reported_away = True, False
-        log.info("connected to Discord: %s", how)
-
-    def _away(self, why: str) -> None:
-        self.connected = False
-        self._why_away = why
-        if not self._reported_away:
-            self._reported_away = True
+    def _away(self, cause: str, why: str) -> None:
+        if self._report.connected:
             self._metrics.gateway_changes.labels("lost").inc()
-            log.warning("not connected to Discord (%s); dashboards stay up, trying again", why)
+        self._metrics.gateway_failures.labels(cause).inc()
+        self._report.say(cause, why, connected=False)
+
+    # -- what cannot be read
+
+    def _on_unreadable(self, name: str, payload: Any, error: Exception) -> None:
+        self._metrics.unreadable_packets.labels(name).inc()
+        self._report.unreadable(name, f"{reason_of(error)} at {place_of(error)}")
+        if name in GUILD_CONTENT and isinstance(payload, dict):
+            guild_id = str(payload.get(GUILD_CONTENT[name]))
+            shown = shown_name(str(payload.get("name") or ""), 0, NAME_LENGTH)
+            self._unread_guilds[guild_id] = f"{name} of guild {clean_text(guild_id)[:20]}" + (
+                f" ({shown})" if shown != "0" else ""
+            )
+
+    def _on_read(self, name: str, payload: Any) -> None:
+        if self._unread_guilds and name in (*GUILD_CONTENT, "GUILD_DELETE"):
+            self._unread_guilds.pop(str(payload.get(GUILD_CONTENT.get(name, "id"))), None)
 
 
 def finite(number: float) -> float | None:
@@ -6389,9 +7050,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     types.add_argument("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
     types.set_defaults(command=types_command)
     token = commands.add_parser("token", help="make a viewer's token")
-    token.add_argument("--discord-id", required=True, metavar="ID", help="the viewer's user id")
+    token.add_argument(
+        "--discord-id", required=True, type=parse_id, metavar="ID", help="the viewer's user id"
+    )
     token.add_argument("--role", default="USER", choices=sorted(ROLES))
-    token.add_argument("--guild", action="append", default=[], metavar="ID", help="may view it")
+    token.add_argument(
+        "--guild", action="append", default=[], type=parse_id, metavar="ID", help="may view it"
+    )
     token.add_argument("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
     token.set_defaults(command=token_command)
     forget = commands.add_parser("forget", help="remove a member's counts")
@@ -6497,7 +7162,8 @@ def settings_text(settings: Settings) -> str:
 
 def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
     tokens = Tokens(read_keys(settings.auth, settings.folder), settings.auth.algorithms)
-    print(tokens.issue(arguments.discord_id, arguments.role, arguments.guild, arguments.ttl))
+    viewer, guilds = str(arguments.discord_id), [str(guild) for guild in arguments.guild]
+    print(tokens.issue(viewer, arguments.role, guilds, arguments.ttl))
 
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:

@@ -156,6 +156,15 @@ async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy, comman
     }
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--discord-id", "ada"], ["--discord-id=1", "--guild=Night Owls"]]
+)
+def test_what_is_no_id_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        spywatcher.main(["token", *wrong])
+    assert "expected 1-20 digits" in capsys.readouterr().err
+
+
 def test_token_without_a_secret_is_refused(tmp_path, capsys):
     config = write_settings(tmp_path, {})
     assert spywatcher.main(["--config", str(config), "token", "--discord-id", "1"]) == 2
