@@ -33,6 +33,7 @@ import difflib
 import functools
 import gc
 import heapq
+import hmac
 import importlib
 import importlib.util
 import inspect
@@ -106,6 +107,7 @@ from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
+from tornado.routing import PathMatches
 from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketHandler
 
@@ -126,6 +128,7 @@ __all__ = [
     "member_name",
     "on",
     "on_subscribe",
+    "route",
     "timestamp",
 ]
 
@@ -783,6 +786,17 @@ class Tokens:
         if guilds:
             claims["guilds"] = list(guilds)
         return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+
+    def derive_key(self, purpose: str) -> bytes:
+        """32 bytes that only who has the newest secret can know (HMAC-SHA256); raises OperatorError
+        without one. What tokens are signed with begins with "ey": this is never one of them.
+        """
+        if not self._keys.secrets:
+            raise OperatorError(
+                "auth.secret: not set, expected the key that plugins' keys come from"
+            )
+        secret = self._keys.secrets[0].encode()
+        return hmac.digest(secret, f"spywatcher:{purpose}".encode(), "sha256")
 
 
 def is_moment(value: object) -> bool:
@@ -2387,6 +2401,28 @@ def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
     return mark
 
 
+HandlerT = TypeVar("HandlerT", bound=type[RequestHandler])
+
+
+def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
+    """Serve this `tornado.web.RequestHandler` at each path that the pattern matches as a whole.
+
+        @route(r"/stats/([0-9]+)")
+        class Stats(tornado.web.RequestHandler):
+            def get(self, guild_id):
+                self.finish({"messages": counted[int(guild_id)]})
+
+    Groups are handed to `get`, `post` and so on. `self.spy` is the plugin's. Every node serves
+    it, from the plugin's loading to its removal; the server's own paths come first.
+    """
+
+    def mark(handler: HandlerT) -> HandlerT:
+        handler.__routes__ = [*vars(handler).get("__routes__", ()), pattern]  # type: ignore[attr-defined]  # the mark itself
+        return handler
+
+    return mark
+
+
 def clean_name(name: str) -> str:
     """A name as it may leave: no control, bidi or zero-width characters, 64 characters at most."""
     return clean_text(name).strip()[:64]
@@ -2455,8 +2491,7 @@ class Spy:
         self,
         name: str,
         settings: Any,
-        bot: hikari.GatewayBot,
-        storage: Path,
+        context: HostContext,
         emit: Callable[..., None],
         count: Callable[[str, float], None],
         failed: Callable[[], None],
@@ -2466,11 +2501,13 @@ class Spy:
         #: A logger that names the plugin.
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
-        self.bot = bot
+        self.bot = context.bot
         #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
-        self.storage = storage
+        self.storage = context.storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
+        self._name = name
+        self._tokens = context.tokens
         self._emit = emit
         self._count = count
         self._failed = failed
@@ -2494,6 +2531,26 @@ class Spy:
         the event is really sent: not while nobody listens, and once per window of `[throttle]`.
         """
         self._emit(event, str(int(guild_id)), payload, room)
+
+    def issue_token(
+        self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
+    ) -> str:
+        """A token with which a dashboard may connect for `ttl` seconds; signed with `[auth] secret`.
+
+        `guilds` are those that it may view, whatever Discord says; none: what Discord says counts.
+        Raises an exception where the server has no secret.
+        """
+        return self._tokens.issue(discord_id, role, guilds, ttl)
+
+    def key(self, purpose: str) -> bytes:
+        """32 bytes for signatures of the plugin's own, derived from `[auth] secret`.
+
+        The same for a plugin and a purpose on every node and after every restart, until the secret
+        is changed. Raises an exception where the server has none.
+
+            hmac.digest(spy.key("cookie"), value, "sha256")
+        """
+        return self._tokens.derive_key(f"plugin {self._name}: {purpose}")
 
     @property
     def problem(self) -> str | None:
@@ -2557,6 +2614,9 @@ class Plugin:
         self.greeters = [
             (function, *function.__greets__) for function in own if hasattr(function, "__greets__")
         ]
+        self.routes = [
+            (handler, pattern) for handler in own for pattern in vars(handler).get("__routes__", ())
+        ]
         self.events = {listener.emit for _, listener in self.listeners if listener.emit}
         self.events |= {event for _, _, event in self.greeters}
         self.kinds = {listener.room for _, listener in self.listeners if listener.emit}
@@ -2607,6 +2667,25 @@ class HostContext(NamedTuple):
     storage: Path
     #: What a plugin of this name keeps for all nodes; None where there is one.
     share: Callable[[str], Shared | None] = lambda name: None
+    #: What signs tokens, and what plugins sign themselves.
+    tokens: Tokens = Tokens(Keys(), ())
+
+
+class PluginHandler(RequestHandler):
+    """The host's side of a plugin's route."""
+
+    spy: Spy
+    #: Told the handler's name and what it raised.
+    failed: Callable[[str, BaseException], None]
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        super().set_default_headers()
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        """A client reads of a bug no more than 500; whose it is, the log says."""
+        if value is not None and not isinstance(value, HTTPError):
+            type(self).failed(type(self).__name__, value)
 
 
 class Runner:
@@ -2622,12 +2701,17 @@ class Runner:
         self._subscriptions: list[tuple[type[hikari.Event], Any]] = []
         self._tasks: list[asyncio.Task[None]] = []
         failed = metrics.plugin_failures.labels(plugin.name).inc
-        settings, storage = plugin.settings, place.storage
-        self.spy = Spy(plugin.name, settings, place.bot, storage, self._emit, self._count, failed)
-        self.spy.shared = place.share(plugin.name)
+        self.spy = Spy(plugin.name, plugin.settings, place, self._emit, self._count, failed)
+
+    def routes(self) -> Iterator[tuple[PathMatches, type[RequestHandler]]]:
+        """What the plugin serves: a pattern of the whole path, and what answers there."""
+        for handler, pattern in self._plugin.routes:
+            spy = {"spy": self.spy, "failed": self._route_failed}
+            yield PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), spy)
 
     async def start(self, count: Callable[[hikari.Event], None]) -> None:
         """Set the plugin up, which may raise anything, and let it hear; `count` sees each event."""
+        self.spy.shared = self._place.share(self._plugin.name)
         await self._run_hook("setup")
         for function, listener in self._plugin.listeners:
             callback = self._callback(function, listener, count)
@@ -2640,7 +2724,9 @@ class Runner:
         """Stop hearing events, and tear the plugin down."""
         for event_type, callback in self._subscriptions:
             self._place.bot.event_manager.unsubscribe(event_type, callback)
+        self._subscriptions.clear()
         left = set(self._tasks)
+        self._tasks.clear()
         while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
             for task in left:
                 task.cancel()
@@ -2666,13 +2752,17 @@ class Runner:
             content = finish_payload(payload, guild_id)
         self._place.emit(event, guild_id, content, room)
 
+    def _route_failed(self, handler: str, error: BaseException) -> None:
+        report_fault(self._metrics, self._plugin.name, f"{handler} failed", error)
+
     def _count(self, what: str, amount: float) -> None:
         self._metrics.plugin_counts.labels(self._plugin.name, what).inc(amount)
 
     async def _run_hook(self, name: str) -> None:
         hook = vars(self._plugin.module).get(name)
-        if hook is not None:
-            await hook(self.spy)
+        result = hook and hook(self.spy)
+        if inspect.isawaitable(result):
+            await result
 
     @contextlib.contextmanager
     def _fence(self, what: str) -> Iterator[None]:
@@ -2751,6 +2841,8 @@ class PluginHost:
         self._latest: dict[str, hikari.Event] = {}
         self.plugins: dict[str, Plugin] = {}
         self.running: dict[str, Runner] = {}
+        self._runners: dict[str, Runner] = {}
+        self._routes: list[tuple[PathMatches, type[RequestHandler]]] = []
         self.failures: dict[str, BaseException] = {}
 
     # -- loading
@@ -2802,6 +2894,11 @@ class PluginHost:
         return plugin
 
     @property
+    def spies(self) -> dict[str, Spy]:
+        """What each loaded plugin was handed."""
+        return {name: runner.spy for name, runner in self._runners.items()}
+
+    @property
     def kinds(self) -> frozenset[str]:
         """The kinds of room that the plugins name."""
         return frozenset().union(*(plugin.kinds for plugin in self.plugins.values()))
@@ -2816,14 +2913,30 @@ class PluginHost:
 
     # -- running
 
+    def attach(self, place: HostContext) -> None:
+        """Give each plugin what it works with. What it serves is there from now on, on every node."""
+        for name, plugin in self.plugins.items():
+            if name not in self._runners:
+                claim = functools.partial(self._claim, plugin)
+                self._runners[name] = Runner(plugin, place, claim, self._metrics)
+        self._routes = [route for runner in self._runners.values() for route in runner.routes()]
+
+    def handler_for(
+        self, request: HTTPServerRequest
+    ) -> tuple[type[RequestHandler], dict[str, Any]] | None:
+        """What a plugin has to answer this request with, and the groups of its path."""
+        for path, handler in self._routes:
+            if (groups := path.match(request)) is not None:
+                return handler, groups
+        return None
+
     async def start(self, place: HostContext) -> None:
         """Set up each plugin and let it hear hikari's events.
 
         One that cannot be set up is left out; of several nodes, until the gateway comes here again.
         """
-        for name, plugin in list(self.plugins.items()):
-            claim = functools.partial(self._claim, plugin)
-            runner = Runner(plugin, place, claim, self._metrics)
+        self.attach(place)
+        for name, runner in self._runners.items():
             try:
                 await runner.start(self._count)
             except Exception as error:  # as in load
@@ -2881,8 +2994,8 @@ class PluginHost:
         """From now on each plugin reads these in `spy.settings`."""
         for name, settings in checked.items():
             self.plugins[name].settings = settings
-            if name in self.running:
-                self.running[name].spy.settings = settings
+            if name in self._runners:
+                self._runners[name].spy.settings = settings
 
     def _claim(self, plugin: Plugin, event: str) -> None:
         if event in plugin.events:
@@ -3533,11 +3646,17 @@ class Site(Application):
     """All that is served. Who is served waits in no lobby meanwhile, but for `SocketHandler`'s."""
 
     limits: Limits
+    plugins: PluginHost
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         if request.path != SOCKET_PATH:
             self.limits.lobby.leave(getattr(request.connection, "stream", None))
-        return super().find_handler(request, **kwargs)
+        own = super().find_handler(request, **kwargs)
+        found = self.plugins.handler_for(request)
+        if own.handler_class is not NotFoundHandler or found is None:
+            return own
+        handler, groups = found
+        return self.get_handler_delegate(request, handler, **groups)
 
     def log_request(self, handler: RequestHandler) -> None:
         """Called when a request is done with; nothing is logged."""
@@ -4130,6 +4249,7 @@ def make_web(server: Server, settings: Settings) -> WebServer:
         websocket_max_message_size=limit,
     )
     application.limits = server.limits
+    application.plugins = server.plugins
     patience = settings.heartbeat.interval + settings.heartbeat.timeout
     web = WebServer(
         application,
@@ -4194,6 +4314,7 @@ class Server:
             self.dashboards.on_exit = self.cluster.exit
         self.door = FrontDoor(settings.server, self.limits)
         measure(self)
+        self.plugins.attach(self._workplace())
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -4280,7 +4401,7 @@ class Server:
     def _workplace(self) -> HostContext:
         emit, storage = self._emit_or_hold, storage_of(self._settings)
         bot, settled = self.gateway.bot, self.gateway.settled
-        place = HostContext(bot, emit, settled, self.access.watches, storage)
+        place = HostContext(bot, emit, settled, self.access.watches, storage, tokens=self.tokens)
         return place._replace(share=self.cluster.share) if self.cluster else place
 
     def _bind(self) -> list[socket.socket]:
