@@ -17,7 +17,7 @@ Run as a program it plays a lively guild: `python simulator.py --port 8123`.
 
 Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
 payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
-REST · signing in · the server · a lively guild · command line.
+REST · signing in · the server · a lively guild · the demo · command line.
 """
 
 from __future__ import annotations
@@ -33,18 +33,23 @@ import hashlib
 import http
 import importlib
 import itertools
+import json
 import random
 import secrets
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import hikari
 import msgspec
+import socketio
 import tornado.httpserver
 import tornado.httputil
 import tornado.netutil
@@ -52,6 +57,8 @@ import tornado.routing
 import tornado.template
 import tornado.web
 import tornado.websocket
+
+import spywatcher
 
 __all__ = [
     "PRIVILEGED",
@@ -83,6 +90,7 @@ __all__ = [
     "presence_json",
     "reaction_json",
     "role_event_json",
+    "run_demo",
     "snowflake",
     "thread_create_json",
     "thread_delete_json",
@@ -2273,6 +2281,96 @@ async def play(
 ) -> None:
     """Add a lively guild and keep it busy until cancelled."""
     await LivelyGuild(discord, members=members, seed=seed).play(rate)
+
+
+# ---- the demo ----
+# The whole product on loopback: the pretend Discord, a real server in front of it, and a dashboard in
+# the terminal. What an operator has is left alone: the demo keeps its counts in a folder of its own,
+# and of the settings it takes the port, the plugins with theirs, the throttle and the log.
+
+DEMO_TEXT = """
+SpyWatcher is watching a pretend guild at {url}. A token for it, good for a day:
+
+{token}
+
+See it from Node (npm install socket.io-client), in a file demo.mjs:
+
+import {{ io }} from "socket.io-client";
+const socket = io("{url}", {{ auth: {{ token: "{token}" }} }});
+socket.onAny((event, data) => console.log(event, data)).emit("subscribe:guild", "{guild}");
+
+What this dashboard sees meanwhile (Ctrl+C stops it):
+"""
+
+
+async def run_demo(
+    settings: spywatcher.Settings, port: int | None = None, plugins: Path | None = None
+) -> None:
+    """Serve until a signal comes; `port` and a folder of `plugins` go before the settings'.
+
+    Raises spywatcher.OperatorError when the port cannot be had or a plugin's settings are wrong.
+    """
+    async with PretendDiscord() as discord, contextlib.AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        settings = demo_settings(settings, discord, Path(folder), port, plugins)
+        keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
+        server = spywatcher.Server(settings, keys=keys, token=discord.token)
+        token = server.tokens.issue("1", role="ADMIN", ttl=86_400)
+        tasks = [asyncio.create_task(play(discord)), asyncio.create_task(watch(server, token))]
+        try:
+            await spywatcher.run_server(server)
+        except spywatcher.OperatorError as error:
+            way_out = "take another one: python spywatcher.py demo --port 0"
+            raise spywatcher.OperatorError(f"{error}; {way_out}") from error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
+def demo_settings(
+    settings: spywatcher.Settings,
+    discord: PretendDiscord,
+    storage: Path,
+    port: int | None,
+    plugins: Path | None,
+) -> spywatcher.Settings:
+    """What the demo's server runs with; an author's own plugin replaces a shipped one of its name."""
+    replace = msgspec.structs.replace
+    first = () if plugins is None else (str(plugins),)
+    return spywatcher.Settings(
+        server=spywatcher.ServerSettings(port=settings.server.port if port is None else port),
+        discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
+        limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
+        storage=spywatcher.StorageSettings(path=str(storage / "demo.db")),
+        plugins=replace(settings.plugins, folders=(*first, *settings.plugins.folders)),
+        plugin=settings.plugin,
+        throttle=settings.throttle,
+        log=settings.log,
+        folder=settings.folder,
+    )
+
+
+async def watch(server: spywatcher.Server, token: str) -> None:
+    """A dashboard in a terminal: what any Socket.IO client sees, one line an event."""
+    client = socketio.AsyncClient(logger=False, handle_sigint=False)  # run_server does
+
+    def show(event: str, data: object) -> None:
+        print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
+
+    client.on("*", show)
+    await server.gateway.bot.event_manager.wait_for(hikari.GuildAvailableEvent, timeout=None)
+    url = f"http://127.0.0.1:{server.port}"
+    await client.connect(url, auth={"token": token}, transports=["websocket"])
+    guilds = (await client.call("guilds:list"))["guilds"]
+    print(DEMO_TEXT.format(url=url, token=token, guild=guilds[0]["id"]), flush=True)
+    for guild in guilds:
+        for kind in sorted(server.plugins.kinds):
+            await client.emit(f"subscribe:{kind}", guild["id"])
+    try:
+        await client.wait()
+    finally:
+        await client.shutdown()
 
 
 # ---- command line ----
