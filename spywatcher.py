@@ -3472,6 +3472,10 @@ class FrontDoor:
             client = hop
         return address_key(client) if client is not None else "unknown"
 
+    def lists(self, origin: str) -> bool:
+        """Whether `cors_origins` names the page's origin."""
+        return self.origins.lists(origin)
+
     def peer(self, text: str) -> str:
         """Whom a connection counts for before it says a word; of a proxy, nobody."""
         client = parse_address(text)
@@ -4488,17 +4492,9 @@ class Server:
     def _workplace(self) -> HostContext:
         emit, storage = self._emit_or_hold, storage_of(self._settings)
         bot, settled = self.gateway.bot, self.gateway.settled
-        place = HostContext(
-            bot,
-            emit,
-            settled,
-            self.access.watches,
-            storage,
-            tokens=self.tokens,
-            rest_url=self._settings.discord.rest_url,
-            address=self.door.address,
-            lists_origin=lambda origin: self.door.origins.lists(origin),
-        )
+        place = HostContext(bot, emit, settled, self.access.watches, storage, tokens=self.tokens)
+        door, rest_url = self.door, self._settings.discord.rest_url
+        place = place._replace(rest_url=rest_url, address=door.address, lists_origin=door.lists)
         cluster = self.cluster
         return place._replace(share=cluster.share, marks=cluster.marks) if cluster else place
 
