@@ -68,19 +68,21 @@ class Browser:
 
     def keep(self, name: str, value: str) -> None:
         """Put a cookie there, whoever made it."""
-        self._http.cookie_jar.update_cookies({name: value}, response_url=aiohttp.client.URL(self.url))
+        self._http.cookie_jar.update_cookies(
+            {name: value}, response_url=aiohttp.client.URL(self.url)
+        )
 
-    async def begin(self, next: str = "/") -> Page:
+    async def begin(self, after: str = "/") -> Page:
         """As far as Discord's page."""
-        return await self.get("/signin", params={"next": next})
+        return await self.get("/signin", params={"next": after})
 
     async def choose(self, begun: Page, user_id: int | str) -> Page:
         """On Discord's page, be this one; "" cancels. Returns the way back, which is still to go."""
         return await self.post(begun.location, data={"user": str(user_id)})
 
-    async def sign_in(self, user_id: int | str, next: str = "/") -> Page:
+    async def sign_in(self, user_id: int | str, after: str = "/") -> Page:
         """The whole way; returns the last answer of this server."""
-        chosen = await self.choose(await self.begin(next), user_id)
+        chosen = await self.choose(await self.begin(after), user_id)
         return await self.get(chosen.location)
 
     async def token(self, **options: Any) -> Page:
