@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.cookies
 import json
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
@@ -67,10 +68,11 @@ class Browser:
         return found[0] if found else None
 
     def keep(self, name: str, value: str) -> None:
-        """Put a cookie there, whoever made it."""
-        self._http.cookie_jar.update_cookies(
-            {name: value}, response_url=aiohttp.client.URL(self.url)
-        )
+        """Put a cookie there in place of the server's, whoever made it."""
+        path = "/signin" if name == "spywatcher_signin" else "/"
+        cookie = http.cookies.SimpleCookie({name: value})
+        cookie[name]["path"] = path
+        self._http.cookie_jar.update_cookies(cookie, aiohttp.client.URL(self.url))
 
     async def begin(self, after: str = "/") -> Page:
         """As far as Discord's page."""
