@@ -17,7 +17,7 @@ Run as a program it plays a lively guild: `python simulator.py --port 8123`.
 
 Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
 payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
-REST · signing in · the server · a lively guild · the demo · command line.
+REST · signing in · the server · the harness · a lively guild · the demo · command line.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import http
 import importlib
 import itertools
 import json
+import logging
 import random
 import secrets
 import signal
@@ -41,11 +42,11 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import hikari
 import msgspec
@@ -65,7 +66,9 @@ __all__ = [
     "Channel",
     "ChannelType",
     "CloseCode",
+    "Emitted",
     "Guild",
+    "Harness",
     "Intent",
     "LivelyGuild",
     "Member",
@@ -176,6 +179,13 @@ class Intent(enum.IntFlag):
 
 ALL_INTENTS = Intent(sum(Intent))
 PRIVILEGED = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSAGE_CONTENT
+# The flag of an application by the privileged intent that a bot in under a hundred guilds may use
+# (Resources: Application, Application Flags, the ones that end in _LIMITED).
+APPLICATION_FLAGS = {
+    Intent.GUILD_PRESENCES: 1 << 13,
+    Intent.GUILD_MEMBERS: 1 << 15,
+    Intent.MESSAGE_CONTENT: 1 << 19,
+}
 
 
 class Permission(enum.IntFlag):
@@ -482,6 +492,7 @@ class Guild:
     channels: dict[int, Channel] = field(default_factory=dict)
     threads: dict[int, Thread] = field(default_factory=dict)
     voice: dict[int, int] = field(default_factory=dict)  # member id -> voice channel id
+    bans: dict[int, User] = field(default_factory=dict)
 
     @property
     def owner(self) -> Member:
@@ -545,6 +556,21 @@ class Guild:
         self.threads[thread.id] = thread
         return thread
 
+    def to_partial_json(self) -> Json:
+        """Resources: User, an entry of the bot's own list of guilds."""
+        permissions = 0
+        for role_id in (self.id, *self.members[self.bot_id].role_ids):
+            permissions |= int(self.roles[role_id].permissions)
+        return {
+            "id": str(self.id),
+            "name": self.name,
+            "icon": None,
+            "banner": None,
+            "owner": False,
+            "permissions": str(permissions),
+            "features": [],
+        }
+
     def to_json(self) -> Json:
         """Resources: Guild object, as GUILD_UPDATE and REST carry it."""
         empty = dict.fromkeys(_GUILD_FIELDS_NEVER_SET)
@@ -561,7 +587,9 @@ class Guild:
             "default_message_notifications": 1,
             "explicit_content_filter": 0,
             "mfa_level": 0,
+            "nsfw": False,
             "nsfw_level": 0,
+            "region": "deprecated",
             "premium_tier": 0,
             "premium_subscription_count": 0,
             "premium_progress_bar_enabled": False,
@@ -587,6 +615,7 @@ _GUILD_FIELDS_NEVER_SET = (
     "description",
     "banner",
     "incidents_data",
+    "max_presences",
 )
 
 
@@ -705,7 +734,8 @@ def presence_json(guild: Guild, member: Member) -> Json:
 
 def activity_json(activity: Json) -> Json:
     """An activity with the fields that are always there filled in: `{"name": "Chess"}` is enough."""
-    return {"type": 0, "created_at": int(time.time() * 1000), **activity}
+    made_up = f"{zlib.crc32(repr(activity.get('name')).encode()):016x}"
+    return {"id": made_up, "type": 0, "created_at": int(time.time() * 1000), **activity}
 
 
 def typing_json(
@@ -998,19 +1028,19 @@ class Session:
 # that Discord is known for. Knows guilds and sessions; sockets are only somewhere to write to.
 
 CHUNK_SIZE = 1000  # members per GUILD_MEMBERS_CHUNK
+ASK_AGAIN = 1.0  # seconds that `caught_up` waits for a bot that has not seen all yet
 
 
 class RefusedError(Exception):
-    """The client did something that Discord answers by closing the socket."""
+    """The client did something that Discord answers by closing the socket.
 
-    def __init__(self, code: CloseCode) -> None:
-        super().__init__(code.name)
+    `reason` is what is said along with the code: the code's name in words, unless given.
+    """
+
+    def __init__(self, code: CloseCode, reason: str | None = None) -> None:
         self.code = code
-
-    @property
-    def reason(self) -> str:
-        """What Discord says along with the code."""
-        return self.code.name.replace("_", " ").capitalize() + "."
+        self.reason = reason or code.name.replace("_", " ").capitalize() + "."
+        super().__init__(self.reason)
 
 
 class Gateway:
@@ -1029,6 +1059,12 @@ class Gateway:
         self.identifies = self.resumes = self.heartbeats = self.rest_calls = 0
         self._unannounced: list[Guild] = []
         self._changed = asyncio.Event()
+
+    @property
+    def application_flags(self) -> int:
+        """What the developer portal has switched on, as bots are told."""
+        allowed = self.allowed_privileged
+        return sum(flag for intent, flag in APPLICATION_FLAGS.items() if allowed & intent)
 
     # What clients ask.
 
@@ -1070,7 +1106,7 @@ class Gateway:
             "session_type": "normal",
             "resume_gateway_url": self.gateway_url,
             "shard": [session.shard_id, session.shard_count],
-            "application": {"id": str(self.bot.id), "flags": 0},
+            "application": {"id": str(self.bot.id), "flags": self.application_flags},
             "private_channels": [],
             "_trace": TRACE,
         }
@@ -1114,9 +1150,13 @@ class Gateway:
     def gone(self, socket: Outlet, code: int | None) -> None:
         """A connection is over. Codes 1000 and 1001 from the client end the session for good."""
         if code in (1000, 1001):
-            self.sessions = {i: s for i, s in self.sessions.items() if s.socket is not socket}
+            self.forget(socket)
         self.sockets.discard(socket)
         self.detach(socket)
+
+    def forget(self, socket: Outlet) -> None:
+        """End the session of a socket: nobody can resume it."""
+        self.sessions = {i: s for i, s in self.sessions.items() if s.socket is not socket}
 
     def detach(self, socket: Outlet) -> None:
         """Send no more dispatches to a socket; its session waits for RESUME."""
@@ -1196,15 +1236,20 @@ class Gateway:
         """Wait until connected bots have seen every packet, by asking each for a heartbeat.
 
         By then hikari's cache is current and its listeners are started. It allows itself 120
-        packets a minute, so a test may ask about a hundred times.
+        packets a minute, so a test may ask about a hundred times. Others answer before they have
+        digested all: they are asked again.
         """
         goals = {session: session.seq for session in self._connected_sessions()}
-        for session in goals:
-            if session.socket:
-                session.socket.send(Op.HEARTBEAT, None)
-        await self.wait_until(
-            lambda: all(s.heard >= seq or not s.socket for s, seq in goals.items()), timeout
-        )
+
+        def behind() -> list[Outlet]:
+            return [s.socket for s, seq in goals.items() if s.socket and s.heard < seq]
+
+        async with asyncio.timeout(timeout):
+            while behind():
+                for socket in behind():
+                    socket.send(Op.HEARTBEAT, None)
+                with contextlib.suppress(TimeoutError):
+                    await self.wait_until(lambda: not behind(), ASK_AGAIN)
 
     # Faults.
 
@@ -1248,11 +1293,15 @@ def _found_members(guild: Guild, request: RequestMembers, intents: int) -> list[
     wanted = request.wanted_ids()
     if wanted is not None:
         return [guild.members[i] for i in wanted if i in guild.members]
-    query = (request.query or "").lower()
-    if not query and not request.limit:
+    if not request.query and not request.limit:
         return list(guild.members.values()) if intents & Intent.GUILD_MEMBERS else []
-    named = [m for m in guild.members.values() if (m.nick or m.name).lower().startswith(query)]
-    return named[: request.limit or 100]
+    return _members_named(guild, request.query or "")[: request.limit or 100]
+
+
+def _members_named(guild: Guild, beginning: str) -> list[Member]:
+    """Whose name here begins so, in any case."""
+    beginning = beginning.lower()
+    return [m for m in guild.members.values() if (m.nick or m.name).lower().startswith(beginning)]
 
 
 def _chunk_json(
@@ -1271,6 +1320,13 @@ def _chunk_json(
 # ---- gateway sockets ----
 # Bytes: compression on the way out, opcodes on the way in. A socket knows the gateway and its own
 # session, no guild.
+
+MESSAGE_LIMIT = 4096  # bytes of a packet from a client (Gateway: Sending Events)
+SEND_LIMIT = 120  # packets from a client in a window (Gateway: Rate Limiting)
+# A minute, less a second: a client that keeps to its own minute may not be closed for the delay
+# between its clock and this one.
+SEND_WINDOW = 59.0
+HEARTBEAT_GRACE = 1.0  # seconds that a heartbeat may be late
 
 Frame = str | bytes  # a text frame or a binary one
 Pack = Callable[[bytes], Frame]
@@ -1307,7 +1363,17 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
         """Tornado's constructor; the interval is in seconds."""
         self.gateway = gateway
         self.heartbeat_interval = heartbeat_interval
-        self.session: Session | None = None
+        self._pack: Pack = _plain
+        self._session: Session | None = None
+        self._sends = 0
+        self._window_ends = 0.0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def session(self) -> Session | None:
+        """The session that this connection carries; after INVALID SESSION none, until the next."""
+        mine = self._session is not None and self._session.socket is self
+        return self._session if mine else None
 
     def check_origin(self, origin: str) -> bool:
         """Any page may connect, as with Discord."""
@@ -1317,12 +1383,40 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
         """Say HELLO."""
         self.set_nodelay(True)
         self.gateway.sockets.add(self)
-        self._pack = TRANSPORTS[self.get_query_argument("compress", "")]()
-        if self.get_query_argument("v", None) != str(API_VERSION):
-            self.refuse(RefusedError(CloseCode.INVALID_API_VERSION))
+        try:
+            self._pack = self._negotiated()
+        except RefusedError as refusal:
+            self.refuse(refusal)
             return
         interval_ms = round(self.heartbeat_interval * 1000)
         self.send(Op.HELLO, {"heartbeat_interval": interval_ms, "_trace": TRACE})
+        self._await_heartbeat()
+
+    def _negotiated(self) -> Pack:
+        """How to pack what goes out, from the address (Gateway: Gateway URL Query String Params)."""
+        if self.get_query_argument("v", None) != str(API_VERSION):
+            raise RefusedError(CloseCode.INVALID_API_VERSION)
+        encoding = self.get_query_argument("encoding", "json")
+        if encoding != "json":
+            raise RefusedError(CloseCode.DECODE_ERROR, f"No encoding {encoding} here, only json.")
+        compress = self.get_query_argument("compress", "")
+        if compress not in TRANSPORTS:
+            raise RefusedError(CloseCode.DECODE_ERROR, f"No compression {compress} here.")
+        return TRANSPORTS[compress]()
+
+    def _await_heartbeat(self) -> None:
+        """Close the connection unless a heartbeat comes in time; its session is over then (4009)."""
+        self._stop_waiting()
+        seconds = self.heartbeat_interval + HEARTBEAT_GRACE
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._time_out)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+
+    def _time_out(self) -> None:
+        self.gateway.forget(self)
+        self.refuse(RefusedError(CloseCode.SESSION_TIMED_OUT))
 
     def transmit(self, packet: bytes) -> asyncio.Future[None] | None:
         """Send an encoded packet; None when the socket is closing."""
@@ -1351,16 +1445,28 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
 
     def on_close(self) -> None:
         """The connection is over, whoever ended it."""
+        self._stop_waiting()
         self.gateway.gone(self, self.close_code)
 
     def on_message(self, message: str | bytes) -> None:
         """Answer one packet."""
         try:
+            self._check_limits(message)
             self._receive(msgspec.json.decode(message, type=Packet))
         except msgspec.MsgspecError:
             self.refuse(RefusedError(CloseCode.DECODE_ERROR))
         except RefusedError as refusal:
             self.refuse(refusal)
+
+    def _check_limits(self, message: str | bytes) -> None:
+        if len(message if isinstance(message, bytes) else message.encode()) > MESSAGE_LIMIT:
+            raise RefusedError(CloseCode.DECODE_ERROR)
+        now = time.monotonic()
+        if now >= self._window_ends:
+            self._window_ends, self._sends = now + SEND_WINDOW, 0
+        self._sends += 1
+        if self._sends > SEND_LIMIT:
+            raise RefusedError(CloseCode.RATE_LIMITED)
 
     def _receive(self, packet: Packet) -> None:
         receive = self._RECEIVERS.get(packet.op)
@@ -1372,6 +1478,7 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
 
     def _heartbeat(self, d: Any) -> None:
         seq = msgspec.convert(d, int) if d is not None else None
+        self._await_heartbeat()
         if self.gateway.heartbeat(self.session, seq):
             self.send(Op.HEARTBEAT_ACK, None)
 
@@ -1381,13 +1488,13 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
         identify = msgspec.convert(d, Identify)
         if identify.compress and self._pack is _plain:  # Gateway: Payload Compression
             self._pack = zlib.compress
-        self.session = self.gateway.identify(identify, self)
+        self._session = self.gateway.identify(identify, self)
 
     def _resume(self, d: Any) -> None:
         if self.session is not None:
             raise RefusedError(CloseCode.ALREADY_AUTHENTICATED)
-        self.session = self.gateway.resume(msgspec.convert(d, Resume), self)
-        if self.session is None:
+        self._session = self.gateway.resume(msgspec.convert(d, Resume), self)
+        if self._session is None:
             self.send(Op.INVALID_SESSION, False)
 
     def _request_members(self, d: Any) -> None:
@@ -1506,6 +1613,17 @@ class Happenings(Gateway):
             await self.remove_guild(guild)
         else:
             await self.leave(guild, member)
+
+    async def ban(self, guild: Guild, member: Member) -> None:
+        """Someone is thrown out and may not come back."""
+        guild.bans[member.id] = member.user
+        await self.dispatch("GUILD_BAN_ADD", member_remove_json(guild, member))
+        await self.kick(guild, member)
+
+    async def unban(self, guild: Guild, user: User) -> None:
+        """Someone may come back."""
+        guild.bans.pop(user.id)
+        await self.dispatch("GUILD_BAN_REMOVE", {"guild_id": str(guild.id), "user": user.to_json()})
 
     async def rename(
         self, guild: Guild, member: Member, *, name: str | None = None, nick: str | None = None
@@ -1631,7 +1749,7 @@ class Happenings(Gateway):
 
 
 # ---- REST ----
-# What hikari reads when it starts (`GET /gateway/bot`), and the reads a plugin is likely to do.
+# What bots read when they start (`GET /gateway/bot`), and what a plugin is likely to ask or to post.
 # Errors have Discord's shape and numbers (Opcodes and Status Codes: HTTP, JSON).
 
 
@@ -1643,114 +1761,44 @@ class ApiError(tornado.web.HTTPError):
         self.body = {"message": message, "code": code}
 
 
-def _found(table: Mapping[int, T], key: str, what: str, code: int) -> T:
-    if int(key) not in table:
-        raise ApiError(404, f"Unknown {what}", code)
-    return table[int(key)]
-
-
-def _gateway(discord: Gateway) -> Json:
-    return {"url": discord.gateway_url}
-
-
-def _gateway_bot(discord: Gateway) -> Json:
-    # A thousand sessions a day as for small bots; sixteen may start at once, so that no test of
-    # sharding has to sit out the five seconds between two waves.
-    limit = {"total": 1000, "remaining": 1000, "reset_after": 86_400_000, "max_concurrency": 16}
-    return {"url": discord.gateway_url, "shards": discord.shards, "session_start_limit": limit}
-
-
-def _me(discord: Gateway) -> Json:
-    return discord.bot.to_json() | {"verified": True, "mfa_enabled": True, "flags": 0}
-
-
-def _application(discord: Gateway) -> Json:
-    return {
-        "id": str(discord.bot.id),
-        "name": discord.bot.name,
-        "icon": None,
-        "description": "",
-        "bot_public": False,
-        "bot_require_code_grant": False,
-        "owner": discord.bot.to_json(),
-        "team": None,
-        "verify_key": "00" * 32,
-        "flags": 0,
-        "approximate_guild_count": len(discord.guilds),
-        "approximate_user_install_count": 0,
-        "approximate_user_authorization_count": 0,
-    }
-
-
-def _guild(discord: Gateway, guild_id: str) -> Guild:
-    return _found(discord.guilds, guild_id, "Guild", 10004)
-
-
-def _guild_body(discord: Gateway, guild_id: str) -> Json:
-    return _guild(discord, guild_id).to_json()
-
-
-def _guild_channels(discord: Gateway, guild_id: str) -> list[Json]:
-    return [channel.to_json() for channel in _guild(discord, guild_id).channels.values()]
-
-
-def _guild_roles(discord: Gateway, guild_id: str) -> list[Json]:
-    return [role.to_json() for role in _guild(discord, guild_id).roles.values()]
-
-
-def _member(discord: Gateway, guild_id: str, user_id: str) -> Json:
-    return _found(_guild(discord, guild_id).members, user_id, "Member", 10007).to_json()
-
-
-def _user(discord: Gateway, user_id: str) -> Json:
-    members = {i: m for guild in discord.guilds.values() for i, m in guild.members.items()}
-    return _found(members, user_id, "User", 10013).user.to_json()
-
-
-def _channel(discord: Gateway, channel_id: str) -> Json:
-    channels: dict[int, Channel | Thread] = {}
-    for guild in discord.guilds.values():
-        channels.update(guild.channels)
-        channels.update(guild.threads)
-    return _found(channels, channel_id, "Channel", 10003).to_json()
-
-
-Answer = Callable[..., Json | list[Json]]
-ROUTES: Mapping[str, Answer] = {
-    r"/gateway": _gateway,
-    r"/gateway/bot": _gateway_bot,
-    r"/users/@me": _me,
-    r"/users/(\d+)": _user,
-    r"/applications/@me": _application,
-    r"/oauth2/applications/@me": _application,
-    r"/guilds/(\d+)": _guild_body,
-    r"/guilds/(\d+)/channels": _guild_channels,
-    r"/guilds/(\d+)/roles": _guild_roles,
-    r"/guilds/(\d+)/members/(\d+)": _member,
-    r"/channels/(\d+)": _channel,
-}
-
-
 class RestHandler(tornado.web.RequestHandler):
-    """Answers GET requests that carry the bot's token."""
+    """Answers requests that carry the bot's token."""
 
-    def initialize(self, discord: Gateway, answer: Answer | None = None) -> None:
-        """Tornado's constructor; without an answer the route does not exist."""
+    def initialize(self, discord: Happenings, answers: Mapping[str, Answer] | None = None) -> None:
+        """Tornado's constructor; `answers` by method, none where the route does not exist."""
         self.discord = discord
-        self.answer = answer
+        self.answers = answers or {}
 
     def prepare(self) -> None:
-        """Let nobody in without the token, and nowhere but to the routes above."""
+        """Let nobody in without the token, and nowhere but to the routes below."""
         self.discord.rest_calls += 1
-        if self.request.headers.get("Authorization") != f"Bot {self.discord.token}":
+        public = _gateway in self.answers.values()
+        if self.request.headers.get("Authorization") != f"Bot {self.discord.token}" and not public:
             raise tornado.web.HTTPError(401)
-        if self.answer is None:
+        if not self.answers:
             raise tornado.web.HTTPError(404)
 
-    def get(self, *ids: str) -> None:
+    def query(self, name: str, default: int, most: int) -> int:
+        """A number of the query; an ApiError 400 outside of 0 to `most`."""
+        text = self.get_query_argument(name, str(default))
+        if not text.isdecimal() or int(text) > most:
+            raise ApiError(400, "Invalid Form Body", 50035)
+        return int(text)
+
+    async def get(self, *ids: str) -> None:
         """Answer from the state."""
-        assert self.answer is not None
-        self._finish_json(self.answer(self.discord, *ids))
+        await self._answer(*ids)
+
+    async def post(self, *ids: str) -> None:
+        """Change the state and answer with what was made."""
+        await self._answer(*ids)
+
+    async def _answer(self, *ids: str) -> None:
+        answer = self.answers.get(str(self.request.method))
+        if answer is None:
+            raise tornado.web.HTTPError(405)
+        body = answer(self, *ids)
+        self._finish_json(await body if isinstance(body, Awaitable) else body)
 
     def write_error(self, status_code: int, **about: Any) -> None:
         """Discord's error body."""
@@ -1761,6 +1809,183 @@ class RestHandler(tornado.web.RequestHandler):
     def _finish_json(self, body: Json | list[Json]) -> None:
         self.set_header("Content-Type", "application/json")
         self.finish(_encode(body))
+
+
+#: `(call, *ids of the path)`: the body of the answer, or a coroutine that ends with it.
+Answer = Callable[..., Json | list[Json] | Awaitable[Json]]
+
+
+def _found(table: Mapping[int, T], key: str, what: str, code: int) -> T:
+    if int(key) not in table:
+        raise ApiError(404, f"Unknown {what}", code)
+    return table[int(key)]
+
+
+def _gateway(call: RestHandler) -> Json:
+    return {"url": call.discord.gateway_url}
+
+
+def _gateway_bot(call: RestHandler) -> Json:
+    # A thousand sessions a day as for small bots; sixteen may start at once, so that no test of
+    # sharding has to sit out the five seconds between two waves.
+    limit = {"total": 1000, "remaining": 1000, "reset_after": 86_400_000, "max_concurrency": 16}
+    return _gateway(call) | {"shards": call.discord.shards, "session_start_limit": limit}
+
+
+def _me(call: RestHandler) -> Json:
+    return call.discord.bot.to_json() | {"verified": True, "mfa_enabled": True, "flags": 0}
+
+
+def _application(call: RestHandler) -> Json:
+    bot = call.discord.bot
+    return {
+        "id": str(bot.id),
+        "name": bot.name,
+        "icon": None,
+        "description": "",
+        "bot_public": False,
+        "bot_require_code_grant": False,
+        "owner": bot.to_json(),
+        "team": None,
+        "verify_key": "00" * 32,
+        "flags": call.discord.application_flags,
+        "approximate_guild_count": len(call.discord.guilds),
+        "approximate_user_install_count": 0,
+        "approximate_user_authorization_count": 0,
+    }
+
+
+def _my_guilds(call: RestHandler) -> list[Json]:
+    guilds = call.discord.guilds
+    return [guilds[i].to_partial_json() for i in _page(guilds, call, default=200, most=200)]
+
+
+def _page(table: Iterable[int], call: RestHandler, default: int, most: int) -> list[int]:
+    """The ids that `limit` and `after` ask for, in order."""
+    after = call.query("after", 0, most=1 << 64)
+    return sorted(i for i in table if i > after)[: call.query("limit", default, most)]
+
+
+def _guild(call: RestHandler, guild_id: str) -> Guild:
+    return _found(call.discord.guilds, guild_id, "Guild", 10004)
+
+
+def _guild_body(call: RestHandler, guild_id: str) -> Json:
+    guild = _guild(call, guild_id)
+    online = sum(m.status != "offline" for m in guild.members.values())
+    counts = {
+        "approximate_member_count": len(guild.members),
+        "approximate_presence_count": online,
+    }
+    return guild.to_json() | (counts if call.get_query_argument("with_counts", "") else {})
+
+
+def _guild_channels(call: RestHandler, guild_id: str) -> list[Json]:
+    return [channel.to_json() for channel in _guild(call, guild_id).channels.values()]
+
+
+def _active_threads(call: RestHandler, guild_id: str) -> Json:
+    threads = _guild(call, guild_id).threads.values()
+    return {"threads": [thread.to_json() for thread in threads], "members": []}
+
+
+def _guild_roles(call: RestHandler, guild_id: str) -> list[Json]:
+    return [role.to_json() for role in _guild(call, guild_id).roles.values()]
+
+
+def _guild_role(call: RestHandler, guild_id: str, role_id: str) -> Json:
+    return _found(_guild(call, guild_id).roles, role_id, "Role", 10011).to_json()
+
+
+def _members(call: RestHandler, guild_id: str) -> list[Json]:
+    if not call.discord.allowed_privileged & Intent.GUILD_MEMBERS:
+        raise ApiError(403, "Missing Access", 50001)
+    members = _guild(call, guild_id).members
+    return [members[i].to_json() for i in _page(members, call, default=1, most=1000)]
+
+
+def _search_members(call: RestHandler, guild_id: str) -> list[Json]:
+    beginning = call.get_query_argument("query", "")
+    found = _members_named(_guild(call, guild_id), beginning)
+    return [member.to_json() for member in found[: call.query("limit", 1, most=1000)]]
+
+
+def _member(call: RestHandler, guild_id: str, user_id: str) -> Json:
+    return _found(_guild(call, guild_id).members, user_id, "Member", 10007).to_json()
+
+
+def _bans(call: RestHandler, guild_id: str) -> list[Json]:
+    bans = _guild(call, guild_id).bans
+    return [_ban_json(bans[i]) for i in _page(bans, call, default=1000, most=1000)]
+
+
+def _ban(call: RestHandler, guild_id: str, user_id: str) -> Json:
+    return _ban_json(_found(_guild(call, guild_id).bans, user_id, "Ban", 10026))
+
+
+def _ban_json(user: User) -> Json:
+    return {"reason": None, "user": user.to_json()}
+
+
+def _user(call: RestHandler, user_id: str) -> Json:
+    members = {i: m for guild in call.discord.guilds.values() for i, m in guild.members.items()}
+    return _found(members, user_id, "User", 10013).user.to_json()
+
+
+def _place(call: RestHandler, channel_id: str) -> tuple[Guild, Channel | Thread]:
+    """A channel or thread, and whose it is."""
+    places: dict[int, tuple[Guild, Channel | Thread]] = {}
+    for guild in call.discord.guilds.values():
+        places |= {i: (guild, place) for i, place in (guild.channels | guild.threads).items()}
+    return _found(places, channel_id, "Channel", 10003)
+
+
+def _channel(call: RestHandler, channel_id: str) -> Json:
+    return _place(call, channel_id)[1].to_json()
+
+
+async def _post_message(call: RestHandler, channel_id: str) -> Json:
+    guild, channel = _place(call, channel_id)
+    try:
+        said = msgspec.json.decode(call.request.body, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        raise ApiError(400, "Invalid Form Body", 50035) from None
+    if not any(said.get(part) for part in ("content", "embeds", "components", "sticker_ids")):
+        raise ApiError(400, "Cannot send an empty message", 50006)
+    me, content = guild.members[guild.bot_id], said.get("content") or ""
+    return await call.discord.message(guild, me, channel, content)
+
+
+ROUTES: Mapping[str, Answer] = {
+    r"GET /gateway": _gateway,
+    r"GET /gateway/bot": _gateway_bot,
+    r"GET /users/@me": _me,
+    r"GET /users/@me/guilds": _my_guilds,
+    r"GET /users/(\d+)": _user,
+    r"GET /applications/@me": _application,
+    r"GET /oauth2/applications/@me": _application,
+    r"GET /guilds/(\d+)": _guild_body,
+    r"GET /guilds/(\d+)/channels": _guild_channels,
+    r"GET /guilds/(\d+)/threads/active": _active_threads,
+    r"GET /guilds/(\d+)/roles": _guild_roles,
+    r"GET /guilds/(\d+)/roles/(\d+)": _guild_role,
+    r"GET /guilds/(\d+)/members": _members,
+    r"GET /guilds/(\d+)/members/search": _search_members,
+    r"GET /guilds/(\d+)/members/(\d+)": _member,
+    r"GET /guilds/(\d+)/bans": _bans,
+    r"GET /guilds/(\d+)/bans/(\d+)": _ban,
+    r"GET /channels/(\d+)": _channel,
+    r"POST /channels/(\d+)/messages": _post_message,
+}
+
+
+def by_path(routes: Mapping[str, Answer]) -> dict[str, dict[str, Answer]]:
+    """`{path: {method: answer}}`."""
+    paths: dict[str, dict[str, Answer]] = {}
+    for route, answer in routes.items():
+        method, path = route.split(" ")
+        paths.setdefault(path, {})[method] = answer
+    return paths
 
 
 # ---- signing in ----
@@ -2103,7 +2328,8 @@ class PretendDiscord(Happenings):
     def _routed(self, heartbeat_interval: float) -> tornado.web.Application:
         socket = {"gateway": self, "heartbeat_interval": heartbeat_interval}
         rest = [
-            (API_PATH + p, RestHandler, {"discord": self, "answer": a}) for p, a in ROUTES.items()
+            (API_PATH + path, RestHandler, {"discord": self, "answers": answers})
+            for path, answers in by_path(ROUTES).items()
         ]
         return tornado.web.Application(
             [(GATEWAY_PATH, GatewaySocket, socket), *sign_in_routes(self.oauth2, API_PATH), *rest],
@@ -2111,6 +2337,197 @@ class PretendDiscord(Happenings):
             default_handler_args={"discord": self},
             log_function=lambda handler: None,  # a refused bot is a result here, not a warning
         )
+
+
+# ---- the harness ----
+# Plugins without a network and without a server: the real plugin host and the real hikari, fed by hand
+# as a gateway session of the plugins' own intents would feed them.
+
+PATIENCE = 5.0  # seconds after which what a plugin still does counts as going on in the background
+
+
+class Emitted(NamedTuple):
+    """What dashboards in a room would get."""
+
+    event: str
+    fields: Json
+    room: str
+
+
+class Harness:
+    """Plugins to be tried: feed raw gateway JSON, see what was emitted.
+
+        with Harness("plugins/mine.py") as h:
+            ada = h.guild.add_member("ada")
+            h.feed("MESSAGE_CREATE", message_json(h.guild, ada, h.guild.general))
+            h.run(h.discord.presence(h.guild, ada, "online", ["web"]))
+            assert h.emitted[0].event == "message:new"
+            assert h.emitted[0].fields["username"] == "ada"
+
+    Each path is a plugin, a file or a folder; `settings` are their `[plugin.NAME]` tables, by name.
+    The bot sees the guild before the first packet: whoever is in it by then was there before.
+    What a plugin raises, at load or later, is raised here as PluginError, by the call that led to
+    it. Not for use where an event loop runs already.
+    """
+
+    def __init__(self, *paths: str | Path, settings: Mapping[str, Json] | None = None) -> None:
+        self.discord = PretendDiscord()
+        self.guild = self.discord.add_guild()
+        #: What was emitted so far, in order.
+        self.emitted: list[Emitted] = []
+        self._paths = [Path(path).resolve() for path in paths]
+        self._tables = {name: dict(table) for name, table in (settings or {}).items()}
+        self._faults = FaultsLogged()
+        self._making: set[asyncio.Task[None]] = set()
+        self._resting: set[asyncio.Task[Any]] = set()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            logging.getLogger().addHandler(self._faults)
+            stack.callback(logging.getLogger().removeHandler, self._faults)
+            self._runner = stack.enter_context(asyncio.Runner())
+            self._runner.run(self._start())
+            stack.callback(lambda: self._runner.run(self.host.stop()))
+            self._raise_faults()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def feed(self, name: str, data: Json) -> None:
+        """One dispatch of the gateway: `d` as Discord documents it, of which hikari makes its event.
+
+        It comes only to a plugin whose events need its intent, and without what people wrote.
+        """
+        self.run(self.discord.dispatch(name, data))
+
+    def run(self, doing: Coroutine[Any, Any, T]) -> T:
+        """Have something happen, and wait until the plugins are through with it."""
+        result = self._runner.run(self._through(doing))
+        self._raise_faults()
+        return result
+
+    def subscribe(self, kind: str = "guild") -> list[Emitted]:
+        """What a new subscriber of the guild's room gets at once."""
+        told: list[Emitted] = []
+        guild_id = str(self.guild.id)
+
+        def tell(event: str, fields: Json) -> None:
+            told.append(Emitted(event, fields, f"{kind}:{guild_id}"))
+
+        self.run(self.host.greet(kind, guild_id, tell))
+        return told
+
+    def _raise_faults(self) -> None:
+        records = self._faults.take()
+        if records:
+            cause = records[0].exc_info[1] if records[0].exc_info else None
+            raise spywatcher.PluginError(records[0].getMessage()) from cause
+
+    # Behind the scenes.
+
+    async def _start(self) -> None:
+        metrics = spywatcher.Metrics()
+        names = {path.stem for path in self._paths}
+        folders = dict.fromkeys(path.parent for path in self._paths)
+        others = {entry.stem for folder in folders for entry in folder.iterdir()} - names
+        settings = spywatcher.PluginsSettings(tuple(map(str, folders)), tuple(sorted(others)))
+        self.host = spywatcher.PluginHost(settings, self._tables, self._folder, metrics)
+        self.host.load()
+        wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
+        wanted |= self.host.event_types()
+        self.bot = spywatcher.Gateway(
+            spywatcher.DiscordSettings(), self.discord.token, wanted, metrics
+        ).bot
+        place = spywatcher.HostContext(
+            bot=self.bot,
+            emit=self._emit,
+            settled=lambda: True,
+            watches=lambda guild_id: True,
+            storage=self._folder / "counts.db",
+        )
+        await self.host.start(place)
+        self._resting = asyncio.all_tasks()
+
+    def _emit(self, event: str, guild_id: str, content: Any, kind: str) -> None:
+        room = f"{kind}:{guild_id}"
+
+        async def make() -> None:
+            if (fields := await content()) is not None:
+                self.emitted.append(Emitted(event, fields, room))
+
+        if callable(content):
+            self._making.add(asyncio.create_task(make()))
+        else:
+            self.emitted.append(Emitted(event, content, room))
+
+    async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
+        if not self.discord.sessions:
+            ShardByHand(self.discord, self.bot).identify(int(self.bot.intents))
+        result = await doing
+        while tasks := asyncio.all_tasks() - self._resting - {asyncio.current_task()}:
+            done, _ = await asyncio.wait(tasks, timeout=PATIENCE)
+            if not done:
+                self._resting |= tasks
+        return result
+
+
+class FaultsLogged(logging.Handler):
+    """Keeps what plugin host, hikari and asyncio log at ERROR: a test has nobody who reads a log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self._records.append(record)
+
+    def take(self) -> list[logging.LogRecord]:
+        """What came since the last time."""
+        records, self._records = self._records, []
+        return records
+
+
+class ShardByHand(PretendShard):
+    """A gateway session that ends in hikari without a socket; both sides take it for theirs."""
+
+    def __init__(self, discord: Gateway, bot: hikari.GatewayBot) -> None:
+        super().__init__(discord.bot.id)
+        self._discord = discord
+        self._bot = bot
+        self._session: Session | None = None
+
+    def identify(self, intents: int) -> None:
+        """Come in, which brings READY and the guilds."""
+        identify = Identify(self._discord.token, intents)
+        self._session = self._discord.identify(identify, self)
+
+    def transmit(self, packet: bytes) -> None:
+        """What the pretend Discord sends."""
+        dispatch = msgspec.json.decode(packet)
+        consume = self._bot.event_manager.consume_raw_event
+        consume(dispatch["t"], cast("Any", self), dispatch["d"])
+
+    async def request_guild_members(
+        self, guild: int, *, include_presences: bool = False, nonce: str | None = None, **_: Any
+    ) -> None:
+        """What hikari asks for once it knows a large guild."""
+        assert self._session is not None
+        request = RequestMembers(int(guild), presences=include_presences, nonce=nonce)
+        self._discord.request_members(self._session, request)
+
+    def send(self, op: Op, d: Any) -> None:
+        """Nothing but dispatches means anything here."""
+
+    def close(self, code: int | None = None, reason: str | None = None) -> None:
+        """There is no connection."""
+
+    def cut(self) -> None:
+        """There is no connection."""
 
 
 # ---- a lively guild ----
