@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import tornado.web
-from browser import Browser
 from jsclient import JavaScript
 from redisserver import RedisServer
 from service import fetch, run, server_of, write_settings
-from signing import signing_in, signing_tables
+from signing import Browser, signing_in, signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord

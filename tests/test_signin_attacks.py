@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import tornado.web
-from browser import Browser, Page
 from jsclient import JavaScript
-from signing import signing_in
+from signing import Browser, Page, signing_in
 from tornado.web import create_signed_value
 
 from simulator import Guild, Member, PretendDiscord
