@@ -84,6 +84,7 @@ __all__ = [
     "guild_delete_json",
     "hidden_except",
     "iso",
+    "lively_guilds",
     "make_guild",
     "make_token",
     "member_add_json",
@@ -1539,6 +1540,13 @@ class Happenings(Gateway):
         await self.dispatch("MESSAGE_CREATE", body)
         return body
 
+    async def message_edit(
+        self, guild: Guild, channel: Channel | Thread, message: Json, content: str
+    ) -> None:
+        """A message is edited."""
+        edited = message | {"content": content, "edited_timestamp": iso()}
+        await self.dispatch("MESSAGE_UPDATE", edited)
+
     async def message_delete(self, guild: Guild, channel: Channel | Thread, message: Json) -> None:
         """A message is deleted."""
         ids = {"id": message["id"], "channel_id": str(channel.id), "guild_id": str(guild.id)}
@@ -2531,15 +2539,26 @@ class ShardByHand(PretendShard):
 
 
 # ---- a lively guild ----
-# Sixty people who never sleep, so that a dashboard has something to show within a minute: regulars
-# write, lurkers only come and go, ghosts type and never send.
+# People who never sleep, so that every part of a dashboard has something to show: regulars write, edit,
+# delete and talk, lurkers only come and go, ghosts type and never send.
 
 FIRST_NAMES = (
-    *("mira", "jonas", "aiko", "tobias", "lena", "rafael", "priya", "sven", "noor", "elif"),
-    *("kofi", "ines", "marek", "yuki", "dario", "hana", "omar", "freya", "luca", "zoe"),
-    *("amir", "petra", "nils", "saoirse", "bruno", "tara", "viktor", "leila", "emil", "carmen"),
+    *("mira", "愛子", "Тобиас", "léna", "राफेल", "priya", "نور", "elif", "kofi", "inês"),
+    *("Łukasz", "雪", "darío", "はな", "عمر", "freyja", "luca", "Ζωή", "김하나", "דנה"),
+    *("ณัฐ", "Nguyễn", "Şule", "გიორგი", "Արամ", "saoirse", "bruno", "viktor", "小龍", "carmen"),
 )
-TAILS = ("", "_x", ".art", "42", "_dev", "plays", "99", ".irl", "_gg", "reads")
+TAILS = ("", " 🌙", "_x", " 🎮", "42", " ✨", "_dev", ".irl", " 👩‍🚀", "99")
+CHANNELS = ("art-🎨", "gaming", "日本語", "книги")
+VOICE_CHANNELS = ("Lounge 🔊", "Game night")
+TOPICS = (
+    "raid on friday 🐉",
+    "mod list",
+    "книга месяца",
+    "photo walk 📷",
+    "speedrun ideas",
+    "おすすめ",
+)
+RANKS = ("Regular", "🔥 Veteran", "🎨 Artist", "👨‍👩‍👧 Family")
 CHATTER = (
     "anyone up for a round tonight?",
     "just pushed the fix",
@@ -2555,74 +2574,194 @@ EMOJI = ("👍", "😂", "🔥", "🦉", "❤️")
 DEVICES = ("desktop", "mobile", "web")
 STATUSES = ("online", "online", "idle", "dnd")
 
+Act = Callable[[], Awaitable[None]]
+Said = tuple[Channel | Thread, Json]  # where, and the message
+KEPT = 20  # messages that may yet be edited, deleted or reacted to
+
 
 class LivelyGuild:
     """A guild with believable people and what each of them does by habit."""
 
-    def __init__(self, discord: PretendDiscord, *, members: int = 60, seed: int = 1) -> None:
+    def __init__(
+        self,
+        discord: PretendDiscord,
+        *,
+        name: str = "Night Owls 🦉",
+        members: int = 60,
+        seed: int = 1,
+    ) -> None:
         self.discord = discord
         self.dice = random.Random(seed)
         self.names = self._new_names()
-        self.guild = discord.add_guild("Night Owls")
-        self.ranks = [self.guild.add_role(name) for name in ("Regular", "Veteran", "Artist")]
+        self.guild = discord.add_guild(name)
+        self.ranks = [self.guild.add_role(name) for name in RANKS]
         staff = self.guild.add_role("Staff", Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES)
         self.guild.owner.role_ids.append(staff.id)
-        self.places = self._open_places()
+        channels = [self.guild.general, *map(self.guild.add_channel, CHANNELS)]
         private = hidden_except(self.guild, staff)
         self.staff_room = self.guild.add_channel("staff-room", overwrites=private)
-        people = [self._settle() for _ in range(max(members, 5))]
+        self.voice_channels = [
+            self.guild.add_channel(name, kind=ChannelType.VOICE) for name in VOICE_CHANNELS
+        ]
+        self.threads = [self.guild.add_thread(topic, channels[-1]) for topic in TOPICS[:2]]
+        self.channels = channels
+        people = [self._settle() for _ in range(max(members, 8))]
         self.lurkers = people[: len(people) // 5]
         self.ghosts = people[len(self.lurkers) : len(people) // 3]
         self.regulars = people[len(people) // 3 :]
-        self.last_message: tuple[Channel | Thread, Json] | None = None
+        self.newcomers = [self._settle() for _ in range(3)]
+        self.said: collections.deque[Said] = collections.deque(maxlen=KEPT)
 
     def _new_names(self) -> Iterator[str]:
         names = [first + tail for tail in TAILS for first in FIRST_NAMES]
         self.dice.shuffle(names)
         return itertools.chain(names, (f"owl{number}" for number in itertools.count(1)))
 
-    def _open_places(self) -> list[Channel | Thread]:
-        """Where everybody may write: three channels and two threads."""
-        guild = self.guild
-        channels = [guild.general, *(guild.add_channel(n) for n in ("art", "gaming"))]
-        guild.add_channel("Lounge", kind=ChannelType.VOICE)
-        threads = [guild.add_thread(n, channels[-1]) for n in ("raid on friday", "mod list")]
-        return [*channels, *threads]
-
     def _settle(self) -> Member:
-        """A member who has been here for a while, most of them online."""
+        """A member who has been here for a while, most of them online, some on two devices."""
         member = self.guild.add_member(
             next(self.names), account_age_days=self.dice.uniform(20, 2500)
         )
         if self._coin(0.7):
-            member.appear(self.dice.choice(STATUSES), [self.dice.choice(DEVICES)])
+            devices = self.dice.sample(DEVICES, 2 if self._coin(0.1) else 1)
+            member.appear(self.dice.choice(STATUSES), devices)
         return member
 
     async def play(self, rate: float) -> None:
         """Do things at that many a second on average, until cancelled."""
-        habits: Mapping[Callable[[], Awaitable[None]], int] = {
-            self.chat: 30,
-            self.lurk: 22,
-            self.haunt: 16,
-            self.react: 12,
-            self.change_devices: 9,
-            self.change_status: 6,
-            self.confer: 3,
+        for act in self.acts():
+            await asyncio.sleep(self.dice.expovariate(rate))
+            await act()
+
+    async def warm_up(self, count: int) -> None:
+        """Do that many things at once."""
+        for act in itertools.islice(self.acts(), count):
+            await act()
+
+    def acts(self) -> Iterator[Act]:
+        """What happens next, for ever: shuffled decks in which each habit has its share.
+
+        A deck has about a hundred cards, so that at five things a second each comes in twenty.
+        """
+        habits: Mapping[Act, int] = {
+            self.chat: 26,
+            self.lurk: 16,
+            self.haunt: 12,
+            self.react: 10,
+            self.come_and_go: 8,
+            self.take_a_device: 4,
+            self.put_devices_away: 4,
+            self.talk: 4,
+            self.edit: 3,
+            self.begin_a_game: 3,
+            self.confer: 2,
             self.promote: 2,
             self.arrive: 2,
+            self.depart: 2,
+            self.delete: 2,
             self.rename: 1,
+            self.turn_to_a_topic: 1,
         }
         while True:
-            await asyncio.sleep(self.dice.expovariate(rate))
-            [act] = self.dice.choices(list(habits), list(habits.values()))
-            await act()
+            deck = [act for act, share in habits.items() for _ in range(share)]
+            self.dice.shuffle(deck)
+            yield from deck
+
+    # What regulars do.
 
     async def chat(self) -> None:
         """A regular types, then writes."""
-        author, place = self.dice.choice(self.regulars), self.dice.choice(self.places)
+        author, place = self.dice.choice(self.regulars), self._place()
         await self.discord.typing(self.guild, author, place)
         body = await self.discord.message(self.guild, author, place, self.dice.choice(CHATTER))
-        self.last_message = place, body
+        self.said.append((place, body))
+
+    async def edit(self) -> None:
+        """Somebody changes what was written."""
+        if self.said:
+            text = self.dice.choice(CHATTER)
+            await self.discord.message_edit(self.guild, *self.dice.choice(self.said), text)
+
+    async def delete(self) -> None:
+        """Somebody takes back what was written last."""
+        if self.said:
+            await self.discord.message_delete(self.guild, *self.said.pop())
+
+    async def react(self) -> None:
+        """A regular reacts to what was written, now and then a lurker or a ghost."""
+        if self.said:
+            shy = self._coin(0.2)
+            member = self.dice.choice([*self.lurkers, *self.ghosts] if shy else self.regulars)
+            emoji, said = self.dice.choice(EMOJI), self.dice.choice(self.said)
+            await self.discord.reaction(self.guild, member, *said, emoji)
+
+    async def turn_to_a_topic(self) -> None:
+        """A regular opens a thread; there are never more than four."""
+        if len(self.threads) >= 4:
+            gone = self.threads.pop(0)
+            self.said = collections.deque((s for s in self.said if s[0] is not gone), KEPT)
+            await self.discord.thread_delete(self.guild, gone)
+        owner, topic = self.dice.choice(self.regulars), self.dice.choice(TOPICS)
+        channel = self.dice.choice(self.channels)
+        self.threads.append(await self.discord.thread_create(self.guild, channel, topic, owner))
+
+    async def talk(self) -> None:
+        """A regular enters a voice channel, moves to another or hangs up."""
+        talking = [self.guild.members[i] for i in self.guild.voice]
+        if len(talking) >= 6 or (talking and self._coin(0.3)):
+            await self.discord.voice(self.guild, self.dice.choice(talking), None)
+        else:
+            member = self.dice.choice(talking if talking and self._coin(0.4) else self._online())
+            now = self.guild.voice.get(member.id)
+            others = [channel for channel in self.voice_channels if channel.id != now]
+            await self.discord.voice(self.guild, member, self.dice.choice(others))
+
+    async def come_and_go(self) -> None:
+        """A regular comes, goes, or changes the status."""
+        member = self.dice.choice(self.regulars)
+        if member.status != "offline" and self._coin(0.5):
+            status = self.dice.choice([s for s in STATUSES if s != member.status])
+            await self.discord.presence(self.guild, member, status, list(member.client_status))
+        else:
+            await self._toggle(member)
+
+    async def take_a_device(self) -> None:
+        """A regular who is on one device takes another one besides."""
+        single = [member for member in self.regulars if len(member.client_status) == 1]
+        member = self.dice.choice(single or self.regulars)
+        unused = [device for device in DEVICES if device not in member.client_status]
+        devices = [*member.client_status, *self.dice.sample(unused, min(len(unused), 1))]
+        await self.discord.presence(self.guild, member, "online", devices)
+
+    async def put_devices_away(self) -> None:
+        """A regular who is on several devices goes back to one."""
+        several = [member for member in self.regulars if len(member.client_status) > 1]
+        if several:
+            member = self.dice.choice(several)
+            device = self.dice.choice(list(member.client_status))
+            await self.discord.presence(self.guild, member, member.status, [device])
+
+    async def begin_a_game(self) -> None:
+        """A regular begins to play: a presence with another activity and the same status."""
+        member, game = self.dice.choice(self._online()), [{"name": self.dice.choice(GAMES)}]
+        await self.discord.presence(self.guild, member, member.status, activities=game)
+
+    async def promote(self) -> None:
+        """A regular gains a rank; when all have all of them, one begins again."""
+        wanting = [m for m in self.regulars if len(m.role_ids) < len(self.ranks)]
+        if not wanting:
+            wanting = [self.dice.choice(self.regulars)]
+            await self.discord.set_roles(self.guild, wanting[0])
+        member = self.dice.choice(wanting)
+        missing = [rank for rank in self.ranks if rank.id not in member.role_ids]
+        await self.discord.add_role(self.guild, member, self.dice.choice(missing))
+
+    async def rename(self) -> None:
+        """A regular takes a nickname."""
+        member = self.dice.choice(self.regulars)
+        await self.discord.rename(self.guild, member, nick=f"{member.name} the owl")
+
+    # What others do.
 
     async def lurk(self) -> None:
         """A lurker comes or goes."""
@@ -2630,60 +2769,31 @@ class LivelyGuild:
 
     async def haunt(self) -> None:
         """A ghost types and thinks better of it."""
-        place = self.dice.choice(self.places)
-        await self.discord.typing(self.guild, self.dice.choice(self.ghosts), place)
-
-    async def react(self) -> None:
-        """A regular reacts to what was written last."""
-        if self.last_message:
-            member, emoji = self.dice.choice(self.regulars), self.dice.choice(EMOJI)
-            await self.discord.reaction(self.guild, member, *self.last_message, emoji)
-
-    async def change_devices(self) -> None:
-        """A regular picks up another device, or goes back to one."""
-        member = self.dice.choice(self.regulars)
-        unused = [device for device in DEVICES if device not in member.client_status]
-        if unused and (len(unused) > 1 or self._coin(0.3)):
-            devices = [*member.client_status, self.dice.choice(unused)]
-        else:
-            devices = [self.dice.choice(DEVICES)]
-        await self.discord.presence(self.guild, member, "online", devices)
-
-    async def change_status(self) -> None:
-        """A regular comes, goes, or begins to play."""
-        member = self.dice.choice(self.regulars)
-        if member.status != "offline" and self._coin(0.4):
-            game = [{"name": self.dice.choice(GAMES)}]
-            await self.discord.presence(self.guild, member, member.status, activities=game)
-        else:
-            await self._toggle(member)
+        await self.discord.typing(self.guild, self.dice.choice(self.ghosts), self._place())
 
     async def confer(self) -> None:
         """The owner writes where only the staff may read."""
         line = self.dice.choice(CHATTER)
         await self.discord.message(self.guild, self.guild.owner, self.staff_room, line)
 
-    async def promote(self) -> None:
-        """A regular gains a rank; who has them all begins again."""
-        member = self.dice.choice(self.regulars)
-        missing = [rank for rank in self.ranks if rank.id not in member.role_ids]
-        if missing:
-            await self.discord.add_role(self.guild, member, self.dice.choice(missing))
-        else:
-            await self.discord.set_roles(self.guild, member)
-
     async def arrive(self) -> None:
-        """Someone new joins, often with a fresh account; from time to time someone leaves."""
+        """Someone new joins, often with a fresh account."""
         age = self.dice.choice((0.1, 2.0, self.dice.uniform(10, 2000)))
         member = await self.discord.join(self.guild, next(self.names), account_age_days=age)
-        self.dice.choice((self.regulars, self.lurkers, self.ghosts)).append(member)
-        if len(self.regulars) > 10 and self._coin(0.3):
-            await self.discord.leave(self.guild, self.regulars.pop())
+        self.newcomers.append(member)
 
-    async def rename(self) -> None:
-        """A regular takes a nickname."""
-        member = self.dice.choice(self.regulars)
-        await self.discord.rename(self.guild, member, nick=f"{member.name} the owl")
+    async def depart(self) -> None:
+        """Of those who came lately, the first leaves again."""
+        if self.newcomers:
+            await self.discord.leave(self.guild, self.newcomers.pop(0))
+
+    def _place(self) -> Channel | Thread:
+        places: list[Channel | Thread] = [*self.channels, *self.threads]
+        return self.dice.choice(places)
+
+    def _online(self) -> list[Member]:
+        """The regulars who are there, or all of them at the hour when nobody is."""
+        return [m for m in self.regulars if m.status != "offline"] or self.regulars
 
     async def _toggle(self, member: Member) -> None:
         status = self.dice.choice(STATUSES) if member.status == "offline" else "offline"
@@ -2693,11 +2803,15 @@ class LivelyGuild:
         return self.dice.random() < chance
 
 
-async def play(
-    discord: PretendDiscord, *, members: int = 60, rate: float = 5.0, seed: int = 1
-) -> None:
-    """Add a lively guild and keep it busy until cancelled."""
-    await LivelyGuild(discord, members=members, seed=seed).play(rate)
+def lively_guilds(discord: PretendDiscord, members: int = 60, seed: int = 1) -> list[LivelyGuild]:
+    """A lively guild and a quieter one."""
+    owls = LivelyGuild(discord, members=members, seed=seed)
+    return [owls, LivelyGuild(discord, name="Book Club 📚", members=members // 4, seed=seed + 1)]
+
+
+async def play(lively: Sequence[LivelyGuild], rate: float = 5.0) -> None:
+    """Keep guilds busy until cancelled, each a good deal less than the one before it."""
+    await asyncio.gather(*(guild.play(rate / 20**i) for i, guild in enumerate(lively)))
 
 
 # ---- the demo ----
@@ -2706,18 +2820,16 @@ async def play(
 # and of the settings it takes the port, the plugins with theirs, the throttle and the log.
 
 DEMO_TEXT = """
-SpyWatcher is watching a pretend guild at {url}. A token for it, good for a day:
+SpyWatcher is watching {guilds}. Open this address; it signs you in, for a day:
 
-{token}
+    {url}/#token={token}
 
-See it from Node (npm install socket.io-client), in a file demo.mjs:
-
-import {{ io }} from "socket.io-client";
-const socket = io("{url}", {{ auth: {{ token: "{token}" }} }});
-socket.onAny((event, data) => console.log(event, data)).emit("subscribe:guild", "{guild}");
-
-What this dashboard sees meanwhile (Ctrl+C stops it):
+That token is for dashboards of your own, too. Ctrl+C stops it all. Here you see the first event of
+each kind{and_more}:
 """
+LIFE_BEFORE = (
+    500  # things that have happened when the address is shown; they fill the lists of members
+)
 
 
 async def run_demo(
@@ -2728,27 +2840,34 @@ async def run_demo(
     Raises spywatcher.OperatorError when the port cannot be had or a plugin's settings are wrong.
     """
     async with PretendDiscord() as discord, contextlib.AsyncExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        settings = demo_settings(settings, discord, Path(folder), port, plugins)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        settings = demo_settings(settings, discord, folder, port, plugins)
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
-        token = server.tokens.issue("1", role="ADMIN", ttl=86_400)
-        tasks = [asyncio.create_task(play(discord)), asyncio.create_task(watch(server, token))]
-        try:
-            await spywatcher.run_server(server)
-        except spywatcher.OperatorError as error:
-            way_out = "take another one: python spywatcher.py demo --port 0"
-            raise spywatcher.OperatorError(f"{error}; {way_out}") from error
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+        serving = asyncio.create_task(serve(server))
+        showing = asyncio.create_task(show(discord, server, plugins))
+        both = [serving, showing]
+        ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in both:
+            task.cancel()
+        await asyncio.wait(both)
+        for task in ended:
+            task.result()
+
+
+async def serve(server: spywatcher.Server) -> None:
+    """Run the server until a signal comes; a port in use is said with the way out."""
+    try:
+        await spywatcher.run_server(server)
+    except spywatcher.OperatorError as error:
+        way_out = "take another one: python spywatcher.py demo --port 0"
+        raise spywatcher.OperatorError(f"{error}; {way_out}") from error
 
 
 def demo_settings(
     settings: spywatcher.Settings,
     discord: PretendDiscord,
-    storage: Path,
+    folder: Path,
     port: int | None,
     plugins: Path | None,
 ) -> spywatcher.Settings:
@@ -2756,10 +2875,12 @@ def demo_settings(
     replace = msgspec.structs.replace
     first = () if plugins is None else (str(plugins),)
     return spywatcher.Settings(
-        server=spywatcher.ServerSettings(port=settings.server.port if port is None else port),
+        server=spywatcher.ServerSettings(
+            host="localhost", port=settings.server.port if port is None else port
+        ),
         discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
-        storage=spywatcher.StorageSettings(path=str(storage / "demo.db")),
+        storage=spywatcher.StorageSettings(path=str(folder / "demo.db")),
         plugins=replace(settings.plugins, folders=(*first, *settings.plugins.folders)),
         plugin=settings.plugin,
         throttle=settings.throttle,
@@ -2768,26 +2889,47 @@ def demo_settings(
     )
 
 
-async def watch(server: spywatcher.Server, token: str) -> None:
+async def show(discord: PretendDiscord, server: spywatcher.Server, plugins: Path | None) -> None:
+    """Fill the guilds with life, say where to look, and go on until cancelled."""
+    lively = lively_guilds(discord)
+    await discord.wait_for_bot(timeout=60)
+    for i, guild in enumerate(lively):
+        await guild.warm_up(LIFE_BEFORE // 4**i)
+    await discord.caught_up()
+    url = f"http://localhost:{server.port}"
+    token = server.tokens.issue("1", role="ADMIN", ttl=86_400)
+    names = " and ".join(one.guild.name for one in lively)
+    and_more = f", and all of the plugins in {plugins}" if plugins else ""
+    print(DEMO_TEXT.format(guilds=names, url=url, token=token, and_more=and_more), flush=True)
+    await asyncio.gather(play(lively), watch(server, token, plugins))
+
+
+async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> None:
     """A dashboard in a terminal: what any Socket.IO client sees, one line an event."""
     client = socketio.AsyncClient(logger=False, handle_sigint=False)  # run_server does
+    seen: set[str] = set()
 
-    def show(event: str, data: object) -> None:
-        print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
+    def note(event: str, data: object) -> None:
+        if event not in seen or (plugins and is_of(plugins, server.plugins, event)):
+            print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
+        seen.add(event)
 
-    client.on("*", show)
-    await server.gateway.bot.event_manager.wait_for(hikari.GuildAvailableEvent, timeout=None)
+    client.on("*", note)
     url = f"http://127.0.0.1:{server.port}"
     await client.connect(url, auth={"token": token}, transports=["websocket"])
-    guilds = (await client.call("guilds:list"))["guilds"]
-    print(DEMO_TEXT.format(url=url, token=token, guild=guilds[0]["id"]), flush=True)
-    for guild in guilds:
+    for guild in (await client.call("guilds:list"))["guilds"]:
         for kind in sorted(server.plugins.kinds):
             await client.emit(f"subscribe:{kind}", guild["id"])
     try:
         await client.wait()
     finally:
         await client.shutdown()
+
+
+def is_of(folder: Path, host: spywatcher.PluginHost, event: str) -> bool:
+    """Whether a plugin from that folder has the event."""
+    owners = [plugin.module for plugin in host.plugins.values() if event in plugin.events]
+    return any(Path(str(module.__file__)).is_relative_to(folder) for module in owners)
 
 
 # ---- command line ----
@@ -2808,12 +2950,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 async def run(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM."""
     async with PretendDiscord(port=options.port) as discord:
-        lively = LivelyGuild(discord, members=options.members, seed=options.seed)
-        playing = asyncio.create_task(lively.play(options.rate))
+        lively = lively_guilds(discord, options.members, options.seed)
+        playing = asyncio.create_task(play(lively, options.rate))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
         print(f'rest_url = "{discord.rest_url}"\ntoken = "{discord.token}"', flush=True)
-        print(f"# guild {lively.guild.id}, owner {lively.guild.owner_id}", flush=True)
+        for one in lively:
+            guild = one.guild
+            print(f"# guild {guild.id} ({guild.name}), owner {guild.owner_id}", flush=True)
         with contextlib.suppress(asyncio.CancelledError):
             await playing
 

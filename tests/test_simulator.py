@@ -25,6 +25,7 @@ import simulator
 from simulator import (
     CloseCode,
     Guild,
+    Harness,
     Intent,
     LivelyGuild,
     Permission,
@@ -729,21 +730,37 @@ class Diary(PretendDiscord):
         return {int(user.get("id") or user["user_id"]) for user in users}
 
 
-async def test_a_lively_guild_shows_a_bit_of_everything() -> None:
+async def test_a_deck_of_a_lively_guild_holds_a_bit_of_everything() -> None:
     diary = Diary()
-    kinds = {
-        *("MESSAGE_CREATE", "TYPING_START", "MESSAGE_REACTION_ADD", "PRESENCE_UPDATE"),
-        *("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"),
+    await LivelyGuild(diary).warm_up(110)
+    assert {name for name, _ in diary.entries} >= {
+        *("MESSAGE_CREATE", "MESSAGE_UPDATE", "MESSAGE_DELETE", "MESSAGE_REACTION_ADD"),
+        *("TYPING_START", "PRESENCE_UPDATE", "VOICE_STATE_UPDATE", "THREAD_CREATE"),
+        *("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE", "GUILD_MEMBER_REMOVE"),
     }
-    await diary.watch(LivelyGuild(diary), lambda: kinds <= {name for name, _ in diary.entries})
+    shown = [data for name, data in diary.entries if name == "PRESENCE_UPDATE"]
+    assert {data["status"] for data in shown} == {"online", "idle", "dnd", "offline"}
+    assert {device for data in shown for device in data["client_status"]} == {*simulator.DEVICES}
 
 
-async def test_people_of_a_lively_guild_use_several_devices_at_once() -> None:
+async def test_a_lively_guild_goes_on_for_hours_and_does_not_grow() -> None:
     diary = Diary()
-    await diary.watch(
-        LivelyGuild(diary),
-        lambda: any(len(data.get("client_status", ())) > 1 for _, data in diary.entries),
-    )
+    lively = LivelyGuild(diary)
+    before = len(lively.guild.members)
+    await lively.warm_up(20_000)
+    assert abs(len(lively.guild.members) - before) <= 2
+    assert len(lively.guild.threads) <= 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_event_of_the_shipped_plugins_comes_within_a_minute(seed: int) -> None:
+    names = ("messages", "presence", "members")
+    with Harness(*(Path(simulator.__file__).parent / "plugins" / f"{n}.py" for n in names)) as h:
+        lively = LivelyGuild(h.discord, seed=seed)
+        h.run(lively.warm_up(5 * 60))
+        events = frozenset().union(*(plugin.events for plugin in h.host.plugins.values()))
+        greetings = {one.event for one in h.subscribe()}
+        assert {one.event for one in h.emitted} | greetings == events
 
 
 async def test_ghosts_never_write_and_lurkers_never_type() -> None:
