@@ -49,7 +49,9 @@ class File(tornado.web.RequestHandler):
             self.set_header(name, value)
 
     def send(self, name: str) -> None:
-        files = {path.name: path for part in ("static", "vendor") for path in (HERE / part).glob("*")}
+        files = {
+            path.name: path for part in ("static", "vendor") for path in (HERE / part).glob("*")
+        }
         if name not in files:
             raise tornado.web.HTTPError(404)
         self.set_header("Content-Type", TYPES[files[name].suffix])

@@ -3,7 +3,8 @@
 
 import { el, say } from "./dom.js";
 
-const HEIGHT = { live: 132, daily: 180 };
+/** Whole numbers alone: there are no halves of messages or members. */
+const INCREMENTS = Array.from({ length: 8 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
 const charts = new Set();
 
 const color = (name) => getComputedStyle(document.body).getPropertyValue(`--${name}`).trim();
@@ -42,7 +43,7 @@ export class Chart {
 
   show(columns) {
     this.#columns = columns;
-    if (this.#plot) this.#plot.setData(columns);
+    if (this.#plot) this.#plot.setData(this.#drawn());
     else this.rebuild();
     this.#read(this.#plot?.cursor.idx ?? null);
     this.figure.setAttribute("aria-label", `${this.#spec.title}. ${this.#spec.summary(columns)}`);
@@ -53,43 +54,50 @@ export class Chart {
     this.#plot?.destroy();
     this.#plot = null;
     if (!this.#columns || !this.#canvas.clientWidth) return;
-    this.#plot = new uPlot(this.#options(), this.#columns, this.#canvas);
+    this.#plot = new uPlot(this.#options(), this.#drawn(), this.#canvas);
+  }
+
+  /** What uPlot gets: a line of steps goes on to the end of its last step. */
+  #drawn() {
+    const { step, series: specs } = this.#spec;
+    if (!step) return this.#columns;
+    const [times, ...values] = this.#columns;
+    const longer = values.map((column, at) => [...column, specs[at].shape === "steps" ? column.at(-1) : null]);
+    return [[...times, times.at(-1) + step], ...longer];
   }
 
   #resize() {
     const width = this.#canvas.clientWidth;
     if (!width || !this.#columns) return;
-    if (this.#plot) this.#plot.setSize({ width, height: this.#height });
+    if (this.#plot) this.#plot.setSize({ width, height: this.#canvas.clientHeight });
     else this.rebuild();
   }
 
-  get #height() {
-    return this.#canvas.clientHeight || HEIGHT[this.#spec.kind];
-  }
-
   #options() {
-    const axis = { stroke: color("muted"), font: `12px ${getComputedStyle(document.body).fontFamily}` };
+    const { fontFamily, fontSize } = getComputedStyle(this.#canvas);
+    const em = parseFloat(fontSize);
+    const axis = { stroke: color("muted"), font: `${fontSize} ${fontFamily}`, ticks: { show: false } };
     const line = { stroke: color("line"), width: 1 };
     return {
       width: this.#canvas.clientWidth,
-      height: this.#height,
+      height: this.#canvas.clientHeight,
       padding: [8, 4, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
       scales: { x: { time: true, range: (_plot, min, max) => this.#span(min, max) }, y: { range: (_plot, min, max) => this.#range(min, max) } },
       axes: [
-        { ...axis, grid: { show: false }, ticks: { show: false }, size: 24, gap: 4, space: 64, values: this.#spec.times },
-        { ...axis, grid: line, ticks: { show: false }, size: 38, gap: 6, space: 36, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6] },
+        { ...axis, grid: { show: false }, size: 2 * em, gap: 4, space: 5.5 * em, values: this.#spec.times },
+        { ...axis, grid: line, size: 3.2 * em, gap: 6, space: 3 * em, incrs: INCREMENTS },
       ],
       series: [{}, ...this.#spec.series.map((each) => series(each, this.#spec.step ? 1 : 0))],
       hooks: { setCursor: [(plot) => this.#read(plot.cursor.idx)] },
     };
   }
 
-  /** Room for all of the last value; days stand in the middle of theirs. */
+  /** Days have room on both sides: their bars stand in the middle. */
   #span(min, max) {
     const { step } = this.#spec;
-    return step ? [min, max + step] : [min - 43_200, max + 43_200];
+    return step ? [min, max] : [min - 43_200, max + 43_200];
   }
 
   #range(min, max) {
@@ -97,7 +105,9 @@ export class Chart {
   }
 
   #read(index) {
-    if (this.#columns) say(this.#reading, this.#spec.reading(index ?? null, this.#columns));
+    if (!this.#columns) return;
+    const known = index !== null && index < this.#columns[0].length;
+    say(this.#reading, this.#spec.reading(known ? index : null, this.#columns));
   }
 
   /** Left and right, Home and End walk over the points and read them out. */

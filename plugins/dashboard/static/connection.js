@@ -14,7 +14,7 @@ import { io } from "./socket.io.js";
 const ROOMS = ["guild", "analytics", "history"];
 const OWN = new Set(["session", "guilds:update", "auth:expiring", "error"]);
 const ASK_AGAIN = 5_000;
-const HEALTH_INTERVAL = 10_000;
+const HEALTH_INTERVAL = 5_000;
 
 export class Connection extends EventTarget {
   state = "starting";

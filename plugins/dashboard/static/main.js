@@ -14,6 +14,7 @@ import { and } from "./words.js";
 
 /** Between two looks at the guild: whatever came meanwhile is painted in one go. */
 const PAINT_INTERVAL = 250;
+/** Of each guild on the wall; #wall&every=60 says otherwise. */
 const WALL_SECONDS = 20;
 const WALL_GUILDS = 10;
 const ANNOUNCE_INTERVAL = 10_000;
@@ -29,6 +30,7 @@ class Page {
   #turned = Date.now(); // when the wall came to the guild it shows
   #announced = 0;
   #view = "now";
+  #wallSeconds = WALL_SECONDS;
   #painters;
 
   constructor() {
@@ -105,7 +107,7 @@ class Page {
   }
 
   #turn() {
-    if (Date.now() - this.#turned < WALL_SECONDS * 1_000) return;
+    if (Date.now() - this.#turned < this.#wallSeconds * 1_000) return;
     const ids = [...this.#guilds.keys()];
     this.#turned = Date.now();
     if (ids.length > 1) this.#choose(ids[(ids.indexOf(this.#chosen) + 1) % ids.length]);
@@ -114,7 +116,9 @@ class Page {
   // -- the address and the picture
 
   #follow() {
-    const [wanted] = new URLSearchParams(location.hash.slice(1)).keys();
+    const fragment = new URLSearchParams(location.hash.slice(1));
+    const [wanted] = fragment.keys();
+    this.#wallSeconds = Number(fragment.get("every")) || WALL_SECONDS;
     this.#view = VIEWS.includes(wanted) ? wanted : "now";
     document.body.dataset.view = this.#view;
     for (const view of ["now", "time", "people"]) {

@@ -5,7 +5,8 @@ import { $, choice, el, say } from "./dom.js";
 import { WEEKDAYS, count, day, decimal, hourRange, number, signed, zone } from "./words.js";
 
 const MEASURES = { messages: "Messages", active: "Active members" };
-const STEPS_OF_COLOR = 6;
+/** The share of colour of an hour in which next to nothing happened: it differs from one with nothing. */
+const FAINTEST = 0.06;
 const firstDay = new Intl.Locale(navigator.language).weekInfo?.firstDay ?? 1; // 1 is Monday, 7 Sunday
 const ORDER = WEEKDAYS.map((_, index) => (index + firstDay) % 7);
 
@@ -15,13 +16,14 @@ class WeekMap {
   #cells = new Map(); // "weekday hour" -> td
   #values = null;
   #what = "";
+  #pointed = null; // key of a cell
 
   constructor() {
     const hours = Array.from({ length: 24 }, (_, hour) => el("th", { scope: "col" }, hour % 3 ? "" : String(hour)));
     const table = $("#week");
     table.append(el("thead", {}, el("tr", {}, el("td"), ...hours)), el("tbody", {}, ...ORDER.map((weekday) => this.#row(weekday))));
-    table.addEventListener("pointerover", ({ target }) => this.#read(target));
-    table.addEventListener("focusin", ({ target }) => this.#read(target));
+    for (const event of ["pointerover", "focusin"]) table.addEventListener(event, ({ target }) => this.#point(target));
+    for (const event of ["pointerleave", "focusout"]) table.addEventListener(event, () => this.#point(table));
     table.addEventListener("keydown", (event) => this.#move(event));
     this.#cells.get(`${ORDER[0]} 0`).tabIndex = 0;
   }
@@ -29,13 +31,18 @@ class WeekMap {
   show(values, what) {
     this.#values = values;
     this.#what = what;
-    const most = Math.max(...values.flat().map(Number), 0);
+    const most = this.#most;
     for (const [key, cell] of this.#cells) {
       const value = this.#valueOf(key);
-      cell.dataset.step = value === null ? "none" : value === 0 ? 0 : Math.ceil((value / most) * STEPS_OF_COLOR);
+      cell.dataset.known = value !== null;
+      cell.style.setProperty("--part", value ? FAINTEST + (1 - FAINTEST) * (value / most) : 0);
       say(cell.firstChild, value === null ? "not known yet" : decimal(value));
     }
-    say(this.#reading, this.#summary(most));
+    this.#read();
+  }
+
+  get #most() {
+    return Math.max(...this.#values.flat().map(Number), 0);
   }
 
   #valueOf(key) {
@@ -52,9 +59,13 @@ class WeekMap {
     return el("tr", {}, el("th", { scope: "row" }, WEEKDAYS[weekday].slice(0, 3)), ...cells);
   }
 
-  #read(target) {
-    const key = target.closest("td")?.dataset.key;
-    if (key && this.#values) say(this.#reading, this.#sentence(key));
+  #point(target) {
+    this.#pointed = target.closest("td")?.dataset.key ?? null;
+    if (this.#values) this.#read();
+  }
+
+  #read() {
+    say(this.#reading, this.#pointed ? this.#sentence(this.#pointed) : this.#summary(this.#most));
   }
 
   #sentence(key) {
@@ -176,8 +187,12 @@ export class OverTime {
     }
   }
 
+  #dayAt(index) {
+    return `${onDay(this.#shown[index])}${index === this.#shown.length - 1 ? " so far" : ""}`;
+  }
+
   #chart({ all, one, most, columns: _columns, ...spec }) {
-    const reading = (index) => (index === null ? all(this.#shown) : `${onDay(this.#shown[index])} · ${one(this.#shown[index])}`);
+    const reading = (index) => (index === null ? all(this.#shown) : `${this.#dayAt(index)} · ${one(this.#shown[index])}`);
     const summary = () => `${all(this.#shown)}, ${most(this.#shown)}.`;
     const times = (_plot, splits) => splits.map((second) => day(second * 1000));
     return new Chart($("#daily"), { range: fromZero, ...spec, kind: "daily", times, reading, summary });
