@@ -2595,7 +2595,8 @@ class LivelyGuild:
         self.names = self._new_names()
         self.guild = discord.add_guild(name)
         self.ranks = [self.guild.add_role(name) for name in RANKS]
-        staff = self.guild.add_role("Staff", Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES)
+        may = Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES
+        self.staff = staff = self.guild.add_role("Staff", may)
         self.guild.owner.role_ids.append(staff.id)
         channels = [self.guild.general, *map(self.guild.add_channel, CHANNELS)]
         private = hidden_except(self.guild, staff)
@@ -2842,6 +2843,7 @@ async def run_demo(
     async with PretendDiscord() as discord, contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         settings = demo_settings(settings, discord, folder, port, plugins)
+        settings = with_sign_in(settings, discord)
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
         serving = asyncio.create_task(serve(server))
@@ -2889,9 +2891,48 @@ def demo_settings(
     )
 
 
+def with_sign_in(settings: spywatcher.Settings, discord: PretendDiscord) -> spywatcher.Settings:
+    """The same with the page's button, which leads to this Discord; port 0 becomes a free one now."""
+    port = settings.server.port or free_port()
+    url = f"http://localhost:{port}"
+    discord.oauth2.redirect_uris.add(f"{url}/signin/callback")
+    mallory = User(snowflake(days_ago(3)), "mallory")
+    discord.oauth2.people["mallory, who is banned here"] = mallory
+    signin = {
+        "client_id": discord.oauth2.client_id,
+        "client_secret": discord.oauth2.client_secret,
+        "public_url": url,
+        "banned": [str(mallory.id)],
+    }
+    replace = msgspec.structs.replace
+    server = replace(settings.server, port=port)
+    return replace(settings, server=server, plugin=settings.plugin | {"signin": signin})
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    [listener] = tornado.netutil.bind_sockets(0, "127.0.0.1")
+    with listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def demo_people(lively: LivelyGuild) -> dict[str, User]:
+    """Whom one may be on the page of `AuthorizeHandler`: each sees something else."""
+    moderator, member = lively.regulars[:2]
+    moderator.role_ids.append(lively.staff.id)
+    owner, name = lively.guild.owner, lively.guild.name
+    return {
+        f"{owner.name}, who owns {name}": owner.user,
+        f"{moderator.name}, a moderator of {name}": moderator.user,
+        f"{member.name}, a plain member": member.user,
+    }
+
+
 async def show(discord: PretendDiscord, server: spywatcher.Server, plugins: Path | None) -> None:
     """Fill the guilds with life, say where to look, and go on until cancelled."""
     lively = lively_guilds(discord)
+    discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
     await discord.wait_for_bot(timeout=60)
     for i, guild in enumerate(lively):
         await guild.warm_up(LIFE_BEFORE // 4**i)
