@@ -69,7 +69,6 @@ async def test_a_token_in_the_address_signs_in_and_is_kept_nowhere(
 async def test_without_a_token_the_page_says_what_to_do_and_takes_one(
     browser: Browser, spy: Watch
 ) -> None:
-    browser.expected.append("404.*signin/token")
     page = await browser.open(spy.url)
     await expect(page.locator("#door-why")).to_contain_text("you need a token")
     await page.get_by_label("Token", exact=True).fill(spy.token(role="ADMIN"))
@@ -336,7 +335,6 @@ async def test_the_map_of_the_week_is_read_by_arrow_keys(
 async def test_axe_finds_no_serious_fault(
     browser: Browser, watching: Watching, guild: Guild, scheme: str
 ) -> None:
-    browser.expected.append("404.*signin/token")
     guild.add_member("ada").appear("online", ["desktop", "web"])
     history = {"hours": [[300, 1, 0, 0, 1, 3], [1, 4, 1, 0, 2, 5]]}
     async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:

@@ -10,7 +10,7 @@ import { Scores } from "./scores.js";
 import { Status } from "./status.js";
 import { Stream } from "./stream.js";
 import { Tokens } from "./token.js";
-import { and } from "./words.js";
+import { and, hourMinute } from "./words.js";
 
 /** Between two looks at the guild: whatever came meanwhile is painted in one go. */
 const PAINT_INTERVAL = 250;
@@ -137,6 +137,7 @@ class Page {
     this.#status.paint();
     const guild = this.#guilds.get(this.#chosen);
     for (const part of document.querySelectorAll(".view")) part.classList.toggle("without-guild", !guild);
+    say($("#clock"), hourMinute(Date.now()));
     say($("#guild-name"), guild?.name ?? "");
     document.title = guild ? `${guild.name} · SpyWatcher` : "SpyWatcher";
     if (guild) for (const painter of this.#painters[this.#view]) painter.paint(guild, Date.now());
