@@ -49,7 +49,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import time
 import tomllib
 import unicodedata
@@ -118,6 +117,7 @@ __version__ = "0.1.0"
 
 #: What a plugin may import; everything else may change without notice.
 __all__ = [
+    "Marks",
     "Payload",
     "PluginSettings",
     "Shared",
@@ -388,7 +388,7 @@ class Settings(Section, frozen=True):
     folder: Path = Path()
 
 
-SECRET_KEYS: Final = frozenset({"secret", "token"})
+SECRET_KEYS: Final = frozenset({"secret", "token", "client_secret"})
 SectionT = TypeVar("SectionT", bound=msgspec.Struct)
 
 
@@ -410,7 +410,11 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
             secret = key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
             came = "a value not shown here" if secret else shown(without_login(value))
             faults.append(f"{path}.{key}: got {came}, expected {expected}")
-    return to(**values)
+    try:
+        return to(**values)
+    except ValueError as error:  # what the section itself says of values that do not fit together
+        faults += [f"{path}.{fault}" for fault in error.args]
+        return to()
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -448,7 +452,7 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
     types = section_types()
     for name, table in tables.items():
         if name == "plugin":
-            sections["plugin"] = check_plugin_tables(table, faults)
+            sections["plugin"] = check_plugin_tables(table, folder, faults)
         elif name == "throttle":
             sections["throttle"] = check_throttle_table(table, faults)
         elif name in types:
@@ -470,8 +474,13 @@ def section_types() -> dict[str, type[Section]]:
     }
 
 
-def check_plugin_tables(table: object, faults: list[str]) -> dict[str, dict[str, Any]]:
-    """`[plugin.NAME]` is checked by the plugin itself; here only that each is a table."""
+def check_plugin_tables(
+    table: object, folder: Path, faults: list[str]
+) -> dict[str, dict[str, Any]]:
+    """`[plugin.NAME]` is checked by the plugin itself; here only that each is a table.
+
+    What a key that ends with `_file` names is relative to the settings file: the path is made whole.
+    """
     if not isinstance(table, dict):
         faults.append(f"plugin: got {shown(table)}, expected tables [plugin.NAME]")
         return {}
@@ -480,7 +489,14 @@ def check_plugin_tables(table: object, faults: list[str]) -> dict[str, dict[str,
         for name, value in table.items()
         if not isinstance(value, dict)
     ]
-    return {name: value for name, value in table.items() if isinstance(value, dict)}
+    return {
+        name: {
+            key: str(folder / entry) if key.endswith("_file") and entry else entry
+            for key, entry in value.items()
+        }
+        for name, value in table.items()
+        if isinstance(value, dict)
+    }
 
 
 def check_throttle_table(table: object, faults: list[str]) -> dict[str, float]:
@@ -774,9 +790,9 @@ class Tokens:
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
     ) -> str:
         """A token that `verify` accepts for `ttl` seconds; raises OperatorError without a secret."""
-        algorithm = next((name for name in self._algorithms if name.startswith("HS")), None)
-        if algorithm is None or not self._keys.secrets:
+        if not self.can_issue:
             raise OperatorError("auth.secret: not set, expected the key that signs tokens")
+        algorithm = next(name for name in self._algorithms if name.startswith("HS"))
         claims: dict[str, Any] = {
             "discordId": discord_id,
             "access": True,
@@ -786,6 +802,11 @@ class Tokens:
         if guilds:
             claims["guilds"] = list(guilds)
         return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+
+    @property
+    def can_issue(self) -> bool:
+        """Whether there is a secret, and an algorithm that uses it."""
+        return bool(self._keys.secrets) and any(name.startswith("HS") for name in self._algorithms)
 
     def derive_key(self, purpose: str) -> bytes:
         """32 bytes that only who has the newest secret can know (HMAC-SHA256); raises OperatorError
@@ -2333,8 +2354,17 @@ PayloadOrMaker = Payload | dict[str, Any] | Callable[[], Awaitable[Payload | dic
 class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Base of a plugin's `class Settings`: the keys of its `[plugin.NAME]` table.
 
-    Give each a type and a default; wrong values are refused at start with their key path.
+    Give each a type and a default; wrong values are refused at start with their key path. What
+    does not fit together is refused by `__post_init__` with `ValueError("key: what is wrong", …)`.
+    The value of a key that ends with `_file` is made a whole path before.
     """
+
+    @property
+    def needs_secret(self) -> bool:
+        """Whether the plugin, set like this, calls `spy.key` or `spy.issue_token`: a server
+        without a secret then does not start.
+        """
+        return False
 
 
 class Listener(msgspec.Struct, frozen=True):
@@ -2484,6 +2514,19 @@ class Shared(Protocol):
         """
 
 
+class Marks(Protocol):
+    """Names that all nodes remember for a while, in Redis: what is used up, who has signed out.
+
+    Both raise ConnectionError while Redis does not answer.
+    """
+
+    async def put(self, name: str, seconds: float) -> bool:
+        """Remember a name for so long; False, and nothing else, if it is remembered already."""
+
+    async def has(self, name: str) -> bool:
+        """Whether a name is remembered."""
+
+
 class Spy:
     """What a plugin is handed: its settings, its log, the bot, and the way to the dashboards."""
 
@@ -2506,8 +2549,14 @@ class Spy:
         self.storage = context.storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
+        #: What all nodes remember, on each of them; None in a single process.
+        self.marks = context.marks(name)
+        #: Where Discord's REST API answers: what `hikari.RESTApp` takes as `url`.
+        self.rest_url = context.rest_url
         self._name = name
         self._tokens = context.tokens
+        self._address = context.address
+        self._lists_origin = context.lists_origin
         self._emit = emit
         self._count = count
         self._failed = failed
@@ -2551,6 +2600,14 @@ class Spy:
             hmac.digest(spy.key("cookie"), value, "sha256")
         """
         return self._tokens.derive_key(f"plugin {self._name}: {purpose}")
+
+    def address(self, request: HTTPServerRequest) -> str:
+        """Whom a request counts for: the client's address, behind a trusted proxy too; of IPv6 the /64."""
+        return self._address(request)
+
+    def lists_origin(self, origin: str) -> bool:
+        """Whether `[server] cors_origins` names this page's origin; "*" and "null" name nobody."""
+        return self._lists_origin(origin)
 
     @property
     def problem(self) -> str | None:
@@ -2669,6 +2726,13 @@ class HostContext(NamedTuple):
     share: Callable[[str], Shared | None] = lambda name: None
     #: What signs tokens, and what plugins sign themselves.
     tokens: Tokens = Tokens(Keys(), ())
+    #: What a plugin of this name has all nodes remember; None where there is one.
+    marks: Callable[[str], Marks | None] = lambda name: None
+    rest_url: str = ""
+    #: Whom a request counts for.
+    address: Callable[[HTTPServerRequest], str] = lambda request: ""
+    #: Whether a page of this origin is named in the settings.
+    lists_origin: Callable[[str], bool] = lambda origin: False
 
 
 class PluginHandler(RequestHandler):
@@ -2914,12 +2978,27 @@ class PluginHost:
     # -- running
 
     def attach(self, place: HostContext) -> None:
-        """Give each plugin what it works with. What it serves is there from now on, on every node."""
+        """Give each plugin what it works with. What it serves is there from now on, on every node.
+
+        Raises OperatorError where one needs a secret that is not there.
+        """
+        self.check_secret(place.tokens)
         for name, plugin in self.plugins.items():
             if name not in self._runners:
                 claim = functools.partial(self._claim, plugin)
                 self._runners[name] = Runner(plugin, place, claim, self._metrics)
         self._routes = [route for runner in self._runners.values() for route in runner.routes()]
+
+    def check_secret(self, tokens: Tokens) -> None:
+        """Raises OperatorError for each plugin that signs where nothing can be signed."""
+        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
+        if signing and not tokens.can_issue:
+            raise OperatorError(
+                *(
+                    f"plugin.{name}: needs [auth] secret and an algorithm like HS256"
+                    for name in signing
+                )
+            )
 
     def handler_for(
         self, request: HTTPServerRequest
@@ -3326,7 +3405,15 @@ class Origins:
         scheme, _, rest = origin.partition("://")
         if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
             return True
-        return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
+        return self.lists(origin)
+
+    def lists(self, origin: str) -> bool:
+        """Whether it is named, by "https://*.host" too; "*" and "null" are nobody's names."""
+        origin = origin.lower()
+        if origin in ("*", "null"):
+            return False
+        below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
+        return below or origin in self._exact
 
 
 #: Headers by which a request shows that a proxy passed it on.
@@ -3384,6 +3471,10 @@ class FrontDoor:
                 break
             client = hop
         return address_key(client) if client is not None else "unknown"
+
+    def lists(self, origin: str) -> bool:
+        """Whether `cors_origins` names the page's origin."""
+        return self.origins.lists(origin)
 
     def peer(self, text: str) -> str:
         """Whom a connection counts for before it says a word; of a proxy, nobody."""
@@ -4402,7 +4493,10 @@ class Server:
         emit, storage = self._emit_or_hold, storage_of(self._settings)
         bot, settled = self.gateway.bot, self.gateway.settled
         place = HostContext(bot, emit, settled, self.access.watches, storage, tokens=self.tokens)
-        return place._replace(share=self.cluster.share) if self.cluster else place
+        door, rest_url = self.door, self._settings.discord.rest_url
+        place = place._replace(rest_url=rest_url, address=door.address, lists_origin=door.lists)
+        cluster = self.cluster
+        return place._replace(share=cluster.share, marks=cluster.marks) if cluster else place
 
     def _bind(self) -> list[socket.socket]:
         server = self._settings.server
@@ -4676,6 +4770,14 @@ def parse_id(text: str) -> int:
     return int(text)
 
 
+def parse_folder(text: str) -> Path:
+    """A folder that is there, whatever is the working directory later."""
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return path
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="spywatcher", description="Watch Discord guilds live, from any browser."
@@ -4687,7 +4789,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     serve = commands.add_parser("serve", help="run the server (the default)")
     serve.set_defaults(command=serve_command)
     demo = commands.add_parser("demo", help="serve against the built-in pretend Discord")
-    demo.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
+    demo.add_argument("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
+    demo.add_argument("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     demo.set_defaults(command=demo_command)
     check = commands.add_parser("check", help="validate settings and plugins, print them")
     check.set_defaults(command=check_command)
@@ -4742,11 +4845,12 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
-    read_keys(settings.auth, settings.folder)
+    keys = read_keys(settings.auth, settings.folder)
     bot_token_of(settings)
     check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
+    host.check_secret(Tokens(keys, settings.auth.algorithms))
     print(settings_text(settings))
     for plugin in host.plugins.values():
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
@@ -4760,10 +4864,13 @@ def settings_text(settings: Settings) -> str:
     for name, section in msgspec.to_builtins(settings, enc_hook=str).items():
         if not isinstance(section, dict):
             continue
-        for key, value in section.items():
-            hidden = key in SECRET_KEYS and value
-            may_show = "(set, not shown)" if hidden else shown(without_login(value))
-            lines.append(f"{name}.{key} = {may_show}")
+        tables = section.items() if name == "plugin" else [("", section)]
+        for plugin, table in tables:
+            path = f"{name}.{plugin}" if plugin else name
+            for key, value in table.items():
+                hidden = key in SECRET_KEYS and value
+                may_show = "(set, not shown)" if hidden else shown(without_login(value))
+                lines.append(f"{path}.{key} = {may_show}")
     return "\n".join(lines)
 
 
@@ -4791,72 +4898,10 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        storage = StorageSettings(path=f"{folder}/demo.db")
-        settings = msgspec.structs.replace(settings, storage=storage)
-        run_until_stopped(run_demo(settings, arguments.port))
-
-
-async def run_demo(settings: Settings, port: int | None) -> None:
-    """The whole product on loopback: pretend Discord, server, and a dashboard that prints."""
+    """Serve a pretend Discord instead, until stopped."""
     import simulator  # needed by the demo alone; a server is deployed without it
 
-    async with simulator.PretendDiscord() as discord:
-        playing = asyncio.create_task(simulator.play(discord))
-        keys = Keys(secrets=(secrets.token_hex(32),))
-        replace = msgspec.structs.replace
-        settings = replace(
-            settings,
-            server=replace(settings.server, port=settings.server.port if port is None else port),
-            auth=replace(settings.auth, algorithms=("HS256",)),
-            discord=DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
-        )
-        server = Server(settings, keys=keys, token=discord.token)
-        viewer = server.tokens.issue("1", role="ADMIN", ttl=86_400)
-        watching = asyncio.create_task(print_events(server, viewer))
-        try:
-            await run_server(server)
-        finally:
-            playing.cancel()
-            watching.cancel()
-            await asyncio.wait([playing, watching])
-
-
-async def print_events(server: Server, token: str) -> None:
-    """A dashboard in a terminal: what any Socket.IO client sees, one line an event."""
-    client = socketio.AsyncClient(logger=False, handle_sigint=False)  # run_server does
-
-    def show(event: str, data: object) -> None:
-        print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
-
-    client.on("*", show)
-    await server.gateway.bot.event_manager.wait_for(hikari.GuildAvailableEvent, timeout=None)
-    url = f"http://127.0.0.1:{server.port}"
-    await client.connect(url, auth={"token": token}, transports=["websocket"])
-    guilds = (await client.call("guilds:list"))["guilds"]
-    print(DEMO_TEXT.format(url=url, token=token, guild=guilds[0]["id"]), flush=True)
-    for guild in guilds:
-        for kind in sorted(server.plugins.kinds):
-            await client.emit(f"subscribe:{kind}", guild["id"])
-    try:
-        await client.wait()
-    finally:
-        await client.shutdown()
-
-
-DEMO_TEXT: Final = """
-SpyWatcher is watching a pretend guild at {url}. A token for it, good for a day:
-
-{token}
-
-See it from Node (npm install socket.io-client), in a file demo.mjs:
-
-import {{ io }} from "socket.io-client";
-const socket = io("{url}", {{ auth: {{ token: "{token}" }} }});
-socket.onAny((event, data) => console.log(event, data)).emit("subscribe:guild", "{guild}");
-
-What this dashboard sees meanwhile (Ctrl+C stops it):
-"""
+    run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
 
 
 async def run_server(
