@@ -12,7 +12,9 @@ from zoneinfo import ZoneInfo
 import pytest
 from browser import Browser, axe_faults, running_chromium
 from playwright.async_api import Page, async_playwright, expect
-from service import viewer_token
+from service import server_of, viewer_token
+from signing import signing_tables
+from waiting import eventually
 from watching import Watch, Watching
 
 from simulator import Guild, PretendDiscord
@@ -69,7 +71,6 @@ async def test_a_token_in_the_address_signs_in_and_is_kept_nowhere(
 async def test_without_a_token_the_page_says_what_to_do_and_takes_one(
     browser: Browser, spy: Watch
 ) -> None:
-    browser.expected.append("404.*signin/token")
     page = await browser.open(spy.url)
     await expect(page.locator("#door-why")).to_contain_text("you need a token")
     await page.get_by_label("Token", exact=True).fill(spy.token(role="ADMIN"))
@@ -104,6 +105,44 @@ async def test_a_token_that_ends_meanwhile_can_be_replaced_where_one_is(
     await page.get_by_label("New token").fill(spy.token(role="ADMIN"))
     await page.get_by_role("button", name="Use it").click()
     await state(page).to_have_text("Live")
+
+
+# ---- through Discord -------------------------------------------------------
+
+
+async def sign_in(page: Page, name: str) -> None:
+    await page.get_by_role("link", name="Sign in with Discord").click()
+    await page.get_by_role("button", name=name).click()
+    await state(page).to_have_text("Live")
+
+
+async def test_discord_signs_in_and_a_reload_keeps_one_signed_in(
+    browser: Browser, discord: PretendDiscord, guild: Guild
+) -> None:
+    browser.expected.append("401.*/(signin/token|favicon.ico)")
+    tables = signing_tables(discord, plugins=OWN_PLUGINS)
+    async with server_of(discord, tables):
+        page = await browser.open(tables["plugin"]["signin"]["public_url"])
+        await sign_in(page, "owner")
+        await page.reload()
+        await state(page).to_have_text("Live")
+        await page.get_by_role("button", name="Sign out").click()
+        await expect(page.locator("#door-why")).to_contain_text("Sign in to see the guilds")
+
+
+async def test_whoever_is_signed_in_never_sees_a_token_end(
+    browser: Browser, discord: PretendDiscord, guild: Guild
+) -> None:
+    browser.expected.append("401.*/(signin/token|favicon.ico)")
+    tables = signing_tables(discord, plugins=OWN_PLUGINS, signin={"token_ttl": 4.0})
+    async with server_of(discord, tables):
+        page = await browser.open(tables["plugin"]["signin"]["public_url"])
+        asked: list[str] = []
+        await sign_in(page, "owner")
+        page.on("request", lambda request: asked.append(request.url))
+        await eventually(lambda: sum(url.endswith("/signin/token") for url in asked) > 1, 15.0)
+        await state(page).to_have_text("Live")
+        await expect(page.locator("#notice")).to_be_hidden()
 
 
 # ---- what happens ----------------------------------------------------------
@@ -273,7 +312,6 @@ async def test_names_are_text_whatever_they_are(
 async def test_the_page_comes_back_after_a_restart(
     browser: Browser, watching: Watching, guild: Guild
 ) -> None:
-    browser.expected.append("ERR_CONNECTION|WebSocket connection")
     ada = guild.add_member("ada")
     async with watching() as spy:
         page = await browser.open(address(spy))
@@ -336,7 +374,6 @@ async def test_the_map_of_the_week_is_read_by_arrow_keys(
 async def test_axe_finds_no_serious_fault(
     browser: Browser, watching: Watching, guild: Guild, scheme: str
 ) -> None:
-    browser.expected.append("404.*signin/token")
     guild.add_member("ada").appear("online", ["desktop", "web"])
     history = {"hours": [[300, 1, 0, 0, 1, 3], [1, 4, 1, 0, 2, 5]]}
     async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:

@@ -49,13 +49,13 @@ class File(tornado.web.RequestHandler):
             self.set_header(name, value)
 
     def send(self, name: str) -> None:
-        files = {
+        paths = {
             path.name: path for part in ("static", "vendor") for path in (HERE / part).glob("*")
         }
-        if name not in files:
+        if name not in paths or paths[name].suffix not in TYPES:
             raise tornado.web.HTTPError(404)
-        self.set_header("Content-Type", TYPES[files[name].suffix])
-        self.finish(files[name].read_bytes())
+        self.set_header("Content-Type", TYPES[paths[name].suffix])
+        self.finish(paths[name].read_bytes())
 
 
 @route(r"/")

@@ -131,7 +131,7 @@ export class Connection extends EventTarget {
       if (this.#tokens.user && (await this.#tokens.renew())) return this.#socket.connect();
       return this.#tokenEnded();
     }
-    this.#set("refused", code ?? error.message);
+    this.#turnedAway("refused", code ?? error.message);
     if (retryAfter) this.#again(retryAfter * 1_000);
   }
 
@@ -199,8 +199,16 @@ export class Connection extends EventTarget {
 
   #tokenEnded() {
     if (!this.#tokens.user) this.#tokens.forget();
-    this.#set("expired");
+    this.#turnedAway("expired");
     this.#socket.disconnect();
+  }
+
+  /** Whoever has to do something is told of the sign-in too, if there is one. */
+  async #turnedAway(state, why = "") {
+    this.#set(state, why);
+    if (this.#tokens.signIn !== null) return;
+    await this.#tokens.askSignIn();
+    this.#tell("state", state);
   }
 
   #signedOut() {

@@ -10,10 +10,12 @@ import { Scores } from "./scores.js";
 import { Status } from "./status.js";
 import { Stream } from "./stream.js";
 import { Tokens } from "./token.js";
-import { and } from "./words.js";
+import { and, hourMinute } from "./words.js";
 
 /** Between two looks at the guild: whatever came meanwhile is painted in one go. */
 const PAINT_INTERVAL = 250;
+/** Of so many looks one goes to what need not be as quick: charts, members. */
+const SELDOM = 4;
 /** Of each guild on the wall; #wall&every=60 says otherwise. */
 const WALL_SECONDS = 20;
 const WALL_GUILDS = 10;
@@ -31,11 +33,15 @@ class Page {
   #announced = 0;
   #view = "now";
   #wallSeconds = WALL_SECONDS;
-  #painters;
+  #often; // view -> what is painted at each look
+  #seldom; // view -> what is painted in turn, one at a look
+  #looks = 0;
 
   constructor() {
-    const now = [new Figures($("#figures")), new LiveCharts($("#live")), new Stream()];
-    this.#painters = { now: [...now, new Members()], time: [new OverTime()], people: [new Scores()], wall: now };
+    const often = [new Figures($("#figures")), new Stream()];
+    const charts = new LiveCharts($("#live"));
+    this.#often = { now: often, time: [new OverTime()], people: [new Scores()], wall: often };
+    this.#seldom = { now: [charts, new Members()], time: [], people: [], wall: [charts] };
     this.#listen();
   }
 
@@ -43,7 +49,7 @@ class Page {
     this.#tokens.takeFromAddress();
     this.#follow();
     this.#connection.start();
-    setInterval(() => requestAnimationFrame(() => this.#paint()), PAINT_INTERVAL);
+    setInterval(() => requestAnimationFrame(() => this.#look()), PAINT_INTERVAL);
   }
 
   #listen() {
@@ -132,14 +138,21 @@ class Page {
     this.#paint();
   }
 
-  #paint() {
+  #look() {
     if (this.#view === "wall") this.#turn();
+    this.#looks += 1;
+    const due = this.#seldom[this.#view].filter((_, index) => (this.#looks + index) % SELDOM === 0);
+    this.#paint(due);
+  }
+
+  #paint(seldom = this.#seldom[this.#view]) {
     this.#status.paint();
     const guild = this.#guilds.get(this.#chosen);
     for (const part of document.querySelectorAll(".view")) part.classList.toggle("without-guild", !guild);
+    say($("#clock"), hourMinute(Date.now()));
     say($("#guild-name"), guild?.name ?? "");
     document.title = guild ? `${guild.name} · SpyWatcher` : "SpyWatcher";
-    if (guild) for (const painter of this.#painters[this.#view]) painter.paint(guild, Date.now());
+    if (guild) for (const painter of [...this.#often[this.#view], ...seldom]) painter.paint(guild, Date.now());
   }
 }
 

@@ -9,7 +9,8 @@ const RANK = Object.fromEntries(Object.keys(STATUSES).map((status, rank) => [sta
 const BY_STATUS = { all: "All", online: "Online", idle: "Idle", dnd: "Do not disturb", offline: "Offline" };
 const BY_DEVICE = { all: "Any device", desktop: "Desktop", mobile: "Mobile", web: "Web", several: "Several" };
 
-const byStatusThenName = (a, b) => RANK[a.status] - RANK[b.status] || a.username.localeCompare(b.username);
+const collator = new Intl.Collator();
+const byStatusThenName = (a, b) => RANK[a.status] - RANK[b.status] || collator.compare(a.username, b.username);
 
 export class Members {
   #rows = new KeyedList($("#members"), (member) => member.userId, makeRow, updateRow);
@@ -50,6 +51,7 @@ export class Members {
     const found = [...this.#guild.members.values()].filter((member) => this.#passes(member)).sort(byStatusThenName);
     this.#rows.show(found.slice(0, MOST_SHOWN));
     say($("#online-note"), this.#note(found.length));
+    $("#members").dataset.empty = found.length === 0;
     $("#no-members").hidden = found.length > 0;
     say($("#no-members"), this.#whyEmpty());
   }

@@ -3,7 +3,7 @@
 import { Chart, around } from "./charts.js";
 import { el, say } from "./dom.js";
 import { STEP } from "./live.js";
-import { count, hourMinute, number, time } from "./words.js";
+import { count, decimal, hourMinute, number, time } from "./words.js";
 
 const WAITING = "–";
 
@@ -56,12 +56,20 @@ export class Figures {
 
 /** "▲ 12% · 214 a week ago" */
 function compare(node, current, before, guild, now) {
-  if (current === null || before === null) return say(node, whyNot(guild, now));
-  const change = before >= 1 ? (100 * (current - before)) / before : null;
-  const arrow = change === null || Math.abs(change) < 0.5 ? "" : change > 0 ? "▲ " : "▼ ";
-  const percent = change === null ? "" : arrow ? `${number(Math.abs(change))}% · ` : "= · ";
-  node.dataset.way = arrow ? (change > 0 ? "up" : "down") : "";
-  say(node, `${arrow}${percent}${number(before)} a week ago`);
+  const known = current !== null && before !== null;
+  const way = known && before >= 1 ? wayOf(current / before) : "";
+  node.dataset.way = way;
+  say(node, known ? `${change(way, current / before)}${number(before)} a week ago` : whyNot(guild, now));
+}
+
+/** Less than half a percent is no change. */
+const wayOf = (ratio) => (ratio > 1.005 ? "up" : ratio < 0.995 ? "down" : "same");
+
+function change(way, ratio) {
+  if (way === "") return "";
+  if (way === "same") return "= · ";
+  const much = ratio > 3 ? `×${decimal(ratio)}` : `${number(100 * Math.abs(ratio - 1))}%`;
+  return `${way === "up" ? "▲" : "▼"} ${much} · `;
 }
 
 function whyNot(guild, now) {

@@ -16,7 +16,7 @@ const LISTS = [
     title: "Lurkers",
     why: "How often a member who never wrote came, went or changed status, divided by 1 + typing + reactions.",
     value: ({ lurkerScore }) => lurkerScore,
-    more: ({ channelCount }) => `seen in ${count(channelCount, "channel")}`,
+    more: ({ channelCount }) => (channelCount ? `seen in ${count(channelCount, "channel")}` : ""),
     empty: "Nobody yet. A silent member appears after a few changes of status.",
   },
   {

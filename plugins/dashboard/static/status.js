@@ -48,6 +48,7 @@ export class Status {
     const { state, guilds, listed, complete } = this.#connection;
     const door = state === "signedOut" || (state === "refused" && !listed) || (state === "expired" && !listed);
     document.body.dataset.state = state;
+    document.body.dataset.door = door;
     say($("#state .words"), LABELS[state]);
     $("#door").hidden = !door;
     $("#main").hidden = door || !listed;

@@ -112,16 +112,19 @@ export class Stream {
 
   #kindBox(kind, label) {
     const box = el("input", { type: "checkbox", checked: "" });
+    const chip = el("label", { class: "chip", "data-kind": kind, "data-on": true }, box, label);
     box.addEventListener("change", () => {
       this.#hidden[box.checked ? "delete" : "add"](kind);
+      chip.dataset.on = box.checked;
       this.#filter({});
     });
-    return el("label", { class: "chip", "data-kind": kind }, box, label);
+    return chip;
   }
 
   #sayEmpty() {
     const rows = this.#list.children.length;
     const visible = rows && this.#list.querySelector("li:not([hidden])");
+    this.#list.dataset.empty = !visible;
     this.#empty.hidden = Boolean(visible);
     const since = this.#guild && hourMinute(this.#guild.live.since);
     say(this.#empty, rows ? `None of the ${count(rows, "event")} kept is of this kind.`

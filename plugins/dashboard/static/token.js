@@ -48,15 +48,21 @@ export class Tokens {
 
   /** Ask the sign-in for a token; whether there is a new one. */
   async renew() {
-    const answer = await fetch("/signin/token", { method: "POST" }).catch(() => null);
-    this.status = answer?.status ?? 0;
-    if (answer) this.signIn = answer.status !== 404 && answer.status !== 405;
+    const answer = await this.askSignIn();
     if (!answer?.ok) return false;
     const { token, expiresAt, user } = await answer.json();
     this.use(token);
     this.#ends = Date.parse(expiresAt) || Infinity;
     this.user = user;
     return true;
+  }
+
+  /** The answer of the sign-in, and with it whether there is one; null without an answer. */
+  async askSignIn() {
+    const answer = await fetch("/signin/token", { method: "POST" }).catch(() => null);
+    this.status = answer?.status ?? 0;
+    if (answer) this.signIn = answer.status !== 404 && answer.status !== 405;
+    return answer;
   }
 
   async signOut() {
