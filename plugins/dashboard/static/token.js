@@ -1,0 +1,72 @@
+// Where tokens come from: the address (#token=…), Discord's sign-in, or what was pasted. A token is
+// kept in this page's memory alone: not in the address, not in any storage.
+
+/** Seconds before its end in which a token is not used for a new connection if there is a way to another. */
+const TOO_OLD = 30_000;
+
+export class Tokens {
+  #token = null;
+  #ends = Infinity; // ms since 1970, of tokens from the sign-in
+  /** Who is signed in through Discord: {id, username}; null with any other token. */
+  user = null;
+  /** Whether this server has a sign-in; null until it was asked. */
+  signIn = null;
+  /** What the sign-in last said: an HTTP status, or 0 when there was no answer. */
+  status = 0;
+
+  /** Take the token out of the address, and out of the history of the browser with it. */
+  takeFromAddress() {
+    const fragment = new URLSearchParams(location.hash.slice(1));
+    const token = fragment.get("token");
+    if (token === null) return;
+    fragment.delete("token");
+    const rest = fragment.toString().replace(/=(?=&|$)/g, "");
+    history.replaceState(null, "", location.pathname + location.search + (rest && `#${rest}`));
+    this.use(token);
+  }
+
+  use(token) {
+    this.#token = token.trim() || null;
+    this.#ends = Infinity;
+    this.user = null;
+  }
+
+  forget() {
+    this.use("");
+  }
+
+  get held() {
+    return this.#token !== null;
+  }
+
+  /** What to connect with now: the token held, or a new one where it is about to end; null without any. */
+  async current() {
+    const fresh = this.#token !== null && Date.now() < this.#ends - TOO_OLD;
+    if (!fresh && (this.#token === null || this.user)) await this.renew();
+    return this.#token;
+  }
+
+  /** Ask the sign-in for a token; whether there is a new one. */
+  async renew() {
+    const answer = await this.askSignIn();
+    if (!answer?.ok) return false;
+    const { token, expiresAt, user } = await answer.json();
+    this.use(token);
+    this.#ends = Date.parse(expiresAt) || Infinity;
+    this.user = user;
+    return true;
+  }
+
+  /** The answer of the sign-in, and with it whether there is one; null without an answer. */
+  async askSignIn() {
+    const answer = await fetch("/signin/token", { method: "POST" }).catch(() => null);
+    this.status = answer?.status ?? 0;
+    if (answer) this.signIn = answer.status !== 404 && answer.status !== 405;
+    return answer;
+  }
+
+  async signOut() {
+    if (this.user) await fetch("/signout", { method: "POST" }).catch(() => null);
+    this.forget();
+  }
+}

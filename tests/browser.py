@@ -1,0 +1,123 @@
+"""A real browser for the tests of the page: headless Chromium, driven by Playwright.
+
+One Chromium serves all tests; each gets a context of its own, without cookies and storage of others::
+
+    async def test_...(browser, spy):
+        page = await browser.open(spy.url("/"), token=viewer_token())
+        await page.get_by_text("Live").wait_for()
+
+What the page writes to its console as an error, or does not catch, fails the test at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import Browser as Chromium
+from playwright.async_api import ConsoleMessage, Page, expect
+
+FOLDER = Path(__file__).parent
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+SWITCHES = (
+    "--headless=new",
+    "--no-sandbox",  # root in a container has no other way
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-port=0",
+)
+LAPTOP = {"width": 1366, "height": 860}
+DEADLINE_MS = 10_000
+expect.set_options(timeout=DEADLINE_MS)
+
+
+def find_chromium() -> str:
+    """The path of a browser; skips the test where there is none, which CI must not do."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        assert "CI" not in os.environ, "CI tests the page, and there is no Chromium"
+        pytest.skip("there is no Chromium here (Debian: apt install chromium)")
+    return found
+
+
+@contextmanager
+def running_chromium(folder: Path) -> Iterator[str]:
+    """Run a Chromium; yields the address of its DevTools."""
+    command = [find_chromium(), *SWITCHES, f"--user-data-dir={folder}", "about:blank"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    assert process.stderr is not None
+    try:
+        lines = iter(process.stderr.readline, "")
+        found = next(filter(None, (re.search(r"listening on (ws://\S+)", line) for line in lines)))
+        yield found[1]
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+class Browser:
+    """What one test uses of the browser."""
+
+    def __init__(self, chromium: Chromium) -> None:
+        self._chromium = chromium
+        self.faults: list[str] = []
+        #: Console errors that the test means to cause. Those of each: no sign-in is set up here, a busy
+        #: machine is late, which its health says, and the server of a test may end before the page.
+        self.expected = [
+            "404.*/signin/token",
+            "503.*/health/ready",
+            "ERR_CONNECTION",
+            "WebSocket connection",
+        ]
+
+    async def open(self, url: str, **context: Any) -> Page:
+        """A new page as a new visitor has it, at `url`."""
+        made = await self._chromium.new_context(**{"viewport": LAPTOP, **context})
+        made.set_default_timeout(DEADLINE_MS)
+        page = await made.new_page()
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        await page.goto(url)
+        return page
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.faults.append(f"{message.text} ({message.location.get('url')})")
+
+    async def close(self) -> None:
+        for context in self._chromium.contexts:
+            await context.close()
+
+    def unexpected(self) -> list[str]:
+        return [
+            fault
+            for fault in self.faults
+            if not any(re.search(pattern, fault) for pattern in self.expected)
+        ]
+
+
+async def axe_faults(page: Page) -> list[str]:
+    """What axe-core holds to be a serious or critical fault of accessibility, each in a line."""
+    axe = (FOLDER / "node_modules/axe-core/axe.min.js").read_text("utf-8")
+    await page.evaluate(axe)
+    found = await page.evaluate("axe.run()")
+    return [
+        f"{fault['id']}: {fault['help']} ({node['html'][:120]})"
+        for fault in found["violations"]
+        if fault["impact"] in {"serious", "critical"}
+        for node in fault["nodes"][:3]
+    ]
