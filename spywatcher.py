@@ -14,6 +14,7 @@ The sections, each using only those above it:
     identity and access  who a viewer is, which guilds and channels they may see
     limits               how much one address, one viewer, one connection may have
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
+    recovery             what clients that come back have missed
     throttle             how often one event may go to one guild
     plugin API           all that a plugin may import
     plugin host          finds, loads, runs and fences plugins
@@ -35,6 +36,7 @@ import errno
 import functools
 import gc
 import heapq
+import hmac
 import importlib
 import importlib.util
 import inspect
@@ -54,7 +56,7 @@ import tempfile
 import time
 import tomllib
 import unicodedata
-from base64 import b64decode, b64encode
+from base64 import b64decode, b64encode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -315,6 +317,16 @@ class FanoutSettings(Section, frozen=True):
     ] = 0.05
 
 
+class RecoverySettings(Section, frozen=True):
+    window: Annotated[
+        SecondsOrZero,
+        Meta(description="Seconds of missed events that a client which comes back gets; 0: none."),
+    ] = 120.0
+    max_events: Annotated[
+        Positive, Meta(description="Missed events of one guild beyond which a client starts anew.")
+    ] = 1_000
+
+
 class RedisSettings(Section, frozen=True):
     url: Annotated[
         str,
@@ -376,6 +388,7 @@ class Settings(Section, frozen=True):
         ),
     ] = msgspec.field(default_factory=THROTTLE.copy)
     fanout: FanoutSettings = FanoutSettings()
+    recovery: RecoverySettings = RecoverySettings()
     redis: RedisSettings = RedisSettings()
     storage: StorageSettings = StorageSettings()
     plugins: PluginsSettings = PluginsSettings()
@@ -599,6 +612,10 @@ class Metrics:
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
+        self.recovered = count("recovered_clients", "Clients that missed nothing while away.")
+        self.not_recovered = count(
+            "not_recovered_clients", "Clients that came back too late or wrongly.", "reason"
+        )
         self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
@@ -1416,6 +1433,8 @@ CONTROL_BYTES: Final = 256
 MAX_ATTACHMENTS: Final = 8
 #: The one name under which a handler hears what clients send.
 REQUEST: Final = "request"
+#: The name under which a handler hears that the reply to CONNECT is on its way.
+CONNECTED: Final = "connected"
 
 Sid = str
 Hidden = frozenset[Sid]
@@ -1448,6 +1467,28 @@ class Frame:
         """The packet as one part of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
         payload = self.bytes[{126: 4, 127: 10}.get(self.bytes[1], 2) :]
         return payload.decode() if self.bytes[0] == 0x81 else "b" + b64encode(payload).decode()
+
+
+class RoomFrame(Frame):
+    """An event of a room. Clients that can recover get it with its offset as last argument.
+
+    Both forms are encoded once. Without an offset they are the same.
+    """
+
+    __slots__ = ("_offset", "_packet", "_tracked")
+
+    def __init__(self, packet: bytes, offset: str | None = None) -> None:
+        super().__init__(packet)
+        self._packet = packet
+        self._offset = offset
+        self._tracked: Frame | None = None if offset else self
+
+    @property
+    def tracked(self) -> Frame:
+        """The form for clients that can recover."""
+        if self._tracked is None:
+            self._tracked = Frame(b'%b,"%b"]' % (self._packet[:-1], str(self._offset).encode()))
+        return self._tracked
 
 
 def event_packet(event: str, *arguments: object) -> bytes:
@@ -1542,6 +1583,7 @@ class Session:
         "address",
         "allowance",
         "connects",
+        "from_browser",
         "handler",
         "log",
         "posting",
@@ -1549,6 +1591,7 @@ class Session:
         "server",
         "sid",
         "state",
+        "tracks",
     )
 
     def __init__(self, engine: Engine, sid: str, address: str) -> None:
@@ -1564,6 +1607,10 @@ class Session:
         #: Names the connection in the log; the Engine.IO id would let a reader take it over.
         self.log = ConnectionLog(log, {"connection": secrets.token_hex(4)})
         self.state = State.POLLING
+        #: Whether the latest request that brought packets named a page's origin.
+        self.from_browser = False
+        #: Whether room events come to it with their offsets (see "recovery").
+        self.tracks = False
         self.handler: SocketHandler | None = None
         self.posting = False  # one POST is at work
         #: By which TCP connections it comes: the latest of each kind of request.
@@ -1703,6 +1750,7 @@ class Session:
     async def post(self, handler: SocketHandler) -> None:
         """Take the packets of one poll's POST, however many fit into `max_message_bytes`."""
         self.carried_by(handler.connection, "POST")
+        self.from_browser = "Origin" in handler.request.headers
         try:
             body = handler.request.body.decode()
         except UnicodeDecodeError:
@@ -1770,6 +1818,7 @@ class Session:
         if not self._become(State.WEBSOCKET):
             handler.close()
             return
+        self.from_browser = "Origin" in handler.request.headers
         self.handler, self._prober, self._poller = handler, None, None
         self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
@@ -2025,7 +2074,7 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         if sid is None:
             return RefusedConnectionError("Already connected")
         try:
-            await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
+            welcome = await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
         except RefusedConnectionError as refusal:
             # It is sent in this turn of the loop; then the transport goes too.
             asyncio.get_running_loop().call_soon(session.end)
@@ -2036,8 +2085,10 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
             raise
         self._rooms.add(sid, session)
         kind = socketio.packet.CONNECT
-        await self._send_packet(session.sid, self.packet_class(kind, {"sid": sid}))
+        reply = {"sid": sid, **welcome}
+        await self._send_packet(session.sid, self.packet_class(kind, reply))
         await self.manager.connect(sid, NAMESPACE)
+        await self._trigger_event(CONNECTED, NAMESPACE, sid)
         if session.closed:
             await self._handle_eio_disconnect(session.sid, self.reason.TRANSPORT_CLOSE)
         return None
@@ -2076,10 +2127,13 @@ def library_log(name: str) -> logging.Logger:
 class Room:
     """Who listens to one room, and what waits for them while it rests."""
 
-    __slots__ = ("members", "rest", "sids", "waiting")
+    __slots__ = ("members", "plain", "rest", "sids", "tracking", "waiting")
 
     def __init__(self) -> None:
         self.members: dict[Sid, Session] = {}
+        #: The same once more, by the form in which they get events.
+        self.plain: dict[Sid, Session] = {}
+        self.tracking: dict[Sid, Session] = {}
         self.sids: tuple[Sid, ...] | None = None  # of `members`; None: not asked for since a change
         self.waiting: collections.deque[Outgoing] = collections.deque()
         self.rest: asyncio.Handle | None = None  # runs out when the room may be written to
@@ -2090,8 +2144,12 @@ class Outgoing(NamedTuple):
 
     number: int
     room: Room
-    frame: Frame
+    frame: RoomFrame
     hidden: Hidden
+
+    def form(self, tracks: bool) -> Frame:
+        """What goes to a client."""
+        return self.frame.tracked if tracks else self.frame
 
 
 class Outbox:
@@ -2112,7 +2170,7 @@ class Outbox:
         self._bytes = 0
         self._had: dict[Session, int] = {}  # up to which number who got ahead of its rooms
 
-    def send(self, room: Room, frame: Frame, hidden: Hidden) -> None:
+    def send(self, room: Room, frame: RoomFrame, hidden: Hidden) -> None:
         room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
         self._busy[room] = None
         self._bytes += len(frame.bytes)
@@ -2125,7 +2183,7 @@ class Outbox:
             return
         had = self._had.get(session, 0)
         due = [
-            out.frame
+            out.form(session.tracks)
             for out in in_order(room for room in self._busy if sid in room.members)
             if out.number > had and sid not in out.hidden
         ]
@@ -2209,9 +2267,9 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
     for out in batch:
         ways.setdefault((out.room, out.hidden), 1 << len(ways))
     written = keeping_up = behind = 0
-    for (bits, number), audience in audiences(ways, had).items():
+    for (tracks, bits, number), audience in audiences(ways, had).items():
         due = [out for out in batch if ways[out.room, out.hidden] & bits and out.number > number]
-        frames = [out.frame for out in due]
+        frames = [out.form(tracks) for out in due]
         data = b"".join([frame.bytes for frame in frames])
         written += len(frames) * len(audience)
         for session in audience:
@@ -2224,19 +2282,20 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
 
 def audiences(
     ways: Mapping[tuple[Room, Hidden], int], had: Mapping[Session, int]
-) -> Mapping[tuple[int, int], Collection[Session]]:
-    """Who gets the same: the bits of the ways that reach them, and up to which number they `had`."""
+) -> Mapping[tuple[bool, int, int], Collection[Session]]:
+    """Who gets the same: in which form, the bits of the ways that reach them, what they `had`."""
     (room, hidden), bit = next(iter(ways.items()))
     if len(ways) == 1 and not hidden and not had:
-        return {(bit, 0): room.members.values()}
+        both = {(False, bit, 0): room.plain.values(), (True, bit, 0): room.tracking.values()}
+        return {kind: audience for kind, audience in both.items() if audience}
     reached: dict[Session, int] = {}
     for (room, hidden), bit in ways.items():
         for sid, session in room.members.items():
             if sid not in hidden:
                 reached[session] = reached.get(session, 0) | bit
-    groups: dict[tuple[int, int], list[Session]] = {}
+    groups: dict[tuple[bool, int, int], list[Session]] = {}
     for session, bits in reached.items():
-        groups.setdefault((bits, had.get(session, 0)), []).append(session)
+        groups.setdefault((session.tracks, bits, had.get(session, 0)), []).append(session)
     return groups
 
 
@@ -2302,6 +2361,7 @@ class Rooms:
             self._outbox.catch_up(sid, session)
             target = self._rooms.setdefault(room, Room())
             target.members[sid] = session
+            (target.tracking if session.tracks else target.plain)[sid] = session
             target.sids = None
             self._rooms_of.setdefault(sid, set()).add(room)
 
@@ -2316,7 +2376,8 @@ class Rooms:
         self._rooms_of.get(sid, set()).discard(room)
         target = self._rooms.get(room)
         if target is not None:
-            target.members.pop(sid, None)
+            for members in (target.members, target.plain, target.tracking):
+                members.pop(sid, None)
             target.sids = None
             if not target.members:
                 self._outbox.forget(target)
@@ -2324,21 +2385,217 @@ class Rooms:
 
     # -- events
 
-    def broadcast(
-        self, room: str, event: str, payload: object, hidden: Callable[[], Hidden] | None = None
-    ) -> None:
-        """Send an event to all in a room but the `hidden`; costs nothing where nobody listens."""
-        if self.has_listeners(room):
-            self._metrics.sent.labels(event).inc()
-            self.send(room, event_packet(event, payload), hidden)
-        else:
-            self._metrics.dropped.labels("nobody listens").inc()
-
-    def send(self, room: str, packet: bytes, hidden: Callable[[], Hidden] | None = None) -> None:
-        """`broadcast` of what is already encoded."""
+    def send(self, room: str, frame: RoomFrame, hidden: Callable[[], Hidden] | None = None) -> None:
+        """Send an event to all in a room but the `hidden`, who are asked for if anybody is in it."""
         target = self._rooms.get(room)
         if target is not None:
-            self._outbox.send(target, Frame(packet), hidden() if hidden else NOBODY)
+            self._outbox.send(target, frame, hidden() if hidden else NOBODY)
+
+
+# ----------------------------------------------------------------------------- recovery
+# What clients are owed that lost their connection and come back (Socket.IO: Connection state
+# recovery). A log for each guild keeps the latest events as they went out; a ticket for each client
+# that can recover says in which rooms it is. It knows no rights and no sockets: whoever asks for
+# what a client has missed decides what of it the client may have.
+#
+# On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
+# offset, a string as last argument. A client that comes back says both. Offsets are positions in one
+# count of all events of this process, so one of them says how far a client is in every guild.
+#
+#   a ticket is   from                        to                       its rooms count as
+#   held          CONNECT                     its connection is lost   listened to
+#   awaited       then                        CONNECT with its pid     listened to, for `window` s
+#   gone          `window` seconds later, or its client said DISCONNECT
+
+#: Bytes of events that one guild's log may hold, and that one client may be sent at once.
+MAX_LOG_BYTES: Final = 1_048_576
+
+
+class Logged(NamedTuple):
+    """An event as it went to a guild's room."""
+
+    position: int
+    moment: float
+    guild_id: str
+    kind: str
+    channel_id: str
+    frame: Frame
+
+
+class GuildLog:
+    """The latest events of one guild; knows up to where it has none."""
+
+    def __init__(self, begin: int) -> None:
+        self._events: collections.deque[Logged] = collections.deque()
+        self._trimmed = begin
+        self.bytes = 0
+
+    def add(self, event: Logged, window: float, max_events: int) -> None:
+        self._events.append(event)
+        self.bytes += len(event.frame.bytes)
+        oldest = event.moment - window
+        while (
+            len(self._events) > max_events
+            or self.bytes > MAX_LOG_BYTES
+            or self._events[0].moment < oldest
+        ):
+            self._trimmed = self._events[0].position
+            self.bytes -= len(self._events.popleft().frame.bytes)
+
+    def since(self, position: int) -> list[Logged] | None:
+        """What came after it, oldest first; None where some of that is here no more."""
+        if position < self._trimmed:
+            return None
+        missed = list(itertools.takewhile(lambda e: e.position > position, reversed(self._events)))
+        return missed[::-1]
+
+
+class Ticket:
+    """What a client that can recover is known by, and the rooms that it is in."""
+
+    def __init__(self, pid: str, discord_id: str) -> None:
+        self.pid = pid
+        self.discord_id = discord_id
+        #: By room, the position at which the client entered it: nothing from before is owed.
+        self.rooms: dict[str, int] = {}
+        self.until = math.inf  # awaited until then, by the monotonic clock
+
+
+class Recovery:
+    """Keeps logs and tickets, for as long as somebody may come back for them."""
+
+    def __init__(self, settings: RecoverySettings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._key = secrets.token_bytes(32)
+        self._position = 0
+        self._tickets: dict[str, Ticket] = {}
+        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
+        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
+        self._in_guild: collections.Counter[str] = collections.Counter()
+        self._logs: dict[str, GuildLog] = {}
+
+    @property
+    def enabled(self) -> bool:
+        return self._settings.window > 0
+
+    @property
+    def size(self) -> int:
+        """What all logs hold."""
+        return sum(log.bytes for log in self._logs.values())
+
+    @property
+    def offset(self) -> str:
+        """Where all logs are now."""
+        return str(self._position)
+
+    # -- events
+
+    def has_listeners(self, room: str) -> bool:
+        """Whether somebody is, or may come back, who is owed what goes to the room."""
+        self._forget_late()
+        return room in self._in_room
+
+    def add(self, guild_id: str, kind: str, channel_id: str, packet: bytes) -> RoomFrame:
+        """The event as it goes out; it is kept where somebody may recover it."""
+        guild_log = self._logs.get(guild_id)
+        if guild_log is None:
+            return RoomFrame(packet)
+        self._position += 1
+        frame = RoomFrame(packet, self.offset)
+        now, kept = time.monotonic(), frame.tracked
+        event = Logged(self._position, now, guild_id, kind, channel_id, kept)
+        guild_log.add(event, self._settings.window, self._settings.max_events)
+        return frame
+
+    # -- tickets
+
+    def issue(self, discord_id: str) -> Ticket:
+        """A ticket for a new session of this viewer."""
+        nonce = secrets.token_urlsafe(12)
+        ticket = Ticket(f"{nonce}.{self._signature(nonce, discord_id)}", discord_id)
+        self._tickets[ticket.pid] = ticket
+        return ticket
+
+    def _signature(self, nonce: str, discord_id: str) -> str:
+        """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
+        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
+        return urlsafe_b64encode(made[:18]).decode()
+
+    def find(self, pid: object, discord_id: str) -> Ticket | None:
+        """The ticket that this viewer was given."""
+        self._forget_late()
+        if not isinstance(pid, str) or len(pid) > 64:
+            return None
+        nonce, _, signature = pid.partition(".")
+        expected = self._signature(nonce, discord_id)
+        genuine = hmac.compare_digest(signature.encode(), expected.encode())
+        return self._tickets.get(pid) if genuine else None
+
+    def hold(self, ticket: Ticket) -> None:
+        """Its client is connected."""
+        ticket.until = math.inf
+        self._awaited.pop(ticket.pid, None)
+
+    def await_return(self, ticket: Ticket) -> None:
+        """Its client has lost its connection."""
+        ticket.until = time.monotonic() + self._settings.window
+        self._awaited[ticket.pid] = ticket
+        if len(self._awaited) > MOST_REMEMBERED:
+            self.forget(next(iter(self._awaited.values())))
+
+    def forget(self, ticket: Ticket) -> None:
+        """Its client will not come back with it."""
+        self._awaited.pop(ticket.pid, None)
+        self._tickets.pop(ticket.pid, None)
+        for room in tuple(ticket.rooms):
+            self.leave(ticket, room)
+
+    def _forget_late(self) -> None:
+        now = time.monotonic()
+        while self._awaited and (first := next(iter(self._awaited.values()))).until < now:
+            self.forget(first)
+
+    def enter(self, ticket: Ticket, room: str) -> None:
+        """From now on its client is owed what goes to the room."""
+        if room not in ticket.rooms:
+            ticket.rooms[room] = self._position
+            guild_id = room.partition(":")[2]
+            self._in_room[room] += 1
+            self._in_guild[guild_id] += 1
+            self._logs.setdefault(guild_id, GuildLog(self._position))
+
+    def leave(self, ticket: Ticket, room: str) -> None:
+        """Its client is owed nothing more of the room."""
+        if ticket.rooms.pop(room, None) is not None:
+            guild_id = room.partition(":")[2]
+            for counter, key in ((self._in_room, room), (self._in_guild, guild_id)):
+                counter[key] -= 1
+                if not counter[key]:
+                    del counter[key]
+            if guild_id not in self._in_guild:
+                del self._logs[guild_id]
+
+    def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
+        """All that its client has missed of its rooms, in order; None where that is not here whole."""
+        if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
+            return None
+        position = int(offset)
+        missed: list[Logged] = []
+        for guild_id in {room.partition(":")[2] for room in ticket.rooms}:
+            events = self._logs[guild_id].since(position)
+            if events is None:
+                return None
+            missed += [
+                event
+                for event in events
+                if event.position > ticket.rooms.get(f"{event.kind}:{guild_id}", math.inf)
+            ]
+        return sorted(missed)
+
+
+#: An offset as this server makes them.
+OFFSET: Final = re.compile(r"[0-9]{1,18}")
 
 
 # ----------------------------------------------------------------------------- throttle
@@ -3905,17 +4162,37 @@ EXPIRY_WARNING: Final = 60.0
 SUBSCRIBE_PATIENCE: Final = 5.0
 
 
-class Dashboard:
-    """One connected dashboard: whose it is, and its transport."""
+class Comeback(NamedTuple):
+    """What a client says beside its token, in `auth` of its CONNECT (Socket.IO protocol v5)."""
 
-    def __init__(self, viewer: Viewer, session: Session) -> None:
+    recover: bool | None
+    pid: object
+    offset: object
+
+    @classmethod
+    def of(cls, auth: object) -> Comeback:
+        said = auth if isinstance(auth, dict) else {}
+        recover = said.get("recover")
+        return cls(
+            recover if isinstance(recover, bool) else None, said.get("pid"), said.get("offset")
+        )
+
+
+class Dashboard:
+    """One connected dashboard: whose it is, its transport and, if it can recover, its ticket."""
+
+    def __init__(self, viewer: Viewer, session: Session, ticket: Ticket | None) -> None:
         self.viewer = viewer
         self.session = session
+        self.ticket = ticket
         self.expiry: asyncio.TimerHandle | None = None
 
-    def tell(self, event: str, payload: object) -> None:
-        frame = event_frame(event, payload)
-        self.session.write((frame,), frame.bytes)
+    def tell(self, event: str, *arguments: object) -> None:
+        self.write([event_frame(event, *arguments)])
+
+    def write(self, frames: Sequence[Frame]) -> None:
+        if frames:
+            self.session.write(frames, b"".join([frame.bytes for frame in frames]))
 
 
 class Dashboards:
@@ -3929,8 +4206,12 @@ class Dashboards:
         access: Access,
         limits: Limits,
         plugins: PluginHost,
+        recovery: Recovery,
     ) -> None:
         self._sio = sio
+        self._recovery = recovery
+        self._holders: dict[str, Dashboard] = {}  # by pid
+        self._comebacks: dict[Sid, Comeback] = {}  # of those who are about to get what they missed
         self._rooms = rooms
         self._tokens = tokens
         self._access = access
@@ -3946,6 +4227,7 @@ class Dashboards:
         #: What plugins have for a new subscriber of a room, handed to `tell`.
         self.greet: Greet = plugins.greet
         sio.on("connect", self._connect)
+        sio.on(CONNECTED, self._welcome)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
 
@@ -3958,27 +4240,33 @@ class Dashboards:
 
     # -- coming and going
 
-    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
+    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> Mapping[str, str]:
+        """Let a client in; returns what the reply to its CONNECT says beside its `sid`."""
         session = self._sio.session_of(sid)
-        if session is None:
-            raise RefusedConnectionError(
-                "Gone"
-            )  # to nobody: it has left right after it sent CONNECT
+        if session is None:  # to nobody: it has left right after it sent CONNECT
+            raise RefusedConnectionError("Gone")
+        comeback = Comeback.of(auth)
         try:
-            viewer = await self._identify(session, auth)
+            viewer = await self._identify(session, auth, comeback)
         except RefusedConnectionError as refusal:
             if self._limits.log_once(session.address, refusal.message):
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
         self._limits.strangers.leave(session)
-        self._connected[sid] = Dashboard(viewer, session)
+        ticket = self._ticket_for(sid, session, viewer, comeback)
+        self._connected[sid] = Dashboard(viewer, session, ticket)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self.on_enter(viewer.discord_id)
         self._watch_expiry(sid)
+        if ticket is None:
+            return {}
+        session.tracks = True
+        self._holders[ticket.pid] = self._connected[sid]
+        return {"pid": ticket.pid}
 
-    async def _identify(self, session: Session, auth: object) -> Viewer:
-        if session.refusal is not None:
+    async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
+        if session.refusal is not None and comeback.pid is None:
             raise session.refusal
         await self._limits.let_try(session.address)
         token = auth.get("token") if isinstance(auth, dict) else None
@@ -3987,12 +4275,100 @@ class Dashboards:
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
+        replaced = await self._end_half_open(viewer, comeback)
+        if session.refusal is not None and not replaced:
+            raise session.refusal
         await self._limits.accepted(session.address)
         await self._limits.enter(viewer.discord_id)
         return viewer
 
+    # -- coming back (design: recovery)
+
+    async def _end_half_open(self, viewer: Viewer, comeback: Comeback) -> bool:
+        """Whether the connection that this client had was still taken for open: it counts no more."""
+        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
+        half_open = self._holders.get(ticket.pid) if ticket else None
+        if half_open is None:
+            return False
+        await half_open.session.close()
+        return True
+
+    def _ticket_for(
+        self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback
+    ) -> Ticket | None:
+        """The ticket that the client had, if it can be given all that it missed; else a new one."""
+        wanted = session.from_browser if comeback.recover is None else comeback.recover
+        if not wanted or not self._recovery.enabled:
+            return None
+        if comeback.pid is not None:
+            ticket = self._recovery.find(comeback.pid, viewer.discord_id)
+            obstacle = self._obstacle(ticket, viewer, comeback)
+            if ticket is not None and obstacle is None:
+                self._recovery.hold(ticket)
+                self._comebacks[sid] = comeback
+                return ticket
+            self._limits.metrics.not_recovered.labels(obstacle).inc()
+            if ticket is not None:
+                self._recovery.forget(ticket)
+        return self._recovery.issue(viewer.discord_id)
+
+    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
+        """Why a client has to begin anew, if it has to. Leaves the rooms that it may not view any more."""
+        if ticket is None:
+            return "unknown or too late"
+        for room in tuple(ticket.rooms):
+            may_view = self._access.may_view(viewer, room.partition(":")[2])
+            if may_view is None:
+                return "rights not known"
+            if not may_view:
+                self._recovery.leave(ticket, room)
+        return None if self._due(ticket, viewer, comeback) is not None else "too much missed"
+
+    def _due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
+        """What the client has missed and may have; None where that is not here whole, or too much."""
+        missed = self._recovery.missed(ticket, comeback.offset)
+        if missed is None:
+            return None
+        frames = [
+            event.frame
+            for event in missed
+            if not event.channel_id
+            or self._access.may_see(viewer, event.guild_id, event.channel_id)
+        ]
+        size = sum(len(frame.bytes) for frame in frames)
+        return frames if size <= min(MAX_LOG_BYTES, self._sio.eio.max_queue_bytes // 2) else None
+
+    async def _welcome(self, sid: Sid) -> None:
+        """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
+        dashboard = self._connected.get(sid)
+        if dashboard is None:
+            return
+        comeback, ticket = self._comebacks.pop(sid, None), dashboard.ticket
+        if ticket is None:
+            dashboard.tell("session", {"recovered": False, "rooms": []})
+            return
+        if comeback is not None:
+            due = self._due(ticket, dashboard.viewer, comeback)
+            if due is None:
+                dashboard.session.cut("recovery was overtaken")
+                return
+            dashboard.write(due)
+            self._limits.metrics.recovered.inc()
+            for room in ticket.rooms:
+                self._rooms.enter(sid, room)
+        rooms = sorted(ticket.rooms)
+        state = {"recovered": comeback is not None, "rooms": rooms}
+        dashboard.tell("session", state, self._recovery.offset)
+
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._connected.pop(sid)
+        self._comebacks.pop(sid, None)
+        if dashboard.ticket is not None:
+            del self._holders[dashboard.ticket.pid]
+            if not dashboard.session.closed:  # it said DISCONNECT
+                self._recovery.forget(dashboard.ticket)
+            else:
+                self._recovery.await_return(dashboard.ticket)
         if dashboard.expiry is not None:
             dashboard.expiry.cancel()
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
@@ -4079,7 +4455,7 @@ class Dashboards:
             return {"room": await self._subscribe(sid, kind, guild_argument(args))}
         if kind in self._plugins.kinds and verb == "unsubscribe":
             room = f"{kind}:{guild_argument(args)}"
-            self._rooms.leave(sid, room)
+            self._leave(sid, room)
             return {"room": room}
         raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
 
@@ -4092,10 +4468,23 @@ class Dashboards:
         if not await self._access.wait_until_sure(viewer, guild_id, SUBSCRIBE_PATIENCE):
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         if sid in self._connected:  # it may have left meanwhile
-            self._rooms.enter(sid, room)
+            self._enter(sid, room)
             if room not in rooms:
                 self._greet_soon(sid, kind, guild_id)
         return room
+
+    def _enter(self, sid: Sid, room: str) -> None:
+        self._rooms.enter(sid, room)
+        if (ticket := self._connected[sid].ticket) is not None:
+            self._recovery.enter(ticket, room)
+
+    def _leave(self, sid: Sid, room: str, *, expelled: bool = False) -> None:
+        if expelled:
+            self._rooms.expel(sid, room)
+        else:
+            self._rooms.leave(sid, room)
+        if (ticket := self._connected[sid].ticket) is not None:
+            self._recovery.leave(ticket, room)
 
     def _greet_soon(self, sid: Sid, kind: str, guild_id: str) -> None:
         """What plugins have for a new subscriber; in a task, so that the answer comes first."""
@@ -4114,7 +4503,7 @@ class Dashboards:
             return
         rooms = [room for room in self._rooms.rooms_of(sid) if room.endswith(f":{guild_id}")]
         for room in rooms:
-            self._rooms.expel(sid, room)
+            self._leave(sid, room, expelled=True)
         if rooms:
             lost = ClientError("forbidden", f"Access to guild {guild_id} was lost")
             self._limits.metrics.refused_requests.labels("right_lost").inc()
@@ -4406,6 +4795,7 @@ def measure(server: Server) -> None:
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
+    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.size)
     gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
     gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
     gauge(
@@ -4494,9 +4884,16 @@ class Server:
         )
         self.rooms = make_rooms(settings, self.metrics, self.cluster)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
-        self.throttle = Throttle(settings.throttle, self.emit, self.rooms.listened, self.metrics)
+        self.recovery = Recovery(settings.recovery, self.metrics)
+        self.throttle = Throttle(settings.throttle, self.emit, self._has_listeners, self.metrics)
         self.dashboards = Dashboards(
-            self.socketio, self.rooms, self.tokens, self.access, self.limits, self.plugins
+            self.socketio,
+            self.rooms,
+            self.tokens,
+            self.access,
+            self.limits,
+            self.plugins,
+            self.recovery,
         )
         self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
         if self.cluster is not None:
@@ -4697,8 +5094,14 @@ class Server:
         if self.cluster is not None:
             self.cluster.emit(guild_id, kind, channel_id, event_packet(event, payload))
         else:
-            room = f"{kind}:{guild_id}"
-            self.rooms.broadcast(room, event, payload, self._hidden(room, guild_id, channel_id))
+            self.metrics.sent.labels(event).inc()
+            self._deliver(guild_id, kind, channel_id, event_packet(event, payload))
+
+    def _has_listeners(self, guild_id: str, kind: str) -> bool:
+        """Whether anybody gets what goes to the room, now or when it comes back."""
+        return self.rooms.listened(guild_id, kind) or self.recovery.has_listeners(
+            f"{kind}:{guild_id}"
+        )
 
     def _hidden(self, room: str, guild_id: str, channel_id: str) -> Callable[[], Hidden] | None:
         """What tells from whom in the room an event of this channel is kept."""
@@ -4709,7 +5112,8 @@ class Server:
     def _deliver(self, guild_id: str, kind: str, channel_id: str, packet: bytes) -> None:
         """What `cluster` hands on, to this node's clients."""
         room = f"{kind}:{guild_id}"
-        self.rooms.send(room, packet, self._hidden(room, guild_id, channel_id))
+        frame = self.recovery.add(guild_id, kind, channel_id, packet)
+        self.rooms.send(room, frame, self._hidden(room, guild_id, channel_id))
 
 
 #: Seconds between two looks at the status line that `systemctl status` shows.
