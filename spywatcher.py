@@ -2397,15 +2397,6 @@ class Rooms:
 # recovery). A log for each guild keeps the latest events as they went out; a ticket for each client
 # that can recover says in which rooms it is. It knows no rights and no sockets: whoever asks for
 # what a client has missed decides what of it the client may have.
-#
-# On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
-# offset, a string as last argument. A client that comes back says both. Offsets are positions in one
-# count of all events of this process, so one of them says how far a client is in every guild.
-#
-#   a ticket is   from                        to                       its rooms count as
-#   held          CONNECT                     its connection is lost   listened to
-#   awaited       then                        CONNECT with its pid     listened to, for `window` s
-#   gone          `window` seconds later, or its client said DISCONNECT
 
 #: Bytes of events that one guild's log may hold, and that one client may be sent at once.
 MAX_LOG_BYTES: Final = 1_048_576
@@ -2448,6 +2439,16 @@ class GuildLog:
             return None
         missed = list(itertools.takewhile(lambda e: e.position > position, reversed(self._events)))
         return missed[::-1]
+
+
+# On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
+# offset, a string as last argument. A client that comes back says both. Offsets are positions in one
+# count of all events of this process, so one of them says how far a client is in every guild.
+#
+#   a ticket is   from                       until                    its rooms have a listener
+#   held          CONNECT                    its connection is lost   yes
+#   awaited       its connection was lost    CONNECT with its pid     yes
+#   gone          `window` seconds of that, or at once where its client said DISCONNECT
 
 
 class Ticket:
@@ -4195,6 +4196,57 @@ class Dashboard:
             self.session.write(frames, b"".join([frame.bytes for frame in frames]))
 
 
+class Comebacks:
+    """Decides what a client that comes back gets: all that it missed, or a new session."""
+
+    def __init__(
+        self, recovery: Recovery, access: Access, most_bytes: int, metrics: Metrics
+    ) -> None:
+        self._recovery = recovery
+        self._access = access
+        self._most_bytes = min(MAX_LOG_BYTES, most_bytes)
+        self._metrics = metrics
+
+    def take_back(self, viewer: Viewer, comeback: Comeback) -> Ticket | None:
+        """The ticket that the client had, if it can be given all that it missed."""
+        if comeback.pid is None:
+            return None
+        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
+        obstacle = self._obstacle(ticket, viewer, comeback)
+        if obstacle is None:
+            return ticket
+        self._metrics.not_recovered.labels(obstacle).inc()
+        if ticket is not None:
+            self._recovery.forget(ticket)
+        return None
+
+    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
+        """Why the client has to begin anew, if so. Leaves the rooms that it may not view any more."""
+        if ticket is None:
+            return "unknown or too late"
+        for room in tuple(ticket.rooms):
+            may_view = self._access.may_view(viewer, room.partition(":")[2])
+            if may_view is None:
+                return "rights not known"
+            if not may_view:
+                self._recovery.leave(ticket, room)
+        return None if self.due(ticket, viewer, comeback) is not None else "too much missed"
+
+    def due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
+        """What the client has missed and may have; None where that is not here whole, or too much."""
+        missed = self._recovery.missed(ticket, comeback.offset)
+        if missed is None:
+            return None
+        frames = [
+            event.frame
+            for event in missed
+            if not event.channel_id
+            or self._access.may_see(viewer, event.guild_id, event.channel_id)
+        ]
+        size = sum(len(frame.bytes) for frame in frames)
+        return frames if size <= self._most_bytes else None
+
+
 class Dashboards:
     """Answers what dashboards say: who comes in, and what they subscribe to (design: identity, rooms)."""
 
@@ -4210,6 +4262,8 @@ class Dashboards:
     ) -> None:
         self._sio = sio
         self._recovery = recovery
+        most_bytes = sio.eio.max_queue_bytes // 2
+        self._returns = Comebacks(recovery, access, most_bytes, limits.metrics)
         self._holders: dict[str, Dashboard] = {}  # by pid
         self._comebacks: dict[Sid, Comeback] = {}  # of those who are about to get what they missed
         self._rooms = rooms
@@ -4254,7 +4308,7 @@ class Dashboards:
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
         self._limits.strangers.leave(session)
-        ticket = self._ticket_for(sid, session, viewer, comeback)
+        ticket = self._take_ticket(sid, session, viewer, comeback)
         self._connected[sid] = Dashboard(viewer, session, ticket)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self.on_enter(viewer.discord_id)
@@ -4293,50 +4347,18 @@ class Dashboards:
         await half_open.session.close()
         return True
 
-    def _ticket_for(
+    def _take_ticket(
         self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback
     ) -> Ticket | None:
-        """The ticket that the client had, if it can be given all that it missed; else a new one."""
         wanted = session.from_browser if comeback.recover is None else comeback.recover
         if not wanted or not self._recovery.enabled:
             return None
-        if comeback.pid is not None:
-            ticket = self._recovery.find(comeback.pid, viewer.discord_id)
-            obstacle = self._obstacle(ticket, viewer, comeback)
-            if ticket is not None and obstacle is None:
-                self._recovery.hold(ticket)
-                self._comebacks[sid] = comeback
-                return ticket
-            self._limits.metrics.not_recovered.labels(obstacle).inc()
-            if ticket is not None:
-                self._recovery.forget(ticket)
-        return self._recovery.issue(viewer.discord_id)
-
-    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
-        """Why a client has to begin anew, if it has to. Leaves the rooms that it may not view any more."""
+        ticket = self._returns.take_back(viewer, comeback)
         if ticket is None:
-            return "unknown or too late"
-        for room in tuple(ticket.rooms):
-            may_view = self._access.may_view(viewer, room.partition(":")[2])
-            if may_view is None:
-                return "rights not known"
-            if not may_view:
-                self._recovery.leave(ticket, room)
-        return None if self._due(ticket, viewer, comeback) is not None else "too much missed"
-
-    def _due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
-        """What the client has missed and may have; None where that is not here whole, or too much."""
-        missed = self._recovery.missed(ticket, comeback.offset)
-        if missed is None:
-            return None
-        frames = [
-            event.frame
-            for event in missed
-            if not event.channel_id
-            or self._access.may_see(viewer, event.guild_id, event.channel_id)
-        ]
-        size = sum(len(frame.bytes) for frame in frames)
-        return frames if size <= min(MAX_LOG_BYTES, self._sio.eio.max_queue_bytes // 2) else None
+            return self._recovery.issue(viewer.discord_id)
+        self._recovery.hold(ticket)
+        self._comebacks[sid] = comeback
+        return ticket
 
     async def _welcome(self, sid: Sid) -> None:
         """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
@@ -4348,7 +4370,7 @@ class Dashboards:
             dashboard.tell("session", {"recovered": False, "rooms": []})
             return
         if comeback is not None:
-            due = self._due(ticket, dashboard.viewer, comeback)
+            due = self._returns.due(ticket, dashboard.viewer, comeback)
             if due is None:
                 dashboard.session.cut("recovery was overtaken")
                 return
