@@ -14,6 +14,7 @@ The sections, each using only those above it:
     identity and access  who a viewer is, which guilds and channels they may see
     limits               how much one address, one viewer, one connection may have
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
+    recovery             what clients that come back have missed
     throttle             how often one event may go to one guild
     plugin API           all that a plugin may import
     plugin host          finds, loads, runs and fences plugins
@@ -62,7 +63,7 @@ import time
 import tomllib
 import traceback
 import unicodedata
-from base64 import b64decode, b64encode
+from base64 import b64decode, b64encode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -328,6 +329,16 @@ class FanoutSettings(Section, frozen=True):
     ] = 0.05
 
 
+class RecoverySettings(Section, frozen=True):
+    window: Annotated[
+        SecondsOrZero,
+        Meta(description="Seconds of missed events that a client which comes back gets; 0: none."),
+    ] = 120.0
+    max_events: Annotated[
+        Positive, Meta(description="Missed events of one guild beyond which a client starts anew.")
+    ] = 1_000
+
+
 class RedisSettings(Section, frozen=True):
     url: Annotated[
         str,
@@ -393,6 +404,7 @@ class Settings(Section, frozen=True):
         ),
     ] = msgspec.field(default_factory=THROTTLE.copy)
     fanout: FanoutSettings = FanoutSettings()
+    recovery: RecoverySettings = RecoverySettings()
     redis: RedisSettings = RedisSettings()
     storage: StorageSettings = StorageSettings()
     plugins: PluginsSettings = PluginsSettings()
@@ -632,6 +644,10 @@ class Metrics:
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
+        self.recovered = count("recovered_clients", "Clients that missed nothing while away.")
+        self.not_recovered = count(
+            "not_recovered_clients", "Clients that came back too late or wrongly.", "reason"
+        )
         self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
         self.plugin_pauses = count("plugin_pauses", "Functions paused for failing.", "plugin")
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
@@ -1615,6 +1631,8 @@ CONTROL_BYTES: Final = 256
 MAX_ATTACHMENTS: Final = 8
 #: The one name under which a handler hears what clients send.
 REQUEST: Final = "request"
+#: The name under which a handler hears that the reply to CONNECT is on its way.
+CONNECTED: Final = "connected"
 
 Sid = str
 Hidden = frozenset[Sid]
@@ -1647,6 +1665,28 @@ class Frame:
         """The packet as one part of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
         payload = self.bytes[{126: 4, 127: 10}.get(self.bytes[1], 2) :]
         return payload.decode() if self.bytes[0] == 0x81 else "b" + b64encode(payload).decode()
+
+
+class RoomFrame(Frame):
+    """An event of a room. Clients that can recover get it with its offset as last argument.
+
+    Both forms are encoded once. Without an offset they are the same.
+    """
+
+    __slots__ = ("_offset", "_packet", "_tracked")
+
+    def __init__(self, packet: bytes, offset: str | None = None) -> None:
+        super().__init__(packet)
+        self._packet = packet
+        self._offset = offset
+        self._tracked: Frame | None = None if offset else self
+
+    @property
+    def tracked(self) -> Frame:
+        """The form for clients that can recover."""
+        if self._tracked is None:
+            self._tracked = Frame(b'%b,"%b"]' % (self._packet[:-1], str(self._offset).encode()))
+        return self._tracked
 
 
 def event_packet(event: str, *arguments: object) -> bytes:
@@ -1741,6 +1781,7 @@ class Session:
         "address",
         "allowance",
         "connects",
+        "from_browser",
         "handler",
         "log",
         "posting",
@@ -1748,6 +1789,7 @@ class Session:
         "server",
         "sid",
         "state",
+        "tracks",
     )
 
     def __init__(self, engine: Engine, sid: str, address: str) -> None:
@@ -1763,6 +1805,10 @@ class Session:
         #: Names the connection in the log; the Engine.IO id would let a reader take it over.
         self.log = ConnectionLog(log, {"connection": secrets.token_hex(4)})
         self.state = State.POLLING
+        #: Whether the latest request that brought packets named a page's origin.
+        self.from_browser = False
+        #: Whether room events come to it with their offsets (see "recovery").
+        self.tracks = False
         self.handler: SocketHandler | None = None
         self.posting = False  # one POST is at work
         #: By which TCP connections it comes: the latest of each kind of request.
@@ -1902,6 +1948,7 @@ class Session:
     async def post(self, handler: SocketHandler) -> None:
         """Take the packets of one poll's POST, however many fit into `max_message_bytes`."""
         self.carried_by(handler.connection, "POST")
+        self.from_browser = "Origin" in handler.request.headers
         try:
             body = handler.request.body.decode()
         except UnicodeDecodeError:
@@ -1969,6 +2016,7 @@ class Session:
         if not self._become(State.WEBSOCKET):
             handler.close()
             return
+        self.from_browser = "Origin" in handler.request.headers
         self.handler, self._prober, self._poller = handler, None, None
         self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
@@ -2224,7 +2272,7 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         if sid is None:
             return RefusedConnectionError("Already connected")
         try:
-            await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
+            welcome = await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
         except RefusedConnectionError as refusal:
             # It is sent in this turn of the loop; then the transport goes too.
             asyncio.get_running_loop().call_soon(session.end)
@@ -2235,8 +2283,10 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
             raise
         self._rooms.add(sid, session)
         kind = socketio.packet.CONNECT
-        await self._send_packet(session.sid, self.packet_class(kind, {"sid": sid}))
+        reply = {"sid": sid, **welcome}
+        await self._send_packet(session.sid, self.packet_class(kind, reply))
         await self.manager.connect(sid, NAMESPACE)
+        await self._trigger_event(CONNECTED, NAMESPACE, sid)
         if session.closed:
             await self._handle_eio_disconnect(session.sid, self.reason.TRANSPORT_CLOSE)
         return None
@@ -2275,10 +2325,13 @@ def library_log(name: str) -> logging.Logger:
 class Room:
     """Who listens to one room, and what waits for them while it rests."""
 
-    __slots__ = ("members", "rest", "sids", "waiting")
+    __slots__ = ("members", "plain", "rest", "sids", "tracking", "waiting")
 
     def __init__(self) -> None:
         self.members: dict[Sid, Session] = {}
+        #: The same once more, by the form in which they get events.
+        self.plain: dict[Sid, Session] = {}
+        self.tracking: dict[Sid, Session] = {}
         self.sids: tuple[Sid, ...] | None = None  # of `members`; None: not asked for since a change
         self.waiting: collections.deque[Outgoing] = collections.deque()
         self.rest: asyncio.Handle | None = None  # runs out when the room may be written to
@@ -2289,8 +2342,12 @@ class Outgoing(NamedTuple):
 
     number: int
     room: Room
-    frame: Frame
+    frame: RoomFrame
     hidden: Hidden
+
+    def form(self, tracks: bool) -> Frame:
+        """What goes to a client."""
+        return self.frame.tracked if tracks else self.frame
 
 
 class Outbox:
@@ -2311,7 +2368,7 @@ class Outbox:
         self._bytes = 0
         self._had: dict[Session, int] = {}  # up to which number who got ahead of its rooms
 
-    def send(self, room: Room, frame: Frame, hidden: Hidden) -> None:
+    def send(self, room: Room, frame: RoomFrame, hidden: Hidden) -> None:
         room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
         self._busy[room] = None
         self._bytes += len(frame.bytes)
@@ -2324,7 +2381,7 @@ class Outbox:
             return
         had = self._had.get(session, 0)
         due = [
-            out.frame
+            out.form(session.tracks)
             for out in in_order(room for room in self._busy if sid in room.members)
             if out.number > had and sid not in out.hidden
         ]
@@ -2408,9 +2465,9 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
     for out in batch:
         ways.setdefault((out.room, out.hidden), 1 << len(ways))
     written = keeping_up = behind = 0
-    for (bits, number), audience in audiences(ways, had).items():
+    for (tracks, bits, number), audience in audiences(ways, had).items():
         due = [out for out in batch if ways[out.room, out.hidden] & bits and out.number > number]
-        frames = [out.frame for out in due]
+        frames = [out.form(tracks) for out in due]
         data = b"".join([frame.bytes for frame in frames])
         written += len(frames) * len(audience)
         for session in audience:
@@ -2423,19 +2480,20 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
 
 def audiences(
     ways: Mapping[tuple[Room, Hidden], int], had: Mapping[Session, int]
-) -> Mapping[tuple[int, int], Collection[Session]]:
-    """Who gets the same: the bits of the ways that reach them, and up to which number they `had`."""
+) -> Mapping[tuple[bool, int, int], Collection[Session]]:
+    """Who gets the same: in which form, the bits of the ways that reach them, what they `had`."""
     (room, hidden), bit = next(iter(ways.items()))
     if len(ways) == 1 and not hidden and not had:
-        return {(bit, 0): room.members.values()}
+        both = {(False, bit, 0): room.plain.values(), (True, bit, 0): room.tracking.values()}
+        return {kind: audience for kind, audience in both.items() if audience}
     reached: dict[Session, int] = {}
     for (room, hidden), bit in ways.items():
         for sid, session in room.members.items():
             if sid not in hidden:
                 reached[session] = reached.get(session, 0) | bit
-    groups: dict[tuple[int, int], list[Session]] = {}
+    groups: dict[tuple[bool, int, int], list[Session]] = {}
     for session, bits in reached.items():
-        groups.setdefault((bits, had.get(session, 0)), []).append(session)
+        groups.setdefault((session.tracks, bits, had.get(session, 0)), []).append(session)
     return groups
 
 
@@ -2497,6 +2555,7 @@ class Rooms:
             self._outbox.catch_up(sid, session)
             target = self._rooms.setdefault(room, Room())
             target.members[sid] = session
+            (target.tracking if session.tracks else target.plain)[sid] = session
             target.sids = None
             self._rooms_of.setdefault(sid, set()).add(room)
 
@@ -2511,7 +2570,8 @@ class Rooms:
         self._rooms_of.get(sid, set()).discard(room)
         target = self._rooms.get(room)
         if target is not None:
-            target.members.pop(sid, None)
+            for members in (target.members, target.plain, target.tracking):
+                members.pop(sid, None)
             target.sids = None
             if not target.members:
                 self._outbox.forget(target)
@@ -2519,21 +2579,228 @@ class Rooms:
 
     # -- events
 
-    def broadcast(
-        self, room: str, event: str, payload: object, hidden: Callable[[], Hidden] | None = None
-    ) -> None:
-        """Send an event to all in a room but the `hidden`; costs nothing where nobody listens."""
-        if self.has_listeners(room):
-            self._metrics.sent.labels(event).inc()
-            self.send(room, event_packet(event, payload), hidden)
-        else:
-            self._metrics.dropped.labels("nobody listens").inc()
-
-    def send(self, room: str, packet: bytes, hidden: Callable[[], Hidden] | None = None) -> None:
-        """`broadcast` of what is already encoded."""
+    def send(self, room: str, frame: RoomFrame, hidden: Callable[[], Hidden] | None = None) -> None:
+        """Send an event to all in a room but the `hidden`, who are asked for if anybody is in it."""
         target = self._rooms.get(room)
         if target is not None:
-            self._outbox.send(target, Frame(packet), hidden() if hidden else NOBODY)
+            self._outbox.send(target, frame, hidden() if hidden else NOBODY)
+
+
+# ----------------------------------------------------------------------------- recovery
+# What clients are owed that lost their connection and come back (Socket.IO: Connection state
+# recovery). A log for each guild keeps the latest events as they went out; a ticket for each client
+# that can recover says in which rooms it is. It knows no rights and no sockets: whoever asks for
+# what a client has missed decides what of it the client may have.
+
+#: Bytes of events that one guild's log may hold, and that one client may be sent at once.
+MAX_LOG_BYTES: Final = 1_048_576
+
+
+class Destination(NamedTuple):
+    """Where an event goes: to those in a room who may see the channel, if it belongs to one."""
+
+    guild_id: str
+    kind: str
+    channel_id: str = ""
+
+    @property
+    def room(self) -> str:
+        return f"{self.kind}:{self.guild_id}"
+
+
+class Logged(NamedTuple):
+    """An event as it went to a guild's room."""
+
+    position: int
+    moment: float
+    to: Destination
+    frame: Frame
+
+
+class GuildLog:
+    """The latest events of one guild; knows up to where it has none."""
+
+    def __init__(self, begin: int) -> None:
+        self._events: collections.deque[Logged] = collections.deque()
+        self._trimmed = begin
+        self.bytes = 0
+
+    def add(self, event: Logged, window: float, max_events: int) -> None:
+        self._events.append(event)
+        self.bytes += len(event.frame.bytes)
+        oldest = event.moment - window
+        while (
+            len(self._events) > max_events
+            or self.bytes > MAX_LOG_BYTES
+            or self._events[0].moment < oldest
+        ):
+            self._trimmed = self._events[0].position
+            self.bytes -= len(self._events.popleft().frame.bytes)
+
+    def since(self, position: int) -> list[Logged] | None:
+        """What came after it, oldest first; None where some of that is here no more."""
+        if position < self._trimmed:
+            return None
+        missed = list(itertools.takewhile(lambda e: e.position > position, reversed(self._events)))
+        return missed[::-1]
+
+
+# On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
+# offset, a string as last argument. A client that comes back says both. Offsets are positions in one
+# count of all events of this process, so one of them says how far a client is in every guild.
+#
+#   a ticket is   from                       until                    its rooms have a listener
+#   held          CONNECT                    its connection is lost   yes
+#   awaited       its connection was lost    CONNECT with its pid     yes
+#   gone          `window` seconds of that, or at once where its client said DISCONNECT
+
+
+class Ticket:
+    """What a client that can recover is known by, and the rooms that it is in."""
+
+    def __init__(self, pid: str, discord_id: str) -> None:
+        self.pid = pid
+        self.discord_id = discord_id
+        #: By room, the position at which the client entered it: nothing from before is owed.
+        self.rooms: dict[str, int] = {}
+        self.until = math.inf  # awaited until then, by the monotonic clock
+
+
+class Recovery:
+    """Keeps logs and tickets, for as long as somebody may come back for them."""
+
+    def __init__(self, settings: RecoverySettings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._key = secrets.token_bytes(32)
+        self._position = 0
+        self._tickets: dict[str, Ticket] = {}
+        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
+        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
+        self._in_guild: collections.Counter[str] = collections.Counter()
+        self._logs: dict[str, GuildLog] = {}
+
+    @property
+    def enabled(self) -> bool:
+        return self._settings.window > 0
+
+    @property
+    def size(self) -> int:
+        """What all logs hold."""
+        return sum(log.bytes for log in self._logs.values())
+
+    @property
+    def offset(self) -> str:
+        """Where all logs are now."""
+        return str(self._position)
+
+    # -- events
+
+    def has_listeners(self, room: str) -> bool:
+        """Whether somebody is, or may come back, who is owed what goes to the room."""
+        self._forget_late()
+        return room in self._in_room
+
+    def add(self, to: Destination, packet: bytes) -> RoomFrame:
+        """The event as it goes out; it is kept where somebody may recover it."""
+        guild_log = self._logs.get(to.guild_id)
+        if guild_log is None:
+            return RoomFrame(packet)
+        self._position += 1
+        frame = RoomFrame(packet, self.offset)
+        now, kept = time.monotonic(), frame.tracked
+        event = Logged(self._position, now, to, kept)
+        guild_log.add(event, self._settings.window, self._settings.max_events)
+        return frame
+
+    # -- tickets
+
+    def issue(self, discord_id: str) -> Ticket:
+        """A ticket for a new session of this viewer."""
+        nonce = secrets.token_urlsafe(12)
+        ticket = Ticket(f"{nonce}.{self._signature(nonce, discord_id)}", discord_id)
+        self._tickets[ticket.pid] = ticket
+        return ticket
+
+    def _signature(self, nonce: str, discord_id: str) -> str:
+        """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
+        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
+        return urlsafe_b64encode(made[:18]).decode()
+
+    def find(self, pid: object, discord_id: str) -> Ticket | None:
+        """The ticket that this viewer was given."""
+        self._forget_late()
+        if not isinstance(pid, str) or len(pid) > 64:
+            return None
+        nonce, _, signature = pid.partition(".")
+        expected = self._signature(nonce, discord_id)
+        genuine = hmac.compare_digest(signature.encode(), expected.encode())
+        return self._tickets.get(pid) if genuine else None
+
+    def hold(self, ticket: Ticket) -> None:
+        """Its client is connected."""
+        ticket.until = math.inf
+        self._awaited.pop(ticket.pid, None)
+
+    def await_return(self, ticket: Ticket) -> None:
+        """Its client has lost its connection."""
+        ticket.until = time.monotonic() + self._settings.window
+        self._awaited[ticket.pid] = ticket
+        if len(self._awaited) > MOST_REMEMBERED:
+            self.forget(next(iter(self._awaited.values())))
+
+    def forget(self, ticket: Ticket) -> None:
+        """Its client will not come back with it."""
+        self._awaited.pop(ticket.pid, None)
+        self._tickets.pop(ticket.pid, None)
+        for room in tuple(ticket.rooms):
+            self.leave(ticket, room)
+
+    def _forget_late(self) -> None:
+        now = time.monotonic()
+        while self._awaited and (first := next(iter(self._awaited.values()))).until < now:
+            self.forget(first)
+
+    def enter(self, ticket: Ticket, room: str) -> None:
+        """From now on its client is owed what goes to the room."""
+        if room not in ticket.rooms:
+            ticket.rooms[room] = self._position
+            guild_id = room.partition(":")[2]
+            self._in_room[room] += 1
+            self._in_guild[guild_id] += 1
+            self._logs.setdefault(guild_id, GuildLog(self._position))
+
+    def leave(self, ticket: Ticket, room: str) -> None:
+        """Its client is owed nothing more of the room."""
+        if ticket.rooms.pop(room, None) is not None:
+            guild_id = room.partition(":")[2]
+            for counter, key in ((self._in_room, room), (self._in_guild, guild_id)):
+                counter[key] -= 1
+                if not counter[key]:
+                    del counter[key]
+            if guild_id not in self._in_guild:
+                del self._logs[guild_id]
+
+    def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
+        """All that its client has missed of its rooms, in order; None where that is not here whole."""
+        if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
+            return None
+        position = int(offset)
+        missed: list[Logged] = []
+        for guild_id in {room.partition(":")[2] for room in ticket.rooms}:
+            events = self._logs[guild_id].since(position)
+            if events is None:
+                return None
+            missed += [
+                event
+                for event in events
+                if event.position > ticket.rooms.get(event.to.room, math.inf)
+            ]
+        return sorted(missed)
+
+
+#: An offset as this server makes them.
+OFFSET: Final = re.compile(r"[0-9]{1,18}")
 
 
 # ----------------------------------------------------------------------------- throttle
@@ -5535,18 +5802,6 @@ def finite(number: float) -> float | None:
 # no event by name and no client; nothing else in this file knows that there may be others.
 
 
-class Destination(NamedTuple):
-    """Where an event goes: to those in a room who may see the channel, if it belongs to one."""
-
-    guild_id: str
-    kind: str
-    channel_id: str = ""
-
-    @property
-    def room(self) -> str:
-        return f"{self.kind}:{self.guild_id}"
-
-
 def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
     channel_id = fields.get("channelId") or fields.get("channel_id") or ""
     return Destination(guild_id, kind, str(channel_id))
@@ -5555,7 +5810,7 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
 class Audience(Protocol):
     """This process's own dashboards."""
 
-    def send(self, to: Destination, packet: bytes) -> None:
+    def send(self, to: Destination, frame: RoomFrame) -> None:
         """Hand them an event, each of them that may see it."""
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
@@ -5567,6 +5822,7 @@ class Parts(NamedTuple):
 
     clients: Audience
     rooms: Rooms
+    recovery: Recovery
     plugins: PluginHost
     throttle: Throttle
     metrics: Metrics
@@ -5594,6 +5850,10 @@ class Node:
     def make_connections(self) -> OpenConnections:
         """Who counts open connections."""
         return OpenConnections()
+
+    def make_recovery(self, metrics: Metrics) -> Recovery:
+        """Who keeps what clients that come back have missed."""
+        return Recovery(self._settings.recovery, metrics)
 
     # -- start, stop, how things stand
 
@@ -5629,15 +5889,16 @@ class Node:
     # -- events
 
     def has_listeners(self, guild_id: str, kind: str) -> bool:
-        """Whether anybody is in the room: where nobody is, no payload needs to be made."""
-        return self._parts.rooms.has_listeners(Destination(guild_id, kind).room)
+        """Whether anybody is in the room, or may come back to it: else no payload needs to be made."""
+        room = Destination(guild_id, kind).room
+        return self._parts.rooms.has_listeners(room) or self._parts.recovery.has_listeners(room)
 
     def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
         """The last step of an event that all nodes share: to whom it goes."""
         if self.has_listeners(guild_id, kind):
             self._parts.metrics.sent.labels(event).inc()
             to = destination_of(guild_id, kind, fields)
-            self._parts.clients.send(to, event_packet(event, fields))
+            self._parts.clients.send(to, self._parts.recovery.add(to, event_packet(event, fields)))
         else:
             self._parts.metrics.dropped.labels("nobody listens").inc()
 
@@ -6204,17 +6465,88 @@ EXPIRY_WARNING: Final = 60.0
 SUBSCRIBE_PATIENCE: Final = 5.0
 
 
-class Dashboard:
-    """One connected dashboard: whose it is, and its transport."""
+class Comeback(NamedTuple):
+    """What a client says beside its token, in `auth` of its CONNECT (Socket.IO protocol v5)."""
 
-    def __init__(self, viewer: Viewer, session: Session) -> None:
+    recover: bool | None
+    pid: object
+    offset: object
+
+    @classmethod
+    def of(cls, auth: object) -> Comeback:
+        said = auth if isinstance(auth, dict) else {}
+        recover = said.get("recover")
+        return cls(
+            recover if isinstance(recover, bool) else None, said.get("pid"), said.get("offset")
+        )
+
+
+class Dashboard:
+    """One connected dashboard: whose it is, its transport and, if it can recover, its ticket."""
+
+    def __init__(self, viewer: Viewer, session: Session, ticket: Ticket | None) -> None:
         self.viewer = viewer
         self.session = session
+        self.ticket = ticket
         self.expiry: asyncio.TimerHandle | None = None
 
-    def tell(self, event: str, payload: object) -> None:
-        frame = event_frame(event, payload)
-        self.session.write((frame,), frame.bytes)
+    def tell(self, event: str, *arguments: object) -> None:
+        self.write([event_frame(event, *arguments)])
+
+    def write(self, frames: Sequence[Frame]) -> None:
+        if frames:
+            self.session.write(frames, b"".join([frame.bytes for frame in frames]))
+
+
+class Comebacks:
+    """Decides what a client that comes back gets: all that it missed, or a new session."""
+
+    def __init__(
+        self, recovery: Recovery, access: Access, most_bytes: int, metrics: Metrics
+    ) -> None:
+        self._recovery = recovery
+        self._access = access
+        self._most_bytes = min(MAX_LOG_BYTES, most_bytes)
+        self._metrics = metrics
+
+    def take_back(self, viewer: Viewer, comeback: Comeback) -> Ticket | None:
+        """The ticket that the client had, if it can be given all that it missed."""
+        if comeback.pid is None:
+            return None
+        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
+        obstacle = self._obstacle(ticket, viewer, comeback)
+        if obstacle is None:
+            return ticket
+        self._metrics.not_recovered.labels(obstacle).inc()
+        if ticket is not None:
+            self._recovery.forget(ticket)
+        return None
+
+    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
+        """Why the client has to begin anew, if so. Leaves the rooms that it may not view any more."""
+        if ticket is None:
+            return "unknown or too late"
+        for room in tuple(ticket.rooms):
+            may_view = self._access.may_view(viewer, room.partition(":")[2])
+            if may_view is None:
+                return "rights not known"
+            if not may_view:
+                self._recovery.leave(ticket, room)
+        return None if self.due(ticket, viewer, comeback) is not None else "too much missed"
+
+    def due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
+        """What the client has missed and may have; None where that is not here whole, or too much."""
+        missed = self._recovery.missed(ticket, comeback.offset)
+        if missed is None:
+            return None
+        frames = [
+            event.frame
+            for event in missed
+            if not event.to.channel_id
+            or self._access.may_see(viewer, event.to.guild_id, event.to.channel_id)
+        ]
+        size = sum(len(frame.bytes) for frame in frames)
+        return frames if size <= self._most_bytes else None
 
 
 class Dashboards:
@@ -6229,8 +6561,14 @@ class Dashboards:
         limits: Limits,
         plugins: PluginHost,
         node: Node,
+        recovery: Recovery,
     ) -> None:
         self._sio = sio
+        self._recovery = recovery
+        most_bytes = sio.eio.max_queue_bytes // 2
+        self._returns = Comebacks(recovery, access, most_bytes, limits.metrics)
+        self._holders: dict[str, Dashboard] = {}  # by pid
+        self._comebacks: dict[Sid, Comeback] = {}  # of those who are about to get what they missed
         self._rooms = rooms
         self._tokens = tokens
         self._access = access
@@ -6242,6 +6580,7 @@ class Dashboards:
         #: Called with a guild id when one in its rooms is there with another token.
         self.on_audience_change: Callable[[str], None] = lambda guild_id: None
         sio.on("connect", self._connect)
+        sio.on(CONNECTED, self._welcome)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
 
@@ -6254,27 +6593,33 @@ class Dashboards:
 
     # -- coming and going
 
-    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
+    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> Mapping[str, str]:
+        """Let a client in; returns what the reply to its CONNECT says beside its `sid`."""
         session = self._sio.session_of(sid)
-        if session is None:
-            raise RefusedConnectionError(
-                "Gone"
-            )  # to nobody: it has left right after it sent CONNECT
+        if session is None:  # to nobody: it has left right after it sent CONNECT
+            raise RefusedConnectionError("Gone")
+        comeback = Comeback.of(auth)
         try:
-            viewer = await self._identify(session, auth)
+            viewer = await self._identify(session, auth, comeback)
         except RefusedConnectionError as refusal:
             if self._limits.log_once(session.address, refusal.message):
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
         self._limits.strangers.leave(session)
-        self._connected[sid] = Dashboard(viewer, session)
+        ticket = self._take_ticket(sid, session, viewer, comeback)
+        self._connected[sid] = Dashboard(viewer, session, ticket)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._node.viewer_entered(viewer.discord_id)
         self._watch_expiry(sid)
+        if ticket is None:
+            return {}
+        session.tracks = True
+        self._holders[ticket.pid] = self._connected[sid]
+        return {"pid": ticket.pid}
 
-    async def _identify(self, session: Session, auth: object) -> Viewer:
-        if session.refusal is not None:
+    async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
+        if session.refusal is not None and comeback.pid is None:
             raise session.refusal
         await self._limits.let_try(session.address)
         token = auth.get("token") if isinstance(auth, dict) else None
@@ -6283,12 +6628,68 @@ class Dashboards:
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
+        replaced = await self._end_half_open(viewer, comeback)
+        if session.refusal is not None and not replaced:
+            raise session.refusal
         await self._limits.accepted(session.address)
         await self._limits.enter(viewer.discord_id)
         return viewer
 
+    # -- coming back (design: recovery)
+
+    async def _end_half_open(self, viewer: Viewer, comeback: Comeback) -> bool:
+        """Whether the connection that this client had was still taken for open: it counts no more."""
+        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
+        half_open = self._holders.get(ticket.pid) if ticket else None
+        if half_open is None:
+            return False
+        await half_open.session.close()
+        return True
+
+    def _take_ticket(
+        self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback
+    ) -> Ticket | None:
+        wanted = session.from_browser if comeback.recover is None else comeback.recover
+        if not wanted or not self._recovery.enabled:
+            return None
+        ticket = self._returns.take_back(viewer, comeback)
+        if ticket is None:
+            return self._recovery.issue(viewer.discord_id)
+        self._recovery.hold(ticket)
+        self._comebacks[sid] = comeback
+        return ticket
+
+    async def _welcome(self, sid: Sid) -> None:
+        """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
+        dashboard = self._connected.get(sid)
+        if dashboard is None:
+            return
+        comeback, ticket = self._comebacks.pop(sid, None), dashboard.ticket
+        if ticket is None:
+            dashboard.tell("session", {"recovered": False, "rooms": []})
+            return
+        if comeback is not None:
+            due = self._returns.due(ticket, dashboard.viewer, comeback)
+            if due is None:
+                dashboard.session.cut("recovery was overtaken")
+                return
+            dashboard.write(due)
+            self._limits.metrics.recovered.inc()
+            for room in ticket.rooms:
+                self._rooms.enter(sid, room)
+        rooms = sorted(ticket.rooms)
+        state = {"recovered": comeback is not None, "rooms": rooms}
+        dashboard.tell("session", state, self._recovery.offset)
+
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._connected.pop(sid)
+        self._comebacks.pop(sid, None)
+        if dashboard.ticket is not None:
+            del self._holders[dashboard.ticket.pid]
+            if not dashboard.session.closed:  # it said DISCONNECT
+                self._recovery.forget(dashboard.ticket)
+            else:
+                self._recovery.await_return(dashboard.ticket)
         if dashboard.expiry is not None:
             dashboard.expiry.cancel()
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
@@ -6375,7 +6776,7 @@ class Dashboards:
             return {"room": await self._subscribe(sid, kind, guild_argument(args))}
         if kind in self._plugins.kinds and verb == "unsubscribe":
             room = f"{kind}:{guild_argument(args)}"
-            self._rooms.leave(sid, room)
+            self._leave(sid, room)
             return {"room": room}
         raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
 
@@ -6391,10 +6792,23 @@ class Dashboards:
         if sid in self._connected:  # it may have left meanwhile, or lost its right
             if self._access.may_view(self.viewer(sid), guild_id) is False:
                 raise ClientError("forbidden", f"No access to guild {guild_id}")
-            self._rooms.enter(sid, room)
+            self._enter(sid, room)
             if room not in rooms:
                 self._greet_soon(sid, kind, guild_id)
         return room
+
+    def _enter(self, sid: Sid, room: str) -> None:
+        self._rooms.enter(sid, room)
+        if (ticket := self._connected[sid].ticket) is not None:
+            self._recovery.enter(ticket, room)
+
+    def _leave(self, sid: Sid, room: str, *, expelled: bool = False) -> None:
+        if expelled:
+            self._rooms.expel(sid, room)
+        else:
+            self._rooms.leave(sid, room)
+        if (ticket := self._connected[sid].ticket) is not None:
+            self._recovery.leave(ticket, room)
 
     def _greet_soon(self, sid: Sid, kind: str, guild_id: str) -> None:
         """What plugins have for a new subscriber; in a task, so that the answer comes first."""
@@ -6414,7 +6828,7 @@ class Dashboards:
             return
         rooms = [room for room in self._rooms.rooms_of(sid) if room.endswith(f":{guild_id}")]
         for room in rooms:
-            self._rooms.expel(sid, room)
+            self._leave(sid, room, expelled=True)
         if rooms:
             lost = ClientError("forbidden", f"Access to guild {guild_id} was lost")
             self._limits.metrics.refused_requests.labels("right_lost").inc()
@@ -6480,10 +6894,10 @@ class RightsWatcher:
         events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
 
-    def send(self, to: Destination, packet: bytes) -> None:
+    def send(self, to: Destination, frame: RoomFrame) -> None:
         """An event to those in a room who may see it."""
         hidden = functools.partial(self.hidden, to.room, to.guild_id, to.channel_id)
-        self._rooms.send(to.room, packet, hidden if to.channel_id else None)
+        self._rooms.send(to.room, frame, hidden if to.channel_id else None)
 
     def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
@@ -6655,6 +7069,7 @@ def measure(server: Server) -> None:
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
+    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.size)
     gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
     gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
     gauge(
@@ -6740,6 +7155,7 @@ class Server:
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
         self.rooms = Rooms(*fanout, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
+        self.recovery = self.node.make_recovery(self.metrics)
         self.throttle = Throttle(settings.throttle, self.node, self.metrics)
         self.dashboards = Dashboards(
             self.socketio,
@@ -6749,9 +7165,10 @@ class Server:
             self.limits,
             self.plugins,
             self.node,
+            self.recovery,
         )
         self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
-        self.node.attach(Parts(self.rights, self.rooms, self.plugins, self.throttle, self.metrics))
+        self.node.attach(Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics))
         self.door = FrontDoor(settings.server, self.limits)
         measure(self)
         self.plugins.attach(self._workplace())

@@ -50,9 +50,13 @@ from spywatcher import (
     Node,
     OpenConnections,
     OperatorError,
+    Metrics,
     Parts,
     PluginHost,
+    Recovery,
+    RecoverySettings,
     RedisSettings,
+    RoomFrame,
     Rooms,
     SectionT,
     Settings,
@@ -1792,6 +1796,10 @@ class ClusterNode(Node):
     def make_connections(self) -> OpenConnections:
         return self.connections
 
+    def make_recovery(self, metrics: Metrics) -> Recovery:
+        """None yet: a client that comes back to another node would find nothing there."""
+        return Recovery(RecoverySettings(window=0.0), metrics)
+
     # -- start, stop, how things stand
 
     def start(self) -> None:
@@ -1922,7 +1930,7 @@ class ClusterNode(Node):
             return  # this node has lost the gateway: another one is its clients' source now
         self._parts.metrics.sent.labels(event).inc()
         to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
-        self._parts.clients.send(to, packet)
+        self._parts.clients.send(to, RoomFrame(packet))
         self.publisher.put(guild_stream(guild_id), kind, to.channel_id, packet, term=self.term)
 
     def take_event(self, stream: str, entry: Entry) -> None:
@@ -1932,7 +1940,7 @@ class ClusterNode(Node):
                 self.follower.on_change(note)
         elif self._counts(note) and not self._may_have_been_had(entry):
             to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
-            self._parts.clients.send(to, note.body)
+            self._parts.clients.send(to, RoomFrame(note.body))
 
     def _counts(self, note: Note) -> bool:
         """Whether to hear another holder: not beside this node's own gateway."""

@@ -259,14 +259,14 @@ class Dashboard:
     async def quiet(
         self, *names: str, barrier: str | Callable[[], Awaitable[object]] = "guilds:list"
     ) -> None:
-        """Assert that no event of these names (of any name, if none is given) is waiting.
+        """Assert that no event of these names (of any but `session`, if none is given) is waiting.
 
         There is no pause to guess at: an acknowledged round trip (`barrier` is the event that makes
         it, or a function to await instead) proves it, since what the server sent before its answer
         arrives before its answer. Make sure that the server is done before you call this.
         """
         await (self.call(barrier) if isinstance(barrier, str) else barrier())
-        waiting = {name: self._events.unread(name) for name in names or self._names()}
+        waiting = {name: self._events.unread(name) for name in names or self._names() - {"session"}}
         unwanted = {
             name: [event.args for event in found] for name, found in waiting.items() if found
         }

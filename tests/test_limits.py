@@ -282,6 +282,7 @@ async def test_each_connect_on_one_transport_is_an_attempt(watching):
         for _ in range(4):
             await raw.send("41", "40" + json.dumps({"token": spy.token()}))
             assert (await raw.read()).startswith('40{"sid"')
+            assert '"session"' in await raw.read()
         await raw.send("41", "40" + json.dumps({"token": spy.token()}))
         [refusal] = await raw.closed()
         assert refusal.startswith('44{"message":"Too many connections","data":{"retryAfter":')

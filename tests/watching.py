@@ -106,6 +106,7 @@ class Watch:
             answer = await raw.read()
             assert isinstance(answer, str)
             assert answer.startswith('40{"sid"')
+            assert await raw.read() == '42["session",{"recovered":false,"rooms":[]}]'
         return raw
 
     def close(self) -> None:
