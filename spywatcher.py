@@ -3041,8 +3041,10 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         class Settings(PluginSettings, frozen=True):
             longest: Annotated[int, Meta(ge=1, description="Characters shown.")] = 80
 
-    Give each key a type and a default. Wrong values are refused with their key path; what is in
-    force is `spy.settings`, which follows a reload of the settings.
+    Give each key a type and a default. Wrong values are refused with their key path, what does not
+    fit together by `__post_init__` with `ValueError("key: what is wrong", …)`; what is in force is
+    `spy.settings`, which follows a reload of the settings. What a key that ends with `_file` names
+    is relative to config.toml; it comes as a whole path.
     """
 
     @property
@@ -3339,6 +3341,22 @@ class Shared(Protocol):
         """
 
 
+class Marks(Protocol):
+    """Names that all nodes remember for a while, in Redis: what is used up, who has signed out.
+
+        if not await spy.marks.put(f"used {code}", 600):
+            raise tornado.web.HTTPError(400)
+
+    Both raise ConnectionError while Redis does not answer.
+    """
+
+    async def put(self, name: str, seconds: float) -> bool:
+        """Remember a name for so long; False, and nothing else, if it is remembered already."""
+
+    async def has(self, name: str) -> bool:
+        """Whether a name is remembered."""
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -3507,6 +3525,13 @@ class HostContext(NamedTuple):
     tokens: Tokens = Tokens(Keys(), ())
     #: Whether a viewer of a guild may see a channel of it.
     may_see: Callable[[Viewer, str, str], bool] = lambda viewer, guild_id, channel_id: True
+    #: What a plugin of this name has all nodes remember; None where there is one.
+    marks: Callable[[str], Marks | None] = lambda name: None
+    rest_url: str = ""
+    #: Whom a request counts for.
+    address: Callable[[HTTPServerRequest], str] = lambda request: ""
+    #: Whether a page of this origin is named in the settings.
+    lists_origin: Callable[[str], bool] = lambda origin: False
 
 
 # -- what goes out
@@ -4676,6 +4701,13 @@ class PluginLoader:
             raise
         return plugin
 
+    def check_secret(self, tokens: Tokens) -> None:
+        """Raises OperatorError for each plugin that signs where nothing can be signed."""
+        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
+        if signing and not tokens.can_issue:
+            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
+            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
+
     def report(self, name: str, path: Path, error: BaseException) -> None:
         """Say once why a plugin did not load."""
         self.failures[name] = why = reason_not_loaded(error, path)
@@ -4765,8 +4797,12 @@ class PluginHost:
     # -- at work
 
     def attach(self, context: HostContext) -> None:
-        """Give the plugins what they work with. What they serve is there from now on, on every node."""
+        """Give the plugins what they work with. What they serve is there from now on, on every node.
+
+        Raises OperatorError where one needs a secret that is not there.
+        """
         if self._dispatcher is None:
+            self.loader.check_secret(context.tokens)
             self._context, self._dispatcher = context, Dispatcher(context, self._metrics)
             self.runners = {name: self.make_runner(plugin) for name, plugin in self.plugins.items()}
             self.take_over()
@@ -5884,6 +5920,10 @@ class Node:
 
     def share(self, plugin: str) -> Shared | None:
         """What a plugin keeps for all nodes; None where there is one."""
+        return None
+
+    def marks(self, plugin: str) -> Marks | None:
+        """What a plugin has all nodes remember; None where there is one."""
         return None
 
     # -- events
@@ -7256,6 +7296,10 @@ class Server:
             share=self.node.share,
             tokens=self.tokens,
             may_see=self.access.may_see,
+            marks=self.node.marks,
+            rest_url=self._settings.discord.rest_url,
+            address=self.door.address,
+            lists_origin=self.door.lists,
         )
 
     def _bind(self) -> list[socket.socket]:
@@ -7600,7 +7644,7 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
         cluster_code().check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
-    host.check_secret(Tokens(keys, settings.auth.algorithms))
+    host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
     print(settings_text(settings))
     for plugin in host.plugins.values():
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")

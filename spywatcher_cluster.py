@@ -46,6 +46,7 @@ from spywatcher import (
     DataOrMaker,
     Destination,
     EventData,
+    Marks,
     News,
     Node,
     OpenConnections,
@@ -301,6 +302,14 @@ class Link:
         except TimeoutError:
             self._slow_until = time.monotonic() + SLOW_FOR
             raise
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Raise ConnectionError, which plugins know, for one of `errors`."""
+        try:
+            yield
+        except self.errors as error:
+            raise ConnectionError(str(error)) from error
 
     async def keep(self, work: Callable[[], Coroutine[Any, Any, object]]) -> NoReturn:
         """Do `work`, and again whenever Redis is lost: soon at first, then twice a second."""
@@ -1905,6 +1914,9 @@ class ClusterNode(Node):
                 self.connections.tell_all()
                 self.peers.introduce()
             await asyncio.sleep(BEAT_INTERVAL)
+
+    def marks(self, plugin: str) -> Marks:
+        return SharedMarks(self.link, plugin)
 
     def share(self, plugin: str) -> Shared:
         return SharedTables(self.link, self.term, plugin)

@@ -36,7 +36,7 @@ class Scene(NamedTuple):
     @property
     def spy(self) -> Spy:
         """What the plugin was handed."""
-        return self.server.plugins.spies["signin"]
+        return self.server.plugins.runners["signin"].spy
 
     def sign(self, name: str, value: str, *, age: float = 0.0, purpose: str = "") -> str:
         """A cookie's value as the plugin signs it."""
