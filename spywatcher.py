@@ -7208,7 +7208,9 @@ class Server:
             self.recovery,
         )
         self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
-        self.node.attach(Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics))
+        self.node.attach(
+            Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
+        )
         self.door = FrontDoor(settings.server, self.limits)
         measure(self)
         self.plugins.attach(self._workplace())
