@@ -32,7 +32,7 @@ def broadcast(spy: Watch, *numbers: int, channel: str = "", kind: str = "guild")
         payload: dict[str, Any] = {"number": number}
         if channel:
             payload["channelId"] = channel
-        spy.server.emit("x", str(spy.guild.id), payload, kind)
+        spy.server.node.deliver("x", str(spy.guild.id), payload, kind)
 
 
 async def numbers(dashboard: Dashboard, count: int) -> list[int]:

@@ -218,7 +218,7 @@ async def test_a_burst_arrives_whole_and_in_order_on_both_transports(spy):
     dashboards = [await spy.dashboard(transports=[t]) for t in ("websocket", "polling")]
     names = [f"m{number}" for number in range(300)]
     for name in names:
-        spy.server.emit("message:new", str(spy.guild.id), {"name": name}, "guild")
+        spy.server.node.deliver("message:new", str(spy.guild.id), {"name": name}, "guild")
     for dashboard in dashboards:
         came = [(await dashboard.next("message:new"))["name"] for _ in names]
         assert came == names
@@ -234,10 +234,10 @@ async def test_an_upgrade_in_the_middle_of_a_burst_loses_and_reorders_nothing(sp
     await eventually(lambda: room in spy.server.rooms._rooms)
     upgrade = asyncio.create_task(dashboard.upgraded())
     while not upgrade.done():
-        spy.server.emit("message:new", str(spy.guild.id), {"number": count}, "guild")
+        spy.server.node.deliver("message:new", str(spy.guild.id), {"number": count}, "guild")
         count += 1
         await asyncio.sleep(0.001)
-    spy.server.emit("message:new", str(spy.guild.id), {"number": count}, "guild")
+    spy.server.node.deliver("message:new", str(spy.guild.id), {"number": count}, "guild")
     came = [(await dashboard.next("message:new"))["number"] for _ in range(count + 1)]
     assert came == list(range(count + 1))
     assert (await dashboard.state()).transport == "websocket"
@@ -253,7 +253,7 @@ async def test_a_polling_client_goes_over_to_websocket_by_itself(spy):
 async def test_large_events_arrive(spy):
     dashboard = await spy.dashboard()
     for size in (100, 125, 126, 65_535, 65_536, 300_000):
-        spy.server.emit("message:new", str(spy.guild.id), {"text": "x" * size}, "guild")
+        spy.server.node.deliver("message:new", str(spy.guild.id), {"text": "x" * size}, "guild")
         assert len((await dashboard.next("message:new"))["text"]) == size
 
 
@@ -281,7 +281,7 @@ async def test_a_client_that_stops_reading_is_cut_off_alone(watching):
         raw.stop_reading()
         sent = 0
         while len(list(spy.server.rooms.members(room))) == 2:
-            spy.server.emit(
+            spy.server.node.deliver(
                 "message:new", str(spy.guild.id), {"n": sent, "text": "x" * 16_000}, "guild"
             )
             sent += 1
