@@ -49,7 +49,8 @@ upgrade-check: tests/node_modules/.installed
 	rm -rf build/upgrade && $(PYTHON) -m venv build/upgrade
 	sed -e 's/~=/>=/' setup.cfg >build/upgrade/setup.cfg && cp pyproject.toml build/upgrade
 	build/upgrade/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-	  $$($(PYTHON) -c 'import configparser as c; s = c.ConfigParser(); s.read("build/upgrade/setup.cfg"); print(*f"{s["options"]["install_requires"]}{s["options.extras_require"]["test"]}{s["options.extras_require"]["crypto"]}".split())')
+	  $$($(PYTHON) -c 'import configparser; s = configparser.ConfigParser(); s.read("build/upgrade/setup.cfg"); \
+	    print(s["options"]["install_requires"], *(s["options.extras_require"][e] for e in ("test", "crypto")))')
 	build/upgrade/bin/python -m pytest tests/test_private_names.py
 	build/upgrade/bin/python -m pytest --numprocesses auto $(ARGS); status=$$?; \
 	  build/upgrade/bin/python -m pip --disable-pip-version-check list; exit $$status

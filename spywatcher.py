@@ -34,6 +34,7 @@ import collections
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import difflib
 import enum
 import errno
@@ -1549,14 +1550,13 @@ class Limits:
         key = f"attempts/{address}"
         if await self._counters.count(key, self._attempts.seconds) <= self._attempts.amount:
             return 0.0
-        self.metrics.refused.labels("attempts_per_ip").inc()
         return max(1.0, await self._counters.seconds_left(key))
 
     async def begin(self, address: str) -> RefusedConnectionError | None:
         """A session begins. One too many is let in far enough to be told what is returned."""
         before = await self.open.enter(address)
         return (
-            self._over("connections_per_ip") if before >= self.settings.connections_per_ip else None
+            self.over("connections_per_ip") if before >= self.settings.connections_per_ip else None
         )
 
     async def refused(self, address: str, refusal: RefusedConnectionError) -> None:
@@ -1575,8 +1575,7 @@ class Limits:
     async def let_try(self, address: str) -> None:
         """Before a token is looked at; raises RefusedConnectionError where it makes no difference."""
         if seconds := await self.blocked_for(address):
-            self.metrics.refused.labels("blocked").inc()
-            raise too_many(seconds)
+            raise self.over("blocked", seconds)
 
     async def accepted(self, address: str) -> None:
         """A token was accepted: refusals are counted from the beginning again."""
@@ -1587,7 +1586,7 @@ class Limits:
         whose = viewer_name(discord_id)
         if await self.open.enter(whose) >= self.settings.connections_per_viewer:
             self.open.leave(whose)
-            raise self._over("connections_per_viewer")
+            raise self.over("connections_per_viewer")
 
     def may_send(self, allowance: Allowance) -> bool:
         """Whether one more event may be sent. All rooms can be joined at once, at each reconnect."""
@@ -1595,15 +1594,10 @@ class Limits:
             self._events, self._events.amount + self.settings.rooms_per_connection
         )
 
-    def _over(self, limit: str) -> RefusedConnectionError:
-        """The refusal of one connection too many; unlike a wrong token it leads to no block."""
+    def over(self, limit: str, seconds: float = RETRY_AFTER) -> RefusedConnectionError:
+        """The refusal of one too many; unlike a wrong token it leads to no block."""
         self.metrics.refused.labels(limit).inc()
-        return too_many(RETRY_AFTER)
-
-
-def too_many(retry_after: float) -> RefusedConnectionError:
-    """`retryAfter` goes out in whole seconds."""
-    return RefusedConnectionError("Too many connections", retryAfter=math.ceil(retry_after))
+        return RefusedConnectionError("Too many connections", retryAfter=math.ceil(seconds))
 
 
 # -------------------------------------------------------------------- rooms and fan-out
@@ -1754,6 +1748,9 @@ NEXT: Final[Mapping[State, frozenset[State]]] = {
 }
 
 
+# Slots: with a thousand clients in turn, each further piece of memory is one more cache miss, and
+# these add up to a tenth of what the system call takes.
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Session:
     """One Engine.IO session, in the place of python-engineio's own.
 
@@ -1762,70 +1759,42 @@ class Session:
     Either way no more than `max_queue_bytes` wait, or the client is cut off.
     """
 
-    # No dict: with a thousand clients in turn, each further piece of memory is one more cache miss,
-    # and these add up to a tenth of what the system call takes.
-    __slots__ = (
-        "_alone",
-        "_answered",
-        "_awaits_pong",
-        "_carriers",
-        "_direct",
-        "_poll",
-        "_poller",
-        "_prober",
-        "_queue",
-        "_socket",
-        "_stream",
-        "_timer",
-        "_waiting",
-        "address",
-        "allowance",
-        "connects",
-        "from_browser",
-        "handler",
-        "log",
-        "posting",
-        "refusal",
-        "server",
-        "sid",
-        "state",
-        "tracks",
+    server: Engine
+    sid: str
+    #: Whom it counts for.
+    address: str
+    #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
+    refusal: RefusedConnectionError | None = None
+    #: How often the client has said CONNECT, and what it may still send.
+    connects: int = 0
+    allowance: Allowance = dataclasses.field(default_factory=Allowance)
+    #: Names the connection in the log; the Engine.IO id would let a reader take it over.
+    log: ConnectionLog = dataclasses.field(
+        default_factory=lambda: ConnectionLog(log, {"connection": secrets.token_hex(4)})
     )
-
-    def __init__(self, engine: Engine, sid: str, address: str) -> None:
-        self.server = engine
-        self.sid = sid
-        #: Whom it counts for.
-        self.address = address
-        #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
-        self.refusal: RefusedConnectionError | None = None
-        #: How often the client has said CONNECT, and what it may still send.
-        self.connects = 0
-        self.allowance = Allowance()
-        #: Names the connection in the log; the Engine.IO id would let a reader take it over.
-        self.log = ConnectionLog(log, {"connection": secrets.token_hex(4)})
-        self.state = State.POLLING
-        #: Whether the latest request that brought packets named a page's origin.
-        self.from_browser = False
-        #: Whether room events come to it with their offsets (see "recovery").
-        self.tracks = False
-        self.handler: SocketHandler | None = None
-        self.posting = False  # one POST is at work
-        #: By which TCP connections it comes: the latest of each kind of request.
-        self._carriers: dict[str, Connection] = {}
-        self._stream: IOStream | None = None
-        self._socket: socket.socket | None = None  # None under TLS: only its stream may write
-        self._alone = True  # nobody but `write` writes to the stream
-        #: The socket while it may be written to without a look at its stream.
-        self._direct: socket.socket | None = None
-        self._queue: list[Frame] = []
-        self._waiting = 0  # bytes in the queue, and in the latest poll's answer
-        self._answered = 0  # bytes in that answer
-        self._poller: SocketHandler | None = None  # the latest poll
-        self._poll: asyncio.Future[None] | None = None  # done when it is to be answered
-        self._prober: SocketHandler | None = None
-        self._awaits_pong = False
-        self._timer: asyncio.TimerHandle | None = None
+    state: State = State.POLLING
+    #: Whether the latest request that brought packets named a page's origin.
+    from_browser: bool = False
+    #: Whether room events come to it with their offsets (see "recovery").
+    tracks: bool = False
+    #: Its WebSocket, once that is the transport.
+    handler: SocketHandler | None = None
+    #: One POST is at work.
+    posting: bool = False
+    #: By which TCP connections it comes: the latest of each kind of request.
+    _carriers: dict[str, Connection] = dataclasses.field(default_factory=dict)
+    _stream: IOStream | None = None
+    _socket: socket.socket | None = None  # None under TLS: only its stream may write
+    _alone: bool = True  # nobody but `write` writes to the stream
+    _direct: socket.socket | None = None  # while it may be written to without a look at its stream
+    _queue: list[Frame] = dataclasses.field(default_factory=list)
+    _waiting: int = 0  # bytes in the queue, and in the latest poll's answer
+    _answered: int = 0  # bytes in that answer
+    _poller: SocketHandler | None = None  # the latest poll
+    _poll: asyncio.Future[None] | None = None  # done when it is to be answered
+    _prober: SocketHandler | None = None
+    _awaits_pong: bool = False
+    _timer: asyncio.TimerHandle | None = None
 
     def _become(self, state: State) -> bool:
         """Go over to the state, if that may follow; wakes the poll that waits."""
@@ -2063,6 +2032,10 @@ class Session:
         elif self.state is not State.ENDING:
             self._lose(self.server.reason.SERVER_DISCONNECT)
 
+    def end_soon(self) -> None:
+        """The same once this turn of the loop has sent what it has to say."""
+        asyncio.get_running_loop().call_soon(self.end)
+
     def drop(self, reason: str) -> None:
         """It has not authenticated. Strangers come by the thousand: counted, but hardly logged."""
         self.cut(reason, logging.DEBUG)
@@ -2250,35 +2223,29 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         """Stock python-socketio calls a handler that fails once more, and keeps for ever who went
         meanwhile; its refusals are no objects and leave the transport open.
         """
-        namespace = namespace or NAMESPACE
-        if namespace != NAMESPACE:
-            refusal: RefusedConnectionError | None = RefusedConnectionError("Invalid namespace")
-        else:
-            refusal = await self._connect(self.eio.sockets[eio_sid], data)
-        if refusal is not None:
+        try:
+            await self._connect(self.eio.sockets[eio_sid], namespace or NAMESPACE, data)
+        except RefusedConnectionError as refusal:
             error: dict[str, object] = {"message": refusal.message}
             if refusal.data:
                 error["data"] = refusal.data
             kind = socketio.packet.CONNECT_ERROR
             await self._send_packet(eio_sid, self.packet_class(kind, error, namespace=namespace))
 
-    async def _connect(self, session: Session, auth: Any) -> RefusedConnectionError | None:
-        """Let the client in, or return why not: then the transport ends, unless one is in already."""
+    async def _connect(self, session: Session, namespace: str, auth: Any) -> None:
+        if namespace != NAMESPACE:
+            raise RefusedConnectionError("Invalid namespace")
         session.connects += 1
         if session.connects > 1 and (seconds := await self.eio.limits.attempt(session.address)):
-            asyncio.get_running_loop().call_soon(session.end)
-            return too_many(seconds)
+            session.end_soon()
+            raise self.eio.limits.over("attempts_per_ip", seconds)
         sid = await self.manager.pre_connect(session.sid, NAMESPACE)
         if sid is None:
-            return RefusedConnectionError("Already connected")
+            raise RefusedConnectionError("Already connected")
         try:
             welcome = await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
-        except RefusedConnectionError as refusal:
-            # It is sent in this turn of the loop; then the transport goes too.
-            asyncio.get_running_loop().call_soon(session.end)
-            await self.manager.disconnect(sid, NAMESPACE)
-            return refusal
         except Exception:
+            session.end_soon()
             await self.manager.disconnect(sid, NAMESPACE)
             raise
         self._rooms.add(sid, session)
@@ -2287,9 +2254,8 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         await self._send_packet(session.sid, self.packet_class(kind, reply))
         await self.manager.connect(sid, NAMESPACE)
         await self._trigger_event(CONNECTED, NAMESPACE, sid)
-        if session.closed:
+        if session.closed:  # meanwhile
             await self._handle_eio_disconnect(session.sid, self.reason.TRANSPORT_CLOSE)
-        return None
 
     async def _handle_event(self, eio_sid: str, namespace: str, ack: int, data: Any) -> None:
         """Stock python-socketio would let a client name any handler: "connect", "disconnect", "*"."""
@@ -6180,15 +6146,15 @@ class SocketHandler(Handler, WebSocketHandler):
         if session is not None:
             self._engine.limits.strangers.touch(session)
         if not self._door.origins.allow(origin, self.request.host):
-            self._refuse_origin(origin)
+            self._refuse(403, "origin", "This origin is not allowed", unlisted(origin))
             return
         if origin is not None:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Allow-Credentials", "true")
             self.set_header("Vary", "Origin")
         if session is None and (seconds := await self._door.limits.blocked_for(self._address)):
-            self._engine.metrics.refused.labels("blocked").inc()
-            self._refuse_for(seconds, "Too many refused attempts")
+            self.set_header("Retry-After", str(math.ceil(seconds)))
+            self._refuse(429, "blocked", "Too many refused attempts")
 
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has done it, for polls too
@@ -6203,7 +6169,8 @@ class SocketHandler(Handler, WebSocketHandler):
         elif self._sid is None and self._door.closed:
             self._refuse(503, "draining", "The server is stopping")
         elif self._sid is None and (seconds := await self._door.limits.attempt(self._address)):
-            self._refuse_for(seconds, "Too many connections")
+            self.set_header("Retry-After", str(math.ceil(seconds)))
+            self._refuse(429, "attempts_per_ip", "Too many connections")
         elif websocket:
             await super().get(*args, **kwargs)
         else:
@@ -6256,31 +6223,12 @@ class SocketHandler(Handler, WebSocketHandler):
             return "Unknown session"
         return None
 
-    def _refuse(self, status: int, reason: str, message: str) -> None:
+    def _refuse(self, status: int, reason: str, message: str, detail: str = "") -> None:
+        """Answer with the message; the detail is for the log alone."""
         self._engine.metrics.refused.labels(reason).inc()
         if self._door.limits.log_once(self._address, reason):
-            log.info("%s refused: %s", self._address, message)
+            log.info("%s refused: %s%s", self._address, message, detail)
         self.set_status(status)
-        self.finish({"message": message})
-
-    def _refuse_origin(self, origin: str | None) -> None:
-        self._engine.metrics.refused.labels("origin").inc()
-        if self._door.limits.log_once(self._address, "origin"):
-            shown = clean_text(origin or "")[:ORIGIN_SHOWN]
-            log.info(
-                "%s refused: its page is of the origin %r, which [server] cors_origins does not list",
-                self._address,
-                shown,
-            )
-        self.set_status(403)
-        self.finish({"message": "This origin is not allowed"})
-
-    def _refuse_for(self, seconds: float, message: str) -> None:
-        """Stock clients try again by themselves."""
-        self.set_header("Retry-After", str(math.ceil(seconds)))
-        if self._door.limits.log_once(self._address, message):
-            log.info("%s refused: %s", self._address, message)
-        self.set_status(429)
         self.finish({"message": message})
 
     async def open(self, *args: str, **kwargs: str) -> None:
@@ -6324,6 +6272,12 @@ class SocketHandler(Handler, WebSocketHandler):
         """Only what is not the client's fault; `_refuse` and Tornado have answered the rest."""
         if not isinstance(error, HTTPError | StreamClosedError | StreamBufferFullError):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
+
+
+def unlisted(origin: str | None) -> str:
+    """Which origin that is, and what would let it in."""
+    shown = clean_text(origin or "")[:ORIGIN_SHOWN]
+    return f"; {shown!r} is not in [server] cors_origins"
 
 
 def parse_sid(request: HTTPServerRequest) -> str | None:
@@ -6453,9 +6407,8 @@ class Acceptor:
         asyncio.get_running_loop().call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
-        if self.fileno() >= 0:
-            with contextlib.suppress(KeyError):  # it is listened on no more
-                IOLoop.current().update_handler(self, IOLoop.READ)
+        if self.fileno() >= 0:  # else it is listened on no more
+            IOLoop.current().update_handler(self, IOLoop.READ)
 
 
 class WebServer(HTTPServer):
@@ -6774,7 +6727,7 @@ class Dashboards:
             viewer = self._tokens.verify(args[0] if len(args) == 1 else None)
         except RefusedConnectionError as refusal:
             if refusal.message == BANNED:  # out, once it has been told
-                asyncio.get_running_loop().call_soon(dashboard.session.end)
+                dashboard.session.end_soon()
             raise ClientError("forbidden", refusal.message) from refusal
         if viewer.discord_id != dashboard.viewer.discord_id:
             raise ClientError("forbidden", "The token is another viewer's")

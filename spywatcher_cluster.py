@@ -23,7 +23,6 @@ import ssl
 import time
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -120,6 +119,8 @@ BUSY_REST: Final = 0.005
 LINGER: Final = 15.0
 PROBE_INTERVAL: Final = 5.0
 BEAT_INTERVAL: Final = 1.0
+#: Seconds that what the last holder was to send waits for Discord to send its guild.
+FILL_PATIENCE: Final = 30.0
 #: Milliseconds by which another holder may be behind this node's own gateway: for so long after
 #: this node has lost the gateway its clients hear nothing of the next holder, so as to hear
 #: nothing twice.
@@ -1644,17 +1645,10 @@ class Snapshots:
 class Windows:
     """The throttle's open windows, kept in Redis for whoever holds the gateway next."""
 
-    def __init__(
-        self,
-        link: Link,
-        lease: Lease,
-        throttle: Throttle,
-        remake: Callable[[Topic], Awaitable[EventData | None]],
-    ) -> None:
+    def __init__(self, link: Link, lease: Lease, throttle: Throttle) -> None:
         self._link = link
         self._lease = lease
         self._throttle = throttle
-        self._remake = remake
         self._keep = link.redis.register_script(KEEP_WINDOWS)
         self._open: dict[Topic, tuple[float, DataOrMaker | None]] = {}  # until when, and what waits
         self._news: set[Topic] = set()
@@ -1711,8 +1705,11 @@ class Windows:
             return name, "", b""
         return name, left, msgspec.json.encode(True if callable(waiting) else waiting)
 
-    async def load(self) -> None:
-        """Go on where the last holder was, if Redis can say where."""
+    async def load(self) -> list[Topic]:
+        """Go on where the last holder was, if Redis can say where.
+
+        Returns the topics of what plugins were to make at the end of the window.
+        """
         self._open.clear()
         self._news.clear()
         pipe = self._link.redis.pipeline()
@@ -1721,10 +1718,11 @@ class Windows:
         with contextlib.suppress(*self._link.errors):
             found, (seconds, microseconds) = await pipe.execute()
             now = seconds * 1000 + microseconds // 1000
-            for name, value in found.items():
-                self._resume(name, value, now)
+            resumed = [self._resume(name, value, now) for name, value in found.items()]
+            return [topic for topic in resumed if topic]
+        return []
 
-    def _resume(self, name: bytes, value: bytes, now: int) -> None:
+    def _resume(self, name: bytes, value: bytes, now: int) -> Topic | None:
         ends, _, encoded = value.partition(b" ")
         try:
             topic = msgspec.json.decode(name, type=Topic)
@@ -1732,11 +1730,13 @@ class Windows:
             left = max(0, int(ends) - now) / 1000
         except ValueError:  # of a node of another version, perhaps
             log.error("a window of the throttle cannot be taken over: %s", shown(name))
-            return
-        if waiting is True:  # made by a plugin; that of the last holder is gone
-            waiting = functools.partial(self._remake, topic)
+            return None
+        remake = waiting is True  # made by a plugin; that of the last holder is gone
+        if remake:
+            waiting = None
         self._open[topic] = boot_clock() + left, waiting
         self._throttle.resume(topic, left, waiting)
+        return topic if remake else None
 
 
 class ClusterNode(Node):
@@ -1768,7 +1768,7 @@ class ClusterNode(Node):
         self.follower = GuildFollower(self.link, self.known, self.reporter, parts)
         self.peers = Peers(parts.rooms, self.lease, self.tell)
         self.snapshots = Snapshots(parts.plugins, self)
-        self.windows = Windows(self.link, self.lease, parts.throttle, self._remake)
+        self.windows = Windows(self.link, self.lease, parts.throttle)
         self._topics: dict[str, Callable[[Note], None]] = {
             "beat": self.follower.on_beat,
             CHANGE: self.follower.on_change,
@@ -1887,15 +1887,23 @@ class ClusterNode(Node):
                 self.reader.missed = True
 
     async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        await self.windows.load()
-        if not being_cancelled():
-            await run()
+        topics = await self.windows.load()
+        remaking = [asyncio.create_task(self._remake(topic)) for topic in topics]
+        try:
+            if not being_cancelled():
+                await run()
+        finally:
+            for task in remaking:
+                task.cancel()
 
-    async def _remake(self, topic: Topic) -> EventData | None:
+    async def _remake(self, topic: Topic) -> None:
         """What was to be sent by the last holder; names are there once Discord has sent the guild."""
-        while not self.access.is_whole(int(topic.guild_id)):
-            await self.known.wait()
-        return await self.snapshots.make(topic)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FILL_PATIENCE):
+                while not self.access.is_whole(int(topic.guild_id)):
+                    await self.known.wait()
+        make = functools.partial(self.snapshots.make, topic)
+        self._parts.throttle.emit(topic.event, topic.guild_id, make, topic.kind)
 
     async def _beat(self) -> None:
         """The holder says that it is there; all say who watches here, for it to tell of them."""
