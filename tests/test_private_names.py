@@ -100,7 +100,9 @@ def test_no_private_name_is_used_that_is_not_listed_here(name: str) -> None:
     """`namedtuple._replace` and the like are public; `other._x` of the own class is allowed."""
     tree = ast.parse((ROOT / name).read_text("utf-8"))
     own = {node.attr for node in ast.walk(tree) if is_own(node)} | {
-        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     used = {
         node.attr
