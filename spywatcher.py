@@ -1245,21 +1245,6 @@ def guild_name(guild: hikari.Guild) -> str:
 # ------------------------------------------------------------------------------- limits
 # How much of everything one address, one viewer and one connection may have. It knows neither
 # protocols nor tokens: it is asked before work is done, and told how it ended.
-#
-# What a connection is: one `Connection` stands for a TCP connection from its first byte to its last.
-# It is a stranger's, and one of those that `Strangers` bounds, unless it carries the transport of
-# a session: its latest poll, its latest POST, or its WebSocket. A session that has not authenticated
-# is a stranger itself, in place of the connections that carry it. Nothing that a request merely
-# names changes any of this.
-#
-# What counts against what:
-#   connections_per_ip      sessions, by the address of the request that began them
-#   connections_per_viewer  sessions that have authenticated
-#   unauthenticated         strangers
-#   attempts_per_ip         each session that is begun, and each further CONNECT on it: 429, no block
-#   block_after             refused tokens in a row, whatever is wrong with them; but a well-signed one
-#                           that has expired counts nothing, for every valid viewer comes with one some day
-#   events_per_connection   what a transport sends, however often it says CONNECT on it
 
 #: Keys remembered at once; beyond it the one whose window began first is forgotten.
 MOST_REMEMBERED: Final = 50_000
@@ -1440,7 +1425,10 @@ class Strangers:
 class Connection:
     """One TCP connection, from its first byte to its last: a stranger's, unless it carries a session.
 
-    `address` is the peer's, known before it says a word; of a proxy, which speaks for many, empty.
+    It carries the session whose latest poll, latest POST or WebSocket came by it; nothing that a request
+    merely names makes it anybody's. A session that has not authenticated is a stranger itself, in
+    place of the connections that carry it. `address` is the peer's, known before it says a word; of
+    a proxy, which speaks for many, empty.
     """
 
     def __init__(self, limits: Limits, stream: IOStream, address: str) -> None:
@@ -1507,6 +1495,15 @@ def viewer_name(discord_id: str) -> str:
     return f"viewer/{discord_id}"
 
 
+# What counts against what:
+#
+#   connections_per_ip      sessions, by the address of the request that began them
+#   connections_per_viewer  sessions that have authenticated
+#   unauthenticated         strangers
+#   attempts_per_ip         each session that is begun, and each further CONNECT on it: 429, no block
+#   block_after             refused tokens in a row, whatever is wrong with them; but a well-signed one
+#                           that has expired counts nothing: every valid viewer comes with one some day
+#   events_per_connection   what a transport sends, however often it says CONNECT on it
 class Limits:
     """What addresses and connections may do, and who is blocked."""
 
@@ -1748,6 +1745,108 @@ NEXT: Final[Mapping[State, frozenset[State]]] = {
 }
 
 
+def message_of(packet: str | bytes) -> str | bytes | None:
+    """What a client's MESSAGE carries; None of a PONG or CLOSE. Raises ValueError for all others."""
+    kind = packet[:1]
+    if isinstance(packet, bytes):
+        return packet
+    if kind == MESSAGE:
+        return packet[1:]
+    if kind == BASE64:
+        return b64decode(packet[1:], validate=True)
+    if kind in (PONG, CLOSE):
+        return None
+    raise ValueError("no packet of a client's")
+
+
+class PollQueue:
+    """What waits for a client's next poll; what it was answered last counts until it polls again."""
+
+    __slots__ = ("_answered", "_poll", "bytes", "frames", "poller")
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        #: How much waits, with that answer.
+        self.bytes = 0
+        self._answered = 0  # bytes of it
+        #: The latest poll, and what is done when it is to be answered.
+        self.poller: SocketHandler | None = None
+        self._poll: asyncio.Future[None] | None = None
+
+    @property
+    def polled(self) -> bool:
+        """Whether a poll waits for its answer."""
+        return self._poll is not None
+
+    @property
+    def read(self) -> bool:
+        """Whether the kernel has taken all of the latest answer."""
+        return self.poller is None or not stream_of(self.poller).writing()
+
+    def put(self, frames: Sequence[Frame], size: int) -> None:
+        self.frames += frames
+        self.bytes += size
+        self.wake()
+
+    def begin(self, poller: SocketHandler) -> None:
+        """A poll comes: the client has had what the one before was answered with."""
+        self.poller = poller
+        self.bytes -= self._answered
+        self._answered = 0
+
+    async def wait(self) -> None:
+        """Returns when `wake` is called: something has come, or something else has changed."""
+        self._poll = asyncio.get_running_loop().create_future()
+        await self._poll
+        self._poll = None
+
+    def wake(self) -> None:
+        if self._poll is not None and not self._poll.done():
+            self._poll.set_result(None)
+
+    def take(self) -> list[Frame]:
+        """All of it, to be sent."""
+        frames, self.frames = self.frames, []
+        self._answered = sum(len(frame.bytes) for frame in frames)
+        return frames
+
+
+class Heartbeat:
+    """Pings a client, and lets it go where no PONG comes back; one timer, no task."""
+
+    __slots__ = ("_awaits_pong", "_session", "_timer")
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._awaits_pong = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def beat(self) -> None:
+        """Ping after the interval: at the start, and after each PONG."""
+        if self._timer is not None and not self._awaits_pong:
+            return  # a PONG that nobody asked for
+        self._awaits_pong = False
+        self._call_later(self._session.server.ping_interval, self._ping)
+
+    def _ping(self) -> None:
+        self._awaits_pong = True
+        self._session.write((PING,), PING.bytes)
+        engine = self._session.server
+        self._call_later(engine.ping_timeout, self._session.lose, engine.reason.PING_TIMEOUT)
+
+    def _call_later(self, seconds: float, call: Callable[..., None], *args: object) -> None:
+        self.stop()
+        self._timer = asyncio.get_running_loop().call_later(seconds, call, *args)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+#: While polls and POSTs are the transport.
+POLLED: Final = frozenset({State.POLLING, State.PROBING, State.ENDING})
+
+
 # Slots: with a thousand clients in turn, each further piece of memory is one more cache miss, and
 # these add up to a tenth of what the system call takes.
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -1787,31 +1886,24 @@ class Session:
     _socket: socket.socket | None = None  # None under TLS: only its stream may write
     _alone: bool = True  # nobody but `write` writes to the stream
     _direct: socket.socket | None = None  # while it may be written to without a look at its stream
-    _queue: list[Frame] = dataclasses.field(default_factory=list)
-    _waiting: int = 0  # bytes in the queue, and in the latest poll's answer
-    _answered: int = 0  # bytes in that answer
-    _poller: SocketHandler | None = None  # the latest poll
-    _poll: asyncio.Future[None] | None = None  # done when it is to be answered
+    queue: PollQueue = dataclasses.field(default_factory=PollQueue)
     _prober: SocketHandler | None = None
-    _awaits_pong: bool = False
-    _timer: asyncio.TimerHandle | None = None
+    heartbeat: Heartbeat = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.heartbeat = Heartbeat(self)
 
     def _become(self, state: State) -> bool:
         """Go over to the state, if that may follow; wakes the poll that waits."""
         if state not in NEXT[self.state]:
             return False
         self.state, self._direct = state, None
-        self._wake()
+        self.queue.wake()
         return True
 
     @property
     def closed(self) -> bool:
         return self.state is State.CLOSED
-
-    @property
-    def polls(self) -> bool:
-        """Whether polls and POSTs are its transport."""
-        return self.state in (State.POLLING, State.PROBING, State.ENDING)
 
     def carried_by(self, connection: Connection, kind: str) -> None:
         """A request of this session has come: of its kind, no other connection is this session's."""
@@ -1840,7 +1932,7 @@ class Session:
         except BlockingIOError:
             pass
         except OSError:
-            self._lose()
+            self.lose()
             return True
         self._direct = None
         return self._write_later(frames, memoryview(data)[sent:])
@@ -1861,70 +1953,36 @@ class Session:
         if not data or self.state in (State.ENDING, State.CLOSED):
             return True
         if self._stream is None:
-            self._enqueue(frames, len(data))
+            if self.queue.bytes + len(data) > self.server.max_queue_bytes:
+                self.cut("too slow")
+            else:
+                self.queue.put(frames, len(data))
             return True
         try:
             write_within(self.server.max_queue_bytes, self._stream, data)
         except StreamBufferFullError:
             self.cut("too slow")
         except StreamClosedError:
-            self._lose()
+            self.lose()
         return False
-
-    def _enqueue(self, frames: Sequence[Frame], size: int) -> None:
-        self._waiting += size
-        if self._waiting > self.server.max_queue_bytes:
-            self.cut("too slow")
-            return
-        self._queue += frames
-        self._wake()
-
-    # -- polls
-
-    @property
-    def polling(self) -> bool:
-        """Whether a poll waits for its answer."""
-        return self._poll is not None
 
     async def poll(self, handler: SocketHandler) -> list[Frame]:
         """What a poll is answered with; returns once there is something, nothing when it is over.
 
         Two polls at a time end the session, as they do in Node's: which is read first?
         """
-        if self.polling or (self._poller is not None and stream_of(self._poller).writing()):
+        if self.queue.polled or not self.queue.read:
             self.cut("overlapping polls")
             return []
-        self._poller = handler
+        self.queue.begin(handler)
         self.carried_by(handler.connection, "GET")
-        self._waiting -= self._answered  # the client asks for more: it has had that
-        self._answered = 0
-        if self.state is State.POLLING and not self._queue:
-            self._poll = asyncio.get_running_loop().create_future()
-            await self._poll
-            self._poll = None
+        if self.state is State.POLLING and not self.queue.frames:
+            await self.queue.wait()
         if self.state in (State.PROBING, State.WEBSOCKET):
             return [NOOP]
-        frames, self._queue = self._queue, []
-        self._answered = sum(len(frame.bytes) for frame in frames)
         if self.state is State.ENDING:
-            self._lose(self.server.reason.SERVER_DISCONNECT)
-        return frames
-
-    def _wake(self) -> None:
-        if self._poll is not None and not self._poll.done():
-            self._poll.set_result(None)
-
-    async def post(self, handler: SocketHandler) -> None:
-        """Take the packets of one poll's POST, however many fit into `max_message_bytes`."""
-        self.carried_by(handler.connection, "POST")
-        self.from_browser = "Origin" in handler.request.headers
-        try:
-            body = handler.request.body.decode()
-        except UnicodeDecodeError:
-            self.cut("malformed packet")
-            return
-        for message in body.split("\x1e"):
-            await self.feed(message)
+            self.lose(self.server.reason.SERVER_DISCONNECT)
+        return self.queue.take()
 
     # -- from the client
 
@@ -1932,53 +1990,39 @@ class Session:
         """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
         if self.closed:
             return
-        kind = message[:1]
-        if isinstance(message, bytes):
-            await self._hear(message)
-        elif kind == MESSAGE:
-            await self._hear(message[1:])
-        elif kind == BASE64:
-            await self._hear_base64(message[1:])
-        elif kind == PONG:
-            self.schedule_ping()
-        elif kind == CLOSE:
-            self._queue = [NOOP]  # a poll that waits, as Node's answers it
-            self._lose(self.server.reason.CLIENT_DISCONNECT)
-        else:
-            self.cut("malformed packet")
-        await asyncio.sleep(0)  # however much one client sends, the others have their turn
-
-    async def _hear_base64(self, text: str) -> None:
         try:
-            data = b64decode(text, validate=True)
+            data = message_of(message)
         except ValueError:
             self.cut("malformed packet")
+            return
+        if data is not None:
+            if self.state is not State.ENDING:
+                await self.server.trigger("message", self.sid, data)
+        elif message[:1] == PONG:
+            self.heartbeat.beat()
         else:
-            await self._hear(data)
-
-    async def _hear(self, data: str | bytes) -> None:
-        if self.state is not State.ENDING:
-            await self.server.trigger("message", self.sid, data)
+            self.queue.frames = [NOOP]  # a poll that waits, as Node's answers it
+            self.lose(self.server.reason.CLIENT_DISCONNECT)
+        await asyncio.sleep(0)  # however much one client sends, the others have their turn
 
     # -- the upgrade from polling (Engine.IO protocol v4, Upgrade): 2probe, 3probe, 5
 
-    def begin_upgrade(self, handler: SocketHandler) -> None:
+    def begin_upgrade(self, handler: SocketHandler) -> bool:
         """A WebSocket wants to take over from polling; one at a time."""
-        if self._prober is not None or self.state is not State.POLLING:
-            handler.close()
-        else:
+        if self._prober is None and self.state is State.POLLING:
             self._prober = handler
+        return handler is self._prober
 
-    def feed_probe(self, handler: SocketHandler, message: str | bytes) -> None:
-        if handler is not self._prober:
-            return
-        if message == PROBE and self._become(State.PROBING):
-            with contextlib.suppress(StreamClosedError):
-                websocket_stream(handler).write(PROBED.bytes)
-        elif message == UPGRADE and self.state is State.PROBING:
-            self.attach(handler)
-        else:
-            handler.close()
+    def probe(self, handler: SocketHandler) -> bool:
+        """It asks whether it may: polls are answered with NOOP from now on."""
+        return handler is self._prober and self._become(State.PROBING)
+
+    def upgrade(self, handler: SocketHandler) -> bool:
+        """It takes over, if it has asked."""
+        if handler is not self._prober or self.state is not State.PROBING:
+            return False
+        self.attach(handler)
+        return True
 
     def attach(self, handler: SocketHandler) -> None:
         """From now on this WebSocket is the transport; what waited goes first."""
@@ -1986,51 +2030,31 @@ class Session:
             handler.close()
             return
         self.from_browser = "Origin" in handler.request.headers
-        self.handler, self._prober, self._poller = handler, None, None
+        self.handler, self._prober = handler, None
         self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
-        frames, self._queue = self._queue, []
-        for frame in frames:
+        for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
     def detach(self, handler: SocketHandler) -> None:
         """This connection is gone: with it the session, or only the attempt to upgrade."""
-        if handler is self.handler or (handler is self._poller and self.polling):
-            self._lose()
+        if handler is self.handler or (handler is self.queue.poller and self.queue.polled):
+            self.lose()
         elif handler is self._prober:
             self._prober = None
             if self.state is State.PROBING:
                 self._become(State.POLLING)
 
-    # -- heartbeat: one timer, no task
-
-    def schedule_ping(self) -> None:
-        """Ping after the interval: at the start, and after each PONG."""
-        if self._timer is not None and not self._awaits_pong:
-            return  # a PONG that nobody asked for
-        self._awaits_pong = False
-        self._call_later(self.server.ping_interval, self._ping)
-
-    def _ping(self) -> None:
-        self._awaits_pong = True
-        self.write((PING,), PING.bytes)
-        self._call_later(self.server.ping_timeout, self._lose, self.server.reason.PING_TIMEOUT)
-
-    def _call_later(self, seconds: float, call: Callable[..., None], *args: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(seconds, call, *args)
-
     # -- the end
 
     def end(self) -> None:
         """Close the transport once the client has had what was sent to it so far."""
-        if self._queue and self._become(State.ENDING):
-            self._call_later(self.server.ending_timeout, self._lose)
+        if self.queue.frames and self._become(State.ENDING):
+            asyncio.get_running_loop().call_later(self.server.ending_timeout, self.lose)
         elif self.state is not State.ENDING:
-            self._lose(self.server.reason.SERVER_DISCONNECT)
+            self.lose(self.server.reason.SERVER_DISCONNECT)
 
     def end_soon(self) -> None:
         """The same once this turn of the loop has sent what it has to say."""
@@ -2047,29 +2071,27 @@ class Session:
         if self.server.limits.log_once(self.address, reason):
             self.log.log(level, "%s cut off: %s", self.address, reason)
         self.server.metrics.cut.labels(reason).inc()
-        self._queue.clear()
-        self._lose()
+        self.queue.frames.clear()
+        self.lose()
         if self._stream is not None:
             self._stream.close()
-        elif self._poller is not None and not self.polling:
-            stream_of(self._poller).close()  # an answer that nobody reads
+        elif self.queue.poller is not None and not self.queue.polled:
+            stream_of(self.queue.poller).close()  # an answer that nobody reads
 
-    def _lose(self, reason: str | None = None) -> None:
+    def lose(self, reason: str | None = None) -> None:
+        """The transport is gone, or shall be."""
         if self._become(State.CLOSED):
             reason = reason or self.server.reason.TRANSPORT_CLOSE
             self.server.start_background_task(self._finish, reason)
 
-    async def close(
-        self, wait: bool = True, abort: bool = False, reason: str | None = None
-    ) -> None:
-        """End the session and its transport at once; the libraries' arguments change nothing."""
+    async def close(self, reason: str | None = None) -> None:
+        """End the session and its transport at once."""
         if self._become(State.CLOSED):
             await self._finish(reason or self.server.reason.SERVER_DISCONNECT)
 
     async def _finish(self, reason: str) -> None:
         """Tell Socket.IO, once; then let go of everything."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self.heartbeat.stop()
         await self.server.trigger("disconnect", self.sid, reason)
         self.server.forget(self)
         for connection in set(self._carriers.values()):
@@ -2078,9 +2100,10 @@ class Session:
             if handler is not None:
                 close_gently(handler, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
-        self.handler = self._prober = self._poller = None
-        self._stream = self._socket = self._timer = None
+        self.handler = self._prober = self.queue.poller = None
+        self._stream = self._socket = None
         self._carriers = {}
+        del self.heartbeat
 
 
 def close_gently(handler: WebSocketHandler, patience: float) -> None:
@@ -2142,8 +2165,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         }
         frame = Frame(b"0" + msgspec.json.encode(hello))
         session.write((frame,), frame.bytes)
+        session.heartbeat.beat()
         await self.trigger("connect", session.sid, {})
-        session.schedule_ping()
         return session
 
     async def trigger(self, event: str, *args: object) -> None:
@@ -6184,14 +6207,19 @@ class SocketHandler(Handler, WebSocketHandler):
     async def post(self) -> None:
         """Two at a time end the session, as they do in Node's: which is to be taken first?"""
         session = self._engine.sockets.get(self._sid)
-        if session is None or not session.polls or session.posting:
+        if session is None or session.state not in POLLED or session.posting:
             if session is not None and session.posting:
                 session.cut("overlapping posts")
             self._refuse(400, "handshake", "Unknown session")
             return
         session.posting = True
         try:
-            await session.post(self)
+            session.carried_by(self.connection, "POST")
+            session.from_browser = "Origin" in self.request.headers
+            for message in self.request.body.decode().split("\x1e"):
+                await session.feed(message)
+        except UnicodeDecodeError:
+            session.cut("malformed packet")
         finally:
             session.posting = False
         self._answer("ok")
@@ -6219,7 +6247,7 @@ class SocketHandler(Handler, WebSocketHandler):
             return "Invalid transport"
         if self.get_query_argument("EIO", "") != "4":
             return "Unsupported protocol version"
-        if self._sid is not None and (session is None or not session.polls):
+        if self._sid is not None and (session is None or session.state not in POLLED):
             return "Unknown session"
         return None
 
@@ -6244,7 +6272,8 @@ class SocketHandler(Handler, WebSocketHandler):
                 session.attach(self)
         elif self._sid in self._engine.sockets:
             self._session = self._engine.sockets[self._sid]
-            self._session.begin_upgrade(self)
+            if not self._session.begin_upgrade(self):
+                self.close()
         else:
             self.close()
 
@@ -6255,8 +6284,11 @@ class SocketHandler(Handler, WebSocketHandler):
         self.connection.touch()
         if session.handler is self:
             await session.feed(message)
-        else:
-            session.feed_probe(self, message)
+        elif message == PROBE and session.probe(self):
+            with contextlib.suppress(StreamClosedError):
+                self._stream.write(PROBED.bytes)
+        elif message != UPGRADE or not session.upgrade(self):
+            self.close()
 
     def on_ping(self, data: bytes) -> None:
         if self._session is not None:

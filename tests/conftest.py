@@ -36,6 +36,24 @@ from simulator import GatewaySocket, Guild, Op, Packet, PretendDiscord
 
 #: What may be said on a machine that has other things to do, in any test.
 BUSY_MACHINE = [r"WARNING spywatcher: plugin .* held up the server for"]
+#: What starts processes again and again, waits for time to pass, or tries very much: `make test-quick`
+#: leaves it out.
+SLOW = {
+    "test_access",
+    "test_analytics_oracle",
+    "test_analytics_shared",
+    "test_bundle",
+    "test_cluster",
+    "test_command_line",
+    "test_demo",
+    "test_fanout",
+    "test_flood",
+    "test_fuzz",
+    "test_lifecycle",
+    "test_redis_links",
+    "test_systemd",
+}
+
 RECORDS = pytest.StashKey[list[logging.LogRecord]]()
 
 
@@ -134,6 +152,12 @@ def logging_as_before() -> Iterator[None]:
 
 # ---- log lines and left-over objects ---------------------------------------
 # Hooks, not a fixture: they also see what happens while fixtures and the event loop are closed.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:

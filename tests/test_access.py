@@ -495,9 +495,9 @@ class Ear:
 
     def take(self) -> list[Any]:
         """What has come since, without an answer to a poll."""
-        packets = [frame.encode() for frame in self.session._queue]
-        self.session._queue.clear()
-        self.session._waiting = 0
+        queue = self.session.queue
+        packets = [frame.encode() for frame in queue.take()]
+        queue.begin(None)
         return [json.loads(packet[2:]) for packet in packets if packet.startswith("42")]
 
 

@@ -403,8 +403,8 @@ async def test_who_answers_pings_but_never_reads_its_poll_is_let_go_by_the_kerne
             path = f"/socket.io/?EIO=4&transport=polling&sid={client.engine_sid}"
             deaf.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             session = session_of(spy, client)
-            await eventually(lambda: session.polling)
-            stream = spywatcher.stream_of(session._poller)
+            await eventually(lambda: session.queue.polled)
+            stream = spywatcher.stream_of(session.queue.poller)
             broadcast(spy.server.rooms, "guild:1", "x", "x" * 7_500_000)
             await eventually(stream.writing)
 
@@ -483,7 +483,7 @@ async def test_a_poll_that_is_broken_off_ends_the_session(spy):
     path = f"/socket.io/?EIO=4&transport=polling&sid={client.engine_sid}"
     writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     session = spy.server.socketio.eio.sockets[client.engine_sid]
-    await eventually(lambda: session.polling)
+    await eventually(lambda: session.queue.polled)
     writer.close()
     await eventually(lambda: not spy.server.socketio.eio.sockets)
 
