@@ -2697,8 +2697,8 @@ def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
 
 def timestamp(moment: datetime | None = None) -> str:
     """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
-    moment = moment or datetime.now(UTC)
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class News(NamedTuple):
@@ -2928,7 +2928,7 @@ def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
     fields["guildId"] = guild_id
     if "timestamp" not in fields:
         fields["timestamp"] = timestamp()
-    return fields  # type: ignore[no-any-return]  # a dict stays one
+    return fields
 
 
 def described(value: object) -> str:
@@ -2962,6 +2962,9 @@ def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str,
     fields = {}
     for key, value in members:
         name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        if type(value) is str and value.isascii():  # most are, and a call costs more than this
+            fields[name] = value
+            continue
         try:
             fields[name] = as_json(value, depth + 1)
         except UnsendableError as error:
@@ -3025,15 +3028,20 @@ def accept(form: type, value: object) -> object:
     return value
 
 
-def in_camel_case(value: Any) -> Any:
+def in_camel_case(fields: dict[str, Any]) -> dict[str, Any]:
     """The same with camelCase for each key in snake_case."""
-    kind = type(value)
-    if kind is dict:
-        return {
-            (camel_case(key) if "_" in key else key): in_camel_case(item)
-            for key, item in value.items()
-        }
-    return [in_camel_case(item) for item in value] if kind is list else value
+    return {
+        (camel_case(key) if "_" in key else key): (
+            value if type(value) is str else nested_in_camel_case(value)
+        )
+        for key, value in fields.items()
+    }
+
+
+def nested_in_camel_case(value: Any) -> Any:
+    if type(value) is dict:
+        return in_camel_case(value)
+    return [nested_in_camel_case(item) for item in value] if type(value) is list else value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4106,6 +4114,7 @@ class PluginHost:
         files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
         self.loader = PluginLoader(files, tables, metrics)
         self.load = self.loader.load_all
+        self.check = self.loader.check
         self.plugins = self.loader.plugins
         self.failures = self.loader.failures
         #: The loaded plugins with what they work with, and those of them that are at work.
@@ -4279,9 +4288,8 @@ class PluginHost:
             "paused": sorted(name for one in self.running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, tables: dict[str, dict[str, Any]], checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `check` made of these tables."""
-        self.loader.tables = tables
+    def reconfigure(self, checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
         for name, settings in checked.items():
             self.plugins[name].settings = settings
             if name in self.runners:
@@ -5824,9 +5832,10 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.loader.check(settings.plugin)
+        plugin_settings = self.plugins.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(settings.plugin, plugin_settings)
+        self.plugins.reconfigure(plugin_settings)
+        self.plugins.loader.tables = settings.plugin
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
