@@ -2649,7 +2649,7 @@ def check_source(event: object) -> None:
     """Refuse what `on` cannot listen to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
-        for name in (event, f"{event}Event", f"Guild{event}Event", f"Guild{event}"):
+        for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
             if hasattr(hikari, name):
                 raise PluginError(
                     f'on("{event}") names no plugin\'s event: write on(hikari.{name})'
@@ -3432,7 +3432,7 @@ def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
     return {name: vars(module)[name] for name in known if name in vars(module)}
 
 
-def checked_needs(module: ModuleType, used: Collection[str]) -> frozenset[str]:
+def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
     """What hikari has to keep for the plugin; raises PluginError where it asks for less than it uses."""
     for name in vars(module):
         if name.lower() in ("need", "needs") and name != "needs":
@@ -3442,14 +3442,15 @@ def checked_needs(module: ModuleType, used: Collection[str]) -> frozenset[str]:
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
         if name not in needs and (attribute := min(need.attributes.intersection(used), default="")):
-            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} in the plugin')
+            where = used[attribute]
+            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} ({where})')
     return frozenset(needs)
 
 
-def attributes_used(path: Path) -> set[str]:
-    """The names of all attributes that a plugin's files read."""
+def attributes_used(path: Path) -> dict[str, str]:
+    """The names of all attributes that a plugin's files read, and where one of them is."""
     return {
-        node.attr
+        node.attr: f"{file.name}, line {node.lineno}"
         for file in files_of(path)
         if file.suffix == ".py"
         for node in ast.walk(ast.parse(file.read_bytes()))
@@ -3465,7 +3466,8 @@ def check_arguments(marks: list[tuple[Any, Mark]], hooks: dict[str, Callable[...
     ]:
         arguments_taken(function, hook)
     for handler, mark in marks:
-        if isinstance(mark, Route) and not issubclass(handler, RequestHandler):
+        is_class = isinstance(handler, type) and issubclass(handler, RequestHandler)
+        if isinstance(mark, Route) and not is_class:
             raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
 
 
@@ -3481,7 +3483,9 @@ def arguments_taken(function: Any, hook: Hook) -> int:
         with contextlib.suppress(TypeError):
             signature.bind(*hook.arguments[:count])
             return count
-    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)}")
+    code = inspect.unwrap(function).__code__
+    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
+    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
 
 
 def check_payloads(module: ModuleType) -> None:
@@ -4006,8 +4010,9 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return str(error)  # says file and line
     place = ""
+    home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).is_relative_to(path if path.is_file() else path.parent):
+        if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
