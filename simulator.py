@@ -2678,19 +2678,23 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
     client.on("*", note)
     url = f"http://127.0.0.1:{server.port}"
     await client.connect(url, auth={"token": token}, transports=["websocket"])
-    for guild in (await client.call("guilds:list"))["guilds"]:
-        for kind in sorted(server.plugins.kinds):
-            await client.emit(f"subscribe:{kind}", guild["id"])
+    guilds = (await client.call("guilds:list"))["guilds"]
+    joined: set[str] = set()
     try:
-        await client.wait()
+        while True:  # a plugin that is saved meanwhile may open rooms of another kind
+            for kind in sorted(server.plugins.kinds - joined):
+                joined.add(kind)
+                for guild in guilds:
+                    await client.emit(f"subscribe:{kind}", guild["id"])
+            await asyncio.sleep(1.0)
     finally:
         await client.shutdown()
 
 
 def is_of(folder: Path, host: spywatcher.PluginHost, event: str) -> bool:
     """Whether a plugin from that folder has the event."""
-    owners = [plugin.module for plugin in host.plugins.values() if event in plugin.events]
-    return any(Path(str(module.__file__)).is_relative_to(folder) for module in owners)
+    owners = [plugin for plugin in host.plugins.values() if event in plugin.events]
+    return any(plugin.path.is_relative_to(folder) for plugin in owners)
 
 
 # ---- command line ----

@@ -60,6 +60,9 @@ async def test_an_authors_folder_of_plugins_runs_against_the_lively_guild(tmp_pa
     (tmp_path / "mine" / "typing.py").write_text(MINE)
     async with running(tmp_path, "demo", "--port", "0", "--plugins", "mine") as service:
         await service.wrote(r"^typing:start .*\n(?:.*\n)*typing:start ")
+        saved = MINE.replace("typing:start", "typing:later").replace("emit=", "room='mine', emit=")
+        (tmp_path / "mine" / "typing.py").write_text(saved)
+        await service.wrote(r"^typing:later ")
 
 
 async def test_a_port_in_use_is_said_with_the_way_out(tmp_path: Path) -> None:
