@@ -47,6 +47,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import random
 import secrets
 import signal
@@ -2562,6 +2563,41 @@ class LivelyGuild:
 
     def _coin(self, chance: float) -> bool:
         return self.dice.random() < chance
+
+
+class PastHour(NamedTuple):
+    """What happened in one hour of a guild: `hour` in hours since 1970, `online` at most at once."""
+
+    hour: int
+    messages: int
+    joins: int
+    leaves: int
+    active: int
+    online: int
+
+
+def past_hours(dice: random.Random, members: int, weeks: int = 4) -> Iterator[PastHour]:
+    """The last weeks of a guild, until the last full hour: evenings, weekends, and it grows."""
+    hours, now = weeks * 7 * 24, int(time.time()) // 3600
+    for ago in range(hours, 0, -1):
+        moment = datetime.fromtimestamp((now - ago) * 3600, UTC)
+        evening = (
+            1 + math.cos((moment.hour - 20) / 24 * math.tau)
+        ) / 2  # 1 at 20:00 UTC, 0 at 8:00
+        weekend = 1.3 if moment.weekday() >= 5 else 1.0
+        grown = 1.0 - 0.3 * ago / hours
+        busy = (0.04 + 0.96 * evening**1.5) * weekend * grown * dice.uniform(0.7, 1.2)
+        active = min(round(busy * members * 0.4), members)
+        yield PastHour(
+            hour=now - ago,
+            messages=active and active + round(busy * members * dice.uniform(3, 6)),
+            joins=sum(dice.random() < busy * 0.06 for _ in range(3)),
+            leaves=sum(dice.random() < busy * 0.04 for _ in range(3)),
+            active=active,
+            online=max(
+                active, round(members * grown * (0.15 + 0.5 * evening) * dice.uniform(0.9, 1.1))
+            ),
+        )
 
 
 def lively_guilds(discord: PretendDiscord, members: int = 60, seed: int = 1) -> list[LivelyGuild]:
