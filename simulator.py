@@ -2624,9 +2624,13 @@ SpyWatcher is watching {guilds}. Open this address; it signs you in, for a day:
 That token is for dashboards of your own, too. Ctrl+C stops it all. Here you see the first event of
 each kind{and_more}:
 """
-LIFE_BEFORE = (
-    500  # things that have happened when the address is shown; they fill the lists of members
+LOOPBACK_ORIGINS = tuple(
+    f"{scheme}://{host}:*"
+    for scheme in ("http", "https")
+    for host in ("localhost", "127.0.0.1", "[::1]")
 )
+# Things that have happened when the address is shown: they fill the lists of members.
+LIFE_BEFORE = 500
 
 
 async def run_demo(
@@ -2673,7 +2677,9 @@ def demo_settings(
     first = () if plugins is None else (str(plugins),)
     return spywatcher.Settings(
         server=spywatcher.ServerSettings(
-            host="localhost", port=settings.server.port if port is None else port
+            host="localhost",
+            port=settings.server.port if port is None else port,
+            cors_origins=LOOPBACK_ORIGINS,
         ),
         discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here

@@ -4782,11 +4782,15 @@ SOCKET_PATH: Final = "/socket.io/"
 
 
 class Origins:
-    """Which pages may connect: the same host, or one that is listed; "https://*.host" is any below."""
+    """Which pages may connect: the same host, or one that is listed.
+
+    "https://*.host" is any below, "http://host:*" one on any port.
+    """
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._any = "*" in patterns
         self._exact = frozenset(map(str.lower, patterns))
+        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
         self._below = tuple(
             tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
         )
@@ -4798,6 +4802,9 @@ class Origins:
         origin = origin.lower()
         scheme, _, rest = origin.partition("://")
         if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
+            return True
+        without_port, _, port = origin.rpartition(":")
+        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
             return True
         return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
 

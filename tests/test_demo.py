@@ -7,8 +7,10 @@ import signal
 import socket
 from pathlib import Path
 
-from jsclient import JavaScript
+import pytest
+from jsclient import ConnectError, JavaScript
 from service import ROOT, run, running, write_settings
+from waiting import eventually
 
 MINE = """
 import hikari
@@ -35,6 +37,30 @@ async def test_the_demo_prints_one_address_that_signs_in(js: JavaScript) -> None
         service.process.send_signal(signal.SIGINT)
         assert await service.exit_status() == 0
         assert "Traceback" not in "".join(service.log)
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:8080", "http://127.0.0.1:4173"])
+async def test_a_page_of_ones_own_may_connect_from_any_port(js: JavaScript, origin: str) -> None:
+    async with running(ROOT, "demo", "--port", "0") as service:
+        url, token = (await service.wrote(ADDRESS)).groups()
+        await js.connect(url, token=token, extraHeaders={"Origin": origin})
+        await js.refused(url, token=token, extraHeaders={"Origin": "http://elsewhere.example"})
+
+
+async def test_five_wrong_tokens_do_not_shut_one_out_for_long(js: JavaScript) -> None:
+    async with running(ROOT, "demo", "--port", "0") as service:
+        url, token = (await service.wrote(ADDRESS)).groups()
+        for _ in range(6):
+            await js.refused(url, token="wrong")
+        await eventually(lambda: comes_in(js, url, token), 10)
+
+
+async def comes_in(js: JavaScript, url: str, token: str) -> bool:
+    try:
+        await js.connect(url, token=token)
+    except ConnectError:
+        return False
+    return True
 
 
 async def test_lists_of_members_are_filled_when_the_address_is_shown(js: JavaScript) -> None:
