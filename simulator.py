@@ -2624,6 +2624,7 @@ SpyWatcher is watching {guilds}. Open this address; it signs you in, for a day:
 That token is for dashboards of your own, too. Ctrl+C stops it all. Here you see the first event of
 each kind{and_more}:
 """
+DEMO_FILE = "demo.db"
 LOOPBACK_ORIGINS = tuple(
     f"{scheme}://{host}:*"
     for scheme in ("http", "https")
@@ -2645,8 +2646,10 @@ async def run_demo(
         settings = demo_settings(settings, discord, folder, port, plugins)
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
+        lively = lively_guilds(discord)
+        give_a_past(server.plugins, lively, folder)
         serving = asyncio.create_task(serve(server))
-        showing = asyncio.create_task(show(discord, server, plugins))
+        showing = asyncio.create_task(show(discord, server, lively, plugins))
         both = [serving, showing]
         ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         for task in both:
@@ -2683,7 +2686,7 @@ def demo_settings(
         ),
         discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
-        storage=spywatcher.StorageSettings(path=str(folder / "demo.db")),
+        storage=spywatcher.StorageSettings(path=str(folder / DEMO_FILE)),
         plugins=replace(settings.plugins, folders=(*first, *settings.plugins.folders)),
         plugin=settings.plugin,
         throttle=settings.throttle,
@@ -2692,9 +2695,28 @@ def demo_settings(
     )
 
 
-async def show(discord: PretendDiscord, server: spywatcher.Server, plugins: Path | None) -> None:
+def give_a_past(host: spywatcher.PluginHost, lively: Sequence[LivelyGuild], folder: Path) -> None:
+    """Have the plugin `history` begin with some weeks, before the server starts."""
+    plugin = host.plugins.get("history")
+    seed = getattr(plugin and plugin.module, "seed", None)
+    if seed is not None:
+        seed(
+            folder / DEMO_FILE,
+            (
+                (hour.hour, one.guild.id, hour[1:])
+                for one in lively
+                for hour in past_hours(one.dice, len(one.guild.members))
+            ),
+        )
+
+
+async def show(
+    discord: PretendDiscord,
+    server: spywatcher.Server,
+    lively: Sequence[LivelyGuild],
+    plugins: Path | None,
+) -> None:
     """Fill the guilds with life, say where to look, and go on until cancelled."""
-    lively = lively_guilds(discord)
     await discord.wait_for_bot(timeout=60)
     for i, guild in enumerate(lively):
         await guild.warm_up(LIFE_BEFORE // 4**i)
