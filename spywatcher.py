@@ -21,7 +21,7 @@ The sections, each using only those above it:
     node                 this process alone, or as one of several: who judges, leads and delivers
     web handlers         the Tornado side of Socket.IO
     server               puts the parts together, starts and stops them
-    command line         serve, demo, check, token, forget
+    command line         serve, demo, check, types, token, forget
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import time
 import tomllib
 import traceback
@@ -4796,11 +4795,15 @@ SOCKET_PATH: Final = "/socket.io/"
 
 
 class Origins:
-    """Which pages may connect: the same host, or one that is listed; "https://*.host" is any below."""
+    """Which pages may connect: the same host, or one that is listed.
+
+    "https://*.host" is any below, "http://host:*" one on any port.
+    """
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._any = "*" in patterns
         self._exact = frozenset(map(str.lower, patterns))
+        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
         self._below = tuple(
             tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
         )
@@ -4812,6 +4815,9 @@ class Origins:
         origin = origin.lower()
         scheme, _, rest = origin.partition("://")
         if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
+            return True
+        without_port, _, port = origin.rpartition(":")
+        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
             return True
         return any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
 
@@ -6053,6 +6059,14 @@ def parse_id(text: str) -> int:
     return int(text)
 
 
+def parse_folder(text: str) -> Path:
+    """A folder that is there, whatever is the working directory later."""
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return path
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="spywatcher", description="Watch Discord guilds live, from any browser."
@@ -6064,10 +6078,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     serve = commands.add_parser("serve", help="run the server (the default)")
     serve.set_defaults(command=serve_command)
     demo = commands.add_parser("demo", help="serve against the built-in pretend Discord")
-    demo.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
+    demo.add_argument("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
+    demo.add_argument("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     demo.set_defaults(command=demo_command)
     check = commands.add_parser("check", help="validate settings and plugins, print them")
     check.set_defaults(command=check_command)
+    types = commands.add_parser(
+        "types", help="TypeScript declarations of all events, or AsyncAPI 3"
+    )
+    types.add_argument("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    types.set_defaults(command=types_command)
     token = commands.add_parser("token", help="make a viewer's token")
     token.add_argument("--discord-id", required=True, metavar="ID", help="the viewer's user id")
     token.add_argument("--role", default="USER", choices=sorted(ROLES))
@@ -6150,6 +6170,18 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
         raise OperatorError(*faults)
 
 
+def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Print what dashboards say and hear; nothing of it while a plugin does not load."""
+    import spywatcher_types  # needed by this command alone; a server is deployed without it
+
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host.load()
+    if faults := host.loader.faults():
+        raise OperatorError(*faults)
+    write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
+    print(write(host))
+
+
 def settings_text(settings: Settings) -> str:
     """All settings as TOML would have them; a secret is shown only as set or not."""
     lines = []
@@ -6185,72 +6217,10 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        storage = StorageSettings(path=f"{folder}/demo.db")
-        settings = msgspec.structs.replace(settings, storage=storage)
-        run_until_stopped(run_demo(settings, arguments.port))
-
-
-async def run_demo(settings: Settings, port: int | None) -> None:
-    """The whole product on loopback: pretend Discord, server, and a dashboard that prints."""
+    """Serve a pretend Discord instead, until stopped."""
     import simulator  # needed by the demo alone; a server is deployed without it
 
-    async with simulator.PretendDiscord() as discord:
-        playing = asyncio.create_task(simulator.play(discord))
-        keys = Keys(secrets=(secrets.token_hex(32),))
-        replace = msgspec.structs.replace
-        settings = replace(
-            settings,
-            server=replace(settings.server, port=settings.server.port if port is None else port),
-            auth=replace(settings.auth, algorithms=("HS256",)),
-            discord=DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
-        )
-        server = Server(settings, keys=keys, token=discord.token)
-        viewer = server.tokens.issue("1", role="ADMIN", ttl=86_400)
-        watching = asyncio.create_task(print_events(server, viewer))
-        try:
-            await run_server(server)
-        finally:
-            playing.cancel()
-            watching.cancel()
-            await asyncio.wait([playing, watching])
-
-
-async def print_events(server: Server, token: str) -> None:
-    """A dashboard in a terminal: what any Socket.IO client sees, one line an event."""
-    client = socketio.AsyncClient(logger=False, handle_sigint=False)  # run_server does
-
-    def show(event: str, data: object) -> None:
-        print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
-
-    client.on("*", show)
-    await server.gateway.bot.event_manager.wait_for(hikari.GuildAvailableEvent, timeout=None)
-    url = f"http://127.0.0.1:{server.port}"
-    await client.connect(url, auth={"token": token}, transports=["websocket"])
-    guilds = (await client.call("guilds:list"))["guilds"]
-    print(DEMO_TEXT.format(url=url, token=token, guild=guilds[0]["id"]), flush=True)
-    for guild in guilds:
-        for kind in sorted(server.plugins.kinds):
-            await client.emit(f"subscribe:{kind}", guild["id"])
-    try:
-        await client.wait()
-    finally:
-        await client.shutdown()
-
-
-DEMO_TEXT: Final = """
-SpyWatcher is watching a pretend guild at {url}. A token for it, good for a day:
-
-{token}
-
-See it from Node (npm install socket.io-client), in a file demo.mjs:
-
-import {{ io }} from "socket.io-client";
-const socket = io("{url}", {{ auth: {{ token: "{token}" }} }});
-socket.onAny((event, data) => console.log(event, data)).emit("subscribe:guild", "{guild}");
-
-What this dashboard sees meanwhile (Ctrl+C stops it):
-"""
+    run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
 
 
 async def run_server(

@@ -175,18 +175,3 @@ def test_a_life_time_that_is_none_is_refused(capsys, text):
     with pytest.raises(SystemExit, match="2"):
         spywatcher.main(["token", "--discord-id", "1", f"--ttl={text}"])
     assert "expected e.g. 90s" in capsys.readouterr().err
-
-
-# ---- demo
-
-
-async def test_the_demo_shows_events_and_a_token_that_works(js):
-    async with running(ROOT, "demo", "--port", "0") as service:
-        token = (await service.wrote(r"^(ey\S+)$"))[1]
-        dashboard = await js.connect(service.url, token=token)
-        [guild] = (await dashboard.call("guilds:list"))["guilds"]
-        assert (await dashboard.call("subscribe:guild", guild["id"]))["ok"]
-        await service.wrote(r"^(message:new|presence:update) +\{.*\"guildId\"")
-        service.process.send_signal(signal.SIGINT)
-        assert await service.exit_status() == 0
-        assert "Traceback" not in "".join(service.log)
