@@ -306,6 +306,7 @@ async def test_a_refresh_that_is_refused_changes_nothing(spy, token, message):
 async def test_a_refresh_takes_its_rights_with_it(spy, guild):
     dashboard = await spy.js.connect(spy.url, token=spy.token(role="ADMIN"))
     await dashboard.call("subscribe:guild", str(guild.id))
+    await dashboard.next("presence:snapshot")
     assert (await dashboard.call("auth:refresh", spy.token(guilds=[str(guild.id)])))["ok"]
     await spy.nothing(dashboard)
     assert (await dashboard.call("auth:refresh", spy.token(guilds=["1"])))["ok"]
