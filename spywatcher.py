@@ -5723,6 +5723,12 @@ def naming_source(settings: Settings) -> Iterator[None]:
         raise OperatorError(*told) from error
 
 
+def say_faults(*faults: str) -> None:
+    """One line each on stderr; in the journal each is an error (sd-daemon(3))."""
+    mark = "<3>" if logs_to_journal(os.environ) else ""
+    print("\n".join(f"{mark}spywatcher: {fault}" for fault in faults), file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check, build, run. Returns the exit status."""
     parsed = parse_arguments(arguments)
@@ -5732,11 +5738,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with naming_source(settings):
             parsed.command(settings, parsed)
     except OperatorError as error:
-        faults = [f"spywatcher: {fault}" for fault in error.faults]
-        print("\n".join(faults), file=sys.stderr)
+        say_faults(*error.faults)
         return EXIT_OPERATOR
     except UpstreamError as error:
-        print(f"spywatcher: {error}", file=sys.stderr)
+        say_faults(str(error))
         return EXIT_OPERATOR
     return 0
 
