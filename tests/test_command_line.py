@@ -161,7 +161,7 @@ def test_check_refuses_a_plugin_that_does_not_load(tmp_path, command):
     status, out, log = command("--config", config, "check")
     assert status == 2
     assert out[-1] == "plugin z_good: good:message"
-    assert log[-1] == "spywatcher: plugin broken: boom at import"
+    assert log[-1] == "spywatcher: plugin broken: boom at import (RuntimeError, broken.py, line 3)"
 
 
 def test_check_refuses_bad_settings(tmp_path, command):
