@@ -2,7 +2,7 @@
 
 import hikari
 
-from spywatcher import Payload, Spy, channel_name, clean_name, on, timestamp
+from spywatcher import Payload, Spy, channel_name, on, timestamp, user_name
 
 WRITTEN = {hikari.MessageType.DEFAULT, hikari.MessageType.REPLY}  # others are notices
 
@@ -21,7 +21,7 @@ def message_new(event: hikari.GuildMessageCreateEvent, spy: Spy) -> MessageNew |
         return None  # is_bot alone would let webhooks through
     return MessageNew(
         user_id=str(event.author_id),
-        username=clean_name(event.author.username),
+        username=user_name(event.author),
         channel_id=str(event.channel_id),
         channel_name=channel_name(spy.bot.cache, event.channel_id),
         timestamp=timestamp(event.message.created_at),
