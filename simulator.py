@@ -49,6 +49,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import random
 import secrets
 import signal
@@ -2815,6 +2816,41 @@ class LivelyGuild:
         return self.dice.random() < chance
 
 
+class PastHour(NamedTuple):
+    """What happened in one hour of a guild: `hour` in hours since 1970, `online` at most at once."""
+
+    hour: int
+    messages: int
+    joins: int
+    leaves: int
+    active: int
+    online: int
+
+
+def past_hours(dice: random.Random, members: int, weeks: int = 4) -> Iterator[PastHour]:
+    """The last weeks of a guild, until the last full hour: evenings, weekends, and it grows."""
+    hours, now = weeks * 7 * 24, int(time.time()) // 3600
+    for ago in range(hours, 0, -1):
+        moment = datetime.fromtimestamp((now - ago) * 3600, UTC)
+        evening = (
+            1 + math.cos((moment.hour - 20) / 24 * math.tau)
+        ) / 2  # 1 at 20:00 UTC, 0 at 8:00
+        weekend = 1.3 if moment.weekday() >= 5 else 1.0
+        grown = 1.0 - 0.3 * ago / hours
+        busy = (0.04 + 0.96 * evening**1.5) * weekend * grown * dice.uniform(0.7, 1.2)
+        active = min(round(busy * members * 0.4), members)
+        yield PastHour(
+            hour=now - ago,
+            messages=active and active + round(busy * members * dice.uniform(3, 6)),
+            joins=sum(dice.random() < busy * 0.06 for _ in range(3)),
+            leaves=sum(dice.random() < busy * 0.04 for _ in range(3)),
+            active=active,
+            online=max(
+                active, round(members * grown * (0.15 + 0.5 * evening) * dice.uniform(0.9, 1.1))
+            ),
+        )
+
+
 def lively_guilds(discord: PretendDiscord, members: int = 60, seed: int = 1) -> list[LivelyGuild]:
     """A lively guild and a quieter one."""
     owls = LivelyGuild(discord, members=members, seed=seed)
@@ -2839,9 +2875,14 @@ SpyWatcher is watching {guilds}. Open this address; it signs you in, for a day:
 That token is for dashboards of your own, too. Ctrl+C stops it all. Here you see the first event of
 each kind{and_more}:
 """
-LIFE_BEFORE = (
-    500  # things that have happened when the address is shown; they fill the lists of members
+DEMO_FILE = "demo.db"
+LOOPBACK_ORIGINS = tuple(
+    f"{scheme}://{host}:*"
+    for scheme in ("http", "https")
+    for host in ("localhost", "127.0.0.1", "[::1]")
 )
+# Things that have happened when the address is shown: they fill the lists of members.
+LIFE_BEFORE = 500
 
 
 async def run_demo(
@@ -2857,8 +2898,10 @@ async def run_demo(
         settings = with_sign_in(settings, discord)
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
+        lively = lively_guilds(discord)
+        give_a_past(server.plugins, lively, folder)
         serving = asyncio.create_task(serve(server))
-        showing = asyncio.create_task(show(discord, server, plugins))
+        showing = asyncio.create_task(show(discord, server, lively, plugins))
         both = [serving, showing]
         ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         for task in both:
@@ -2889,11 +2932,13 @@ def demo_settings(
     first = () if plugins is None else (str(plugins),)
     return spywatcher.Settings(
         server=spywatcher.ServerSettings(
-            host="localhost", port=settings.server.port if port is None else port
+            host="localhost",
+            port=settings.server.port if port is None else port,
+            cors_origins=LOOPBACK_ORIGINS,
         ),
         discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
-        storage=spywatcher.StorageSettings(path=str(folder / "demo.db")),
+        storage=spywatcher.StorageSettings(path=str(folder / DEMO_FILE)),
         plugins=replace(settings.plugins, folders=(*first, *settings.plugins.folders)),
         plugin=settings.plugin,
         throttle=settings.throttle,
@@ -2940,9 +2985,28 @@ def demo_people(lively: LivelyGuild) -> dict[str, User]:
     }
 
 
-async def show(discord: PretendDiscord, server: spywatcher.Server, plugins: Path | None) -> None:
+def give_a_past(host: spywatcher.PluginHost, lively: Sequence[LivelyGuild], folder: Path) -> None:
+    """Have the plugin `history` begin with some weeks, before the server starts."""
+    plugin = host.plugins.get("history")
+    seed = getattr(plugin and plugin.module, "seed", None)
+    if seed is not None:
+        seed(
+            folder / DEMO_FILE,
+            (
+                (hour.hour, one.guild.id, hour[1:])
+                for one in lively
+                for hour in past_hours(one.dice, len(one.guild.members))
+            ),
+        )
+
+
+async def show(
+    discord: PretendDiscord,
+    server: spywatcher.Server,
+    lively: Sequence[LivelyGuild],
+    plugins: Path | None,
+) -> None:
     """Fill the guilds with life, say where to look, and go on until cancelled."""
-    lively = lively_guilds(discord)
     discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
     await discord.wait_for_bot(timeout=60)
     for i, guild in enumerate(lively):
@@ -2969,19 +3033,23 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
     client.on("*", note)
     url = f"http://127.0.0.1:{server.port}"
     await client.connect(url, auth={"token": token}, transports=["websocket"])
-    for guild in (await client.call("guilds:list"))["guilds"]:
-        for kind in sorted(server.plugins.kinds):
-            await client.emit(f"subscribe:{kind}", guild["id"])
+    guilds = (await client.call("guilds:list"))["guilds"]
+    joined: set[str] = set()
     try:
-        await client.wait()
+        while True:  # a plugin that is saved meanwhile may open rooms of another kind
+            for kind in sorted(server.plugins.kinds - joined):
+                joined.add(kind)
+                for guild in guilds:
+                    await client.emit(f"subscribe:{kind}", guild["id"])
+            await asyncio.sleep(1.0)
     finally:
         await client.shutdown()
 
 
 def is_of(folder: Path, host: spywatcher.PluginHost, event: str) -> bool:
     """Whether a plugin from that folder has the event."""
-    owners = [plugin.module for plugin in host.plugins.values() if event in plugin.events]
-    return any(Path(str(module.__file__)).is_relative_to(folder) for module in owners)
+    owners = [plugin for plugin in host.plugins.values() if event in plugin.events]
+    return any(plugin.path.is_relative_to(folder) for plugin in owners)
 
 
 # ---- command line ----

@@ -38,6 +38,7 @@ import dataclasses
 import difflib
 import enum
 import errno
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -94,10 +95,12 @@ from typing import (
     Self,
     TypeVar,
     get_args,
+    get_origin,
 )
 
 import engineio
 import hikari
+import idna
 import jwt
 import msgspec
 import socketio
@@ -202,17 +205,34 @@ class RefusedConnectionError(SpyWatcherError):
 # README's table say the same (tests hold them together). Nothing here knows what a setting
 # is for; whoever needs one is handed its section.
 
-Origin = Annotated[str, Meta(pattern=r"^(\*|null|https?://(\*\.)?[^/\s*]+)$")]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
-SecondsOrZero = Annotated[float, Meta(ge=0)]
-GuildId = Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")]
-PermissionName = Annotated[str, Meta(pattern=r"^[A-Z_]+$")]
+# A title says what an operator should have written (see `expected`).
+Port = Annotated[int, Meta(ge=0, le=65535, title="a whole number from 0 to 65535")]
+Positive = Annotated[int, Meta(ge=1, title="a whole number, 1 or more")]
+Seconds = Annotated[float, Meta(gt=0, title="a number of seconds above 0, such as 5.0")]
+SecondsOrZero = Annotated[float, Meta(ge=0, title="a number of seconds, such as 5.0")]
+GuildId = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,20}$", title='a guild id in quotes, such as "123456789012345678"')
+]
+PermissionName = Annotated[
+    str,
+    Meta(pattern=r"^[A-Z_]+$", title='a Discord permission in capitals, such as "MANAGE_GUILD"'),
+]
 Role = Literal["USER", "ADMIN", "MODERATOR", "BANNED"]
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
-Network = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$")]
-Rate = Annotated[str, Meta(pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$")]
+Network = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$",
+        title='an address or network in quotes, such as "127.0.0.1" or "10.0.0.0/8"',
+    ),
+]
+Rate = Annotated[
+    str,
+    Meta(
+        pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$",
+        title='a rate in quotes, such as "60/minute" (second, minute, hour or day)',
+    ),
+]
 Transport = Literal["websocket", "polling"]
 
 
@@ -221,10 +241,12 @@ class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
 
 class ServerSettings(Section, frozen=True):
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[
+        str, Meta(description='Address to listen on; "localhost" is both of 127.0.0.1 and ::1.')
+    ] = "localhost"
     port: Annotated[Port, Meta(description="Port to listen on; 0 picks a free one.")] = 3001
     cors_origins: Annotated[
-        tuple[Origin, ...],
+        tuple[str, ...],
         Meta(description='Pages that may connect from another origin; "*" is any.'),
     ] = ("http://localhost:5173", "http://127.0.0.1:5173")
     trusted_proxies: Annotated[
@@ -345,6 +367,7 @@ class RedisSettings(Section, frozen=True):
         str,
         Meta(
             pattern=r"^(|(rediss?|unix|redis\+sentinel)://.+)$",
+            title='a URL in quotes, such as "redis://127.0.0.1:6379"',
             description="Redis that several servers share; empty: one process, all in memory.",
         ),
     ] = ""
@@ -390,7 +413,9 @@ THROTTLE: Final = {"analytics:update": 30.0}
 
 
 class Settings(Section, frozen=True):
-    """All of config.toml. `folder` is where it lay: relative paths start there."""
+    """All of config.toml. `folder` is where it lay: relative paths start there; `source` says which
+    file was read.
+    """
 
     server: ServerSettings = ServerSettings()
     heartbeat: HeartbeatSettings = HeartbeatSettings()
@@ -412,6 +437,7 @@ class Settings(Section, frozen=True):
     plugin: dict[str, dict[str, Any]] = {}
     log: LogSettings = LogSettings()
     folder: Path = Path()
+    source: str = "the defaults"
 
 
 SECRET_KEYS: Final = frozenset({"secret", "token", "client_secret"})
@@ -432,15 +458,62 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
         try:
             values[key] = msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError as error:
-            expected = str(error).removeprefix("Expected ")
-            secret = key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
-            came = "a value not shown here" if secret else shown(without_login(value))
-            faults.append(f"{path}.{key}: got {came}, expected {expected}")
+            came = (
+                "a value not shown here" if is_secret(key, value) else shown(without_login(value))
+            )
+            wanted = expected(fields[key].type) or str(error).removeprefix("Expected ")
+            faults.append(
+                f"{path}.{key}: got {came}, expected {wanted}{did_you_mean(fields[key].type, value)}"
+            )
     try:
         return to(**values)
     except ValueError as error:  # what the section itself says of values that do not fit together
         faults += [f"{path}.{fault}" for fault in error.args]
         return to()
+
+
+def is_secret(key: str, value: object) -> bool:
+    """Whether a value of this key, or a URL deep in some other value, is not to be shown."""
+    return key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
+
+
+def expected(kind: Any) -> str:
+    """What a setting of this type takes, in words; empty where the type says nothing in words."""
+    if get_origin(kind) is Annotated:
+        titles = [meta.title for meta in kind.__metadata__ if getattr(meta, "title", None)]
+        return titles[0] if titles else expected(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
+    if get_origin(kind) is tuple:
+        item = expected(get_args(kind)[0])
+        return f"a list in [ ] of each {item}" if item else ""
+    if get_args(kind):
+        return " or ".join(filter(None, map(expected, get_args(kind))))
+    plain = {
+        bool: "true or false",
+        str: "a text in quotes",
+        int: "a whole number",
+        float: "a number",
+    }
+    return plain.get(kind, "")
+
+
+def did_you_mean(kind: Any, value: object) -> str:
+    """The end of a sentence, where the value was nearly one of a choice."""
+    while get_origin(kind) in (Annotated, tuple):
+        kind = get_args(kind)[0]
+    if get_origin(kind) is not Literal:
+        return ""
+    given = value if isinstance(value, list) else [value]
+    wrong = [one for one in given if isinstance(one, str) and one not in get_args(kind)]
+    return (
+        nearest(
+            wrong[0].upper() if wrong[0].upper() in get_args(kind) else wrong[0].lower(),
+            get_args(kind),
+        )
+        if wrong
+        else ""
+    )
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -485,6 +558,8 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
             sections[name] = check_table(table, types[name], name, faults)
         else:
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
+    if "server" in sections:
+        sections["server"] = check_origins(sections["server"], faults)
     settings = Settings(**sections)
     faults += permission_faults(settings.auth) + network_faults(settings.server)
     if faults:
@@ -549,6 +624,60 @@ def permission_faults(auth: AuthSettings) -> list[str]:
     ]
 
 
+def check_origins(server: ServerSettings, faults: list[str]) -> ServerSettings:
+    """The same with each origin as a browser would write it."""
+    origins = []
+    for text in server.cors_origins:
+        try:
+            origins.append(plain_origin(text))
+        except ValueError as error:
+            faults.append(f"server.cors_origins: got {shown(text)}, {error}")
+    return msgspec.structs.replace(server, cors_origins=tuple(origins))
+
+
+ORIGIN: Final = re.compile(
+    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
+)
+DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+
+
+def plain_origin(text: str) -> str:
+    """An origin as browsers write it (RFC 6454 §6): small letters, IDN encoded, no default port.
+
+    Raises ValueError with what to write instead. `*`, `null`, `https://*.host` (any below) and
+    `http://host:*` (any port) are origins too.
+    """
+    small = text.strip().lower()
+    if small in ("*", "null"):
+        return small
+    if "://" not in small:
+        raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
+    found = ORIGIN.match(small)
+    if found is None or small[found.end() :].startswith(("@", ":", "*")):
+        raise ValueError('expected "scheme://host" or "scheme://host:port"')
+    if found.end() != len(small):
+        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
+    scheme, host, port = found.groups()
+    below = "*." if host.startswith("*.") else ""
+    host = host[len(below) :]
+    if not host or "*" in host:
+        raise ValueError('expected * only as "*.host" or alone')
+    if port not in (None, "*") and int(port) > 65_535:
+        raise ValueError("expected a port up to 65535")
+    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
+    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
+
+
+def encoded_host(host: str) -> str:
+    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    if host.isascii():
+        return host
+    try:
+        return idna.encode(host, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"expected the name of a host: {error}") from error
+
+
 def network_faults(server: ServerSettings) -> list[str]:
     faults = []
     listed = {"trusted_proxies": server.trusted_proxies, "metrics_from": server.metrics_from}
@@ -583,23 +712,90 @@ def shipped_plugins() -> Path | None:
 
 
 def read_settings(path: Path | None) -> Settings:
-    """Read `path`, or the first config.toml found as the command line promises, or the defaults."""
+    """Read `path`, or the first config.toml found as the command line promises, or the defaults.
+
+    Raises OperatorError with a line for each fault.
+    """
     if path is None:
         here = [Path("config.toml"), Path(__file__).parent / "config.toml"]
         path = next((place for place in here if place.is_file()), None)
         if path is None:
             plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
-            return Settings(folder=Path(__file__).parent if plain else Path.cwd())
+            folders = " or ".join(dict.fromkeys(str(place.resolve().parent) for place in here))
+            return Settings(
+                folder=Path(__file__).parent if plain else Path.cwd(),
+                source=f"no config.toml in {folders}",
+            )
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise OperatorError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{path}: not TOML: {error}") from error
-    try:
-        return parse_settings(tables, path.resolve().parent)
+        settings = parse_settings(read_toml(path), path.resolve().parent)
     except OperatorError as error:
         raise OperatorError(*(f"{path}: {fault}" for fault in error.faults)) from error
+    return msgspec.structs.replace(settings, source=str(path))
+
+
+#: Tables in tables: settings need four.
+DEEPEST: Final = 32
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file; raises OperatorError for what is no TOML, or nested without sense."""
+    text = read_text(path)
+    try:
+        tables = tomllib.loads(text)
+        if is_deeper(tables, DEEPEST):
+            raise RecursionError
+    except tomllib.TOMLDecodeError as error:
+        advice = syntax_advice(text, str(error))
+        raise OperatorError(f"not TOML: {error}{advice and f': {advice}'}") from error
+    except RecursionError as error:
+        raise OperatorError(f"nested more than {DEEPEST} levels deep") from error
+    return tables
+
+
+def is_deeper(value: object, depth: int) -> bool:
+    """Whether tables and lists lie more than `depth` levels in each other."""
+    level = [value]
+    for _ in range(depth):
+        level = [inner for one in level for inner in contents(one)]
+    return any(isinstance(one, dict | list) for one in level)
+
+
+def contents(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+#: What is wrong with a line that is no TOML: how it looks, and what to write instead.
+SYNTAX_ADVICE: Final = (
+    (r"[\u2018-\u201f\u00ab\u00bb]", 'write straight quotes: "'),
+    (r"=\s*['\"]?\s*$", "write a value after ="),
+    (r"=.*\\", "write / instead of \\, or single quotes around the text"),
+    (r"=\s*(True|False|TRUE|FALSE)\b", "write true or false, in small letters"),
+    (r"=\s*(yes|no|on|off|Yes|No|On|Off)\b", "write true or false"),
+    (r"=\s*(None|null|nil)\b", "leave the line out"),
+    (r"=\s*\d[\d.]*\s*[A-Za-z]+", "write a number without unit, or a text in quotes"),
+    (r"=\s*['\"][^'\"]*$", "write a quote at the end of the text"),
+    (r"=\s*[^\s\d'\"\[{+-].*", 'write quotes around a text: "..."'),
+    (r",\s*}", "write no comma before }"),
+    (r"^\s*\[[^\]=]*$", "write ] after the name of a table"),
+    (r"^\s*[\w.-]+:[\w.-]+\s*=", 'write quotes around a key with a colon: "a:b" = ...'),
+    (r"^\s*['\"]?[\w.-]+['\"]?\s*:", "write = between a key and its value"),
+    (r"^\s*[\w.-]+\s+[^=\s]", "write = between a key and its value"),
+    (r"^[^=\[]*$", "write = between a key and its value"),
+)
+
+
+def syntax_advice(text: str, error: str) -> str:
+    """What to write instead; of the line itself nothing is shown, since it may hold a secret."""
+    if "Cannot declare" in error:
+        return "this table is there twice, put all its keys under one"
+    if "Cannot overwrite" in error:
+        return "this key is there twice, leave one out"
+    found = re.search(r"at line (\d+)", error)
+    lines = text.splitlines()
+    line = lines[min(int(found[1]), len(lines)) - 1] if found and lines else ""
+    return next((advice for looks, advice in SYNTAX_ADVICE if re.search(looks, line)), "")
 
 
 def storage_of(settings: Settings) -> Path:
@@ -607,19 +803,45 @@ def storage_of(settings: Settings) -> Path:
     return settings.folder / settings.storage.path
 
 
+#: More than any file of settings, keys or secrets has.
+MOST_FILE_BYTES: Final = 1_048_576
+
+
+def read_text(path: Path) -> str:
+    """A text file as any editor may have left it: BOM and CRLF are gone, and UTF-16 is read too.
+
+    Raises OperatorError without showing what is in it.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_FILE_BYTES + 1)
+    except OSError as error:
+        raise OperatorError(f"cannot be read: {error.strerror}") from error
+    if len(data) > MOST_FILE_BYTES:
+        raise OperatorError(f"cannot be read: it has more than {MOST_FILE_BYTES} bytes")
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OperatorError(f"cannot be read: no UTF-8 at byte {error.start}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_file(name: str, folder: Path, key: str) -> str:
     """What a file named by a setting holds; raises OperatorError without showing it."""
     try:
-        return (folder / name).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{key}: {name} cannot be read: {error}") from error
+        return read_text(folder / name).strip()
+    except OperatorError as error:
+        raise OperatorError(f"{key}: {name} {error}") from error
 
 
 def read_secret(value: str, file: str, folder: Path, key: str) -> str:
     """The secret itself, or what its file holds. Empty if neither is set."""
     if value and file:
         raise OperatorError(f"{key}: set, and {key}_file too; expected one of them")
-    return read_file(file, folder, f"{key}_file") if file else value
+    text = read_file(file, folder, f"{key}_file") if file else value
+    if file and not text:
+        raise OperatorError(f"{key}_file: {file} is empty")
+    return text
 
 
 # ------------------------------------------------------------------------------ metrics
@@ -3236,7 +3458,7 @@ def check_source(event: object) -> None:
     """Refuse what `on` cannot listen to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
-        for name in (event, f"{event}Event", f"Guild{event}Event", f"Guild{event}"):
+        for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
             if hasattr(hikari, name):
                 raise PluginError(
                     f'on("{event}") names no plugin\'s event: write on(hikari.{name})'
@@ -3293,8 +3515,8 @@ def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
 
 def timestamp(moment: datetime | None = None) -> str:
     """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
-    moment = moment or datetime.now(UTC)
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class News(NamedTuple):
@@ -3561,7 +3783,7 @@ def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
     fields["guildId"] = guild_id
     if "timestamp" not in fields:
         fields["timestamp"] = timestamp()
-    return fields  # type: ignore[no-any-return]  # a dict stays one
+    return fields
 
 
 def described(value: object) -> str:
@@ -3595,6 +3817,9 @@ def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str,
     fields = {}
     for key, value in members:
         name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        if type(value) is str and value.isascii():  # most are, and a call costs more than this
+            fields[name] = value
+            continue
         try:
             fields[name] = as_json(value, depth + 1)
         except UnsendableError as error:
@@ -3658,15 +3883,20 @@ def accept(form: type, value: object) -> object:
     return value
 
 
-def in_camel_case(value: Any) -> Any:
+def in_camel_case(fields: dict[str, Any]) -> dict[str, Any]:
     """The same with camelCase for each key in snake_case."""
-    kind = type(value)
-    if kind is dict:
-        return {
-            (camel_case(key) if "_" in key else key): in_camel_case(item)
-            for key, item in value.items()
-        }
-    return [in_camel_case(item) for item in value] if kind is list else value
+    return {
+        (camel_case(key) if "_" in key else key): (
+            value if type(value) is str else nested_in_camel_case(value)
+        )
+        for key, value in fields.items()
+    }
+
+
+def nested_in_camel_case(value: Any) -> Any:
+    if type(value) is dict:
+        return in_camel_case(value)
+    return [nested_in_camel_case(item) for item in value] if type(value) is list else value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4057,7 +4287,7 @@ def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
     return {name: vars(module)[name] for name in known if name in vars(module)}
 
 
-def checked_needs(module: ModuleType, used: Collection[str]) -> frozenset[str]:
+def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
     """What hikari has to keep for the plugin; raises PluginError where it asks for less than it uses."""
     for name in vars(module):
         if name.lower() in ("need", "needs") and name != "needs":
@@ -4067,14 +4297,15 @@ def checked_needs(module: ModuleType, used: Collection[str]) -> frozenset[str]:
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
         if name not in needs and (attribute := min(need.attributes.intersection(used), default="")):
-            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} in the plugin')
+            where = used[attribute]
+            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} ({where})')
     return frozenset(needs)
 
 
-def attributes_used(path: Path) -> set[str]:
-    """The names of all attributes that a plugin's files read."""
+def attributes_used(path: Path) -> dict[str, str]:
+    """The names of all attributes that a plugin's files read, and where one of them is."""
     return {
-        node.attr
+        node.attr: f"{file.name}, line {node.lineno}"
         for file in files_of(path)
         if file.suffix == ".py"
         for node in ast.walk(ast.parse(file.read_bytes()))
@@ -4090,7 +4321,8 @@ def check_arguments(marks: list[tuple[Any, Mark]], hooks: dict[str, Callable[...
     ]:
         arguments_taken(function, hook)
     for handler, mark in marks:
-        if isinstance(mark, Route) and not issubclass(handler, RequestHandler):
+        is_class = isinstance(handler, type) and issubclass(handler, RequestHandler)
+        if isinstance(mark, Route) and not is_class:
             raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
 
 
@@ -4106,7 +4338,9 @@ def arguments_taken(function: Any, hook: Hook) -> int:
         with contextlib.suppress(TypeError):
             signature.bind(*hook.arguments[:count])
             return count
-    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)}")
+    code = inspect.unwrap(function).__code__
+    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
+    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
 
 
 def check_payloads(module: ModuleType) -> None:
@@ -4631,8 +4865,9 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return str(error)  # says file and line
     place = ""
+    home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).is_relative_to(path if path.is_file() else path.parent):
+        if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
@@ -4746,6 +4981,7 @@ class PluginHost:
         files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
         self.loader = PluginLoader(files, tables, metrics)
         self.load = self.loader.load_all
+        self.check = self.loader.check
         self.plugins = self.loader.plugins
         self.failures = self.loader.failures
         #: The loaded plugins with what they work with, and those of them that are at work.
@@ -4923,9 +5159,8 @@ class PluginHost:
             "paused": sorted(name for one in self.running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, tables: dict[str, dict[str, Any]], checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `check` made of these tables."""
-        self.loader.tables = tables
+    def reconfigure(self, checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
         for name, settings in checked.items():
             self.plugins[name].settings = settings
             if name in self.runners:
@@ -5572,6 +5807,7 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self._token = token
+        self._cached = CACHED | cached
         self._metrics = metrics
         self._turned = time.monotonic()
         self._wanted = wanted
@@ -7142,6 +7378,28 @@ def make_web(server: Server, settings: Settings) -> WebServer:
     return web
 
 
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets; `localhost` is both loopbacks, whatever the host's files say of it."""
+    if host != "localhost":
+        return bind_sockets(port, host, backlog=1024)
+    first = listening(socket.AF_INET, "127.0.0.1", port)
+    try:
+        return [first, listening(socket.AF_INET6, "::1", first.getsockname()[1])]
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a host without IPv6
+            return [first]
+        first.close()
+        if port == 0 and error.errno == errno.EADDRINUSE:  # free on one of them only
+            return listen(host, port)
+        raise
+
+
+def listening(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    listener = socket.create_server((host, port), family=family, backlog=1024)
+    listener.setblocking(False)
+    return listener
+
+
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
@@ -7292,7 +7550,7 @@ class Server:
     def _bind(self) -> list[socket.socket]:
         server = self._settings.server
         try:
-            return bind_sockets(server.port, server.host, backlog=1024)
+            return listen(server.host, server.port)
         except OSError as error:
             raise OperatorError(
                 f"server.port: cannot listen on {server.host}:{server.port}: {error.strerror}"
@@ -7308,9 +7566,10 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.loader.check(settings.plugin)
+        plugin_settings = self.plugins.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(settings.plugin, plugin_settings)
+        self.plugins.reconfigure(plugin_settings)
+        self.plugins.loader.tables = settings.plugin
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -7545,7 +7804,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     demo.add_argument("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
     demo.add_argument("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     demo.set_defaults(command=demo_command)
-    check = commands.add_parser("check", help="validate settings and plugins, print them")
+    check = commands.add_parser("check", help="validate settings and plugins")
+    check.add_argument("--settings", action="store_true", help="print all settings in force")
     check.set_defaults(command=check_command)
     types = commands.add_parser(
         "types", help="TypeScript declarations of all events, or AsyncAPI 3"
@@ -7588,10 +7848,15 @@ def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Nod
 
 def bot_token_of(settings: Settings) -> str:
     discord = settings.discord
-    return read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+    key = "discord.token_file" if discord.token_file else "discord.token"
+    token = read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+    if token.lower().startswith("bot "):
+        raise OperatorError(f'{key}: begins with "Bot ", expected only what comes after that')
+    return token
 
 
-def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
+def credentials_of(settings: Settings) -> tuple[Keys, str]:
+    """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
     keys = read_keys(settings.auth, settings.folder)
     token = bot_token_of(settings)
     if keys == Keys() or not token:
@@ -7599,10 +7864,16 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
             "auth.secret and discord.token must both be set (or auth.secret_file and"
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
+    return keys, token
+
+
+def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    keys, token = credentials_of(settings)
     systemd = Systemd(os.environ)
     sockets, make_node = systemd.sockets(), node_type(settings)
     server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
     reload = functools.partial(reload_settings, server, arguments.config)
+    faulthandler.enable(2)  # systemd's watchdog sends SIGABRT: every thread's stack to the journal
     run_until_stopped(run_server(server, systemd, reload))
 
 
@@ -7610,10 +7881,9 @@ def reload_settings(server: Server, path: Path | None) -> None:
     """What SIGHUP does: read the settings again; a fault in them changes nothing."""
     try:
         settings = read_settings(path)
-        keys = read_keys(settings.auth, settings.folder)
-        if keys == Keys():
-            raise OperatorError("auth.secret: not set any more")
-        for_restart = server.reload(settings, keys)
+        with naming_source(settings):
+            keys, _ = credentials_of(settings)
+            for_restart = server.reload(settings, keys)
     except OperatorError as error:
         log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))
         return
@@ -7637,6 +7907,7 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
     if faults := host.loader.faults():
         raise OperatorError(*faults)
+    print(f"all is well with {settings.source}")
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -7708,9 +7979,11 @@ async def run_server(
 
     def on_sighup() -> None:
         systemd.tell_reloading()
-        if reload:
-            reload()
-        systemd.tell("READY=1")
+        try:
+            if reload:
+                reload()
+        finally:
+            systemd.tell("READY=1")
 
     loop.add_signal_handler(signal.SIGHUP, on_sighup)
     async with server:
@@ -7741,6 +8014,19 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
+@contextlib.contextmanager
+def naming_source(settings: Settings) -> Iterator[None]:
+    """Faults of settings, met inside, say which file was read, or that there was none."""
+    try:
+        yield
+    except OperatorError as error:
+        keys = re.compile(rf"({'|'.join([*section_types(), 'plugin', 'throttle'])})\.\w")
+        told = [
+            f"{fault} ({settings.source})" if keys.match(fault) else fault for fault in error.faults
+        ]
+        raise OperatorError(*told) from error
+
+
 def say_faults(*faults: str) -> None:
     """One line each on stderr; in the journal each is an error (sd-daemon(3))."""
     mark = "<3>" if logs_to_journal(os.environ) else ""
@@ -7753,7 +8039,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings(parsed.config)
         set_up_logging(settings.log)
-        parsed.command(settings, parsed)
+        with naming_source(settings):
+            parsed.command(settings, parsed)
     except OperatorError as error:
         say_faults(*error.faults)
         return EXIT_OPERATOR

@@ -25,9 +25,7 @@ class RoleChange(Payload):
 
 
 @on(hikari.MemberCreateEvent, emit="user:join")
-def user_join(event: hikari.MemberCreateEvent) -> UserJoin | None:
-    if event.user.is_bot:
-        return None
+def user_join(event: hikari.MemberCreateEvent) -> UserJoin:
     age = datetime.now(UTC) - event.user.created_at
     return UserJoin(
         user_id=str(event.user_id),
@@ -37,15 +35,13 @@ def user_join(event: hikari.MemberCreateEvent) -> UserJoin | None:
 
 
 @on(hikari.MemberDeleteEvent, emit="user:leave")
-def user_leave(event: hikari.MemberDeleteEvent) -> UserLeave | None:
-    if event.user.is_bot:
-        return None
+def user_leave(event: hikari.MemberDeleteEvent) -> UserLeave:
     return UserLeave(user_id=str(event.user_id), username=user_name(event.user))
 
 
 @on(hikari.MemberUpdateEvent, emit="role:change", settled=True)
 def role_change(event: hikari.MemberUpdateEvent, spy: Spy) -> RoleChange | None:
-    if event.old_member is None or event.user.is_bot:  # not cached: everything would look new
+    if event.old_member is None:  # not cached: everything would look new
         return None
     gained = set(event.member.role_ids) - set(event.old_member.role_ids)
     roles = [role for role_id in gained if (role := spy.bot.cache.get_role(role_id))]

@@ -17,8 +17,8 @@ class MessageNew(Payload):
 
 @on(hikari.GuildMessageCreateEvent, emit="message:new")
 def message_new(event: hikari.GuildMessageCreateEvent, spy: Spy) -> MessageNew | None:
-    if not event.is_human or event.message.type not in WRITTEN:
-        return None  # is_bot alone would let webhooks through
+    if event.message.type not in WRITTEN:
+        return None
     return MessageNew(
         user_id=str(event.author_id),
         username=user_name(event.author),

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 import hikari
 from msgspec import Meta
 
-from spywatcher import Payload, PluginSettings, Spy, every, on, on_subscribe, user_name
+from spywatcher import Payload, PluginSettings, Spy, every, member_name, on, on_subscribe, user_name
 
 STATUSES = ("online", "idle", "dnd", "offline")
 #: Members whose last alert is remembered; beyond it the longest silent are forgotten.
@@ -63,23 +63,27 @@ class PresenceSnapshot(Payload):
 def presence_update(event: hikari.PresenceUpdateEvent, spy: Spy) -> PresenceUpdate | None:
     note(event.guild_id, event.user_id)
     status = status_of(event.presence)
-    person = person_of(spy.bot.cache, event.guild_id, event.user_id)
-    if status == status_of(event.old_presence) or person is None:
+    if status == status_of(event.old_presence):
         return None  # Discord sends changes of activity too
-    return PresenceUpdate(user_id=str(event.user_id), username=user_name(person), status=status)
+    return PresenceUpdate(
+        user_id=str(event.user_id),
+        username=member_name(spy.bot.cache, event.guild_id, event.user_id),
+        status=status,
+    )
 
 
 @on(hikari.PresenceUpdateEvent, emit="alert:multiClient", settled=True)
 def multi_client(event: hikari.PresenceUpdateEvent, spy: Spy) -> MultiClient | None:
     platforms = platforms_of(event.presence)
     grown = platforms - platforms_of(event.old_presence)
-    person = person_of(spy.bot.cache, event.guild_id, event.user_id)
-    if len(platforms) < 2 or not grown or person is None:
+    if len(platforms) < 2 or not grown:
         return None
     if cools_down((event.guild_id, event.user_id), spy.settings.alert_cooldown):
         return None
     return MultiClient(
-        user_id=str(event.user_id), username=user_name(person), platforms=sorted(platforms)
+        user_id=str(event.user_id),
+        username=member_name(spy.bot.cache, event.guild_id, event.user_id),
+        platforms=sorted(platforms),
     )
 
 
@@ -94,12 +98,6 @@ def platforms_of(presence: hikari.MemberPresence | None) -> set[str]:
     status = presence.client_status
     named = {"desktop": status.desktop, "mobile": status.mobile, "web": status.web}
     return {name for name, value in named.items() if value != hikari.Status.OFFLINE}
-
-
-def person_of(cache: hikari.api.Cache, guild_id: int, user_id: int) -> hikari.User | None:
-    """The account of a member who is known and no bot."""
-    member = cache.get_member(guild_id, user_id)
-    return None if member is None or member.is_bot or member.is_system else member.user
 
 
 #: When each member had the last alert, the oldest first.
@@ -157,12 +155,12 @@ class Roster:
         )
 
     def _look_up(self, user_id: int) -> None:
-        person = person_of(self._cache, self._guild_id, user_id)
-        if person is None:
+        member = self._cache.get_member(self._guild_id, user_id)
+        if member is None or member.is_bot or member.is_system:
             self._rows.pop(user_id, None)
             return
         status = status_of(self._cache.get_presence(self._guild_id, user_id))
-        name = user_name(person)
+        name = user_name(member.user)
         self._rows[user_id] = Row(status == "offline", name.casefold(), user_id, name, status)
 
     def _present(self, row: Row) -> Present:

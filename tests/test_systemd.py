@@ -39,6 +39,7 @@ from spywatcher import on
 
 @on(hikari.GuildTypingEvent)
 def typing(event):
+    print("blocks now", flush=True)
     time.sleep(1.5)
 """
 
@@ -99,6 +100,21 @@ async def test_a_reload_is_told_from_its_beginning_to_its_end(
     assert before <= int(told[2].split("=")[1]) <= time.monotonic_ns() // 1000
 
 
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 5000, "a." * 5000 + "a = 1", "[plugin.presence." + "a." * 900 + "a]"]
+)
+async def test_a_reload_of_a_file_without_sense_is_one_line_and_told_too(
+    service: Service, systemd: Systemd, tmp_path: Path, text: str
+) -> None:
+    await eventually(lambda: systemd.heard("READY=1"))
+    (tmp_path / "config.toml").write_text(text)
+    service.process.send_signal(signal.SIGHUP)
+    await eventually(lambda: len(systemd.heard("READY=1")) == 2)
+    await service.wrote("settings not reloaded, nothing has changed: config.toml: nested more than")
+    assert sum("settings" in line for line in service.log) == 1
+    assert "Traceback" not in service.output
+
+
 async def test_a_stop_is_told_when_it_begins(service: Service, systemd: Systemd) -> None:
     await eventually(lambda: systemd.heard("READY=1"))
     service.process.send_signal(signal.SIGTERM)
@@ -143,6 +159,23 @@ async def test_a_blocked_loop_does_not_feed_the_watchdog(
             return max((b - a for a, b in itertools.pairwise(moments)), default=0.0)
 
         await eventually(lambda: longest_pause() > 1.2)
+
+
+async def test_the_watchdogs_abort_leaves_every_threads_stack_in_the_journal(
+    tmp_path: Path, discord: PretendDiscord
+) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "blocker.py").write_text(BLOCKER)
+    write_settings(tmp_path, tables_for(discord))
+    async with running(tmp_path) as service:
+        await discord.wait_for_bot()
+        [guild] = discord.guilds.values()
+        await discord.typing(guild, guild.owner, guild.general)
+        await service.wrote("blocks now")
+        service.process.send_signal(signal.SIGABRT)  # what systemd sends
+        assert await service.exit_status() == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in service.log
+    assert any('blocker.py", line' in line for line in service.log)
 
 
 @pytest.mark.logs("not connected to Discord")

@@ -329,6 +329,7 @@ async def test_who_turns_out_to_be_banned_is_refused_and_out(spy, transport):
 async def test_a_refresh_takes_its_rights_with_it(spy, guild):
     dashboard = await spy.js.connect(spy.url, token=spy.token(role="ADMIN"))
     await dashboard.call("subscribe:guild", str(guild.id))
+    await dashboard.next("presence:snapshot")
     assert (await dashboard.call("auth:refresh", spy.token(guilds=[str(guild.id)])))["ok"]
     await spy.nothing(dashboard)
     assert (await dashboard.call("auth:refresh", spy.token(guilds=["1"])))["ok"]
