@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -71,3 +72,11 @@ def test_scripts_are_free_of_errors_of_syntax() -> None:
     for script in sorted((PAGE / "static").glob("*.js")):
         checked = subprocess.run([node(), "--check", script], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Asia/Kolkata", "Pacific/Chatham"])
+def test_the_page_counts_right_in_each_time_zone(zone: str) -> None:
+    command = [node(), "--test", ROOT / "tests" / "page" / "counts.test.mjs"]
+    environment = {**os.environ, "TZ": zone}
+    counted = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert counted.returncode == 0, counted.stdout
