@@ -31,7 +31,7 @@ PICTURES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("page-time.png", "time", {**LAPTOP, "color_scheme": "light"}),
     ("page-phone.png", "now", {**PHONE, "color_scheme": "light"}),
 )
-GUILD = "Night Owls"
+GUILD = "Night Owls 🦉"
 
 
 @asynccontextmanager

@@ -8,15 +8,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from browser import PAGE, need_built_page
 from jsclient import node
 from service import ROOT, fetch
 from watching import Watch, Watching
 
-PAGE = ROOT / "plugins" / "dashboard"
 FILES = [*(PAGE / "static").iterdir(), *(PAGE / "vendor").glob("*.*s")]
 
 
 async def test_the_page_may_load_nothing_from_elsewhere(spy: Watch) -> None:
+    need_built_page()
     answer = await fetch(spy.server.port, "/")
     assert answer.code == 200
     policy = answer.headers["Content-Security-Policy"].split("; ")
@@ -63,6 +64,7 @@ async def test_without_what_npm_fetches_the_server_says_in_a_line_that_the_page_
 
 
 def test_all_that_the_page_loads_is_less_than_200_kb() -> None:
+    need_built_page()
     sizes = {path.name: path.stat().st_size for path in FILES}
     assert len(sizes) > 15
     assert sum(sizes.values()) < 200_000, sizes

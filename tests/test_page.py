@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 import jwt
 import pytest
-from browser import Browser, axe_faults, running_chromium
+from browser import Browser, axe_faults, need_built_page, running_chromium
 from playwright.async_api import Page, async_playwright, expect
 from service import SECRET, server_of, viewer_token
 from signing import signing_tables
@@ -28,6 +28,7 @@ VIEWS = ("now", "time", "people", "wall")
 
 @pytest.fixture(scope="session")
 def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    need_built_page()
     with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
         yield address
 
