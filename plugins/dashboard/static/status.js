@@ -68,6 +68,7 @@ export class Status {
     const asksForToken = this.#connection.state === "expired" || this.#connection.state === "refused";
     $("#notice").hidden = !text;
     $("#notice .token-form").hidden = !asksForToken;
+    $("#notice .button").hidden = !asksForToken || !this.#tokens.signIn;
     say($("#notice p"), text);
   }
 
@@ -84,8 +85,8 @@ export class Status {
         return "Discord is away: the server waits for it, and nothing new comes until it is back.";
       case "expired":
         return connected
-          ? `Your token ends at ${hourMinute(Date.parse(why))}. Paste a new one to stay connected.`
-          : "Your token has ended, and nothing new comes. Paste a new one to go on.";
+          ? `Your token ends at ${hourMinute(Date.parse(why))}. With a new one you stay connected.`
+          : "Your token has ended, and nothing new comes until there is a new one.";
       case "refused":
         return REFUSALS[why] ?? `The server refused the connection: ${why}.`;
       default:
