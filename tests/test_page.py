@@ -110,13 +110,23 @@ async def test_who_is_banned_is_told_so(browser: Browser, spy: Watch) -> None:
     await expect(page.locator("#door-why")).to_contain_text("You have been banned")
 
 
-async def test_a_token_that_ends_meanwhile_can_be_replaced_where_one_is(
+async def test_a_token_that_is_about_to_end_can_be_replaced_without_a_gap(
+    browser: Browser, spy: Watch
+) -> None:
+    page = await browser.open(address(spy, token=spy.token(role="ADMIN", ttl=50.0)))
+    await state(page).to_have_text("Token ends soon")
+    await page.get_by_label("New token").fill(spy.token(role="ADMIN"))
+    await page.get_by_role("button", name="Use it").click()
+    await state(page).to_have_text("Live")
+    await expect(page.locator("#notice")).to_be_hidden()
+
+
+async def test_a_token_that_has_ended_can_be_replaced_where_one_is(
     browser: Browser, spy: Watch
 ) -> None:
     page = await browser.open(spy.url)
     await expect(page.locator("#door")).to_be_visible()
     await page.goto(address(spy, token=spy.token(role="ADMIN", ttl=5.0)))
-    await state(page).to_have_text("Live")
     await state(page).to_have_text("Token ended")
     await page.get_by_label("New token").fill(spy.token(role="ADMIN"))
     await page.get_by_role("button", name="Use it").click()

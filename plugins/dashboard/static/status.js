@@ -12,6 +12,7 @@ const LABELS = {
   reconnecting: "Reconnecting",
   discordAway: "Discord is away",
   refused: "Refused",
+  expiring: "Token ends soon",
   expired: "Token ended",
 };
 
@@ -65,7 +66,7 @@ export class Status {
   }
 
   #notice(text) {
-    const asksForToken = this.#connection.state === "expired" || this.#connection.state === "refused";
+    const asksForToken = ["expiring", "expired", "refused"].includes(this.#connection.state);
     $("#notice").hidden = !text;
     $("#notice .token-form").hidden = !asksForToken;
     $("#notice .button").hidden = !asksForToken || !this.#tokens.signIn;
@@ -74,7 +75,7 @@ export class Status {
 
   /** A sentence on what to do, or nothing where there is nothing to do. */
   #whatIsWrong() {
-    const { state, why, since, connected } = this.#connection;
+    const { state, why, since } = this.#connection;
     const lasts = Date.now() - since > PATIENCE;
     switch (state) {
       case "connecting":
@@ -83,10 +84,10 @@ export class Status {
         return lasts ? "The server does not answer. The page tries again by itself; what is shown is from before." : "";
       case "discordAway":
         return "Discord is away: the server waits for it, and nothing new comes until it is back.";
+      case "expiring":
+        return `Your token ends at ${hourMinute(Date.parse(why))}. With a new one you stay connected.`;
       case "expired":
-        return connected
-          ? `Your token ends at ${hourMinute(Date.parse(why))}. With a new one you stay connected.`
-          : "Your token has ended, and nothing new comes until there is a new one.";
+        return "Your token has ended, and nothing new comes until there is a new one.";
       case "refused":
         return REFUSALS[why] ?? `The server refused the connection: ${why}.`;
       default:
