@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 import jwt
 import pytest
-from browser import Browser, axe_faults, running_chromium
+from browser import Browser, axe_faults, need_built_page, running_chromium
 from playwright.async_api import Page, async_playwright, expect
 from service import SECRET, server_of, viewer_token
 from signing import signing_tables
@@ -28,6 +28,7 @@ VIEWS = ("now", "time", "people", "wall")
 
 @pytest.fixture(scope="session")
 def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    need_built_page()
     with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
         yield address
 
@@ -88,6 +89,16 @@ async def test_a_wrong_token_is_named_and_can_be_replaced(browser: Browser, spy:
     await state(page).to_have_text("Live")
 
 
+async def test_a_new_address_in_the_same_window_brings_its_token_along(
+    browser: Browser, spy: Watch
+) -> None:
+    page = await browser.open(address(spy, token="nonsense"))
+    await state(page).to_have_text("Refused")
+    await page.goto(address(spy, "people"))  # only what follows # differs: nothing is loaded
+    await state(page).to_have_text("Live")
+    assert await page.evaluate("location.hash") == "#people"
+
+
 async def test_an_expired_token_is_told_from_a_wrong_one(browser: Browser, spy: Watch) -> None:
     claims = {"discordId": "1", "access": True, "role": "ADMIN", "exp": int(time.time()) - 60}
     page = await browser.open(address(spy, token=jwt.encode(claims, SECRET)))
@@ -99,10 +110,23 @@ async def test_who_is_banned_is_told_so(browser: Browser, spy: Watch) -> None:
     await expect(page.locator("#door-why")).to_contain_text("You have been banned")
 
 
-async def test_a_token_that_ends_meanwhile_can_be_replaced_where_one_is(
+async def test_a_token_that_is_about_to_end_can_be_replaced_without_a_gap(
     browser: Browser, spy: Watch
 ) -> None:
-    page = await browser.open(address(spy, token=spy.token(role="ADMIN", ttl=2.0)))
+    page = await browser.open(address(spy, token=spy.token(role="ADMIN", ttl=50.0)))
+    await state(page).to_have_text("Token ends soon")
+    await page.get_by_label("New token").fill(spy.token(role="ADMIN"))
+    await page.get_by_role("button", name="Use it").click()
+    await state(page).to_have_text("Live")
+    await expect(page.locator("#notice")).to_be_hidden()
+
+
+async def test_a_token_that_has_ended_can_be_replaced_where_one_is(
+    browser: Browser, spy: Watch
+) -> None:
+    page = await browser.open(spy.url)
+    await expect(page.locator("#door")).to_be_visible()
+    await page.goto(address(spy, token=spy.token(role="ADMIN", ttl=5.0)))
     await state(page).to_have_text("Token ended")
     await page.get_by_label("New token").fill(spy.token(role="ADMIN"))
     await page.get_by_role("button", name="Use it").click()
@@ -364,7 +388,7 @@ async def test_the_map_of_the_week_is_read_by_arrow_keys(
 ) -> None:
     history = {"hours": [[300, 1, 0, 0, 1, 3], [1, 4, 1, 0, 2, 5]]}
     async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:
-        page = await browser.open(address(spy, "time"))
+        page = await browser.open(address(spy, "time"), locale="en-GB")
         await expect(page.locator("#week-reading")).to_contain_text("Busiest")
         await page.locator('#week td[tabindex="0"]').focus()
         await expect(page.locator("#week-reading")).to_contain_text("Monday 00:00")

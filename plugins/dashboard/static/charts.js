@@ -18,7 +18,7 @@ export class Chart {
   #columns = null;
   #spec;
   #canvas = el("div", { class: "canvas" });
-  #reading = el("output", { class: "reading" });
+  #reading = el("output", { class: "reading", "aria-live": "off" });
   #title;
 
   /**
@@ -36,7 +36,9 @@ export class Chart {
     );
     parent.append(this.figure);
     this.figure.addEventListener("keydown", (event) => this.#onKey(event));
-    this.figure.addEventListener("blur", () => this.#point(null));
+    // Read out to who asks, not each second to who is elsewhere.
+    this.figure.addEventListener("focus", () => this.#reading.setAttribute("aria-live", "polite"));
+    this.figure.addEventListener("blur", () => this.#leave());
     new ResizeObserver(() => this.#resize()).observe(this.#canvas);
     charts.add(this);
   }
@@ -118,6 +120,11 @@ export class Chart {
     if (target === undefined || !this.#plot) return;
     event.preventDefault();
     this.#point(target === null ? null : Math.min(last, Math.max(0, target)));
+  }
+
+  #leave() {
+    this.#reading.setAttribute("aria-live", "off");
+    this.#point(null);
   }
 
   #point(index) {

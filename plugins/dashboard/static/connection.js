@@ -2,12 +2,10 @@
 //
 //   starting ─┬─▶ signedOut ◀─────────── no token, signed out, refused by the sign-in
 //             └─▶ connecting ─▶ live ◀─▶ discordAway
-//                     ▲  │        │
+//                     ▲  │        │  └─▶ expiring: a minute is left, and the page has no way to a new token
 //                     │  ▼        ▼
 //                     │ refused  reconnecting ─▶ (as connecting)
-//                     └ expired ◀─ the token ended, and there is no way to another
-//
-// "expired" may also come while events still arrive: then `connected` is true, and a new token keeps it so.
+//                     └ expired ◀─ the token has ended, and there is no way to another
 
 import { io } from "./socket.io.js";
 
@@ -18,8 +16,9 @@ const HEALTH_INTERVAL = 5_000;
 
 export class Connection extends EventTarget {
   state = "starting";
-  /** Why it is in that state, in words; the code of the refusal. */
+  /** The code or message of a refusal, or when the token ends; since when it is in that state. */
   why = "";
+  since = Date.now();
   guilds = [];
   /** Whether the list of guilds has come; whether Discord has named them all. */
   listed = false;
@@ -187,7 +186,7 @@ export class Connection extends EventTarget {
 
   async #renew(expiresAt) {
     if (this.#tokens.user && (await this.#tokens.renew()) && (await this.#refresh(await this.#tokens.current()))) return;
-    this.#set("expired", expiresAt);
+    this.#turnedAway("expiring", expiresAt);
   }
 
   /** Hand a new token to the live connection; whether it was taken. */
@@ -224,14 +223,14 @@ export class Connection extends EventTarget {
   }
 
   #setLive(renewed = false) {
-    if (!this.connected || (this.state === "expired" && !renewed)) return;
+    if (!this.connected || (this.state === "expiring" && !renewed)) return;
     const away = this.#discordAway || this.#pending.size > 0 || (this.listed && !this.complete);
     this.#set(away ? "discordAway" : "live");
   }
 
   #set(state, why = "") {
     if (this.state === state && this.why === why) return;
-    Object.assign(this, { state, why });
+    Object.assign(this, { state, why, since: Date.now() });
     this.#tell("state", state);
   }
 

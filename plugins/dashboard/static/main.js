@@ -9,7 +9,7 @@ import { OverTime } from "./overtime.js";
 import { Scores } from "./scores.js";
 import { Status } from "./status.js";
 import { Stream } from "./stream.js";
-import { Tokens } from "./token.js";
+import { Tokens, tokenInAddress } from "./token.js";
 import { and, hourMinute } from "./words.js";
 
 /** Between two looks at the guild: whatever came meanwhile is painted in one go. */
@@ -46,7 +46,8 @@ class Page {
   }
 
   start() {
-    this.#tokens.takeFromAddress();
+    const token = tokenInAddress();
+    if (token !== null) this.#tokens.use(token);
     this.#follow();
     this.#connection.start();
     setInterval(() => requestAnimationFrame(() => this.#look()), PAINT_INTERVAL);
@@ -60,7 +61,7 @@ class Page {
     on("unavailable", ({ kind, id, message }) => {
       if (kind === "history" && this.#guilds.has(id)) this.#guilds.get(id).historyError = message;
     });
-    addEventListener("hashchange", () => this.#follow());
+    addEventListener("hashchange", () => this.#onAddress());
     addEventListener("keydown", ({ key }) => key === "Escape" && this.#view === "wall" && (location.hash = "#now"));
     $("#guilds").addEventListener("change", ({ target }) => this.#choose(target.value));
   }
@@ -84,7 +85,7 @@ class Page {
     $("#guilds").replaceChildren(...options);
     for (const { id, name } of guilds) if (this.#guilds.has(id)) this.#guilds.get(id).name = name;
     const ids = guilds.map(({ id }) => id);
-    const wanted = [this.#chosen, localStorage.getItem(REMEMBERED), ids[0]].find((id) => ids.includes(id));
+    const wanted = [this.#chosen, remembered(), ids[0]].find((id) => ids.includes(id));
     this.#choose(wanted ?? null);
   }
 
@@ -92,7 +93,7 @@ class Page {
     if (id !== this.#chosen) this.#turned = Date.now();
     this.#chosen = id;
     if (id) $("#guilds").value = id;
-    if (id && this.#view !== "wall") localStorage.setItem(REMEMBERED, id);
+    if (id && this.#view !== "wall") remember(id);
     this.#watch();
     this.#paint();
   }
@@ -121,6 +122,12 @@ class Page {
 
   // -- the address and the picture
 
+  #onAddress() {
+    const token = tokenInAddress();
+    if (token !== null) this.#connection.useToken(token);
+    this.#follow();
+  }
+
   #follow() {
     const fragment = new URLSearchParams(location.hash.slice(1));
     const [wanted] = fragment.keys();
@@ -148,11 +155,28 @@ class Page {
   #paint(seldom = this.#seldom[this.#view]) {
     this.#status.paint();
     const guild = this.#guilds.get(this.#chosen);
-    for (const part of document.querySelectorAll(".view")) part.classList.toggle("without-guild", !guild);
+    $("#main").classList.toggle("without-guild", !guild);
     say($("#clock"), hourMinute(Date.now()));
     say($("#guild-name"), guild?.name ?? "");
-    document.title = guild ? `${guild.name} · SpyWatcher` : "SpyWatcher";
+    say($("title"), guild ? `${guild.name} · SpyWatcher` : "SpyWatcher");
     if (guild) for (const painter of [...this.#often[this.#view], ...seldom]) painter.paint(guild, Date.now());
+  }
+}
+
+/** The guild that was chosen last; a browser that keeps nothing (no cookies) raises instead. */
+function remembered() {
+  try {
+    return localStorage.getItem(REMEMBERED);
+  } catch {
+    return null;
+  }
+}
+
+function remember(id) {
+  try {
+    localStorage.setItem(REMEMBERED, id);
+  } catch {
+    // The first guild is as good.
   }
 }
 

@@ -14,8 +14,8 @@ const FIGURES = [
   { label: "Messages today", now: today("messages"), then: (_guild, ago) => ago.messages },
   { label: "Joins today", now: today("joins"), then: (_guild, ago) => ago.joins },
   {
-    label: "Active today",
-    title: "Members who wrote, typed or reacted in the busiest hour of the day",
+    label: "Active, busiest hour",
+    title: "Members who wrote, typed or reacted in one hour of today",
     now: today("active"),
     then: (_guild, ago) => ago.active,
   },

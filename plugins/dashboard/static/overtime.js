@@ -7,7 +7,8 @@ import { WEEKDAYS, count, day, decimal, hourRange, number, signed, zone } from "
 const MEASURES = { messages: "Messages", active: "Active members" };
 /** The share of colour of an hour in which next to nothing happened: it differs from one with nothing. */
 const FAINTEST = 0.06;
-const firstDay = new Intl.Locale(navigator.language).weekInfo?.firstDay ?? 1; // 1 is Monday, 7 Sunday
+const locale = new Intl.Locale(navigator.language);
+const { firstDay } = locale.getWeekInfo?.() ?? locale.weekInfo ?? { firstDay: 1 }; // 1 is Monday, 7 Sunday
 const ORDER = WEEKDAYS.map((_, index) => (index + firstDay) % 7);
 
 /** A 7 × 24 table whose cells are read out: with the pointer, or by the arrow keys. */

@@ -4,6 +4,17 @@
 /** Seconds before its end in which a token is not used for a new connection if there is a way to another. */
 const TOO_OLD = 30_000;
 
+/** The token in the address, which is taken out of it and of the browser's history; or null. */
+export function tokenInAddress() {
+  const fragment = new URLSearchParams(location.hash.slice(1));
+  const token = fragment.get("token");
+  if (token === null) return null;
+  fragment.delete("token");
+  const rest = fragment.toString().replace(/=(?=&|$)/g, ""); // "now", not "now="
+  history.replaceState(null, "", location.pathname + location.search + (rest && `#${rest}`));
+  return token;
+}
+
 export class Tokens {
   #token = null;
   #ends = Infinity; // ms since 1970, of tokens from the sign-in
@@ -13,17 +24,6 @@ export class Tokens {
   signIn = null;
   /** What the sign-in last said: an HTTP status, or 0 when there was no answer. */
   status = 0;
-
-  /** Take the token out of the address, and out of the history of the browser with it. */
-  takeFromAddress() {
-    const fragment = new URLSearchParams(location.hash.slice(1));
-    const token = fragment.get("token");
-    if (token === null) return;
-    fragment.delete("token");
-    const rest = fragment.toString().replace(/=(?=&|$)/g, "");
-    history.replaceState(null, "", location.pathname + location.search + (rest && `#${rest}`));
-    this.use(token);
-  }
 
   use(token) {
     this.#token = token.trim() || null;
