@@ -7894,15 +7894,16 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Print the settings in force and the plugins; any plugin that does not load is a fault."""
-    keys = read_keys(settings.auth, settings.folder)
-    bot_token_of(settings)
+    """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
+    keys, token = credentials_of(settings)
     if settings.redis.url:
         cluster_code().check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
-    print(settings_text(settings))
+    Gateway(settings.discord, token, host.event_types(), Metrics())  # takes no token that is none
+    if arguments.settings:
+        print(settings_text(settings))
     for plugin in host.plugins.values():
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
     if faults := host.loader.faults():
