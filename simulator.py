@@ -2532,6 +2532,11 @@ class ShardByHand(PretendShard):
         self._bot = bot
         self._session: Session | None = None
 
+    @property
+    def is_connected(self) -> bool:
+        """There is nothing that could break."""
+        return True
+
     def identify(self, intents: int) -> None:
         """Come in, which brings READY and the guilds."""
         identify = Identify(self._discord.token, intents)
