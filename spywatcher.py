@@ -5656,17 +5656,28 @@ class Shard(hikari.impl.GatewayShardImpl):
 
     async def _connect(self) -> tuple[asyncio.Task[None], ...]:
         self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        connecting = asyncio.create_task(super()._connect())
         try:
             async with asyncio.timeout(self._patience.step) as self._deadline:
-                tasks = await super()._connect()
+                tasks = await asyncio.shield(connecting)
         except TimeoutError as error:
             why = f"no {self._awaited} within {self._patience.step:g} s"
             raise AwayError(self._awaited, why) from error
+        finally:
+            await self._give_up(connecting)
         if self._broken is not None:
             raise self._broken
         if self._has_begun() and self._session_id is None:
             raise AwayError("READY", "RESUMED came instead of READY")
         return tasks
+
+    async def _give_up(self, connecting: asyncio.Task[Any]) -> None:
+        """End a step that is not over. hikari 2.7 leaks what it is cancelled in before its socket is there."""
+        patience = time.monotonic() + CLOSING_PATIENCE
+        while self._ws is None and not connecting.done() and time.monotonic() < patience:
+            await asyncio.wait([connecting], timeout=CLOSING_PATIENCE / 50)
+        connecting.cancel()
+        await asyncio.wait([connecting])
 
     async def _heartbeat(self, heartbeat_interval: float) -> None:
         """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
@@ -5745,6 +5756,8 @@ class Shard(hikari.impl.GatewayShardImpl):
         self._gateway.shard_away(self, cause, why)
 
 
+#: Seconds that a connection in the making gets to be made, when it is to end.
+CLOSING_PATIENCE: Final = 1.0
 #: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
 RESUME_LATER: Final = 3000
 
