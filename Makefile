@@ -11,6 +11,7 @@
 #   make bench                   the benchmarks; ARGS=--quick for a first look
 #   make bundle                  dist/spywatcher.pyz: server, plugins and dependencies in one file
 #   make check-units             systemd's, Prometheus' and nginx's own checks of what is shipped
+#   make pictures                the pictures of the page in docs/; a quarter of an hour
 #   make clean                   remove all that these targets made
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo dashboard test test-cluster cluster-demo lint format bench bundle check-units clean
+.PHONY: demo dashboard test test-cluster cluster-demo lint format bench bundle check-units pictures clean
 
 demo: .venv/.run
 	@$(MAKE) --no-print-directory dashboard || echo "Going on without the page at /." >&2
@@ -87,6 +88,9 @@ check-units: .venv/.run
 	printf 'pid %s; events {} http { access_log off; include %s; }' \
 	  "$(CURDIR)/build/nginx/pid" "$(CURDIR)/build/nginx/site.conf" >build/nginx/nginx.conf
 	nginx -t -e stderr -c "$(CURDIR)/build/nginx/nginx.conf"
+
+pictures: .venv/.test dashboard
+	$(BIN)/python tests/pictures.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info tests/node_modules bench/node_modules $(VENDOR) .mypy_cache .pytest_cache .ruff_cache .hypothesis

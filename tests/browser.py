@@ -18,13 +18,14 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from playwright.async_api import Browser as Chromium
 from playwright.async_api import ConsoleMessage, Page, expect
 
 FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "plugins" / "dashboard"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SWITCHES = (
     "--headless=new",
@@ -43,13 +44,21 @@ DEADLINE_MS = 10_000
 expect.set_options(timeout=DEADLINE_MS)
 
 
+def skip(reason: str) -> NoReturn:
+    """Skip the test, which CI must not do."""
+    assert "CI" not in os.environ, f"CI tests the page, and {reason}"
+    pytest.skip(reason)
+
+
+def need_built_page() -> None:
+    if not (PAGE / "vendor" / "socket.io.js").exists():
+        skip("the page is not built here (make dashboard)")
+
+
 def find_chromium() -> str:
-    """The path of a browser; skips the test where there is none, which CI must not do."""
+    """The path of a browser."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        assert "CI" not in os.environ, "CI tests the page, and there is no Chromium"
-        pytest.skip("there is no Chromium here (Debian: apt install chromium)")
-    return found
+    return found or skip("there is no Chromium here (Debian: apt install chromium)")
 
 
 @contextmanager

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from browser import PAGE, need_built_page
 from jsclient import node
 from service import ROOT, fetch
 from watching import Watch, Watching
 
-PAGE = ROOT / "plugins" / "dashboard"
 FILES = [*(PAGE / "static").iterdir(), *(PAGE / "vendor").glob("*.*s")]
 
 
 async def test_the_page_may_load_nothing_from_elsewhere(spy: Watch) -> None:
+    need_built_page()
     answer = await fetch(spy.server.port, "/")
     assert answer.code == 200
     policy = answer.headers["Content-Security-Policy"].split("; ")
@@ -62,6 +64,7 @@ async def test_without_what_npm_fetches_the_server_says_in_a_line_that_the_page_
 
 
 def test_all_that_the_page_loads_is_less_than_200_kb() -> None:
+    need_built_page()
     sizes = {path.name: path.stat().st_size for path in FILES}
     assert len(sizes) > 15
     assert sum(sizes.values()) < 200_000, sizes
@@ -71,3 +74,11 @@ def test_scripts_are_free_of_errors_of_syntax() -> None:
     for script in sorted((PAGE / "static").glob("*.js")):
         checked = subprocess.run([node(), "--check", script], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Asia/Kolkata", "Pacific/Chatham"])
+def test_the_page_counts_right_in_each_time_zone(zone: str) -> None:
+    command = [node(), "--test", ROOT / "tests" / "page" / "counts.test.mjs"]
+    environment = {**os.environ, "TZ": zone}
+    counted = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert counted.returncode == 0, counted.stdout

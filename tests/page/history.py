@@ -10,7 +10,7 @@ from spywatcher import PluginSettings, Spy, on_subscribe
 
 
 class Settings(PluginSettings, frozen=True):
-    hours: list[list[int]] = []
+    hours: tuple[tuple[int, ...], ...] = ()
     members: int = 100
 
 

@@ -1,6 +1,6 @@
-from spywatcher import on_subscribe
 import hikari
-from spywatcher import on
+
+from spywatcher import on, on_subscribe
 
 
 def plat(p):

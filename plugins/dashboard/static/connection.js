@@ -18,8 +18,9 @@ const HEALTH_INTERVAL = 5_000;
 
 export class Connection extends EventTarget {
   state = "starting";
-  /** Why it is in that state, in words; the code of the refusal. */
+  /** The code or message of a refusal, or when the token ends; since when it is in that state. */
   why = "";
+  since = Date.now();
   guilds = [];
   /** Whether the list of guilds has come; whether Discord has named them all. */
   listed = false;
@@ -231,7 +232,7 @@ export class Connection extends EventTarget {
 
   #set(state, why = "") {
     if (this.state === state && this.why === why) return;
-    Object.assign(this, { state, why });
+    Object.assign(this, { state, why, since: Date.now() });
     this.#tell("state", state);
   }
 

@@ -83,10 +83,11 @@ export class History {
     return cells.map((day) => day.map(({ sum, seen }) => (seen ? sum / seen : null)));
   }
 
-  /** Counts from `start` to `end`; of the hour in which `end` lies only the part `ofLast`. */
+  /** Counts of the hours that begin from `start` to `end`; of that in which `end` lies the part `ofLast`. */
   #sum(start, end, ofLast) {
     const total = { ...EMPTY };
-    for (let hour = hourOf(start); hour <= end; hour += HOUR) {
+    // Where clocks are half an hour off, an hour of UTC lies in two days: it belongs to the first.
+    for (let hour = hourOf(start + HOUR - 1); hour <= end; hour += HOUR) {
       const share = hour === hourOf(end) ? ofLast : 1;
       const { messages, joins, leaves, active, online } = this.at(hour);
       total.messages += messages * share;

@@ -28,6 +28,8 @@ const NO_GUILD =
   " that guild appears by itself.";
 const NO_GUILD_YET = "Discord is still to say which guilds there are. They appear by themselves.";
 const MESSAGE_SECONDS = 10;
+/** Milliseconds: a connection that is back before is no news. */
+const PATIENCE = 2_000;
 
 export class Status {
   #connection;
@@ -53,6 +55,7 @@ export class Status {
     $("#door").hidden = !door;
     $("#main").hidden = door || !listed;
     $("#leave").hidden = door || !this.#tokens.held;
+    say($("#leave"), this.#tokens.user ? `Sign out ${this.#tokens.user.username}` : "Sign out");
     $(".picker").hidden = door || !guilds.length;
     $("#signin").hidden = !this.#tokens.signIn;
     $("#no-guild").hidden = guilds.length > 0;
@@ -70,10 +73,13 @@ export class Status {
 
   /** A sentence on what to do, or nothing where there is nothing to do. */
   #whatIsWrong() {
-    const { state, why, connected } = this.#connection;
+    const { state, why, since, connected } = this.#connection;
+    const lasts = Date.now() - since > PATIENCE;
     switch (state) {
+      case "connecting":
+        return lasts ? "The server has not let this page in yet. The page tries again by itself." : "";
       case "reconnecting":
-        return "The server does not answer. The page tries again by itself; what is shown is from before.";
+        return lasts ? "The server does not answer. The page tries again by itself; what is shown is from before." : "";
       case "discordAway":
         return "Discord is away: the server waits for it, and nothing new comes until it is back.";
       case "expired":
@@ -92,6 +98,7 @@ export class Status {
     if (state === "refused") return REFUSALS[why] ?? `The server refused the connection: ${why}.`;
     if (state === "expired") return "This token has ended. Use a new one.";
     if (this.#tokens.status === 403 && this.#tokens.signIn) return REFUSALS["Access denied"];
+    if (this.#tokens.status >= 500) return "The sign-in does not answer at the moment. Try again, or use a token.";
     if (this.#tokens.signIn) return "Sign in to see the guilds in which you have a say, or use a token.";
     return "To look in you need a token for this server.";
   }
