@@ -21,7 +21,7 @@ The sections, each using only those above it:
     node                 this process alone, or as one of several: who judges, leads and delivers
     web handlers         the Tornado side of Socket.IO
     server               puts the parts together, starts and stops them
-    command line         serve, demo, check, token, forget
+    command line         serve, demo, check, types, token, forget
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ import contextvars
 import copy
 import difflib
 import enum
+import errno
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -92,10 +94,12 @@ from typing import (
     Self,
     TypeVar,
     get_args,
+    get_origin,
 )
 
 import engineio
 import hikari
+import idna
 import jwt
 import limits
 import limits.aio
@@ -113,6 +117,7 @@ from prometheus_client import (
     generate_latest,
 )
 from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
@@ -132,13 +137,14 @@ __all__ = [
     "Spy",
     "Subscriber",
     "channel_name",
-    "clean_name",
     "every",
     "member_name",
     "on",
     "on_subscribe",
+    "role_name",
     "route",
     "timestamp",
+    "user_name",
 ]
 
 log = logging.getLogger("spywatcher")
@@ -200,17 +206,34 @@ class RefusedConnectionError(SpyWatcherError):
 # README's table say the same (tests hold them together). Nothing here knows what a setting
 # is for; whoever needs one is handed its section.
 
-Origin = Annotated[str, Meta(pattern=r"^(\*|null|https?://(\*\.)?[^/\s*]+)$")]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
-SecondsOrZero = Annotated[float, Meta(ge=0)]
-GuildId = Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")]
-PermissionName = Annotated[str, Meta(pattern=r"^[A-Z_]+$")]
+# A title says what an operator should have written (see `expected`).
+Port = Annotated[int, Meta(ge=0, le=65535, title="a whole number from 0 to 65535")]
+Positive = Annotated[int, Meta(ge=1, title="a whole number, 1 or more")]
+Seconds = Annotated[float, Meta(gt=0, title="a number of seconds above 0, such as 5.0")]
+SecondsOrZero = Annotated[float, Meta(ge=0, title="a number of seconds, such as 5.0")]
+GuildId = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,20}$", title='a guild id in quotes, such as "123456789012345678"')
+]
+PermissionName = Annotated[
+    str,
+    Meta(pattern=r"^[A-Z_]+$", title='a Discord permission in capitals, such as "MANAGE_GUILD"'),
+]
 Role = Literal["USER", "ADMIN", "MODERATOR", "BANNED"]
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
-Network = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$")]
-Rate = Annotated[str, Meta(pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$")]
+Network = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$",
+        title='an address or network in quotes, such as "127.0.0.1" or "10.0.0.0/8"',
+    ),
+]
+Rate = Annotated[
+    str,
+    Meta(
+        pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$",
+        title='a rate in quotes, such as "60/minute" (second, minute, hour or day)',
+    ),
+]
 Transport = Literal["websocket", "polling"]
 
 
@@ -219,10 +242,12 @@ class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
 
 class ServerSettings(Section, frozen=True):
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[
+        str, Meta(description='Address to listen on; "localhost" is both of 127.0.0.1 and ::1.')
+    ] = "localhost"
     port: Annotated[Port, Meta(description="Port to listen on; 0 picks a free one.")] = 3001
     cors_origins: Annotated[
-        tuple[Origin, ...],
+        tuple[str, ...],
         Meta(description='Pages that may connect from another origin; "*" is any.'),
     ] = ("http://localhost:5173", "http://127.0.0.1:5173")
     trusted_proxies: Annotated[
@@ -333,6 +358,7 @@ class RedisSettings(Section, frozen=True):
         str,
         Meta(
             pattern=r"^(|(rediss?|unix|redis\+sentinel)://.+)$",
+            title='a URL in quotes, such as "redis://127.0.0.1:6379"',
             description="Redis that several servers share; empty: one process, all in memory.",
         ),
     ] = ""
@@ -378,7 +404,9 @@ THROTTLE: Final = {"analytics:update": 30.0}
 
 
 class Settings(Section, frozen=True):
-    """All of config.toml. `folder` is where it lay: relative paths start there."""
+    """All of config.toml. `folder` is where it lay: relative paths start there; `source` says which
+    file was read.
+    """
 
     server: ServerSettings = ServerSettings()
     heartbeat: HeartbeatSettings = HeartbeatSettings()
@@ -399,6 +427,7 @@ class Settings(Section, frozen=True):
     plugin: dict[str, dict[str, Any]] = {}
     log: LogSettings = LogSettings()
     folder: Path = Path()
+    source: str = "the defaults"
 
 
 SECRET_KEYS: Final = frozenset({"secret", "token", "client_secret"})
@@ -428,6 +457,50 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
     except ValueError as error:  # what the section itself says of values that do not fit together
         faults += [f"{path}.{fault}" for fault in error.args]
         return to()
+
+
+def is_secret(key: str, value: object) -> bool:
+    """Whether a value of this key, or a URL deep in some other value, is not to be shown."""
+    return key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
+
+
+def expected(kind: Any) -> str:
+    """What a setting of this type takes, in words; empty where the type says nothing in words."""
+    if get_origin(kind) is Annotated:
+        titles = [meta.title for meta in kind.__metadata__ if getattr(meta, "title", None)]
+        return titles[0] if titles else expected(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
+    if get_origin(kind) is tuple:
+        item = expected(get_args(kind)[0])
+        return f"a list in [ ] of each {item}" if item else ""
+    if get_args(kind):
+        return " or ".join(filter(None, map(expected, get_args(kind))))
+    plain = {
+        bool: "true or false",
+        str: "a text in quotes",
+        int: "a whole number",
+        float: "a number",
+    }
+    return plain.get(kind, "")
+
+
+def did_you_mean(kind: Any, value: object) -> str:
+    """The end of a sentence, where the value was nearly one of a choice."""
+    while get_origin(kind) in (Annotated, tuple):
+        kind = get_args(kind)[0]
+    if get_origin(kind) is not Literal:
+        return ""
+    given = value if isinstance(value, list) else [value]
+    wrong = [one for one in given if isinstance(one, str) and one not in get_args(kind)]
+    return (
+        nearest(
+            wrong[0].upper() if wrong[0].upper() in get_args(kind) else wrong[0].lower(),
+            get_args(kind),
+        )
+        if wrong
+        else ""
+    )
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -472,6 +545,8 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
             sections[name] = check_table(table, types[name], name, faults)
         else:
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
+    if "server" in sections:
+        sections["server"] = check_origins(sections["server"], faults)
     settings = Settings(**sections)
     faults += permission_faults(settings.auth) + network_faults(settings.server)
     if faults:
@@ -536,6 +611,60 @@ def permission_faults(auth: AuthSettings) -> list[str]:
     ]
 
 
+def check_origins(server: ServerSettings, faults: list[str]) -> ServerSettings:
+    """The same with each origin as a browser would write it."""
+    origins = []
+    for text in server.cors_origins:
+        try:
+            origins.append(plain_origin(text))
+        except ValueError as error:
+            faults.append(f"server.cors_origins: got {shown(text)}, {error}")
+    return msgspec.structs.replace(server, cors_origins=tuple(origins))
+
+
+ORIGIN: Final = re.compile(
+    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
+)
+DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+
+
+def plain_origin(text: str) -> str:
+    """An origin as browsers write it (RFC 6454 §6): small letters, IDN encoded, no default port.
+
+    Raises ValueError with what to write instead. `*`, `null`, `https://*.host` (any below) and
+    `http://host:*` (any port) are origins too.
+    """
+    small = text.strip().lower()
+    if small in ("*", "null"):
+        return small
+    if "://" not in small:
+        raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
+    found = ORIGIN.match(small)
+    if found is None or small[found.end() :].startswith(("@", ":", "*")):
+        raise ValueError('expected "scheme://host" or "scheme://host:port"')
+    if found.end() != len(small):
+        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
+    scheme, host, port = found.groups()
+    below = "*." if host.startswith("*.") else ""
+    host = host[len(below) :]
+    if not host or "*" in host:
+        raise ValueError('expected * only as "*.host" or alone')
+    if port not in (None, "*") and int(port) > 65_535:
+        raise ValueError("expected a port up to 65535")
+    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
+    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
+
+
+def encoded_host(host: str) -> str:
+    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    if host.isascii():
+        return host
+    try:
+        return idna.encode(host, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"expected the name of a host: {error}") from error
+
+
 def network_faults(server: ServerSettings) -> list[str]:
     faults = []
     listed = {"trusted_proxies": server.trusted_proxies, "metrics_from": server.metrics_from}
@@ -570,23 +699,90 @@ def shipped_plugins() -> Path | None:
 
 
 def read_settings(path: Path | None) -> Settings:
-    """Read `path`, or the first config.toml found as the command line promises, or the defaults."""
+    """Read `path`, or the first config.toml found as the command line promises, or the defaults.
+
+    Raises OperatorError with a line for each fault.
+    """
     if path is None:
         here = [Path("config.toml"), Path(__file__).parent / "config.toml"]
         path = next((place for place in here if place.is_file()), None)
         if path is None:
             plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
-            return Settings(folder=Path(__file__).parent if plain else Path.cwd())
+            folders = " or ".join(dict.fromkeys(str(place.resolve().parent) for place in here))
+            return Settings(
+                folder=Path(__file__).parent if plain else Path.cwd(),
+                source=f"no config.toml in {folders}",
+            )
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise OperatorError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{path}: not TOML: {error}") from error
-    try:
-        return parse_settings(tables, path.resolve().parent)
+        settings = parse_settings(read_toml(path), path.resolve().parent)
     except OperatorError as error:
         raise OperatorError(*(f"{path}: {fault}" for fault in error.faults)) from error
+    return msgspec.structs.replace(settings, source=str(path))
+
+
+#: Tables in tables: settings need four.
+DEEPEST: Final = 32
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file; raises OperatorError for what is no TOML, or nested without sense."""
+    text = read_text(path)
+    try:
+        tables = tomllib.loads(text)
+        if is_deeper(tables, DEEPEST):
+            raise RecursionError
+    except tomllib.TOMLDecodeError as error:
+        advice = syntax_advice(text, str(error))
+        raise OperatorError(f"not TOML: {error}{advice and f': {advice}'}") from error
+    except RecursionError as error:
+        raise OperatorError(f"nested more than {DEEPEST} levels deep") from error
+    return tables
+
+
+def is_deeper(value: object, depth: int) -> bool:
+    """Whether tables and lists lie more than `depth` levels in each other."""
+    level = [value]
+    for _ in range(depth):
+        level = [inner for one in level for inner in contents(one)]
+    return any(isinstance(one, dict | list) for one in level)
+
+
+def contents(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+#: What is wrong with a line that is no TOML: how it looks, and what to write instead.
+SYNTAX_ADVICE: Final = (
+    (r"[\u2018-\u201f\u00ab\u00bb]", 'write straight quotes: "'),
+    (r"=\s*['\"]?\s*$", "write a value after ="),
+    (r"=.*\\", "write / instead of \\, or single quotes around the text"),
+    (r"=\s*(True|False|TRUE|FALSE)\b", "write true or false, in small letters"),
+    (r"=\s*(yes|no|on|off|Yes|No|On|Off)\b", "write true or false"),
+    (r"=\s*(None|null|nil)\b", "leave the line out"),
+    (r"=\s*\d[\d.]*\s*[A-Za-z]+", "write a number without unit, or a text in quotes"),
+    (r"=\s*['\"][^'\"]*$", "write a quote at the end of the text"),
+    (r"=\s*[^\s\d'\"\[{+-].*", 'write quotes around a text: "..."'),
+    (r",\s*}", "write no comma before }"),
+    (r"^\s*\[[^\]=]*$", "write ] after the name of a table"),
+    (r"^\s*[\w.-]+:[\w.-]+\s*=", 'write quotes around a key with a colon: "a:b" = ...'),
+    (r"^\s*['\"]?[\w.-]+['\"]?\s*:", "write = between a key and its value"),
+    (r"^\s*[\w.-]+\s+[^=\s]", "write = between a key and its value"),
+    (r"^[^=\[]*$", "write = between a key and its value"),
+)
+
+
+def syntax_advice(text: str, error: str) -> str:
+    """What to write instead; of the line itself nothing is shown, since it may hold a secret."""
+    if "Cannot declare" in error:
+        return "this table is there twice, put all its keys under one"
+    if "Cannot overwrite" in error:
+        return "this key is there twice, leave one out"
+    found = re.search(r"at line (\d+)", error)
+    lines = text.splitlines()
+    line = lines[min(int(found[1]), len(lines)) - 1] if found and lines else ""
+    return next((advice for looks, advice in SYNTAX_ADVICE if re.search(looks, line)), "")
 
 
 def storage_of(settings: Settings) -> Path:
@@ -594,19 +790,45 @@ def storage_of(settings: Settings) -> Path:
     return settings.folder / settings.storage.path
 
 
+#: More than any file of settings, keys or secrets has.
+MOST_FILE_BYTES: Final = 1_048_576
+
+
+def read_text(path: Path) -> str:
+    """A text file as any editor may have left it: BOM and CRLF are gone, and UTF-16 is read too.
+
+    Raises OperatorError without showing what is in it.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_FILE_BYTES + 1)
+    except OSError as error:
+        raise OperatorError(f"cannot be read: {error.strerror}") from error
+    if len(data) > MOST_FILE_BYTES:
+        raise OperatorError(f"cannot be read: it has more than {MOST_FILE_BYTES} bytes")
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OperatorError(f"cannot be read: no UTF-8 at byte {error.start}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_file(name: str, folder: Path, key: str) -> str:
     """What a file named by a setting holds; raises OperatorError without showing it."""
     try:
-        return (folder / name).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{key}: {name} cannot be read: {error}") from error
+        return read_text(folder / name).strip()
+    except OperatorError as error:
+        raise OperatorError(f"{key}: {name} {error}") from error
 
 
 def read_secret(value: str, file: str, folder: Path, key: str) -> str:
     """The secret itself, or what its file holds. Empty if neither is set."""
     if value and file:
         raise OperatorError(f"{key}: set, and {key}_file too; expected one of them")
-    return read_file(file, folder, f"{key}_file") if file else value
+    text = read_file(file, folder, f"{key}_file") if file else value
+    if file and not text:
+        raise OperatorError(f"{key}_file: {file} is empty")
+    return text
 
 
 # ------------------------------------------------------------------------------ metrics
@@ -637,6 +859,8 @@ class Metrics:
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
+        self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
+        self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="spywatcher", registry=self.registry)
@@ -655,14 +879,23 @@ class Metrics:
 # cache). The only place that decides either. It knows no sockets and no rooms.
 
 ROLES: Final = frozenset(get_args(Role))
-#: A token is a few hundred bytes; nothing longer is worth the work of checking it.
-MAX_TOKEN_BYTES: Final = 4096
+#: Room for some 270 guild ids; nothing longer is worth the work of checking it.
+MAX_TOKEN_BYTES: Final = 8192
+#: Seconds by which the clock of who made a token may be ahead of ours.
+CLOCK_DIFFERENCE: Final = 10.0
+#: What web applications put into their tokens for others is not looked at; `nbf` is, in `Tokens`.
+JWT_CHECKS: Final = jwt.types.Options(
+    verify_aud=False,
+    verify_iat=False,
+    verify_iss=False,
+    verify_jti=False,
+    verify_nbf=False,
+    verify_sub=False,
+)
 #: The end of the year 9999, in seconds since 1970.
 LAST_MOMENT: Final = 253_402_300_799
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
-#: Unicode categories that steer a display instead of showing something.
-UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 LEFT_IN_TIMEOUT: Final = hikari.Permissions.VIEW_CHANNEL | hikari.Permissions.READ_MESSAGE_HISTORY
 ALL_PERMISSIONS: Final = hikari.Permissions.all_permissions()
 
@@ -749,14 +982,15 @@ class Tokens:
         """The viewer a token stands for; raises RefusedConnectionError with the published message."""
         if token is None or token == "":
             raise RefusedConnectionError("Authentication required")
-        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
-            raise RefusedConnectionError("Invalid token", code="malformed")
         viewer = self._viewer(self._claims(token))
         if viewer.role == "BANNED":
             raise RefusedConnectionError("Access denied")
         return viewer
 
-    def _claims(self, token: str) -> dict[str, Any]:
+    def _claims(self, token: object) -> dict[str, Any]:
+        """What a token says; only one that is well signed can be refused as `expired`."""
+        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
+            raise RefusedConnectionError("Invalid token", code="malformed")
         try:
             algorithm = jwt.get_unverified_header(token).get("alg")
             if algorithm not in self._algorithms:
@@ -775,7 +1009,7 @@ class Tokens:
     def _decode(self, token: str, algorithm: str) -> dict[str, Any]:
         for key in self._keys.of(algorithm):
             with contextlib.suppress(jwt.InvalidSignatureError):
-                return jwt.decode(token, key, algorithms=[algorithm])
+                return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
         raise jwt.InvalidSignatureError
 
     @staticmethod
@@ -790,6 +1024,7 @@ class Tokens:
             and role in ROLES
             and (guilds is None or is_list_of_strings(guilds))
             and is_moment(expires)
+            and has_begun(claims.get("nbf"))
         )
         if not sound:
             raise RefusedConnectionError("Invalid token", code="claims")
@@ -815,7 +1050,17 @@ class Tokens:
         }
         if guilds:
             claims["guilds"] = list(guilds)
-        return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        token = jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        if len(token) > MAX_TOKEN_BYTES:
+            raise OperatorError(
+                f"token: got {len(token)} bytes with {len(guilds)} guilds, expected"
+                f" {MAX_TOKEN_BYTES} at most; name fewer guilds, or use a role of auth.admin_roles"
+            )
+        try:
+            self._viewer(self._claims(token))
+        except RefusedConnectionError as refusal:
+            raise OperatorError(f"token: nobody would take it: {refusal.data['code']}") from refusal
+        return token
 
     @property
     def can_issue(self) -> bool:
@@ -837,6 +1082,12 @@ class Tokens:
 def is_moment(value: object) -> bool:
     """None, or seconds since 1970 that a calendar knows: a page's milliseconds are not taken."""
     return value is None or (type(value) in (int, float) and 0 < value <= LAST_MOMENT)  # type: ignore[operator]  # a number
+
+
+def has_begun(value: object) -> bool:
+    """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
 
 
 def is_list_of_strings(value: object) -> bool:
@@ -1023,7 +1274,7 @@ class Access:
     def guilds_of(self, viewer: Viewer) -> list[dict[str, str | None]]:
         """`{id, name, icon}` of each guild that the viewer may see, by name."""
         guilds = [
-            {"id": str(guild.id), "name": clean_text(guild.name), "icon": guild.icon_hash}
+            {"id": str(guild.id), "name": guild_name(guild), "icon": guild.icon_hash}
             for guild in self._cache.get_guilds_view().values()
             if self.may_view(viewer, str(guild.id))
         ]
@@ -1108,11 +1359,89 @@ def is_snowflake(text: str) -> bool:
     return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
+#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
+#: roles and guilds Discord's own limit.
+USERNAME_LENGTH: Final = 64
+NAME_LENGTH: Final = 100
+
+#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
+#: Unicode's Default_Ignorable_Code_Point (zero-width, bidi and filler characters, of Hangul too).
+#: Number signs of Arabic and Kaithi are of the same category Cf, but show.
+INVISIBLE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb"
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+#: Pictures and symbols; wider than today's emoji, so that next year's are among them.
+EMOJI: Final = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
+#: India and its neighbours, Mongolian, Adlam, Rohingya.
+JOINING: Final = (
+    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
+    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
+)
+CJK: Final = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+#: What of the invisible stays, since what is beside it shows otherwise without it.
+NEEDED: Final = re.compile(
+    # a flag of a region (UTS #51, emoji tag sequence)
+    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+    # joined emoji, each perhaps with a colour of skin, a variation selector or a keycap
+    f"|(?<=[{EMOJI}\ufe0f\u20e3])\u200d(?=[{EMOJI}])"
+    # as text or as a picture
+    f"|(?<=[0-9#*{EMOJI}])[\ufe0e\ufe0f]"
+    # other variants of symbols and letters
+    f"|(?<=[0{EMOJI}{CJK}\u1000-\u109f\u3001\u3002\ua840-\ua87f\uff01-\uff1f])[\ufe00-\ufe0d]"
+    f"|(?<=[{CJK}])[\U000e0100-\U000e01ef]"
+    "|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
+    f"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
+)
+SEEN: Final = re.compile(f"({NEEDED.pattern})|{INVISIBLE.pattern}")
+#: An empty cell of Braille is as wide as a letter and as blank as a space.
+BLANK: Final = "\u2800"
+#: What belongs to the character before it (UAX #29): marks, joiners, selectors, colours of skin, tags.
+EXTENDS: Final = re.compile(
+    "[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef]"
+)
+
+
 def clean_text(text: str) -> str:
-    """`text` without control, bidi-override and zero-width characters and line separators."""
+    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char for char in text if unicodedata.category(char) not in UNSEEN)
+    return SEEN.sub(lambda found: found[1] or "", text)
+
+
+def shown_name(name: str | None, own_id: int, longest: int) -> str:
+    """A name as it may leave; the id where nothing of it can be seen."""
+    text = clean_text(name or "").strip()
+    if not INVISIBLE.sub("", text).replace(BLANK, "").strip():
+        return str(int(own_id))
+    return shortened(text, longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """At most so many characters of `text`, with no picture or letter cut in two."""
+    end = longest
+    while 0 < end < len(text) and is_one(text, end):
+        end -= 1
+    return text[: end or longest].strip()
+
+
+def is_one(text: str, place: int) -> bool:
+    """Whether what stands before `place` and what stands there are read as one."""
+    before, char = text[:place], text[place]
+    if before[-1] == "\u200d" or EXTENDS.match(char) or unicodedata.category(char)[0] == "M":
+        return True
+    flags = len(before) - len(before.rstrip(FLAG_LETTERS))
+    return char in FLAG_LETTERS and flags % 2 == 1  # two letters make a flag
+
+
+FLAG_LETTERS: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
+def guild_name(guild: hikari.Guild) -> str:
+    return shown_name(guild.name, guild.id, NAME_LENGTH)
 
 
 # ------------------------------------------------------------------------------- limits
@@ -2679,7 +3008,7 @@ def check_source(event: object) -> None:
     """Refuse what `on` cannot listen to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
-        for name in (event, f"{event}Event", f"Guild{event}Event", f"Guild{event}"):
+        for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
             if hasattr(hikari, name):
                 raise PluginError(
                     f'on("{event}") names no plugin\'s event: write on(hikari.{name})'
@@ -2703,9 +3032,13 @@ def check_kind(kind: object) -> None:
         raise PluginError(f"got {shown(kind)}, expected a kind of room: letters, digits, - and _")
 
 
-def clean_name(name: str) -> str:
-    """A name as it may leave: no control, bidi or zero-width characters, 64 characters at most."""
-    return clean_text(name).strip()[:64]
+def user_name(user: hikari.User) -> str:
+    """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
+
+    Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
+    usernames have 64 characters at most, other names 100.
+    """
+    return shown_name(user.username, user.id, USERNAME_LENGTH)
 
 
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
@@ -2715,20 +3048,25 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     their messages leaves its cache.
     """
     member = cache.get_member(guild_id, user_id)
-    return clean_name(member.username) if member else str(int(user_id))
+    return user_name(member.user) if member else str(int(user_id))
+
+
+def role_name(role: hikari.Role) -> str:
+    """A role's name as it may leave, or its id."""
+    return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
     """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
-    name = clean_name(channel.name or "") if channel else ""
-    return name if name and name != HIDDEN_CHANNEL_NAME else str(int(channel_id))
+    name = channel.name if channel else None
+    return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
     """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
-    moment = moment or datetime.now(UTC)
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class News(NamedTuple):
@@ -2995,7 +3333,7 @@ def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
     fields["guildId"] = guild_id
     if "timestamp" not in fields:
         fields["timestamp"] = timestamp()
-    return fields  # type: ignore[no-any-return]  # a dict stays one
+    return fields
 
 
 def described(value: object) -> str:
@@ -3029,6 +3367,9 @@ def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str,
     fields = {}
     for key, value in members:
         name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        if type(value) is str and value.isascii():  # most are, and a call costs more than this
+            fields[name] = value
+            continue
         try:
             fields[name] = as_json(value, depth + 1)
         except UnsendableError as error:
@@ -3092,15 +3433,20 @@ def accept(form: type, value: object) -> object:
     return value
 
 
-def in_camel_case(value: Any) -> Any:
+def in_camel_case(fields: dict[str, Any]) -> dict[str, Any]:
     """The same with camelCase for each key in snake_case."""
-    kind = type(value)
-    if kind is dict:
-        return {
-            (camel_case(key) if "_" in key else key): in_camel_case(item)
-            for key, item in value.items()
-        }
-    return [in_camel_case(item) for item in value] if kind is list else value
+    return {
+        (camel_case(key) if "_" in key else key): (
+            value if type(value) is str else nested_in_camel_case(value)
+        )
+        for key, value in fields.items()
+    }
+
+
+def nested_in_camel_case(value: Any) -> Any:
+    if type(value) is dict:
+        return in_camel_case(value)
+    return [nested_in_camel_case(item) for item in value] if type(value) is list else value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3491,7 +3837,7 @@ def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
     return {name: vars(module)[name] for name in known if name in vars(module)}
 
 
-def checked_needs(module: ModuleType, used: Collection[str]) -> frozenset[str]:
+def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
     """What hikari has to keep for the plugin; raises PluginError where it asks for less than it uses."""
     for name in vars(module):
         if name.lower() in ("need", "needs") and name != "needs":
@@ -3501,14 +3847,15 @@ def checked_needs(module: ModuleType, used: Collection[str]) -> frozenset[str]:
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
         if name not in needs and (attribute := min(need.attributes.intersection(used), default="")):
-            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} in the plugin')
+            where = used[attribute]
+            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} ({where})')
     return frozenset(needs)
 
 
-def attributes_used(path: Path) -> set[str]:
-    """The names of all attributes that a plugin's files read."""
+def attributes_used(path: Path) -> dict[str, str]:
+    """The names of all attributes that a plugin's files read, and where one of them is."""
     return {
-        node.attr
+        node.attr: f"{file.name}, line {node.lineno}"
         for file in files_of(path)
         if file.suffix == ".py"
         for node in ast.walk(ast.parse(file.read_bytes()))
@@ -3524,7 +3871,8 @@ def check_arguments(marks: list[tuple[Any, Mark]], hooks: dict[str, Callable[...
     ]:
         arguments_taken(function, hook)
     for handler, mark in marks:
-        if isinstance(mark, Route) and not issubclass(handler, RequestHandler):
+        is_class = isinstance(handler, type) and issubclass(handler, RequestHandler)
+        if isinstance(mark, Route) and not is_class:
             raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
 
 
@@ -3540,7 +3888,9 @@ def arguments_taken(function: Any, hook: Hook) -> int:
         with contextlib.suppress(TypeError):
             signature.bind(*hook.arguments[:count])
             return count
-    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)}")
+    code = inspect.unwrap(function).__code__
+    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
+    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
 
 
 def check_payloads(module: ModuleType) -> None:
@@ -4065,8 +4415,9 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return str(error)  # says file and line
     place = ""
+    home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).is_relative_to(path if path.is_file() else path.parent):
+        if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
@@ -4180,6 +4531,7 @@ class PluginHost:
         files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
         self.loader = PluginLoader(files, tables, metrics)
         self.load = self.loader.load_all
+        self.check = self.loader.check
         self.plugins = self.loader.plugins
         self.failures = self.loader.failures
         #: The loaded plugins with what they work with, and those of them that are at work.
@@ -4357,9 +4709,8 @@ class PluginHost:
             "paused": sorted(name for one in self.running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, tables: dict[str, dict[str, Any]], checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `check` made of these tables."""
-        self.loader.tables = tables
+    def reconfigure(self, checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
         for name, settings in checked.items():
             self.plugins[name].settings = settings
             if name in self.runners:
@@ -4488,11 +4839,10 @@ def forget_member(
 
 
 # ------------------------------------------------------------------------------ gateway
-# The session with Discord: hikari's bot, kept alive in this process's loop. It reports how
+# The session with Discord: hikari's bot, kept alive in this process's loop, and the fence around
+# whatever Discord sends or does not send: at the worst it is away, with a reason. It reports how
 # things stand and says once what changed; it knows neither plugins' functions nor clients.
 
-FIRST_RETRY: Final = 1.0
-LAST_RETRY: Final = 60.0
 PORTAL: Final = "https://discord.com/developers/applications -> your application -> Bot"
 PRIVILEGED_SWITCHES: Final = {
     hikari.Intents.GUILD_MEMBERS: "Server Members Intent",
@@ -4524,9 +4874,473 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+#: Packets that bring a guild, and where they name it.
+GUILD_CONTENT: Final = {"GUILD_CREATE": "id", "GUILD_MEMBERS_CHUNK": "guild_id"}
+
+
+class Report:
+    """Says in the log how the link to Discord stands: each change once, and of one cause at most one
+    line in `quiet` seconds. What comes too soon is said later, if it still holds then.
+    """
+
+    def __init__(self, quiet: float) -> None:
+        self._quiet = quiet
+        self._next: dict[str, float] = {}  # by cause, when it may be said again
+        self._said = ""
+        self._later: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._cause = ""
+        #: Why Discord is away, or how it came back.
+        self.why = "connecting"
+        self.connected = False
+
+    def say(self, cause: str, why: str, *, connected: bool) -> None:
+        self._cause, self.why, self.connected = cause, why, connected
+        self._tell()
+
+    def unreadable(self, name: str, what: str) -> None:
+        if self._may_say(f"unreadable {name}"):
+            log.error("cannot read Discord's %s: %s; it is left out", name, what)
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._closed = True
+        if self._later is not None:
+            self._later.cancel()
+
+    def _may_say(self, cause: str) -> bool:
+        now = time.monotonic()
+        if now < self._next.get(cause, 0.0):
+            return False
+        self._next[cause] = now + self._quiet
+        return True
+
+    def _tell(self) -> None:
+        if self._closed or self._cause == self._said:
+            return
+        # A return is news of its own after each way in which Discord went.
+        cause = f"back after {self._said}" if self.connected else self._cause
+        if not self._may_say(cause):
+            wait = self._next[cause] - time.monotonic()
+            if self._later is not None:
+                self._later.cancel()
+            self._later = asyncio.get_running_loop().call_later(wait, self._tell)
+            return
+        self._said = self._cause
+        if self.connected:
+            log.info("connected to Discord: %s", self.why)
+        else:
+            log.warning("not connected to Discord (%s); dashboards stay up, trying again", self.why)
+
+
+class Patience(NamedTuple):
+    """How long the gateway waits, in seconds, and how often it begins anew."""
+
+    #: For each of: the answer of REST, HELLO, READY, RESUMED.
+    step: float = 30.0
+    #: Between two tries: doubled each time, less a random part.
+    first_retry: float = 1.0
+    last_retry: float = 60.0
+    #: After a connection that lasted so long the next one begins at once.
+    lasted: float = 30.0
+    #: Tries in a row to begin a session after which REST is asked again where the gateway is.
+    tries: int = 6
+    #: New sessions that may begin in a row, for each shard; then one in so many seconds, of all
+    #: shards together. Discord resets the token of who begins 1,000 a day.
+    sessions: int = 5
+    session_every: float = 120.0
+    #: Between two lines of one cause in the log.
+    quiet: float = 60.0
+
+
+class AwayError(SpyWatcherError):
+    """Discord cannot be had for now. `cause` is one of few words, `why` a sentence for the log."""
+
+    def __init__(self, cause: str, why: str, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.cause = cause
+        self.why = why
+        #: Seconds that Discord asked to wait.
+        self.wait = wait
+
+
+#: Longest that Discord's `retry_after` is believed, in seconds.
+LONGEST_WAIT: Final = 86_400.0
+#: An answer of `GET /gateway/bot` has some 200 bytes.
+MOST_REST_BYTES: Final = 65_536
+#: Seconds between two groups of shards that begin a session (Discord documentation: Sharding).
+STARTUP_WINDOW: Final = 5.0
+#: What a HELLO may ask for, in seconds between two heartbeats; Discord's is 41.25.
+LONGEST_HEARTBEAT: Final = 600.0
+#: Close codes (Discord documentation: Gateway Close Event Codes): no other try would end otherwise,
+FINAL_CODES: Final = frozenset({4004, 4012, 4013, 4014})
+#: another number of shards may help, which only REST tells,
+START_OVER_CODES: Final = frozenset({4010, 4011})
+#: or the session is over. After any other it is resumed.
+NEW_SESSION_CODES: Final = frozenset({4003, 4005, 4007, 4009})
+
+
+class SessionStartLimit(msgspec.Struct):
+    remaining: Annotated[int, Meta(ge=0)]
+    reset_after: Annotated[float, Meta(ge=0)]  # milliseconds
+    max_concurrency: Annotated[int, Meta(ge=1)] = 1
+
+
+class GatewayInfo(msgspec.Struct):
+    """What REST says of the gateway (Discord documentation: Get Gateway Bot)."""
+
+    url: Annotated[str, Meta(pattern=r"^wss?://[^\s/?#]+")]
+    shards: Annotated[int, Meta(ge=1, le=4096)]
+    session_start_limit: SessionStartLimit
+
+
+async def fetch_gateway(rest_url: str, token: str, patience: Patience) -> GatewayInfo:
+    """Ask REST for the gateway. Raises UpstreamError if the token is refused, else AwayError."""
+    client = AsyncHTTPClient(force_instance=True, max_body_size=MOST_REST_BYTES)
+    headers = {
+        "Authorization": f"Bot {token}",
+        "User-Agent": f"DiscordBot (spywatcher, {__version__})",
+    }
+    request = HTTPRequest(
+        f"{rest_url.rstrip('/')}/gateway/bot",
+        headers=headers,
+        connect_timeout=patience.step,
+        request_timeout=patience.step,
+        follow_redirects=False,
+    )
+    try:
+        response = await client.fetch(request, raise_error=False)
+    except Exception as error:  # whatever a server may send
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(error)}") from error
+    finally:
+        client.close()
+    refuse_answer(response)
+    try:
+        return msgspec.json.decode(response.body, type=GatewayInfo)
+    except msgspec.DecodeError as error:
+        why = f"its answer to GET /gateway/bot cannot be read: {error}"
+        raise AwayError("rest answer", why) from error
+
+
+def refuse_answer(response: HTTPResponse) -> None:
+    """Raise what any status but 200 means."""
+    if response.code == 401:
+        raise UpstreamError("Discord refused the bot token")
+    if response.code == 429:
+        wait = retry_after(response)
+        raise AwayError("rest 429", f"it asks to wait {wait:.0f} s before the next request", wait)
+    if response.code == 599:  # Tornado's own: no answer
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(response.error)}")
+    if response.code != 200:
+        raise AwayError("rest status", f"its REST API answers {response.code}")
+
+
+def retry_after(response: HTTPResponse) -> float:
+    """Seconds that Discord asks to wait, from the body or the header (Rate Limits); 0 if in neither."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        body = json.loads(response.body)
+        wait = body["retry_after"] if "retry_after" in body else response.headers["Retry-After"]
+        if float(wait) > 0:  # not so NaN
+            return min(float(wait), LONGEST_WAIT)
+    with contextlib.suppress(ValueError):
+        return min(max(float(response.headers.get("Retry-After", 0)), 0.0), LONGEST_WAIT)
+    return 0.0
+
+
+def reason_of(error: BaseException | None) -> str:
+    """What went wrong, in a few words; nothing that was sent is quoted at length."""
+    said = clean_text(str(error)).strip()
+    name = type(error).__name__
+    return shortened(
+        said
+        if isinstance(error, OSError | hikari.HikariError | HTTPError) and said
+        else f"{name}: {said}",
+        120,
+    )
+
+
+def closed_with(error: object) -> str:
+    code, reason = getattr(error, "code", None), getattr(error, "reason", "")
+    return shortened(f"closed with {code} ({clean_text(str(reason))})", 120)
+
+
+def place_of(error: BaseException) -> str:
+    """FILE:LINE FUNCTION in which an error arose."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+
+
+class GatewayEvents(hikari.impl.EventManagerImpl):
+    """hikari's, but of a packet that it cannot read no payload is shown, and of who is no member
+    nothing is kept.
+    """
+
+    #: Told the event's name, its payload and what was raised.
+    unreadable: Callable[[str, Any, Exception], None]
+    #: Told each event that was read, and its payload.
+    read: Callable[[str, Any], None]
+
+    def consume_raw_event(
+        self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
+    ) -> None:
+        consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
+        if self._enabled_for_event(hikari.ShardPayloadEvent):
+            factory = self._event_factory
+            self.dispatch(factory.deserialize_shard_payload_event(shard, payload, name=event_name))
+        if not consumer.is_enabled:
+            return
+        try:
+            consumer.callback(shard, payload)
+            self._forget_strangers(event_name, payload)
+        except hikari.UnrecognisedEntityError:
+            return
+        except Exception as error:
+            if event_name == "READY":
+                raise AwayError("READY", f"READY cannot be read: {reason_of(error)}") from error
+            self.unreadable(event_name, payload, error)
+        else:
+            self.read(event_name, payload)
+
+    def _forget_strangers(self, event_name: str, payload: Any) -> None:
+        if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
+            ids = hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
+            if self._cache.get_member(*ids) is None:
+                self._cache.delete_presence(*ids)
+
+
+class Brake:
+    """How many sessions a shard may begin: a few at once, later one every so many seconds."""
+
+    def __init__(self, at_once: int, every: float) -> None:
+        self._left = float(at_once)
+        self._at_once = at_once
+        self._every = every
+        self._since = time.monotonic()
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a session may begin."""
+        now = time.monotonic()
+        self._left = min(self._at_once, self._left + (now - self._since) / self._every)
+        self._since = now
+        return max(0.0, (1 - self._left) * self._every)
+
+    def take(self) -> None:
+        self._left -= 1
+
+
+class Shard(hikari.impl.GatewayShardImpl):
+    """hikari's shard, but each step has its time, and whatever breaks it is followed by another try.
+
+    Discord documentation: Gateway, Connection Lifecycle. `_awaited` says which step it is at, and so
+    what Discord owes:
+
+        step       at most (`Patience`)     then
+        HELLO      step                     READY without a session, RESUMED with one
+        READY      step                     events
+        RESUMED    step                     events
+        events     -                        the pause
+        (pause)    last_retry, or the brake HELLO
+
+    A step that fails leads to the pause. The session is given up for a new one when Discord says so,
+    or when instead of READY or RESUMED came nothing, or what cannot be read.
+    """
+
+    def __init__(self, gateway: Gateway, brake: Brake, **hikaris: Any) -> None:
+        super().__init__(**hikaris)
+        self._gateway = gateway
+        self._patience = gateway.patience
+        self._brake = brake
+        self._awaited = "HELLO"
+        self._failures = 0
+        self._broken: Exception | None = None
+        self._lifetime: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to connect; unlike hikari's this does not wait until Discord has let it in."""
+        self._handshake_event = asyncio.Event()
+        self._keep_alive_task = asyncio.create_task(
+            self._keep_alive(), name=f"keep alive (shard {self.id})"
+        )
+
+    async def _keep_alive(self) -> None:
+        try:
+            while True:
+                if self._session_id is None:
+                    await self._wait_for_brake()
+                began = time.monotonic()
+                try:
+                    await self._live()
+                    self._away("lost", "the connection was lost")
+                except Exception as error:  # whatever Discord sends
+                    self._away(*self._cause(error))
+                    if self._is_final(error) or self._is_lost():
+                        self._gateway.shard_ended(error)
+                        return
+                await asyncio.sleep(self._pause(time.monotonic() - began))
+        except asyncio.CancelledError:
+            self._is_closing = True
+
+    async def _wait_for_brake(self) -> None:
+        while (wait := self._brake.wait) > 0:
+            self._away("sessions", f"sessions keep ending; the next begins in {wait:.0f} s")
+            await asyncio.sleep(wait)
+
+    async def _live(self) -> None:
+        """One connection, from its beginning to its end; raises what broke it."""
+        try:
+            await self._connect()
+            if self._has_begun():
+                self._awaited = "events"
+                self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
+                await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken is not None:
+                raise self._broken
+        finally:
+            await self._hang_up()
+
+    def _has_begun(self) -> bool:
+        """Whether READY or RESUMED came."""
+        handshake = self._handshake_event
+        return handshake is not None and handshake.is_set()
+
+    async def _connect(self) -> tuple[asyncio.Task[None], ...]:
+        self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        try:
+            async with asyncio.timeout(self._patience.step) as self._deadline:
+                tasks = await super()._connect()
+        except TimeoutError as error:
+            why = f"no {self._awaited} within {self._patience.step:g} s"
+            raise AwayError(self._awaited, why) from error
+        if self._broken is not None:
+            raise self._broken
+        if self._has_begun() and self._session_id is None:
+            raise AwayError("READY", "RESUMED came instead of READY")
+        return tasks
+
+    async def _heartbeat(self, heartbeat_interval: float) -> None:
+        """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
+        with self._lifelong():
+            self._awaited = "RESUMED" if self._seq is not None else "READY"
+            if self._awaited == "READY":
+                self._brake.take()
+            if not 0 < heartbeat_interval <= LONGEST_HEARTBEAT:
+                why = f"HELLO asks for a heartbeat each {heartbeat_interval:g} s"
+                raise AwayError("HELLO", why)
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._patience.step)
+            await super()._heartbeat(heartbeat_interval)
+            raise AwayError("heartbeat", "it answers no heartbeat")
+
+    async def _poll_events(self) -> None:
+        with self._lifelong():
+            await super()._poll_events()
+
+    @contextlib.contextmanager
+    def _lifelong(self) -> Iterator[None]:
+        """A task that lives as long as the connection; its error is `_broken`, since hikari loses some."""
+        self._lifetime.append(asyncio.current_task())  # type: ignore[arg-type]  # it runs in one
+        try:
+            yield
+        except Exception as error:  # whatever Discord sends
+            self._broken = self._broken or error
+
+    async def _hang_up(self) -> None:
+        """End the connection and all that lives as long."""
+        await asyncio.sleep(0)  # what was begun a moment ago is in `_lifetime` only now
+        for task in self._lifetime:
+            task.cancel()
+        await asyncio.gather(*self._lifetime, return_exceptions=True)
+        ws, self._ws = self._ws, None
+        if ws is not None:
+            code = hikari.ShardCloseCode.GOING_AWAY if self._is_closing else RESUME_LATER
+            with contextlib.suppress(Exception):  # it is over, one way or another
+                await ws.send_close(code=code, message=b"")
+        if self._has_begun() and self._handshake_event is not None:
+            self._handshake_event.clear()
+            self._event_manager.dispatch(self._event_factory.deserialize_disconnected_event(self))
+
+    def _forget_session(self) -> None:
+        self._seq = self._session_id = self._resume_gateway_url = None
+
+    def _is_final(self, error: Exception) -> bool:
+        return getattr(error, "code", None) in FINAL_CODES | START_OVER_CODES
+
+    def _is_lost(self) -> bool:
+        """Whether the gateway may be elsewhere by now; nothing is given up for asking REST."""
+        tried = self._failures >= self._patience.tries
+        return tried and self._session_id is None and not self._gateway.any_connected
+
+    def _cause(self, error: Exception) -> tuple[str, str]:
+        """What to say of an error, and of the session what is left of it."""
+        if isinstance(error, hikari.GatewayServerClosedConnectionError):
+            if error.code in NEW_SESSION_CODES:
+                self._forget_session()
+            return "closed", f"the connection was lost: {closed_with(error)}"
+        if isinstance(error, hikari.GatewayConnectionError | OSError):
+            return "lost", f"the connection was lost: {reason_of(error)}"
+        if self._awaited in ("READY", "RESUMED"):
+            self._forget_session()
+        if isinstance(error, AwayError):
+            return error.cause, error.why
+        return "unreadable", f"its {self._awaited} cannot be read: {reason_of(error)}"
+
+    def _pause(self, lasted: float) -> float:
+        """Seconds until the next try: none after a connection that lasted, else longer each time."""
+        patience = self._patience
+        self._failures = 0 if lasted >= patience.lasted else min(self._failures + 1, 10)
+        longest = min(patience.first_retry * 2 ** (self._failures - 1), patience.last_retry)
+        return random.uniform(longest / 2, longest) if self._failures else 0.0
+
+    def _away(self, cause: str, why: str) -> None:
+        self._gateway.shard_away(self, cause, why)
+
+
+#: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
+RESUME_LATER: Final = 3000
+
+
+class Bot(hikari.GatewayBot):
+    """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
+
+    def __init__(self, token: str, **hikaris: Any) -> None:
+        super().__init__(token, **hikaris)
+        self._event_manager = self.events = GatewayEvents(
+            self._entity_factory, self._event_factory, self._intents, cache=self._cache
+        )
+
+    async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
+        """Start a shard for each brake; returns once each is about to connect."""
+        self._closed_event, self._closing_event = asyncio.Event(), asyncio.Event()
+        self._rest.start()
+        self._voice.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_starting_event())
+        for number, (shard_id, brake) in enumerate(brakes.items()):
+            if number and number % info.session_start_limit.max_concurrency == 0:
+                await asyncio.sleep(STARTUP_WINDOW)
+            self._shards[shard_id] = shard = self._shard(gateway, info, shard_id, brake)
+            await shard.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_started_event())
+
+    def _shard(self, gateway: Gateway, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
+        return Shard(
+            gateway,
+            brake,
+            shard_id=shard_id,
+            shard_count=info.shards,
+            url=info.url,
+            token=self._token,
+            intents=self._intents,
+            http_settings=self._http_settings,
+            proxy_settings=self._proxy_settings,
+            event_manager=self._event_manager,
+            event_factory=self._event_factory,
+        )
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
+    patience = Patience()
     #: Seconds without an answered heartbeat after which the session counts as silent. Discord
     #: asks for one each 41.25 s.
     silence_limit = 60.0
@@ -4541,58 +5355,93 @@ class Gateway:
         metrics: Metrics,
         cached: hikari.api.CacheComponents = hikari.api.CacheComponents.NONE,
     ) -> None:
+        self._settings = settings
+        self._token = token
+        self._cached = CACHED | cached
         self._metrics = metrics
         self._turned = time.monotonic()
-        self._why_away = "connecting"
-        self._grace = settings.startup_grace
         self._wanted = wanted
         self._fresh_since = float("-inf")
-        self.connected = False
-        self._reported_away = False
+        self._brakes: dict[int, Brake] = {}
+        self._up: set[int] = set()
+        self._ended: Exception | None = None
+        self._unread_guilds: dict[str, str] = {}
+        self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
+        #: The setting that holds the bot's token.
+        self.token_key = "discord.token_file" if settings.token_file else "discord.token"
         try:
-            self.bot = hikari.GatewayBot(
-                token,
-                rest_url=settings.rest_url,
-                intents=self.intents,
-                cache_settings=hikari.impl.CacheSettings(
-                    components=CACHED | cached, max_messages=MOST_MESSAGES
-                ),
-                suppress_optimization_warning=True,
-                banner=None,
-                logs=None,
-            )
+            self.bot = self._make_bot(token)
         except ValueError as error:
             raise OperatorError(
-                f"discord.token: got what is no bot token, expected the one from {PORTAL}"
+                f"{self.token_key}: got what is no bot token, expected the one from {PORTAL}"
             ) from error
+        self.bot.events.unreadable = self._on_unreadable
+        self.bot.events.read = self._on_read
         self.bot.event_manager.subscribe(hikari.ShardReadyEvent, self._on_ready)
         self.bot.event_manager.subscribe(hikari.ShardResumedEvent, self._on_resumed)
-        self.bot.event_manager.subscribe(hikari.ShardDisconnectedEvent, self._on_disconnected)
+
+    def _make_bot(self, token: str) -> Bot:
+        # Well within the time of a step, so that aiohttp itself tidies up what hangs.
+        timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
+        return Bot(
+            token,
+            rest_url=self._settings.rest_url,
+            intents=self.intents,
+            cache_settings=hikari.impl.CacheSettings(
+                components=self._cached, max_messages=MOST_MESSAGES
+            ),
+            http_settings=hikari.impl.HTTPSettings(timeouts=timeouts),
+            suppress_optimization_warning=True,
+            banner=None,
+            logs=None,
+        )
 
     def settled(self) -> bool:
         """Whether the gateway session is older than the startup grace."""
-        return time.monotonic() - self._fresh_since >= self._grace
+        return time.monotonic() - self._fresh_since >= self._settings.startup_grace
 
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
-        delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+        failures = 0
         try:
             while True:
+                asked = 0.0
                 try:
-                    await self._turning(self.bot.start(check_for_updates=False))
-                    delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+                    await self._turning(self._begin())
+                    failures = 0
                     await self._turning(self.bot.join())
-                except hikari.HikariError as error:
-                    self._refuse_if_final(error)
-                    self._away(str(error))
-                except (OSError, RuntimeError, TimeoutError) as error:
-                    self._away(str(error) or type(error).__name__)
+                    self._refuse(self._ended)
+                except UpstreamError as error:
+                    raise self._final(error) from error
+                except AwayError as error:
+                    self._away(error.cause, error.why)
+                    asked = error.wait
+                except Exception as error:  # whatever Discord sends
+                    self._away("unreadable", reason_of(error))
                 await self._close()
-                await self._turning(asyncio.sleep(next(delays)))
+                patience = self.patience
+                wait = min(patience.first_retry * 2**failures, patience.last_retry)
+                failures = min(failures + 1, 10)
+                await self._turning(asyncio.sleep(max(wait, asked)))
         finally:
-            self._reported_away = True  # the end is no news
+            self._report.close()  # the end is no news
             await self._close()
+
+    async def _begin(self) -> None:
+        info = await fetch_gateway(self._settings.rest_url, self._token, self.patience)
+        limit = info.session_start_limit
+        if limit.remaining < info.shards:
+            wait = min(limit.reset_after / 1000, LONGEST_WAIT)
+            why = f"it lets begin no session any more for {wait:.0f} s"
+            raise AwayError("sessions", why, wait)
+        every = self.patience.session_every * info.shards
+        self._brakes = {
+            shard_id: self._brakes.get(shard_id) or Brake(self.patience.sessions, every)
+            for shard_id in range(info.shards)
+        }
+        self._ended = None
+        await self.bot.begin(self, info, self._brakes)
 
     async def _turning(self, step: Coroutine[Any, Any, None]) -> None:
         """Wait for a step that may take any time, and note meanwhile that this still runs."""
@@ -4603,7 +5452,7 @@ class Gateway:
                 await asyncio.wait([task], timeout=self.turn_limit / 4)
             task.result()
         except asyncio.CancelledError:
-            self._reported_away = True  # see `run`: the step may still end with a report
+            self._report.close()  # see `run`: the step may still end with a report
             raise
         finally:
             self._turned = time.monotonic()
@@ -4635,46 +5484,66 @@ class Gateway:
         """How the link to Discord stands, for /health/ready."""
         problem = None
         if not self.connected:
-            problem = f"not connected to Discord ({self._why_away})"
+            problem = f"not connected to Discord ({self._report.why})"
         elif self.silence > self.silence_limit:
             problem = f"Discord has not answered for {self.silence:.0f} s"
+        elif self._unread_guilds:
+            problem = f"cannot be read: {'; '.join(self._unread_guilds.values())}"
         return {
             "problem": problem,
             "connected": self.connected,
+            "shards": {"connected": len(self._up), "all": len(self._brakes)},
             "heartbeatAge": finite(self.silence),
             "latency": finite(self.latency),
             "guilds": self.guilds,
         }
 
-    @staticmethod
-    def _growing_delays() -> Iterator[float]:
-        delay = FIRST_RETRY
-        while True:
-            delay = min(delay * 2, LAST_RETRY)
-            yield delay
+    @property
+    def any_connected(self) -> bool:
+        return bool(self._up)
+
+    @property
+    def connected(self) -> bool:
+        """Whether all shards are."""
+        return bool(self._up) and len(self._up) == len(self._brakes)
 
     async def _close(self) -> None:
-        self.connected = False
+        self._up.clear()
+        self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
 
-    def _refuse_if_final(self, error: hikari.HikariError) -> None:
+    # -- refused for good
+
+    def _refuse(self, error: Exception | None) -> None:
+        """Raise what the end of a shard means, if not that REST is to be asked again."""
         code = getattr(error, "code", None)
-        if isinstance(error, hikari.UnauthorizedError) or code == 4004:
-            raise UpstreamError(
-                f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-                " and put the new one into [discord] token"
-            ) from error
+        if code in FINAL_CODES:
+            raise UpstreamError(code)
+
+    def _final(self, error: UpstreamError) -> UpstreamError:
+        """What an operator reads of a refusal: what to change, and where."""
+        code = error.args[0]
         if code == 4014:
             switches = " and ".join(
                 f"{switch} (for {', '.join(self._wanted_by(intent))})"
                 for intent, switch in PRIVILEGED_SWITCHES.items()
                 if intent & self.intents
             )
-            raise UpstreamError(
+            return UpstreamError(
                 f"Discord refused the intents: switch on {switches} at {PORTAL}"
                 " -> Privileged Gateway Intents"
-            ) from error
+            )
+        if code in (4012, 4013):
+            return UpstreamError(
+                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+                f" (this is {hikari.__version__}) and SpyWatcher"
+            )
+        table, _, key = self.token_key.partition(".")
+        return UpstreamError(
+            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+            f" and put the new one into [{table}] {key}"
+        )
 
     def _wanted_by(self, intent: hikari.Intents) -> list[str]:
         plugins = [
@@ -4685,29 +5554,52 @@ class Gateway:
         ]
         return sorted(set(plugins))
 
+    # -- what shards tell
+
+    def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
+        self._up.discard(shard.id)
+        self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
+
+    def shard_ended(self, error: Exception) -> None:
+        """A shard is over, and with it the bot; `run` has to judge why."""
+        self._ended = error
+
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back("session resumed, nothing missed")
+        self._back(event.shard, "session resumed, nothing missed")
 
-    async def _on_disconnected(self, event: hikari.ShardDisconnectedEvent) -> None:
-        self._away("the connection was lost")
+    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
+        if shard.is_connected:  # else the connection broke a moment ago
+            self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", how, connected=True)
 
-    def _back(self, how: str) -> None:
-        self.connected, self._reported_away = True, False
-        log.info("connected to Discord: %s", how)
-
-    def _away(self, why: str) -> None:
-        self.connected = False
-        self._why_away = why
-        if not self._reported_away:
-            self._reported_away = True
+    def _away(self, cause: str, why: str) -> None:
+        if self._report.connected:
             self._metrics.gateway_changes.labels("lost").inc()
-            log.warning("not connected to Discord (%s); dashboards stay up, trying again", why)
+        self._metrics.gateway_failures.labels(cause).inc()
+        self._report.say(cause, why, connected=False)
+
+    # -- what cannot be read
+
+    def _on_unreadable(self, name: str, payload: Any, error: Exception) -> None:
+        self._metrics.unreadable_packets.labels(name).inc()
+        self._report.unreadable(name, f"{reason_of(error)} at {place_of(error)}")
+        if name in GUILD_CONTENT and isinstance(payload, dict):
+            guild_id = str(payload.get(GUILD_CONTENT[name]))
+            shown = shown_name(str(payload.get("name") or ""), 0, NAME_LENGTH)
+            self._unread_guilds[guild_id] = f"{name} of guild {clean_text(guild_id)[:20]}" + (
+                f" ({shown})" if shown != "0" else ""
+            )
+
+    def _on_read(self, name: str, payload: Any) -> None:
+        if self._unread_guilds and name in (*GUILD_CONTENT, "GUILD_DELETE"):
+            self._unread_guilds.pop(str(payload.get(GUILD_CONTENT.get(name, "id"))), None)
 
 
 def finite(number: float) -> float | None:
@@ -4865,11 +5757,15 @@ SOCKET_PATH: Final = "/socket.io/"
 
 
 class Origins:
-    """Which pages may connect: the same host, or one that is listed; "https://*.host" is any below."""
+    """Which pages may connect: the same host, or one that is listed.
+
+    "https://*.host" is any below, "http://host:*" one on any port.
+    """
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._any = "*" in patterns
         self._exact = frozenset(map(str.lower, patterns))
+        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
         self._below = tuple(
             tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
         )
@@ -5761,6 +6657,28 @@ def make_web(server: Server, settings: Settings) -> WebServer:
     return web
 
 
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets; `localhost` is both loopbacks, whatever the host's files say of it."""
+    if host != "localhost":
+        return bind_sockets(port, host, backlog=1024)
+    first = listening(socket.AF_INET, "127.0.0.1", port)
+    try:
+        return [first, listening(socket.AF_INET6, "::1", first.getsockname()[1])]
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a host without IPv6
+            return [first]
+        first.close()
+        if port == 0 and error.errno == errno.EADDRINUSE:  # free on one of them only
+            return listen(host, port)
+        raise
+
+
+def listening(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    listener = socket.create_server((host, port), family=family, backlog=1024)
+    listener.setblocking(False)
+    return listener
+
+
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
@@ -5906,7 +6824,7 @@ class Server:
     def _bind(self) -> list[socket.socket]:
         server = self._settings.server
         try:
-            return bind_sockets(server.port, server.host, backlog=1024)
+            return listen(server.host, server.port)
         except OSError as error:
             raise OperatorError(
                 f"server.port: cannot listen on {server.host}:{server.port}: {error.strerror}"
@@ -5922,9 +6840,10 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.loader.check(settings.plugin)
+        plugin_settings = self.plugins.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(settings.plugin, plugin_settings)
+        self.plugins.reconfigure(plugin_settings)
+        self.plugins.loader.tables = settings.plugin
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -6159,12 +7078,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     demo.add_argument("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
     demo.add_argument("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     demo.set_defaults(command=demo_command)
-    check = commands.add_parser("check", help="validate settings and plugins, print them")
+    check = commands.add_parser("check", help="validate settings and plugins")
+    check.add_argument("--settings", action="store_true", help="print all settings in force")
     check.set_defaults(command=check_command)
+    types = commands.add_parser(
+        "types", help="TypeScript declarations of all events, or AsyncAPI 3"
+    )
+    types.add_argument("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    types.set_defaults(command=types_command)
     token = commands.add_parser("token", help="make a viewer's token")
-    token.add_argument("--discord-id", required=True, metavar="ID", help="the viewer's user id")
+    token.add_argument(
+        "--discord-id", required=True, type=parse_id, metavar="ID", help="the viewer's user id"
+    )
     token.add_argument("--role", default="USER", choices=sorted(ROLES))
-    token.add_argument("--guild", action="append", default=[], metavar="ID", help="may view it")
+    token.add_argument(
+        "--guild", action="append", default=[], type=parse_id, metavar="ID", help="may view it"
+    )
     token.add_argument("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
     token.set_defaults(command=token_command)
     forget = commands.add_parser("forget", help="remove a member's counts")
@@ -6193,10 +7122,15 @@ def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Nod
 
 def bot_token_of(settings: Settings) -> str:
     discord = settings.discord
-    return read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+    key = "discord.token_file" if discord.token_file else "discord.token"
+    token = read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+    if token.lower().startswith("bot "):
+        raise OperatorError(f'{key}: begins with "Bot ", expected only what comes after that')
+    return token
 
 
-def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
+def credentials_of(settings: Settings) -> tuple[Keys, str]:
+    """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
     keys = read_keys(settings.auth, settings.folder)
     token = bot_token_of(settings)
     if keys == Keys() or not token:
@@ -6204,10 +7138,16 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
             "auth.secret and discord.token must both be set (or auth.secret_file and"
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
+    return keys, token
+
+
+def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    keys, token = credentials_of(settings)
     systemd = Systemd(os.environ)
     sockets, make_node = systemd.sockets(), node_type(settings)
     server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
     reload = functools.partial(reload_settings, server, arguments.config)
+    faulthandler.enable(2)  # systemd's watchdog sends SIGABRT: every thread's stack to the journal
     run_until_stopped(run_server(server, systemd, reload))
 
 
@@ -6215,10 +7155,9 @@ def reload_settings(server: Server, path: Path | None) -> None:
     """What SIGHUP does: read the settings again; a fault in them changes nothing."""
     try:
         settings = read_settings(path)
-        keys = read_keys(settings.auth, settings.folder)
-        if keys == Keys():
-            raise OperatorError("auth.secret: not set any more")
-        for_restart = server.reload(settings, keys)
+        with naming_source(settings):
+            keys, _ = credentials_of(settings)
+            for_restart = server.reload(settings, keys)
     except OperatorError as error:
         log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))
         return
@@ -6242,6 +7181,19 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
     if faults := host.loader.faults():
         raise OperatorError(*faults)
+    print(f"all is well with {settings.source}")
+
+
+def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Print what dashboards say and hear; nothing of it while a plugin does not load."""
+    import spywatcher_types  # needed by this command alone; a server is deployed without it
+
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host.load()
+    if faults := host.loader.faults():
+        raise OperatorError(*faults)
+    write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
+    print(write(host))
 
 
 def settings_text(settings: Settings) -> str:
@@ -6262,7 +7214,8 @@ def settings_text(settings: Settings) -> str:
 
 def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
     tokens = Tokens(read_keys(settings.auth, settings.folder), settings.auth.algorithms)
-    print(tokens.issue(arguments.discord_id, arguments.role, arguments.guild, arguments.ttl))
+    viewer, guilds = str(arguments.discord_id), [str(guild) for guild in arguments.guild]
+    print(tokens.issue(viewer, arguments.role, guilds, arguments.ttl))
 
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -6300,9 +7253,11 @@ async def run_server(
 
     def on_sighup() -> None:
         systemd.tell_reloading()
-        if reload:
-            reload()
-        systemd.tell("READY=1")
+        try:
+            if reload:
+                reload()
+        finally:
+            systemd.tell("READY=1")
 
     loop.add_signal_handler(signal.SIGHUP, on_sighup)
     async with server:
@@ -6333,18 +7288,38 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
+@contextlib.contextmanager
+def naming_source(settings: Settings) -> Iterator[None]:
+    """Faults of settings, met inside, say which file was read, or that there was none."""
+    try:
+        yield
+    except OperatorError as error:
+        keys = re.compile(rf"({'|'.join([*section_types(), 'plugin', 'throttle'])})\.\w")
+        told = [
+            f"{fault} ({settings.source})" if keys.match(fault) else fault for fault in error.faults
+        ]
+        raise OperatorError(*told) from error
+
+
+def say_faults(*faults: str) -> None:
+    """One line each on stderr; in the journal each is an error (sd-daemon(3))."""
+    mark = "<3>" if logs_to_journal(os.environ) else ""
+    print("\n".join(f"{mark}spywatcher: {fault}" for fault in faults), file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check, build, run. Returns the exit status."""
     parsed = parse_arguments(arguments)
     try:
         settings = read_settings(parsed.config)
         set_up_logging(settings.log)
-        parsed.command(settings, parsed)
+        with naming_source(settings):
+            parsed.command(settings, parsed)
     except OperatorError as error:
-        print("\n".join(f"spywatcher: {fault}" for fault in error.faults), file=sys.stderr)
+        say_faults(*error.faults)
         return EXIT_OPERATOR
     except UpstreamError as error:
-        print(f"spywatcher: {error}", file=sys.stderr)
+        say_faults(str(error))
         return EXIT_OPERATOR
     return 0
 
