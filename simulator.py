@@ -15,9 +15,23 @@ and remembered for RESUME -> compressed -> socket. Tests of plugins need no netw
 the `*_json` functions give the same payloads to whoever feeds hikari by hand.
 Run as a program it plays two guilds: `python simulator.py --port 8123`.
 
-Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
-payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
-REST · signing in · the server · the harness · a lively guild · the demo · command line.
+Sections, each using only those above it:
+    numbers of the protocol   opcodes, close codes, intents, permissions, as Discord documents them
+    ids and times             snowflakes, bot tokens, timestamps
+    the guild                 who and what there is, and its JSON
+    payloads                  what the gateway sends, made from that
+    what intents let through  which bot gets what, and how much of it
+    gateway sessions          one shard of a bot, whether it is connected or not
+    gateway                   all sessions: who comes in, who gets what, and every fault of Discord's
+    gateway sockets           bytes and opcodes, and the limits of what a client may send
+    what people do            actions: each changes the guild and tells the bots
+    REST                      what bots ask and post
+    signing in                Discord's side of OAuth2: whom one may be, tokens, who that is
+    the server                PretendDiscord, all of that on a port
+    the harness               plugins tried without any network
+    a lively guild            people who never sleep
+    the demo                  the server of spywatcher.py in front of two such guilds
+    command line              the pretend Discord alone
 """
 
 from __future__ import annotations
@@ -2275,11 +2289,6 @@ class PretendDiscord(Happenings):
         """What hikari takes as `rest_url`."""
         return f"http://127.0.0.1:{self.port}{API_PATH}"
 
-    @property
-    def authorize_url(self) -> str:
-        """Where a browser goes to sign in."""
-        return f"http://127.0.0.1:{self.port}{AUTHORIZE_PATH}"
-
     def add_guild(
         self,
         name: str = "Night Owls",
@@ -2393,7 +2402,7 @@ class Harness:
             stack.callback(logging.getLogger().removeHandler, self._faults)
             self._runner = stack.enter_context(asyncio.Runner())
             self._runner.run(self._start())
-            stack.callback(lambda: self._runner.run(self.host.stop()))
+            stack.callback(self._end)
             self._raise_faults()
             self._stack = stack.pop_all()
         return self
@@ -2425,13 +2434,21 @@ class Harness:
         self.run(self.host.greet(kind, guild_id, tell))
         return told
 
+    def tick(self) -> None:
+        """Call once, now, what the plugins have repeated by `every`."""
+        self.run(self._tick())
+
+    # Behind the scenes.
+
+    def _end(self) -> None:
+        self._runner.run(self.host.stop())
+        self._raise_faults()
+
     def _raise_faults(self) -> None:
         records = self._faults.take()
         if records:
             cause = records[0].exc_info[1] if records[0].exc_info else None
             raise spywatcher.PluginError(records[0].getMessage()) from cause
-
-    # Behind the scenes.
 
     async def _start(self) -> None:
         metrics = spywatcher.Metrics()
@@ -2467,6 +2484,11 @@ class Harness:
             self._making.add(asyncio.create_task(make()))
         else:
             self.emitted.append(Emitted(event, content, room))
+
+    async def _tick(self) -> None:
+        for runner in self.host.runners.values():
+            for guarded, _ in runner.repeated:
+                await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
         if not self.discord.sessions:
@@ -2885,6 +2907,7 @@ async def run_demo(
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
         lively = lively_guilds(discord)
+        discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
         give_a_past(server.plugins, lively, folder)
         serving = asyncio.create_task(serve(server))
         showing = asyncio.create_task(show(discord, server, lively, plugins))
@@ -2933,6 +2956,21 @@ def demo_settings(
     )
 
 
+def give_a_past(host: spywatcher.PluginHost, lively: Sequence[LivelyGuild], folder: Path) -> None:
+    """Have the plugin `history` begin with some weeks, before the server starts."""
+    plugin = host.plugins.get("history")
+    seed = getattr(plugin and plugin.module, "seed", None)
+    if seed is not None:
+        seed(
+            folder / DEMO_FILE,
+            (
+                (hour.hour, one.guild.id, hour[1:])
+                for one in lively
+                for hour in past_hours(one.dice, len(one.guild.members))
+            ),
+        )
+
+
 def with_sign_in(settings: spywatcher.Settings, discord: PretendDiscord) -> spywatcher.Settings:
     """The same with the page's button, which leads to this Discord; port 0 becomes a free one now."""
     port = settings.server.port or free_port()
@@ -2971,10 +3009,13 @@ def demo_people(lively: LivelyGuild) -> dict[str, User]:
     }
 
 
-async def show(discord: PretendDiscord, server: spywatcher.Server, plugins: Path | None) -> None:
+async def show(
+    discord: PretendDiscord,
+    server: spywatcher.Server,
+    lively: Sequence[LivelyGuild],
+    plugins: Path | None,
+) -> None:
     """Fill the guilds with life, say where to look, and go on until cancelled."""
-    lively = lively_guilds(discord)
-    discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
     await discord.wait_for_bot(timeout=60)
     for i, guild in enumerate(lively):
         await guild.warm_up(LIFE_BEFORE // 4**i)

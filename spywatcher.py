@@ -448,10 +448,13 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
         try:
             values[key] = msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError as error:
-            expected = str(error).removeprefix("Expected ")
-            secret = key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
-            came = "a value not shown here" if secret else shown(without_login(value))
-            faults.append(f"{path}.{key}: got {came}, expected {expected}")
+            came = (
+                "a value not shown here" if is_secret(key, value) else shown(without_login(value))
+            )
+            wanted = expected(fields[key].type) or str(error).removeprefix("Expected ")
+            faults.append(
+                f"{path}.{key}: got {came}, expected {wanted}{did_you_mean(fields[key].type, value)}"
+            )
     try:
         return to(**values)
     except ValueError as error:  # what the section itself says of values that do not fit together
@@ -1038,7 +1041,10 @@ class Tokens:
     def issue(
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
     ) -> str:
-        """A token that `verify` accepts for `ttl` seconds; raises OperatorError without a secret."""
+        """A token that `verify` takes for `ttl` seconds, if the role is not BANNED.
+
+        Raises OperatorError without a secret, and for what `verify` would not take.
+        """
         if not self.can_issue:
             raise OperatorError("auth.secret: not set, expected the key that signs tokens")
         algorithm = next(name for name in self._algorithms if name.startswith("HS"))
@@ -5781,10 +5787,13 @@ class Origins:
         return self.lists(origin)
 
     def lists(self, origin: str) -> bool:
-        """Whether it is named, by "https://*.host" too; "*" and "null" are nobody's names."""
+        """Whether it is named, by a pattern too; "*" and "null" are nobody's names."""
         origin = origin.lower()
         if origin in ("*", "null"):
             return False
+        without_port, _, port = origin.rpartition(":")
+        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
+            return True
         below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
         return below or origin in self._exact
 
@@ -7168,15 +7177,16 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Print the settings in force and the plugins; any plugin that does not load is a fault."""
-    keys = read_keys(settings.auth, settings.folder)
-    bot_token_of(settings)
+    """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
+    keys, token = credentials_of(settings)
     if settings.redis.url:
         cluster_code().check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
-    print(settings_text(settings))
+    Gateway(settings.discord, token, host.event_types(), Metrics())  # takes no token that is none
+    if arguments.settings:
+        print(settings_text(settings))
     for plugin in host.plugins.values():
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
     if faults := host.loader.faults():

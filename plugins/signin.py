@@ -40,7 +40,7 @@ from tornado.httputil import url_concat
 from tornado.template import Template
 from tornado.web import HTTPError, RequestHandler, create_signed_value, decode_signed_value
 
-from spywatcher import Marks, PluginSettings, Spy, clean_name, route, timestamp
+from spywatcher import Marks, PluginSettings, Spy, route, timestamp, user_name
 
 SESSION: Final = "spywatcher_session"
 STATE: Final = "spywatcher_signin"
@@ -498,7 +498,7 @@ class Callback(PageHandler):
                 403, "banned", "You are banned here. The operator of this server said so."
             )
         session = Session(
-            secrets.token_urlsafe(16), str(int(user.id)), clean_name(user.username), avatar_of(user)
+            secrets.token_urlsafe(16), str(int(user.id)), user_name(user), avatar_of(user)
         )
         self.give_cookie(SESSION, session, self.spy.settings.session_days * DAY, "/")
         self.spy.count("signed in")
