@@ -26,7 +26,7 @@ Sections, each using only those above it:
     gateway sockets           bytes and opcodes, and the limits of what a client may send
     what people do            actions: each changes the guild and tells the bots
     REST                      what bots ask and post
-    signing in                Discord's OAuth2 side
+    signing in                Discord's side of OAuth2: whom one may be, tokens, who that is
     the server                PretendDiscord, all of that on a port
     the harness               plugins tried without any network
     a lively guild            people who never sleep
@@ -2289,11 +2289,6 @@ class PretendDiscord(Happenings):
         """What hikari takes as `rest_url`."""
         return f"http://127.0.0.1:{self.port}{API_PATH}"
 
-    @property
-    def authorize_url(self) -> str:
-        """Where a browser goes to sign in."""
-        return f"http://127.0.0.1:{self.port}{AUTHORIZE_PATH}"
-
     def add_guild(
         self,
         name: str = "Night Owls",
@@ -2917,6 +2912,7 @@ async def run_demo(
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
         lively = lively_guilds(discord)
+        discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
         give_a_past(server.plugins, lively, folder)
         serving = asyncio.create_task(serve(server))
         showing = asyncio.create_task(show(discord, server, lively, plugins))
@@ -3025,7 +3021,6 @@ async def show(
     plugins: Path | None,
 ) -> None:
     """Fill the guilds with life, say where to look, and go on until cancelled."""
-    discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
     await discord.wait_for_bot(timeout=60)
     for i, guild in enumerate(lively):
         await guild.warm_up(LIFE_BEFORE // 4**i)

@@ -6236,16 +6236,16 @@ class Origins:
         scheme, _, rest = origin.partition("://")
         if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
             return True
-        without_port, _, port = origin.rpartition(":")
-        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
-            return True
         return self.lists(origin)
 
     def lists(self, origin: str) -> bool:
-        """Whether it is named, by "https://*.host" too; "*" and "null" are nobody's names."""
+        """Whether it is named, by a pattern too; "*" and "null" are nobody's names."""
         origin = origin.lower()
         if origin in ("*", "null"):
             return False
+        without_port, _, port = origin.rpartition(":")
+        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
+            return True
         below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
         return below or origin in self._exact
 

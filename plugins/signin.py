@@ -25,6 +25,7 @@ import sqlite3
 import time
 from base64 import b64encode, urlsafe_b64encode
 from collections import OrderedDict
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -410,21 +411,20 @@ class SignInHandler(RequestHandler):
 
     async def remember(self, name: str, seconds: float) -> bool:
         """Whether this is the first time."""
-        try:
-            return await marks_of(self.spy).put(name, seconds)
-        except ConnectionError as error:
-            raise self._forgetful(error) from None
+        return await self._ask(marks_of(self.spy).put(name, seconds))
 
     async def remembers(self, name: str) -> bool:
-        try:
-            return await marks_of(self.spy).has(name)
-        except ConnectionError as error:
-            raise self._forgetful(error) from None
+        return await self._ask(marks_of(self.spy).has(name))
 
-    def _forgetful(self, error: ConnectionError) -> RefusedError:
+    async def _ask(self, answer: Awaitable[bool]) -> bool:
         """Who has signed out must stay out, so nobody gets in while nobody knows."""
-        self.spy.log.warning("cannot tell who has signed out: %s", error)
-        return RefusedError(503, "storage", WRONG)
+        try:
+            known = await answer
+        except ConnectionError:
+            self.spy.problem = "it cannot be told who has signed out, so nobody gets a token"
+            raise RefusedError(503, "storage", WRONG) from None
+        self.spy.problem = None
+        return known
 
     @staticmethod
     def refusal(status: int, about: dict[str, Any]) -> RefusedError:

@@ -288,7 +288,7 @@ async def gone(marks: object) -> bool:
     return not await marks.has("short")  # type: ignore[attr-defined]  # of a module loaded by path
 
 
-@pytest.mark.logs(r"WARNING spywatcher.plugin.signin: cannot tell who has signed out")
+@pytest.mark.logs(r"WARNING spywatcher.plugin.signin: it cannot be told who")
 async def test_nobody_gets_in_while_nobody_knows_who_is_out(
     discord: PretendDiscord, ada: Member, tmp_path: Path
 ) -> None:
@@ -385,6 +385,23 @@ async def test_a_second_node_takes_the_first_ones_sessions(
         await browser.post(f"{there}/signout")
         for url in (browser.url, there):
             assert (await browser.post(f"{url}/signin/token", headers=copy)).status == 401
+
+
+@pytest.mark.logs("no connection to Redis", "it cannot be told who", required=False)
+async def test_while_redis_is_away_nobody_gets_a_token_and_afterwards_all_do(
+    discord: PretendDiscord, ada: Member, redis: RedisServer
+) -> None:
+    async with signing_in(discord, redis={"url": redis.url}) as (_, browser):
+        await browser.sign_in(ada.id)
+        await redis.kill()
+        refused = await browser.token()
+        assert (refused.status, refused.json["code"]) == (503, "storage")
+        await redis.start()
+
+        async def is_back() -> bool:
+            return (await browser.token()).status == 200
+
+        await eventually(is_back)
 
 
 # ---- what check says -------------------------------------------------------
