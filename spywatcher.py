@@ -4123,6 +4123,9 @@ class Dispatcher:
                 return
             person = rule is None or rule(event, cache)
             self._count(event)
+            if event_type is hikari.MemberDeleteEvent and event.old_member is None:
+                # hikari 2.7 does not say who left as long as it keeps a message of theirs
+                event.old_member = cache.get_member(event.guild_id, event.user_id)
             for listener, guarded, send in self._hearers.get(event_type, ()):
                 if person or listener.bots:
                     guarded.call(event, send)
@@ -4497,8 +4500,8 @@ class PluginHost:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of room that the plugins name."""
-        return frozenset().union(*(plugin.kinds for plugin in self.plugins.values()))
+        """The kinds of room that there are: `guild`, and those that the plugins name."""
+        return frozenset({"guild"}).union(*(plugin.kinds for plugin in self.plugins.values()))
 
     # -- at work
 
