@@ -2157,7 +2157,7 @@ class Harness:
             stack.callback(logging.getLogger().removeHandler, self._faults)
             self._runner = stack.enter_context(asyncio.Runner())
             self._runner.run(self._start())
-            stack.callback(lambda: self._runner.run(self.host.stop()))
+            stack.callback(self._end)
             self._raise_faults()
             self._stack = stack.pop_all()
         return self
@@ -2189,13 +2189,21 @@ class Harness:
         self.run(self.host.greet(kind, guild_id, tell))
         return told
 
+    def tick(self) -> None:
+        """Call once, now, what the plugins have repeated by `every`."""
+        self.run(self._tick())
+
+    # Behind the scenes.
+
+    def _end(self) -> None:
+        self._runner.run(self.host.stop())
+        self._raise_faults()
+
     def _raise_faults(self) -> None:
         records = self._faults.take()
         if records:
             cause = records[0].exc_info[1] if records[0].exc_info else None
             raise spywatcher.PluginError(records[0].getMessage()) from cause
-
-    # Behind the scenes.
 
     async def _start(self) -> None:
         metrics = spywatcher.Metrics()
@@ -2231,6 +2239,11 @@ class Harness:
             self._making.add(asyncio.create_task(make()))
         else:
             self.emitted.append(Emitted(event, content, room))
+
+    async def _tick(self) -> None:
+        for runner in self.host.runners.values():
+            for guarded, _ in runner.repeated:
+                await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
         if not self.discord.sessions:
