@@ -2850,23 +2850,37 @@ class Need(NamedTuple):
     """What hikari keeps only for plugins that say so."""
 
     components: hikari.api.CacheComponents
+    #: What Discord has to send for that.
+    event: type[hikari.Event]
     #: Attributes that are empty without it.
     attributes: frozenset[str]
 
 
 #: What a plugin may put into `needs`.
 NEEDS: Final = {
-    "emojis": Need(hikari.api.CacheComponents.EMOJIS, frozenset({"old_emojis", "get_emoji"})),
-    "invites": Need(hikari.api.CacheComponents.INVITES, frozenset({"old_invite", "get_invite"})),
+    "emojis": Need(
+        hikari.api.CacheComponents.EMOJIS,
+        hikari.EmojisUpdateEvent,
+        frozenset({"old_emojis", "get_emoji"}),
+    ),
+    "invites": Need(
+        hikari.api.CacheComponents.INVITES,
+        hikari.InviteCreateEvent,
+        frozenset({"old_invite", "get_invite"}),
+    ),
     "messages": Need(
         hikari.api.CacheComponents.MESSAGES,
+        hikari.GuildMessageCreateEvent,
         frozenset({"old_message", "old_messages", "get_message", "get_messages_view"}),
     ),
     "stickers": Need(
-        hikari.api.CacheComponents.GUILD_STICKERS, frozenset({"old_stickers", "get_sticker"})
+        hikari.api.CacheComponents.GUILD_STICKERS,
+        hikari.StickersUpdateEvent,
+        frozenset({"old_stickers", "get_sticker"}),
     ),
     "voice": Need(
         hikari.api.CacheComponents.VOICE_STATES,
+        hikari.VoiceStateUpdateEvent,
         frozenset(
             {
                 "old_state",
@@ -3705,8 +3719,9 @@ class Plugin:
             raise PluginError(f"the event name {min(reserved)} is reserved")
 
     def event_types(self) -> set[type[hikari.Event]]:
-        """The events of hikari's that it hears."""
-        return {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
+        """The events that Discord has to send for it."""
+        heard = {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
+        return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any]) -> Any:
         """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
@@ -4123,6 +4138,9 @@ class Dispatcher:
                 return
             person = rule is None or rule(event, cache)
             self._count(event)
+            if event_type is hikari.MemberDeleteEvent and event.old_member is None:
+                # hikari 2.7 does not say who left as long as it keeps a message of theirs
+                event.old_member = cache.get_member(event.guild_id, event.user_id)
             for listener, guarded, send in self._hearers.get(event_type, ()):
                 if person or listener.bots:
                     guarded.call(event, send)
@@ -4497,8 +4515,8 @@ class PluginHost:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of room that the plugins name."""
-        return frozenset().union(*(plugin.kinds for plugin in self.plugins.values()))
+        """The kinds of room that there are: `guild`, and those that the plugins name."""
+        return frozenset({"guild"}).union(*(plugin.kinds for plugin in self.plugins.values()))
 
     # -- at work
 
