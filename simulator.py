@@ -2281,8 +2281,6 @@ class FaultsLogged(logging.Handler):
 class ShardByHand(PretendShard):
     """A gateway session that ends in hikari without a socket; both sides take it for theirs."""
 
-    is_connected = True
-
     def __init__(self, discord: Gateway, bot: hikari.GatewayBot) -> None:
         super().__init__(discord.bot.id)
         self._discord = discord
