@@ -2471,6 +2471,9 @@ class Spy:
         self.storage = storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
+        #: Held by one instance of the plugin at a time. On a reload the fresh one is set up before
+        #: the `teardown` of the old one: what must not be done by both is done under this.
+        self.alone = asyncio.Lock()
         self._emit = emit
         self._count = count
         self._failed = failed
@@ -2607,6 +2610,8 @@ class HostContext(NamedTuple):
     storage: Path
     #: What a plugin of this name keeps for all nodes; None where there is one.
     share: Callable[[str], Shared | None] = lambda name: None
+    #: The lock of all instances of a plugin of this name.
+    alone: Callable[[str], asyncio.Lock] = lambda name: asyncio.Lock()
 
 
 class Runner:
@@ -2625,6 +2630,7 @@ class Runner:
         settings, storage = plugin.settings, place.storage
         self.spy = Spy(plugin.name, settings, place.bot, storage, self._emit, self._count, failed)
         self.spy.shared = place.share(plugin.name)
+        self.spy.alone = place.alone(plugin.name)
 
     async def start(self, count: Callable[[hikari.Event], None]) -> None:
         """Set the plugin up, which may raise anything, and let it hear; `count` sees each event."""
@@ -2752,6 +2758,7 @@ class PluginHost:
         self.plugins: dict[str, Plugin] = {}
         self.running: dict[str, Runner] = {}
         self.failures: dict[str, BaseException] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
 
     # -- loading
 
@@ -2842,6 +2849,10 @@ class PluginHost:
         for name in self.plugins:
             self.failures.pop(name, None)  # it is not to be at work here now
 
+    def alone(self, name: str) -> asyncio.Lock:
+        """The lock that the instances of a plugin share."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
     async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
         """`tell` a client that entered `kind:guild_id` what plugins have for it, as it comes."""
         running = self.running.values()
@@ -2920,15 +2931,23 @@ def report_fault(metrics: Metrics, name: str, what: str, error: BaseException) -
 
 
 def load_module(name: str, path: Path) -> ModuleType:
-    """Run a plugin's file as a fresh module, under a name that no other module can have."""
+    """Run a plugin's file as a fresh module, under a name that no other module can have.
+
+    What lies beside it, such as `_shared.py`, which is no plugin, is imported by `from . import`.
+    """
     full_name = MODULE_PREFIX + name
-    locations = [str(path.parent)] if path.name == "__init__.py" else None
+    package, is_folder = MODULE_PREFIX.rstrip("."), path.name == "__init__.py"
+    parent = sys.modules.setdefault(package, ModuleType(package))
+    parent.__path__ = [str(path.parent.parent if is_folder else path.parent)]
+    locations = [str(path.parent)] if is_folder else None
     spec = importlib.util.spec_from_file_location(
         full_name, path, submodule_search_locations=locations
     )
     if spec is None or spec.loader is None:
         raise PluginError(f"{path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
+    for part in [part for part in sys.modules if part.startswith(f"{full_name}.")]:
+        del sys.modules[part]  # of the folder as it was before
     sys.modules[full_name] = module  # dataclasses and postponed annotations look it up there
     try:
         spec.loader.exec_module(module)
@@ -4281,6 +4300,7 @@ class Server:
         emit, storage = self._emit_or_hold, storage_of(self._settings)
         bot, settled = self.gateway.bot, self.gateway.settled
         place = HostContext(bot, emit, settled, self.access.watches, storage)
+        place = place._replace(alone=self.plugins.alone)
         return place._replace(share=self.cluster.share) if self.cluster else place
 
     def _bind(self) -> list[socket.socket]:

@@ -46,6 +46,7 @@ class Counting:
         clock: Clock | None = None,
         path: str = "counts.db",
         share: Callable[[str], Shared | None] = lambda plugin: None,
+        alone: Callable[[str], asyncio.Lock] | None = None,
         **settings: Any,
     ) -> None:
         tables = {
@@ -58,6 +59,7 @@ class Counting:
         self.emitted: list[tuple[str, str]] = []
         self._guilds = guilds
         self._share = share
+        self._alone = alone
         self._metrics = Metrics()
         self._settings = parse_settings(tables, folder)
         self._host = PluginHost(
@@ -74,7 +76,7 @@ class Counting:
             suppress_optimization_warning=True,
         )
         self.module: Any = self._host.plugins["analytics"].module
-        self.module.now = self.clock
+        self.module.now = self.module.elapsed = self.clock
         place = HostContext(
             bot=self._bot,
             emit=lambda event, guild_id, content, room: self.emitted.append((event, guild_id)),
@@ -82,6 +84,7 @@ class Counting:
             watches=lambda guild_id: True,
             storage=self.path,
             share=self._share,
+            alone=self._alone or self._host.alone,
         )
         await self._host.start(place)
         for guild in self._guilds:
@@ -104,12 +107,8 @@ class Counting:
         self._host.reconfigure(self._host.check(tables))
 
     async def flush(self) -> None:
-        """Hand all counts to the disk and to Redis, as happens twice a second."""
-        analytics = self.module.analytics
-        await analytics.flush()
-        if analytics.sharing is not None:
-            await analytics.sharing.step()
-            await analytics.flush()
+        """Hand all counts to the disk or to Redis, as happens twice a second."""
+        await self.module.analytics.keeper.step()
 
     async def lists(self, guild: Guild) -> Json:
         """The data of an update made now, without its timestamp."""
@@ -120,7 +119,8 @@ class Counting:
 
     async def in_store(self, work: Any) -> Any:
         """Do something with the SQLite connection, in its thread."""
-        return await self.module.analytics._in_thread(lambda store: work(store._db))
+        analytics = self.module.analytics
+        return await analytics.keeper.run(lambda: work(analytics._store.rows.db))
 
     @property
     def problem(self) -> str | None:

@@ -234,6 +234,28 @@ async def test_nobody_writes_without_a_term_even_if_redis_knows_of_none(machines
         await SharedTables(machines.link, 0, "analytics").write("{}")
 
 
+async def test_a_fresh_instance_counts_on_where_the_old_one_ends(
+    machines: Machines, owls: Guild, ada: Member
+) -> None:
+    lock = asyncio.Lock()
+    async with AsyncExitStack() as stack:
+        old = await machines.next(alone=lambda plugin: lock)
+        fresh = Counting(
+            machines.redis.folder,
+            machines.guilds,
+            share=partial(SharedTables, machines.link, machines.term),
+            alone=lambda plugin: lock,
+        )
+        async with old:
+            await types(old, owls, ada)
+            await old.flush()
+            await stack.enter_async_context(fresh)
+            await types(old, owls, ada)
+            await types(fresh, owls, ada)
+            await fresh.flush()
+        assert await ghosts(fresh, owls) == {"ada": 3.0}
+
+
 # ---- faults of Redis -------------------------------------------------------
 
 
@@ -307,12 +329,12 @@ async def test_without_room_for_a_copy_counting_goes_on(
 ) -> None:
     async with await machines.next() as counting:
         await counting.flush()
-        await counting.in_store(lambda db: db.execute("PRAGMA disk.max_page_count = 1"))
+        await counting.in_store(lambda db: db.execute("PRAGMA work.max_page_count = 1"))
         for number in range(300):
             counting.module.analytics.count(counting.module.TYPING, owls.id, ada.id, 1_000 + number)
         assert await ghosts(counting, owls) == {"ada": 300.0}
         assert "full" in str(counting.problem)
-        await counting.in_store(lambda db: db.execute("PRAGMA disk.max_page_count = 1000000"))
+        await counting.in_store(lambda db: db.execute("PRAGMA work.max_page_count = 1000000"))
         await counting.flush()
         assert counting.problem is None
     assert [len(texts[str(ada.id)]) for texts in (await machines.texts()).values()] == [300]
