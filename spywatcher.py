@@ -358,7 +358,7 @@ class LogSettings(Section, frozen=True):
 
 
 #: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
-THROTTLE: Final = {"analytics:update": 30.0}
+THROTTLE: Final = {"analytics:update": 30.0, "history:update": 60.0}
 
 
 class Settings(Section, frozen=True):
@@ -2467,7 +2467,8 @@ class Spy:
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
         self.bot = bot
-        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
+        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps; `history`
+        #: has its own beside it.
         self.storage = storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None

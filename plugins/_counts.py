@@ -7,7 +7,7 @@ The way of a row: a plugin hands its newest to `Rows`, in a thread. They wait in
 was kept before is here, then become part of the working set, an SQLite file that has no name and
 is gone with the process; whose rows changed is noted. `Keeper` loads from what outlives the
 process and then brings there what is noted, twice a second: a `SingleFile`, or where several
-nodes are one service `SharedRows` in Redis. What neither takes now stays noted.
+nodes are one service Redis. What neither takes now stays noted.
 
 One instance of a plugin at a time does so, under `spy.alone`: when a plugin is reloaded, the fresh
 one counts in memory until the `teardown` of the old one has written its last. One server at a time
@@ -128,6 +128,7 @@ class Rows:
             "CREATE TABLE gone (guild INTEGER, member INTEGER, PRIMARY KEY (guild, member))"
             " WITHOUT ROWID; ATTACH '' AS work"
         )
+        self.begin()
         #: Whether the working set has all that was kept before.
         self.loaded = False
         #: Keys that wait, or a few more.
@@ -187,7 +188,7 @@ class Rows:
     def _settle(self) -> None:
         with transaction(self.db):
             if self.db.execute("SELECT 1 FROM gone LIMIT 1").fetchone():
-                self._delete(OF_GONE)
+                self.delete(OF_GONE)
                 self.db.execute("DELETE FROM gone")
             if self.waiting:
                 self.db.execute(f"{NOTE} waiting")
@@ -203,12 +204,17 @@ class Rows:
             where, values = "member IN (SELECT value FROM json_each(?))", to_json(members)
             self.db.execute(f"DELETE FROM waiting WHERE {where}", (values,))
             if self.loaded:
-                self._delete(where, values)
+                self.delete(where, values)
 
-    def _delete(self, where: str, *values: Any) -> None:
+    def delete(self, where: str, *values: Any) -> None:
         """Remove rows of the working set, wherever they are kept."""
         self.db.execute(f"{NOTE} work.counts WHERE {where}", values)
         self.db.execute(f"DELETE FROM work.counts WHERE {where}", values)
+
+    def put(self, row: Row) -> None:
+        """Add a row to the working set."""
+        self.db.execute("INSERT OR IGNORE INTO work.noted VALUES (?, ?, ?)", row[:3])
+        self.db.execute(f"INSERT INTO work.counts VALUES ({', '.join('?' * len(row))})", row)
 
     def note_all(self) -> None:
         """What keeps the rows may lack anything."""
@@ -388,7 +394,7 @@ class SingleFile:
         return int(removed)
 
 
-def forget(path: Path, shape: Shape, member: int, guild: int | None) -> int:
+def forget_member(path: Path, shape: Shape, member: int, guild: int | None) -> int:
     """Remove a member from a file, whether a server uses it or not; returns how much there was."""
     if not path.exists():
         return 0
@@ -399,72 +405,6 @@ def forget(path: Path, shape: Shape, member: int, guild: int | None) -> int:
         return file.forget(guild, member)
     finally:
         rows.db.close()
-
-
-#: In Redis, a table GUILD:HOUR has for each member an array of that hour's rows.
-CHANGES = """SELECT json_group_object(
-        guild || ':' || hour, json_array((hour + ?) * 3600 - ?, json(members)))
-    FROM (SELECT hour, guild, json_group_object(CAST(member AS TEXT), rows) AS members
-        FROM (SELECT hour, guild, member, (SELECT nullif(json_group_array(
-                    json_array({texts})), '[]') || ''
-                FROM work.counts WHERE (counts.hour, counts.guild, counts.member)
-                    = (sending.hour, sending.guild, sending.member)) AS rows
-            FROM work.sending)
-        GROUP BY hour, guild)"""
-CHUNK = """(SELECT CAST(substr(tables.key, instr(tables.key, ':') + 1) AS INTEGER) AS hour,
-        CAST(tables.key AS INTEGER) AS guild, CAST(members.key AS INTEGER) AS member,
-        members.value AS texts
-    FROM json_each(?) AS tables, json_each(tables.value) AS members)"""
-
-
-class SharedRows:
-    """What the rows are as Redis has them. Lives in the thread of the rows."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self._db = rows.db
-
-    def load(self, chunk: str) -> None:
-        """Take some of what Redis has."""
-        values = self._rows.shape.values("row.value", 0)
-        self._db.execute(
-            f"INSERT OR REPLACE INTO work.counts SELECT hour, guild, member, {values}"
-            f" FROM {CHUNK}, json_each(texts) AS row",
-            (chunk,),
-        )
-
-    def compare(self, chunk: str) -> None:
-        """Note what Redis has and should not have any more."""
-        self._db.execute(
-            f"INSERT OR IGNORE INTO work.noted SELECT hour, guild, member FROM {CHUNK} AS there"
-            " WHERE NOT EXISTS (SELECT 1 FROM work.counts WHERE (counts.hour, counts.guild,"
-            " counts.member) = (there.hour, there.guild, there.member))",
-            (chunk,),
-        )
-
-    def changes(self, hours: int, moment: float) -> str:
-        """The newest of what is noted, as `Shared.write` takes it, to be kept for `hours` more."""
-        run = self._db.execute
-        with transaction(self._db):
-            run("INSERT OR IGNORE INTO work.noted SELECT * FROM work.sending")
-            run("DELETE FROM work.sending")
-            run(
-                "INSERT INTO work.sending SELECT * FROM work.noted"
-                " ORDER BY hour DESC, guild DESC, member DESC LIMIT ?",
-                (MOST_SENT,),
-            )
-            run(
-                "DELETE FROM work.noted WHERE (hour, guild, member) IN (SELECT * FROM work.sending)"
-            )
-        sql = CHANGES.format(texts=self._rows.shape.texts)
-        text: str
-        (text,) = run(sql, (hours + 1, int(moment))).fetchone()
-        return text
-
-    def sent(self) -> bool:
-        """Redis has the last changes; whether there are more."""
-        self._rows.written += self._db.execute("DELETE FROM work.sending").rowcount
-        return self._db.execute("SELECT 1 FROM work.noted LIMIT 1").fetchone() is not None
 
 
 # ---- what has them outlive it ----------------------------------------------
@@ -498,6 +438,22 @@ class Alone:
         return forgotten, bool(forgotten)
 
 
+#: In Redis, a table GUILD:HOUR has for each member an array of that hour's rows.
+CHANGES = """SELECT json_group_object(
+        guild || ':' || hour, json_array((hour + ?) * 3600 - ?, json(members)))
+    FROM (SELECT hour, guild, json_group_object(CAST(member AS TEXT), rows) AS members
+        FROM (SELECT hour, guild, member, (SELECT nullif(json_group_array(
+                    json_array({texts})), '[]') || ''
+                FROM work.counts WHERE (counts.hour, counts.guild, counts.member)
+                    = (sending.hour, sending.guild, sending.member)) AS rows
+            FROM work.sending)
+        GROUP BY hour, guild)"""
+CHUNK = """(SELECT CAST(substr(tables.key, instr(tables.key, ':') + 1) AS INTEGER) AS hour,
+        CAST(tables.key AS INTEGER) AS guild, CAST(members.key AS INTEGER) AS member,
+        members.value AS texts
+    FROM json_each(?) AS tables, json_each(tables.value) AS members)"""
+
+
 class Together:
     """Redis, for a service of several nodes; what a single process left in its file moves there."""
 
@@ -512,7 +468,7 @@ class Together:
     ) -> None:
         self._shared = shared
         self._rows = rows
-        self._texts = SharedRows(rows)
+        self._db = rows.db
         self._file = file
         self._log = log
         self._now = now
@@ -523,7 +479,7 @@ class Together:
     async def load(self) -> None:
         await self._run(self._rows.begin)
         async for chunk in self._shared.read():
-            await self._run(self._texts.load, chunk)
+            await self._run(self._take, chunk)
         self._hours = self._rows.hours
         if self._file.path.exists():
             try:
@@ -537,10 +493,10 @@ class Together:
             await self._run(self._rows.note_all)
             self._hours = self._rows.hours
         if self._doubtful:
-            await self._compare()
-        changes = await self._run(self._texts.changes, self._hours, self._now())
+            await self._compare_all()
+        changes = await self._run(self._changes)
         news = await self._shared.write(changes)
-        more = await self._run(self._texts.sent)
+        more = await self._run(self._sent)
         self._doubtful = news.restarted
         if more:
             await asyncio.sleep(BREATH)
@@ -548,12 +504,56 @@ class Together:
             await self._run(self._file.leave)
         return news.forgotten, more
 
-    async def _compare(self) -> None:
+    async def _compare_all(self) -> None:
         """Redis came back: have it get everything, and lose what it should have lost."""
         await self._run(self._rows.note_all)
         async for chunk in self._shared.read():
-            await self._run(self._texts.compare, chunk)
+            await self._run(self._compare, chunk)
         self._doubtful = False
+
+    # -- in the thread of the rows
+
+    def _take(self, chunk: str) -> None:
+        """Take some of what Redis has."""
+        values = self._rows.shape.values("row.value", 0)
+        self._db.execute(
+            f"INSERT OR REPLACE INTO work.counts SELECT hour, guild, member, {values}"
+            f" FROM {CHUNK}, json_each(texts) AS row",
+            (chunk,),
+        )
+
+    def _compare(self, chunk: str) -> None:
+        """Note what Redis has and should not have any more."""
+        self._db.execute(
+            f"INSERT OR IGNORE INTO work.noted SELECT hour, guild, member FROM {CHUNK} AS there"
+            " WHERE NOT EXISTS (SELECT 1 FROM work.counts WHERE (counts.hour, counts.guild,"
+            " counts.member) = (there.hour, there.guild, there.member))",
+            (chunk,),
+        )
+
+    def _changes(self) -> str:
+        """The newest of what is noted, as `Shared.write` takes it."""
+        run = self._db.execute
+        with transaction(self._db):
+            run("INSERT OR IGNORE INTO work.noted SELECT * FROM work.sending")
+            run("DELETE FROM work.sending")
+            run(
+                "INSERT INTO work.sending SELECT * FROM work.noted"
+                " ORDER BY hour DESC, guild DESC, member DESC LIMIT ?",
+                (MOST_SENT,),
+            )
+            run(
+                "DELETE FROM work.noted WHERE (hour, guild, member) IN (SELECT * FROM work.sending)"
+            )
+        sql = CHANGES.format(texts=self._rows.shape.texts)
+        text: str
+        (text,) = run(sql, (self._hours + 1, int(self._now()))).fetchone()
+        return text
+
+    def _sent(self) -> bool:
+        """Redis has the last changes; whether there are more."""
+        self._rows.written += self._db.execute("DELETE FROM work.sending").rowcount
+        return self._db.execute("SELECT 1 FROM work.noted LIMIT 1").fetchone() is not None
 
 
 class Counter(Protocol):
@@ -613,10 +613,10 @@ class Keeper:
     async def step(self) -> None:
         """Do what there is to do. What prevents it is a problem, and the next step tries again."""
         async with self._one_step:
-            await self._counter.flush()
-            if not await self._takes_turn():
-                return
             try:
+                await self._counter.flush()
+                if not await self._takes_turn():
+                    return
                 await self._agree()
             except ConnectionError as error:
                 if time.monotonic() - self._agreed > self._patience:

@@ -1,4 +1,4 @@
-"""The analytics plugin behind a real hikari, fed with raw gateway JSON; no network, own clock.
+"""A plugin that counts behind a real hikari, fed with raw gateway JSON; no network, own clock.
 
 async with Counting(folder) as counting:
     await counting.feed("TYPING_START", typing_json(guild, ada, guild.general))
@@ -47,13 +47,18 @@ class Counting:
         path: str = "counts.db",
         share: Callable[[str], Shared | None] = lambda plugin: None,
         alone: Callable[[str], asyncio.Lock] | None = None,
+        plugin: str = "analytics",
         **settings: Any,
     ) -> None:
         tables = {
-            "plugins": {"folders": [str(ROOT / "plugins")]},
+            "plugins": {
+                "folders": [str(ROOT / "plugins")],
+                "disabled": sorted({"analytics", "history"} - {plugin}),
+            },
             "storage": {"path": path},
-            "plugin": {"analytics": settings},
+            "plugin": {plugin: settings},
         }
+        self.plugin = plugin
         self.path = folder / path
         self.clock = clock or Clock()
         self.emitted: list[tuple[str, str]] = []
@@ -75,7 +80,7 @@ class Counting:
             logs=None,
             suppress_optimization_warning=True,
         )
-        self.module: Any = self._host.plugins["analytics"].module
+        self.module: Any = self._host.plugins[self.plugin].module
         self.module.now = self.module.elapsed = self.clock
         place = HostContext(
             bot=self._bot,
@@ -103,12 +108,27 @@ class Counting:
 
     def reconfigure(self, **settings: Any) -> None:
         """New settings, as a reload brings them."""
-        tables = {"analytics": settings}
+        tables = {self.plugin: settings}
         self._host.reconfigure(self._host.check(tables))
 
     async def flush(self) -> None:
         """Hand all counts to the disk or to Redis, as happens twice a second."""
-        await self.module.analytics.keeper.step()
+        await self.counter.keeper.step()
+
+    async def abandon(self) -> None:
+        """End as a killed process does: nothing more is written."""
+        self.counter.keeper.idle = True
+        await self._host.stop()
+
+    @property
+    def counter(self) -> Any:
+        """The plugin's instance."""
+        return getattr(self.module, self.plugin)
+
+    async def update(self, guild: Guild) -> Json:
+        """What a new subscriber to history gets."""
+        update: Json = msgspec.to_builtins(await self.counter.newest(guild.id))
+        return update
 
     async def lists(self, guild: Guild) -> Json:
         """The data of an update made now, without its timestamp."""
@@ -119,8 +139,7 @@ class Counting:
 
     async def in_store(self, work: Any) -> Any:
         """Do something with the SQLite connection, in its thread."""
-        analytics = self.module.analytics
-        return await analytics.keeper.run(lambda: work(analytics._store.rows.db))
+        return await self.counter.keeper.run(lambda: work(self.counter._store.rows.db))
 
     @property
     def problem(self) -> str | None:
@@ -130,9 +149,9 @@ class Counting:
 
     def counted(self, what: str) -> float:
         """What the plugin counted for the operator."""
-        return self._metrics.plugin_counts.labels("analytics", what)._value.get()
+        return self._metrics.plugin_counts.labels(self.plugin, what)._value.get()
 
     @property
     def faults(self) -> float:
         """How often anything went wrong."""
-        return self._metrics.plugin_failures.labels("analytics")._value.get()
+        return self._metrics.plugin_failures.labels(self.plugin)._value.get()

@@ -294,7 +294,7 @@ async def test_what_waits_for_a_broken_disk_is_bounded(
     tmp_path: Path, owls: Guild, ada: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Counting(tmp_path, [owls], path="never/counts.db") as counting:
-        monkeypatch.setattr(counting.module._counts, "MOST_WAITING", 100)
+        monkeypatch.setattr("spywatcher_plugins._counts.MOST_WAITING", 100)
         for number in range(150):
             await types(counting, owls, ada, 1_000_000 + number)
             await counting.flush()
@@ -478,7 +478,7 @@ async def test_a_running_server_follows_a_forget(
         await types(counting, owls, member)
     await counting.flush()
     answer = await forget(counting.path, "--member", str(ada.id))
-    assert answer == (0, "plugin analytics: 1 removed\n")
+    assert answer == (0, "plugin analytics: 1 removed\nplugin history: 0 removed\n")
 
     async def followed() -> bool:
         return await score(counting, owls) == [(str(bob.id), 1.0)]
@@ -498,13 +498,19 @@ async def test_forgetting_can_be_for_one_guild_and_without_a_server(
         await types(counting, owls, ada)
         await types(counting, other, ada)
     options = ("--member", str(ada.id), "--guild", str(owls.id))
-    assert await forget(counting.path, *options) == (0, "plugin analytics: 1 removed\n")
+    assert await forget(counting.path, *options) == (
+        0,
+        "plugin analytics: 1 removed\nplugin history: 0 removed\n",
+    )
     assert [row[1] for row in rows(counting.path)] == [other.id]
 
 
 async def test_forgetting_where_nothing_was_counted_makes_no_file(tmp_path: Path) -> None:
     path = tmp_path / "counts.db"
-    assert await forget(path, "--member", "5") == (0, "plugin analytics: 0 removed\n")
+    assert await forget(path, "--member", "5") == (
+        0,
+        "plugin analytics: 0 removed\nplugin history: 0 removed\n",
+    )
     assert os.listdir(tmp_path) == ["counts.toml"]
 
 

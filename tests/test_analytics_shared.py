@@ -368,7 +368,10 @@ async def test_a_holder_at_another_machine_follows_a_forget(
         await types(counting, owls, ada, bob)
         await counting.flush()
         answer = await forget(machines.redis.folder, machines.redis.url, "--member", str(ada.id))
-        assert answer == (0, "Redis: 1 removed\nplugin analytics: 0 removed\n")
+        assert answer == (
+            0,
+            "Redis: 1 removed\nplugin analytics: 0 removed\nplugin history: 0 removed\n",
+        )
         assert await ghosts(counting, owls) == {"bob": 1.0}
         await types(counting, owls, ada)
         assert await ghosts(counting, owls) == {"bob": 1.0, "ada": 1.0}
@@ -505,6 +508,27 @@ async def test_the_lists_go_on_at_another_machine_after_a_kill(
     await asyncio.sleep(1.5)  # the promise itself: more than a second ago
     nodes[0].process.kill()
     assert await told_since(dashboard, timestamp()) == {"ada": 10}
+
+
+@pytest.mark.faults
+async def test_the_hours_go_on_at_another_machine_after_a_kill(
+    nodes: list[Service], discord: PretendDiscord, guild: Guild, js: JavaScript
+) -> None:
+    ada = await discord.join(guild, "ada")
+    await discord.message(guild, ada, guild.general)
+    await discord.caught_up()
+    await asyncio.sleep(1.5)  # the promise itself: more than a second ago
+    nodes[0].process.kill()
+    await nodes[1].wrote("connected to Discord")
+    await discord.wait_for_bot()
+    await discord.message(guild, ada, guild.general)
+    await discord.caught_up()
+    dashboard = await js.connect(nodes[1].url, token=viewer_token(), transports=["websocket"])
+    await dashboard.call("subscribe:history", str(guild.id))
+    hours = (await dashboard.next("history:update"))["hours"]
+    assert sum(hour["messages"] for hour in hours) == 2
+    assert sum(hour["joins"] for hour in hours) == 1
+    assert sum(hour["active"] for hour in hours) == len(hours)  # 2 if a new hour has begun
 
 
 @pytest.mark.faults

@@ -20,7 +20,7 @@ import hikari
 
 from spywatcher import Spy, every, on, on_subscribe
 
-from .. import _counts
+from .._counts import forget_member
 from .counting import MESSAGES, PRESENCES, REACTIONS, TYPING, Analytics, AnalyticsUpdate
 from .store import SHAPE, Settings
 
@@ -51,7 +51,7 @@ async def teardown(spy: Spy) -> None:
 
 def forget(storage: Path, member_id: int, guild_id: int | None) -> int:
     """What `spywatcher.py forget` calls."""
-    return _counts.forget(storage, SHAPE, member_id, guild_id)
+    return forget_member(storage, SHAPE, member_id, guild_id)
 
 
 @every(0.5)
