@@ -11,13 +11,26 @@ Tests, demos and plugin authors drive it; the bot under test connects to it and 
         await discord.message(guild, ada, guild.general, "hello")  # hikari gets MESSAGE_CREATE
 
 The path of one action: state changes -> payload -> what the session's intents allow -> numbered
-and remembered for RESUME -> compressed -> socket. Without any network, the `*_json` functions give
-the same payloads to `bot.event_manager.consume_raw_event(name, PretendShard(bot_id), payload)`.
-Run as a program it plays a lively guild: `python simulator.py --port 8123`.
+and remembered for RESUME -> compressed -> socket. Tests of plugins need no network: see `Harness`;
+the `*_json` functions give the same payloads to whoever feeds hikari by hand.
+Run as a program it plays two guilds: `python simulator.py --port 8123`.
 
-Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
-payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
-REST · the server · a lively guild · command line.
+Sections, each using only those above it:
+    numbers of the protocol   opcodes, close codes, intents, permissions, as Discord documents them
+    ids and times             snowflakes, bot tokens, timestamps
+    the guild                 who and what there is, and its JSON
+    payloads                  what the gateway sends, made from that
+    what intents let through  which bot gets what, and how much of it
+    gateway sessions          one shard of a bot, whether it is connected or not
+    gateway                   all sessions: who comes in, who gets what, and every fault of Discord's
+    gateway sockets           bytes and opcodes, and the limits of what a client may send
+    what people do            actions: each changes the guild and tells the bots
+    REST                      what bots ask and post
+    the server                PretendDiscord, all of that on a port
+    the harness               plugins tried without any network
+    a lively guild            people who never sleep
+    the demo                  the server of spywatcher.py in front of two such guilds
+    command line              the pretend Discord alone
 """
 
 from __future__ import annotations
@@ -32,29 +45,40 @@ import enum
 import http
 import importlib
 import itertools
+import json
+import logging
+import math
 import random
 import secrets
 import signal
 import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
+import hikari
 import msgspec
+import socketio
 import tornado.httpserver
 import tornado.netutil
 import tornado.web
 import tornado.websocket
+
+import spywatcher
 
 __all__ = [
     "PRIVILEGED",
     "Channel",
     "ChannelType",
     "CloseCode",
+    "Emitted",
     "Guild",
+    "Harness",
     "Intent",
     "LivelyGuild",
     "Member",
@@ -70,6 +94,7 @@ __all__ = [
     "guild_delete_json",
     "hidden_except",
     "iso",
+    "lively_guilds",
     "make_guild",
     "make_token",
     "member_add_json",
@@ -79,6 +104,7 @@ __all__ = [
     "presence_json",
     "reaction_json",
     "role_event_json",
+    "run_demo",
     "snowflake",
     "thread_create_json",
     "thread_delete_json",
@@ -164,6 +190,13 @@ class Intent(enum.IntFlag):
 
 ALL_INTENTS = Intent(sum(Intent))
 PRIVILEGED = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSAGE_CONTENT
+# The flag of an application by the privileged intent that a bot in under a hundred guilds may use
+# (Resources: Application, Application Flags, the ones that end in _LIMITED).
+APPLICATION_FLAGS = {
+    Intent.GUILD_PRESENCES: 1 << 13,
+    Intent.GUILD_MEMBERS: 1 << 15,
+    Intent.MESSAGE_CONTENT: 1 << 19,
+}
 
 
 class Permission(enum.IntFlag):
@@ -470,6 +503,7 @@ class Guild:
     channels: dict[int, Channel] = field(default_factory=dict)
     threads: dict[int, Thread] = field(default_factory=dict)
     voice: dict[int, int] = field(default_factory=dict)  # member id -> voice channel id
+    bans: dict[int, User] = field(default_factory=dict)
 
     @property
     def owner(self) -> Member:
@@ -533,6 +567,21 @@ class Guild:
         self.threads[thread.id] = thread
         return thread
 
+    def to_partial_json(self) -> Json:
+        """Resources: User, an entry of the bot's own list of guilds."""
+        permissions = 0
+        for role_id in (self.id, *self.members[self.bot_id].role_ids):
+            permissions |= int(self.roles[role_id].permissions)
+        return {
+            "id": str(self.id),
+            "name": self.name,
+            "icon": None,
+            "banner": None,
+            "owner": False,
+            "permissions": str(permissions),
+            "features": [],
+        }
+
     def to_json(self) -> Json:
         """Resources: Guild object, as GUILD_UPDATE and REST carry it."""
         empty = dict.fromkeys(_GUILD_FIELDS_NEVER_SET)
@@ -549,7 +598,9 @@ class Guild:
             "default_message_notifications": 1,
             "explicit_content_filter": 0,
             "mfa_level": 0,
+            "nsfw": False,
             "nsfw_level": 0,
+            "region": "deprecated",
             "premium_tier": 0,
             "premium_subscription_count": 0,
             "premium_progress_bar_enabled": False,
@@ -575,6 +626,7 @@ _GUILD_FIELDS_NEVER_SET = (
     "description",
     "banner",
     "incidents_data",
+    "max_presences",
 )
 
 
@@ -693,7 +745,8 @@ def presence_json(guild: Guild, member: Member) -> Json:
 
 def activity_json(activity: Json) -> Json:
     """An activity with the fields that are always there filled in: `{"name": "Chess"}` is enough."""
-    return {"type": 0, "created_at": int(time.time() * 1000), **activity}
+    made_up = f"{zlib.crc32(repr(activity.get('name')).encode()):016x}"
+    return {"id": made_up, "type": 0, "created_at": int(time.time() * 1000), **activity}
 
 
 def typing_json(
@@ -986,19 +1039,19 @@ class Session:
 # that Discord is known for. Knows guilds and sessions; sockets are only somewhere to write to.
 
 CHUNK_SIZE = 1000  # members per GUILD_MEMBERS_CHUNK
+ASK_AGAIN = 1.0  # seconds that `caught_up` waits for a bot that has not seen all yet
 
 
 class RefusedError(Exception):
-    """The client did something that Discord answers by closing the socket."""
+    """The client did something that Discord answers by closing the socket.
 
-    def __init__(self, code: CloseCode) -> None:
-        super().__init__(code.name)
+    `reason` is what is said along with the code: the code's name in words, unless given.
+    """
+
+    def __init__(self, code: CloseCode, reason: str | None = None) -> None:
         self.code = code
-
-    @property
-    def reason(self) -> str:
-        """What Discord says along with the code."""
-        return self.code.name.replace("_", " ").capitalize() + "."
+        self.reason = reason or code.name.replace("_", " ").capitalize() + "."
+        super().__init__(self.reason)
 
 
 class Gateway:
@@ -1017,6 +1070,12 @@ class Gateway:
         self.identifies = self.resumes = self.heartbeats = self.rest_calls = 0
         self._unannounced: list[Guild] = []
         self._changed = asyncio.Event()
+
+    @property
+    def application_flags(self) -> int:
+        """What the developer portal has switched on, as bots are told."""
+        allowed = self.allowed_privileged
+        return sum(flag for intent, flag in APPLICATION_FLAGS.items() if allowed & intent)
 
     # What clients ask.
 
@@ -1058,7 +1117,7 @@ class Gateway:
             "session_type": "normal",
             "resume_gateway_url": self.gateway_url,
             "shard": [session.shard_id, session.shard_count],
-            "application": {"id": str(self.bot.id), "flags": 0},
+            "application": {"id": str(self.bot.id), "flags": self.application_flags},
             "private_channels": [],
             "_trace": TRACE,
         }
@@ -1102,9 +1161,13 @@ class Gateway:
     def gone(self, socket: Outlet, code: int | None) -> None:
         """A connection is over. Codes 1000 and 1001 from the client end the session for good."""
         if code in (1000, 1001):
-            self.sessions = {i: s for i, s in self.sessions.items() if s.socket is not socket}
+            self.forget(socket)
         self.sockets.discard(socket)
         self.detach(socket)
+
+    def forget(self, socket: Outlet) -> None:
+        """End the session of a socket: nobody can resume it."""
+        self.sessions = {i: s for i, s in self.sessions.items() if s.socket is not socket}
 
     def detach(self, socket: Outlet) -> None:
         """Send no more dispatches to a socket; its session waits for RESUME."""
@@ -1184,15 +1247,20 @@ class Gateway:
         """Wait until connected bots have seen every packet, by asking each for a heartbeat.
 
         By then hikari's cache is current and its listeners are started. It allows itself 120
-        packets a minute, so a test may ask about a hundred times.
+        packets a minute, so a test may ask about a hundred times. Others answer before they have
+        digested all: they are asked again.
         """
         goals = {session: session.seq for session in self._connected_sessions()}
-        for session in goals:
-            if session.socket:
-                session.socket.send(Op.HEARTBEAT, None)
-        await self.wait_until(
-            lambda: all(s.heard >= seq or not s.socket for s, seq in goals.items()), timeout
-        )
+
+        def behind() -> list[Outlet]:
+            return [s.socket for s, seq in goals.items() if s.socket and s.heard < seq]
+
+        async with asyncio.timeout(timeout):
+            while behind():
+                for socket in behind():
+                    socket.send(Op.HEARTBEAT, None)
+                with contextlib.suppress(TimeoutError):
+                    await self.wait_until(lambda: not behind(), ASK_AGAIN)
 
     # Faults.
 
@@ -1236,11 +1304,15 @@ def _found_members(guild: Guild, request: RequestMembers, intents: int) -> list[
     wanted = request.wanted_ids()
     if wanted is not None:
         return [guild.members[i] for i in wanted if i in guild.members]
-    query = (request.query or "").lower()
-    if not query and not request.limit:
+    if not request.query and not request.limit:
         return list(guild.members.values()) if intents & Intent.GUILD_MEMBERS else []
-    named = [m for m in guild.members.values() if (m.nick or m.name).lower().startswith(query)]
-    return named[: request.limit or 100]
+    return _members_named(guild, request.query or "")[: request.limit or 100]
+
+
+def _members_named(guild: Guild, beginning: str) -> list[Member]:
+    """Whose name here begins so, in any case."""
+    beginning = beginning.lower()
+    return [m for m in guild.members.values() if (m.nick or m.name).lower().startswith(beginning)]
 
 
 def _chunk_json(
@@ -1259,6 +1331,13 @@ def _chunk_json(
 # ---- gateway sockets ----
 # Bytes: compression on the way out, opcodes on the way in. A socket knows the gateway and its own
 # session, no guild.
+
+MESSAGE_LIMIT = 4096  # bytes of a packet from a client (Gateway: Sending Events)
+SEND_LIMIT = 120  # packets from a client in a window (Gateway: Rate Limiting)
+# A minute, less a second: a client that keeps to its own minute may not be closed for the delay
+# between its clock and this one.
+SEND_WINDOW = 59.0
+HEARTBEAT_GRACE = 1.0  # seconds that a heartbeat may be late
 
 Frame = str | bytes  # a text frame or a binary one
 Pack = Callable[[bytes], Frame]
@@ -1295,7 +1374,17 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
         """Tornado's constructor; the interval is in seconds."""
         self.gateway = gateway
         self.heartbeat_interval = heartbeat_interval
-        self.session: Session | None = None
+        self._pack: Pack = _plain
+        self._session: Session | None = None
+        self._sends = 0
+        self._window_ends = 0.0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def session(self) -> Session | None:
+        """The session that this connection carries; after INVALID SESSION none, until the next."""
+        mine = self._session is not None and self._session.socket is self
+        return self._session if mine else None
 
     def check_origin(self, origin: str) -> bool:
         """Any page may connect, as with Discord."""
@@ -1305,12 +1394,40 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
         """Say HELLO."""
         self.set_nodelay(True)
         self.gateway.sockets.add(self)
-        self._pack = TRANSPORTS[self.get_query_argument("compress", "")]()
-        if self.get_query_argument("v", None) != str(API_VERSION):
-            self.refuse(RefusedError(CloseCode.INVALID_API_VERSION))
+        try:
+            self._pack = self._negotiated()
+        except RefusedError as refusal:
+            self.refuse(refusal)
             return
         interval_ms = round(self.heartbeat_interval * 1000)
         self.send(Op.HELLO, {"heartbeat_interval": interval_ms, "_trace": TRACE})
+        self._await_heartbeat()
+
+    def _negotiated(self) -> Pack:
+        """How to pack what goes out, from the address (Gateway: Gateway URL Query String Params)."""
+        if self.get_query_argument("v", None) != str(API_VERSION):
+            raise RefusedError(CloseCode.INVALID_API_VERSION)
+        encoding = self.get_query_argument("encoding", "json")
+        if encoding != "json":
+            raise RefusedError(CloseCode.DECODE_ERROR, f"No encoding {encoding} here, only json.")
+        compress = self.get_query_argument("compress", "")
+        if compress not in TRANSPORTS:
+            raise RefusedError(CloseCode.DECODE_ERROR, f"No compression {compress} here.")
+        return TRANSPORTS[compress]()
+
+    def _await_heartbeat(self) -> None:
+        """Close the connection unless a heartbeat comes in time; its session is over then (4009)."""
+        self._stop_waiting()
+        seconds = self.heartbeat_interval + HEARTBEAT_GRACE
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._time_out)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+
+    def _time_out(self) -> None:
+        self.gateway.forget(self)
+        self.refuse(RefusedError(CloseCode.SESSION_TIMED_OUT))
 
     def transmit(self, packet: bytes) -> asyncio.Future[None] | None:
         """Send an encoded packet; None when the socket is closing."""
@@ -1339,16 +1456,28 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
 
     def on_close(self) -> None:
         """The connection is over, whoever ended it."""
+        self._stop_waiting()
         self.gateway.gone(self, self.close_code)
 
     def on_message(self, message: str | bytes) -> None:
         """Answer one packet."""
         try:
+            self._check_limits(message)
             self._receive(msgspec.json.decode(message, type=Packet))
         except msgspec.MsgspecError:
             self.refuse(RefusedError(CloseCode.DECODE_ERROR))
         except RefusedError as refusal:
             self.refuse(refusal)
+
+    def _check_limits(self, message: str | bytes) -> None:
+        if len(message if isinstance(message, bytes) else message.encode()) > MESSAGE_LIMIT:
+            raise RefusedError(CloseCode.DECODE_ERROR)
+        now = time.monotonic()
+        if now >= self._window_ends:
+            self._window_ends, self._sends = now + SEND_WINDOW, 0
+        self._sends += 1
+        if self._sends > SEND_LIMIT:
+            raise RefusedError(CloseCode.RATE_LIMITED)
 
     def _receive(self, packet: Packet) -> None:
         receive = self._RECEIVERS.get(packet.op)
@@ -1360,6 +1489,7 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
 
     def _heartbeat(self, d: Any) -> None:
         seq = msgspec.convert(d, int) if d is not None else None
+        self._await_heartbeat()
         if self.gateway.heartbeat(self.session, seq):
             self.send(Op.HEARTBEAT_ACK, None)
 
@@ -1369,13 +1499,13 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
         identify = msgspec.convert(d, Identify)
         if identify.compress and self._pack is _plain:  # Gateway: Payload Compression
             self._pack = zlib.compress
-        self.session = self.gateway.identify(identify, self)
+        self._session = self.gateway.identify(identify, self)
 
     def _resume(self, d: Any) -> None:
         if self.session is not None:
             raise RefusedError(CloseCode.ALREADY_AUTHENTICATED)
-        self.session = self.gateway.resume(msgspec.convert(d, Resume), self)
-        if self.session is None:
+        self._session = self.gateway.resume(msgspec.convert(d, Resume), self)
+        if self._session is None:
             self.send(Op.INVALID_SESSION, False)
 
     def _request_members(self, d: Any) -> None:
@@ -1419,6 +1549,13 @@ class Happenings(Gateway):
         channel.last_message_id = int(body["id"])
         await self.dispatch("MESSAGE_CREATE", body)
         return body
+
+    async def message_edit(
+        self, guild: Guild, channel: Channel | Thread, message: Json, content: str
+    ) -> None:
+        """A message is edited."""
+        edited = message | {"content": content, "edited_timestamp": iso()}
+        await self.dispatch("MESSAGE_UPDATE", edited)
 
     async def message_delete(self, guild: Guild, channel: Channel | Thread, message: Json) -> None:
         """A message is deleted."""
@@ -1494,6 +1631,12 @@ class Happenings(Gateway):
             await self.remove_guild(guild)
         else:
             await self.leave(guild, member)
+
+    async def ban(self, guild: Guild, member: Member) -> None:
+        """Someone is thrown out and may not come back."""
+        guild.bans[member.id] = member.user
+        await self.dispatch("GUILD_BAN_ADD", member_remove_json(guild, member))
+        await self.kick(guild, member)
 
     async def rename(
         self, guild: Guild, member: Member, *, name: str | None = None, nick: str | None = None
@@ -1619,7 +1762,7 @@ class Happenings(Gateway):
 
 
 # ---- REST ----
-# What hikari reads when it starts (`GET /gateway/bot`), and the reads a plugin is likely to do.
+# What bots read when they start (`GET /gateway/bot`), and what a plugin is likely to ask or to post.
 # Errors have Discord's shape and numbers (Opcodes and Status Codes: HTTP, JSON).
 
 
@@ -1631,114 +1774,44 @@ class ApiError(tornado.web.HTTPError):
         self.body = {"message": message, "code": code}
 
 
-def _found(table: Mapping[int, T], key: str, what: str, code: int) -> T:
-    if int(key) not in table:
-        raise ApiError(404, f"Unknown {what}", code)
-    return table[int(key)]
-
-
-def _gateway(discord: Gateway) -> Json:
-    return {"url": discord.gateway_url}
-
-
-def _gateway_bot(discord: Gateway) -> Json:
-    # A thousand sessions a day as for small bots; sixteen may start at once, so that no test of
-    # sharding has to sit out the five seconds between two waves.
-    limit = {"total": 1000, "remaining": 1000, "reset_after": 86_400_000, "max_concurrency": 16}
-    return {"url": discord.gateway_url, "shards": discord.shards, "session_start_limit": limit}
-
-
-def _me(discord: Gateway) -> Json:
-    return discord.bot.to_json() | {"verified": True, "mfa_enabled": True, "flags": 0}
-
-
-def _application(discord: Gateway) -> Json:
-    return {
-        "id": str(discord.bot.id),
-        "name": discord.bot.name,
-        "icon": None,
-        "description": "",
-        "bot_public": False,
-        "bot_require_code_grant": False,
-        "owner": discord.bot.to_json(),
-        "team": None,
-        "verify_key": "00" * 32,
-        "flags": 0,
-        "approximate_guild_count": len(discord.guilds),
-        "approximate_user_install_count": 0,
-        "approximate_user_authorization_count": 0,
-    }
-
-
-def _guild(discord: Gateway, guild_id: str) -> Guild:
-    return _found(discord.guilds, guild_id, "Guild", 10004)
-
-
-def _guild_body(discord: Gateway, guild_id: str) -> Json:
-    return _guild(discord, guild_id).to_json()
-
-
-def _guild_channels(discord: Gateway, guild_id: str) -> list[Json]:
-    return [channel.to_json() for channel in _guild(discord, guild_id).channels.values()]
-
-
-def _guild_roles(discord: Gateway, guild_id: str) -> list[Json]:
-    return [role.to_json() for role in _guild(discord, guild_id).roles.values()]
-
-
-def _member(discord: Gateway, guild_id: str, user_id: str) -> Json:
-    return _found(_guild(discord, guild_id).members, user_id, "Member", 10007).to_json()
-
-
-def _user(discord: Gateway, user_id: str) -> Json:
-    members = {i: m for guild in discord.guilds.values() for i, m in guild.members.items()}
-    return _found(members, user_id, "User", 10013).user.to_json()
-
-
-def _channel(discord: Gateway, channel_id: str) -> Json:
-    channels: dict[int, Channel | Thread] = {}
-    for guild in discord.guilds.values():
-        channels.update(guild.channels)
-        channels.update(guild.threads)
-    return _found(channels, channel_id, "Channel", 10003).to_json()
-
-
-Answer = Callable[..., Json | list[Json]]
-ROUTES: Mapping[str, Answer] = {
-    r"/gateway": _gateway,
-    r"/gateway/bot": _gateway_bot,
-    r"/users/@me": _me,
-    r"/users/(\d+)": _user,
-    r"/applications/@me": _application,
-    r"/oauth2/applications/@me": _application,
-    r"/guilds/(\d+)": _guild_body,
-    r"/guilds/(\d+)/channels": _guild_channels,
-    r"/guilds/(\d+)/roles": _guild_roles,
-    r"/guilds/(\d+)/members/(\d+)": _member,
-    r"/channels/(\d+)": _channel,
-}
-
-
 class RestHandler(tornado.web.RequestHandler):
-    """Answers GET requests that carry the bot's token."""
+    """Answers requests that carry the bot's token."""
 
-    def initialize(self, discord: Gateway, answer: Answer | None = None) -> None:
-        """Tornado's constructor; without an answer the route does not exist."""
+    def initialize(self, discord: Happenings, answers: Mapping[str, Answer] | None = None) -> None:
+        """Tornado's constructor; `answers` by method, none where the route does not exist."""
         self.discord = discord
-        self.answer = answer
+        self.answers = answers or {}
 
     def prepare(self) -> None:
-        """Let nobody in without the token, and nowhere but to the routes above."""
+        """Let nobody in without the token, and nowhere but to the routes below."""
         self.discord.rest_calls += 1
-        if self.request.headers.get("Authorization") != f"Bot {self.discord.token}":
+        public = _gateway in self.answers.values()
+        if self.request.headers.get("Authorization") != f"Bot {self.discord.token}" and not public:
             raise tornado.web.HTTPError(401)
-        if self.answer is None:
+        if not self.answers:
             raise tornado.web.HTTPError(404)
 
-    def get(self, *ids: str) -> None:
+    def query(self, name: str, default: int, most: int) -> int:
+        """A number of the query; an ApiError 400 outside of 0 to `most`."""
+        text = self.get_query_argument(name, str(default))
+        if not text.isdecimal() or int(text) > most:
+            raise ApiError(400, "Invalid Form Body", 50035)
+        return int(text)
+
+    async def get(self, *ids: str) -> None:
         """Answer from the state."""
-        assert self.answer is not None
-        self._finish_json(self.answer(self.discord, *ids))
+        await self._answer(*ids)
+
+    async def post(self, *ids: str) -> None:
+        """Change the state and answer with what was made."""
+        await self._answer(*ids)
+
+    async def _answer(self, *ids: str) -> None:
+        answer = self.answers.get(str(self.request.method))
+        if answer is None:
+            raise tornado.web.HTTPError(405)
+        body = answer(self, *ids)
+        self._finish_json(await body if isinstance(body, Awaitable) else body)
 
     def write_error(self, status_code: int, **about: Any) -> None:
         """Discord's error body."""
@@ -1749,6 +1822,183 @@ class RestHandler(tornado.web.RequestHandler):
     def _finish_json(self, body: Json | list[Json]) -> None:
         self.set_header("Content-Type", "application/json")
         self.finish(_encode(body))
+
+
+#: `(call, *ids of the path)`: the body of the answer, or a coroutine that ends with it.
+Answer = Callable[..., Json | list[Json] | Awaitable[Json]]
+
+
+def _found(table: Mapping[int, T], key: str, what: str, code: int) -> T:
+    if int(key) not in table:
+        raise ApiError(404, f"Unknown {what}", code)
+    return table[int(key)]
+
+
+def _gateway(call: RestHandler) -> Json:
+    return {"url": call.discord.gateway_url}
+
+
+def _gateway_bot(call: RestHandler) -> Json:
+    # A thousand sessions a day as for small bots; sixteen may start at once, so that no test of
+    # sharding has to sit out the five seconds between two waves.
+    limit = {"total": 1000, "remaining": 1000, "reset_after": 86_400_000, "max_concurrency": 16}
+    return _gateway(call) | {"shards": call.discord.shards, "session_start_limit": limit}
+
+
+def _me(call: RestHandler) -> Json:
+    return call.discord.bot.to_json() | {"verified": True, "mfa_enabled": True, "flags": 0}
+
+
+def _application(call: RestHandler) -> Json:
+    bot = call.discord.bot
+    return {
+        "id": str(bot.id),
+        "name": bot.name,
+        "icon": None,
+        "description": "",
+        "bot_public": False,
+        "bot_require_code_grant": False,
+        "owner": bot.to_json(),
+        "team": None,
+        "verify_key": "00" * 32,
+        "flags": call.discord.application_flags,
+        "approximate_guild_count": len(call.discord.guilds),
+        "approximate_user_install_count": 0,
+        "approximate_user_authorization_count": 0,
+    }
+
+
+def _my_guilds(call: RestHandler) -> list[Json]:
+    guilds = call.discord.guilds
+    return [guilds[i].to_partial_json() for i in _page(guilds, call, default=200, most=200)]
+
+
+def _page(table: Iterable[int], call: RestHandler, default: int, most: int) -> list[int]:
+    """The ids that `limit` and `after` ask for, in order."""
+    after = call.query("after", 0, most=1 << 64)
+    return sorted(i for i in table if i > after)[: call.query("limit", default, most)]
+
+
+def _guild(call: RestHandler, guild_id: str) -> Guild:
+    return _found(call.discord.guilds, guild_id, "Guild", 10004)
+
+
+def _guild_body(call: RestHandler, guild_id: str) -> Json:
+    guild = _guild(call, guild_id)
+    online = sum(m.status != "offline" for m in guild.members.values())
+    counts = {
+        "approximate_member_count": len(guild.members),
+        "approximate_presence_count": online,
+    }
+    return guild.to_json() | (counts if call.get_query_argument("with_counts", "") else {})
+
+
+def _guild_channels(call: RestHandler, guild_id: str) -> list[Json]:
+    return [channel.to_json() for channel in _guild(call, guild_id).channels.values()]
+
+
+def _active_threads(call: RestHandler, guild_id: str) -> Json:
+    threads = _guild(call, guild_id).threads.values()
+    return {"threads": [thread.to_json() for thread in threads], "members": []}
+
+
+def _guild_roles(call: RestHandler, guild_id: str) -> list[Json]:
+    return [role.to_json() for role in _guild(call, guild_id).roles.values()]
+
+
+def _guild_role(call: RestHandler, guild_id: str, role_id: str) -> Json:
+    return _found(_guild(call, guild_id).roles, role_id, "Role", 10011).to_json()
+
+
+def _members(call: RestHandler, guild_id: str) -> list[Json]:
+    if not call.discord.allowed_privileged & Intent.GUILD_MEMBERS:
+        raise ApiError(403, "Missing Access", 50001)
+    members = _guild(call, guild_id).members
+    return [members[i].to_json() for i in _page(members, call, default=1, most=1000)]
+
+
+def _search_members(call: RestHandler, guild_id: str) -> list[Json]:
+    beginning = call.get_query_argument("query", "")
+    found = _members_named(_guild(call, guild_id), beginning)
+    return [member.to_json() for member in found[: call.query("limit", 1, most=1000)]]
+
+
+def _member(call: RestHandler, guild_id: str, user_id: str) -> Json:
+    return _found(_guild(call, guild_id).members, user_id, "Member", 10007).to_json()
+
+
+def _bans(call: RestHandler, guild_id: str) -> list[Json]:
+    bans = _guild(call, guild_id).bans
+    return [_ban_json(bans[i]) for i in _page(bans, call, default=1000, most=1000)]
+
+
+def _ban(call: RestHandler, guild_id: str, user_id: str) -> Json:
+    return _ban_json(_found(_guild(call, guild_id).bans, user_id, "Ban", 10026))
+
+
+def _ban_json(user: User) -> Json:
+    return {"reason": None, "user": user.to_json()}
+
+
+def _user(call: RestHandler, user_id: str) -> Json:
+    members = {i: m for guild in call.discord.guilds.values() for i, m in guild.members.items()}
+    return _found(members, user_id, "User", 10013).user.to_json()
+
+
+def _place(call: RestHandler, channel_id: str) -> tuple[Guild, Channel | Thread]:
+    """A channel or thread, and whose it is."""
+    places: dict[int, tuple[Guild, Channel | Thread]] = {}
+    for guild in call.discord.guilds.values():
+        places |= {i: (guild, place) for i, place in (guild.channels | guild.threads).items()}
+    return _found(places, channel_id, "Channel", 10003)
+
+
+def _channel(call: RestHandler, channel_id: str) -> Json:
+    return _place(call, channel_id)[1].to_json()
+
+
+async def _post_message(call: RestHandler, channel_id: str) -> Json:
+    guild, channel = _place(call, channel_id)
+    try:
+        said = msgspec.json.decode(call.request.body, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        raise ApiError(400, "Invalid Form Body", 50035) from None
+    if not any(said.get(part) for part in ("content", "embeds", "components", "sticker_ids")):
+        raise ApiError(400, "Cannot send an empty message", 50006)
+    me, content = guild.members[guild.bot_id], said.get("content") or ""
+    return await call.discord.message(guild, me, channel, content)
+
+
+ROUTES: Mapping[str, Answer] = {
+    r"GET /gateway": _gateway,
+    r"GET /gateway/bot": _gateway_bot,
+    r"GET /users/@me": _me,
+    r"GET /users/@me/guilds": _my_guilds,
+    r"GET /users/(\d+)": _user,
+    r"GET /applications/@me": _application,
+    r"GET /oauth2/applications/@me": _application,
+    r"GET /guilds/(\d+)": _guild_body,
+    r"GET /guilds/(\d+)/channels": _guild_channels,
+    r"GET /guilds/(\d+)/threads/active": _active_threads,
+    r"GET /guilds/(\d+)/roles": _guild_roles,
+    r"GET /guilds/(\d+)/roles/(\d+)": _guild_role,
+    r"GET /guilds/(\d+)/members": _members,
+    r"GET /guilds/(\d+)/members/search": _search_members,
+    r"GET /guilds/(\d+)/members/(\d+)": _member,
+    r"GET /guilds/(\d+)/bans": _bans,
+    r"GET /guilds/(\d+)/bans/(\d+)": _ban,
+    r"GET /channels/(\d+)": _channel,
+    r"POST /channels/(\d+)/messages": _post_message,
+}
+
+
+def by_path(routes: Mapping[str, Answer]) -> dict[str, dict[str, Answer]]:
+    """`{path: {method: answer}}`."""
+    paths: dict[str, dict[str, Answer]] = {}
+    for route, answer in routes.items():
+        method, path = route.split(" ")
+        paths.setdefault(path, {})[method] = answer
+    return paths
 
 
 # ---- the server ----
@@ -1846,7 +2096,8 @@ class PretendDiscord(Happenings):
     def _routed(self, heartbeat_interval: float) -> tornado.web.Application:
         socket = {"gateway": self, "heartbeat_interval": heartbeat_interval}
         rest = [
-            (API_PATH + p, RestHandler, {"discord": self, "answer": a}) for p, a in ROUTES.items()
+            (API_PATH + path, RestHandler, {"discord": self, "answers": answers})
+            for path, answers in by_path(ROUTES).items()
         ]
         return tornado.web.Application(
             [(GATEWAY_PATH, GatewaySocket, socket), *rest],
@@ -1856,16 +2107,241 @@ class PretendDiscord(Happenings):
         )
 
 
+# ---- the harness ----
+# Plugins without a network and without a server: the real plugin host and the real hikari, fed by hand
+# as a gateway session of the plugins' own intents would feed them.
+
+PATIENCE = 5.0  # seconds after which what a plugin still does counts as going on in the background
+
+
+class Emitted(NamedTuple):
+    """What dashboards in a room would get."""
+
+    event: str
+    fields: Json
+    room: str
+
+
+class Harness:
+    """Plugins to be tried: feed raw gateway JSON, see what was emitted.
+
+        with Harness("plugins/mine.py") as h:
+            ada = h.guild.add_member("ada")
+            h.feed("MESSAGE_CREATE", message_json(h.guild, ada, h.guild.general))
+            h.run(h.discord.presence(h.guild, ada, "online", ["web"]))
+            assert h.emitted[0].event == "message:new"
+            assert h.emitted[0].fields["username"] == "ada"
+
+    Each path is a plugin, a file or a folder; `settings` are their `[plugin.NAME]` tables, by name.
+    The bot sees the guild before the first packet: whoever is in it by then was there before.
+    What a plugin raises, at load or later, is raised here as PluginError, by the call that led to
+    it. Not for use where an event loop runs already.
+    """
+
+    def __init__(self, *paths: str | Path, settings: Mapping[str, Json] | None = None) -> None:
+        self.discord = PretendDiscord()
+        self.guild = self.discord.add_guild()
+        #: What was emitted so far, in order.
+        self.emitted: list[Emitted] = []
+        self._paths = [Path(path).resolve() for path in paths]
+        self._tables = {name: dict(table) for name, table in (settings or {}).items()}
+        self._faults = FaultsLogged()
+        self._making: set[asyncio.Task[None]] = set()
+        self._resting: set[asyncio.Task[Any]] = set()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            logging.getLogger().addHandler(self._faults)
+            stack.callback(logging.getLogger().removeHandler, self._faults)
+            self._runner = stack.enter_context(asyncio.Runner())
+            self._runner.run(self._start())
+            stack.callback(self._end)
+            self._raise_faults()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def feed(self, name: str, data: Json) -> None:
+        """One dispatch of the gateway: `d` as Discord documents it, of which hikari makes its event.
+
+        It comes only to a plugin whose events need its intent, and without what people wrote.
+        """
+        self.run(self.discord.dispatch(name, data))
+
+    def run(self, doing: Coroutine[Any, Any, T]) -> T:
+        """Have something happen, and wait until the plugins are through with it."""
+        result = self._runner.run(self._through(doing))
+        self._raise_faults()
+        return result
+
+    def subscribe(self, kind: str = "guild") -> list[Emitted]:
+        """What a new subscriber of the guild's room gets at once."""
+        told: list[Emitted] = []
+        guild_id = str(self.guild.id)
+
+        def tell(event: str, fields: Json) -> None:
+            told.append(Emitted(event, fields, f"{kind}:{guild_id}"))
+
+        self.run(self.host.greet(kind, guild_id, tell))
+        return told
+
+    def tick(self) -> None:
+        """Call once, now, what the plugins have repeated by `every`."""
+        self.run(self._tick())
+
+    # Behind the scenes.
+
+    def _end(self) -> None:
+        self._runner.run(self.host.stop())
+        self._raise_faults()
+
+    def _raise_faults(self) -> None:
+        records = self._faults.take()
+        if records:
+            cause = records[0].exc_info[1] if records[0].exc_info else None
+            raise spywatcher.PluginError(records[0].getMessage()) from cause
+
+    async def _start(self) -> None:
+        metrics = spywatcher.Metrics()
+        names = {path.stem for path in self._paths}
+        folders = dict.fromkeys(path.parent for path in self._paths)
+        others = {entry.stem for folder in folders for entry in folder.iterdir()} - names
+        settings = spywatcher.PluginsSettings(tuple(map(str, folders)), tuple(sorted(others)))
+        self.host = spywatcher.PluginHost(settings, self._tables, self._folder, metrics)
+        self.host.load()
+        wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
+        wanted |= self.host.event_types()
+        discord, kept = spywatcher.DiscordSettings(), self.host.cached()
+        self.bot = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept).bot
+        place = spywatcher.HostContext(
+            bot=self.bot,
+            emit=self._emit,
+            settled=lambda: True,
+            watches=lambda guild_id: True,
+            storage=self._folder / "counts.db",
+            tokens=spywatcher.Tokens(spywatcher.Keys((secrets.token_hex(32),)), ("HS256",)),
+        )
+        await self.host.start(place)
+        self._resting = asyncio.all_tasks()
+
+    def _emit(self, event: str, guild_id: str, content: Any, kind: str) -> None:
+        room = f"{kind}:{guild_id}"
+
+        async def make() -> None:
+            if (fields := await content()) is not None:
+                self.emitted.append(Emitted(event, fields, room))
+
+        if callable(content):
+            self._making.add(asyncio.create_task(make()))
+        else:
+            self.emitted.append(Emitted(event, content, room))
+
+    async def _tick(self) -> None:
+        for runner in self.host.runners.values():
+            for guarded, _ in runner.repeated:
+                await guarded.ask()
+
+    async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
+        if not self.discord.sessions:
+            ShardByHand(self.discord, self.bot).identify(int(self.bot.intents))
+            await self._rest()  # a large guild's members come after it
+        result = await doing
+        await self._rest()
+        return result
+
+    async def _rest(self) -> None:
+        """Until nothing is left to do."""
+        while tasks := asyncio.all_tasks() - self._resting - {asyncio.current_task()}:
+            done, _ = await asyncio.wait(tasks, timeout=PATIENCE)
+            if not done:
+                self._resting |= tasks
+
+
+class FaultsLogged(logging.Handler):
+    """Keeps what plugin host, hikari and asyncio log at ERROR: a test has nobody who reads a log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self._records.append(record)
+
+    def take(self) -> list[logging.LogRecord]:
+        """What came since the last time."""
+        records, self._records = self._records, []
+        return records
+
+
+class ShardByHand(PretendShard):
+    """A gateway session that ends in hikari without a socket; both sides take it for theirs."""
+
+    def __init__(self, discord: Gateway, bot: hikari.GatewayBot) -> None:
+        super().__init__(discord.bot.id)
+        self._discord = discord
+        self._bot = bot
+        self._session: Session | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """There is nothing that could break."""
+        return True
+
+    def identify(self, intents: int) -> None:
+        """Come in, which brings READY and the guilds."""
+        identify = Identify(self._discord.token, intents)
+        self._session = self._discord.identify(identify, self)
+
+    def transmit(self, packet: bytes) -> None:
+        """What the pretend Discord sends."""
+        dispatch = msgspec.json.decode(packet)
+        consume = self._bot.event_manager.consume_raw_event
+        consume(dispatch["t"], cast("Any", self), dispatch["d"])
+
+    async def request_guild_members(
+        self, guild: int, *, include_presences: bool = False, nonce: str | None = None, **_: Any
+    ) -> None:
+        """What hikari asks for once it knows a large guild."""
+        assert self._session is not None
+        request = RequestMembers(int(guild), presences=include_presences, nonce=nonce)
+        self._discord.request_members(self._session, request)
+
+    def send(self, op: Op, d: Any) -> None:
+        """Nothing but dispatches means anything here."""
+
+    def close(self, code: int | None = None, reason: str | None = None) -> None:
+        """There is no connection."""
+
+    def cut(self) -> None:
+        """There is no connection."""
+
+
 # ---- a lively guild ----
-# Sixty people who never sleep, so that a dashboard has something to show within a minute: regulars
-# write, lurkers only come and go, ghosts type and never send.
+# People who never sleep, so that every part of a dashboard has something to show: regulars write, edit,
+# delete and talk, lurkers only come and go, ghosts type and never send.
 
 FIRST_NAMES = (
-    *("mira", "jonas", "aiko", "tobias", "lena", "rafael", "priya", "sven", "noor", "elif"),
-    *("kofi", "ines", "marek", "yuki", "dario", "hana", "omar", "freya", "luca", "zoe"),
-    *("amir", "petra", "nils", "saoirse", "bruno", "tara", "viktor", "leila", "emil", "carmen"),
+    *("mira", "愛子", "Тобиас", "léna", "राफेल", "priya", "نور", "elif", "kofi", "inês"),
+    *("Łukasz", "雪", "darío", "はな", "عمر", "freyja", "luca", "Ζωή", "김하나", "דנה"),
+    *("ณัฐ", "Nguyễn", "Şule", "გიორგი", "Արամ", "saoirse", "bruno", "viktor", "小龍", "carmen"),
 )
-TAILS = ("", "_x", ".art", "42", "_dev", "plays", "99", ".irl", "_gg", "reads")
+TAILS = ("", " 🌙", "_x", " 🎮", "42", " ✨", "_dev", ".irl", " 👩‍🚀", "99")
+CHANNELS = ("art-🎨", "gaming", "日本語", "книги")
+VOICE_CHANNELS = ("Lounge 🔊", "Game night")
+TOPICS = (
+    "raid on friday 🐉",
+    "mod list",
+    "книга месяца",
+    "photo walk 📷",
+    "speedrun ideas",
+    "おすすめ",
+)
+RANKS = ("Regular", "🔥 Veteran", "🎨 Artist", "👨‍👩‍👧 Family")
 CHATTER = (
     "anyone up for a round tonight?",
     "just pushed the fix",
@@ -1881,74 +2357,196 @@ EMOJI = ("👍", "😂", "🔥", "🦉", "❤️")
 DEVICES = ("desktop", "mobile", "web")
 STATUSES = ("online", "online", "idle", "dnd")
 
+Act = Callable[[], Awaitable[None]]
+Said = tuple[Channel | Thread, Json]  # where, and the message
+KEPT = 20  # messages that may yet be edited, deleted or reacted to
+
 
 class LivelyGuild:
     """A guild with believable people and what each of them does by habit."""
 
-    def __init__(self, discord: PretendDiscord, *, members: int = 60, seed: int = 1) -> None:
+    def __init__(
+        self,
+        discord: PretendDiscord,
+        *,
+        name: str = "Night Owls 🦉",
+        members: int = 60,
+        seed: int = 1,
+    ) -> None:
         self.discord = discord
         self.dice = random.Random(seed)
         self.names = self._new_names()
-        self.guild = discord.add_guild("Night Owls")
-        self.ranks = [self.guild.add_role(name) for name in ("Regular", "Veteran", "Artist")]
+        self.guild = discord.add_guild(name)
+        self.ranks = [self.guild.add_role(name) for name in RANKS]
         staff = self.guild.add_role("Staff", Permission.MANAGE_GUILD | Permission.MANAGE_MESSAGES)
         self.guild.owner.role_ids.append(staff.id)
-        self.places = self._open_places()
+        channels = [self.guild.general, *map(self.guild.add_channel, CHANNELS)]
         private = hidden_except(self.guild, staff)
         self.staff_room = self.guild.add_channel("staff-room", overwrites=private)
-        people = [self._settle() for _ in range(max(members, 5))]
+        self.voice_channels = [
+            self.guild.add_channel(name, kind=ChannelType.VOICE) for name in VOICE_CHANNELS
+        ]
+        self.threads = [self.guild.add_thread(topic, channels[-1]) for topic in TOPICS[:2]]
+        self.channels = channels
+        people = [self._settle() for _ in range(max(members, 8))]
         self.lurkers = people[: len(people) // 5]
         self.ghosts = people[len(self.lurkers) : len(people) // 3]
         self.regulars = people[len(people) // 3 :]
-        self.last_message: tuple[Channel | Thread, Json] | None = None
+        self.newcomers = [self._settle() for _ in range(3)]
+        self.said: collections.deque[Said] = collections.deque(maxlen=KEPT)
 
     def _new_names(self) -> Iterator[str]:
         names = [first + tail for tail in TAILS for first in FIRST_NAMES]
         self.dice.shuffle(names)
         return itertools.chain(names, (f"owl{number}" for number in itertools.count(1)))
 
-    def _open_places(self) -> list[Channel | Thread]:
-        """Where everybody may write: three channels and two threads."""
-        guild = self.guild
-        channels = [guild.general, *(guild.add_channel(n) for n in ("art", "gaming"))]
-        guild.add_channel("Lounge", kind=ChannelType.VOICE)
-        threads = [guild.add_thread(n, channels[-1]) for n in ("raid on friday", "mod list")]
-        return [*channels, *threads]
-
     def _settle(self) -> Member:
-        """A member who has been here for a while, most of them online."""
+        """A member who has been here for a while, most of them online, some on two devices."""
         member = self.guild.add_member(
             next(self.names), account_age_days=self.dice.uniform(20, 2500)
         )
         if self._coin(0.7):
-            member.appear(self.dice.choice(STATUSES), [self.dice.choice(DEVICES)])
+            devices = self.dice.sample(DEVICES, 2 if self._coin(0.1) else 1)
+            member.appear(self.dice.choice(STATUSES), devices)
         return member
 
     async def play(self, rate: float) -> None:
         """Do things at that many a second on average, until cancelled."""
-        habits: Mapping[Callable[[], Awaitable[None]], int] = {
-            self.chat: 30,
-            self.lurk: 22,
-            self.haunt: 16,
-            self.react: 12,
-            self.change_devices: 9,
-            self.change_status: 6,
-            self.confer: 3,
+        for act in self.acts():
+            await asyncio.sleep(self.dice.expovariate(rate))
+            await act()
+
+    async def warm_up(self, count: int) -> None:
+        """Do that many things at once."""
+        for act in itertools.islice(self.acts(), count):
+            await act()
+
+    def acts(self) -> Iterator[Act]:
+        """What happens next, for ever: shuffled decks in which each habit has its share.
+
+        A deck has about a hundred cards, so that at five things a second each comes in twenty.
+        """
+        habits: Mapping[Act, int] = {
+            self.chat: 26,
+            self.lurk: 16,
+            self.haunt: 12,
+            self.react: 10,
+            self.come_and_go: 8,
+            self.take_a_device: 4,
+            self.put_devices_away: 4,
+            self.talk: 4,
+            self.edit: 3,
+            self.begin_a_game: 3,
+            self.confer: 2,
             self.promote: 2,
-            self.arrive: 2,
+            self.arrive: 1,
+            self.depart: 1,
+            self.delete: 2,
             self.rename: 1,
+            self.turn_to_a_topic: 1,
         }
         while True:
-            await asyncio.sleep(self.dice.expovariate(rate))
-            [act] = self.dice.choices(list(habits), list(habits.values()))
-            await act()
+            deck = [act for act, share in habits.items() for _ in range(share)]
+            self.dice.shuffle(deck)
+            yield from deck
+
+    # What regulars do.
 
     async def chat(self) -> None:
         """A regular types, then writes."""
-        author, place = self.dice.choice(self.regulars), self.dice.choice(self.places)
+        author, place = self.dice.choice(self.regulars), self._place()
         await self.discord.typing(self.guild, author, place)
         body = await self.discord.message(self.guild, author, place, self.dice.choice(CHATTER))
-        self.last_message = place, body
+        self.said.append((place, body))
+
+    async def edit(self) -> None:
+        """Somebody changes what was written."""
+        if self.said:
+            text = self.dice.choice(CHATTER)
+            await self.discord.message_edit(self.guild, *self.dice.choice(self.said), text)
+
+    async def delete(self) -> None:
+        """Somebody takes back what was written last."""
+        if self.said:
+            await self.discord.message_delete(self.guild, *self.said.pop())
+
+    async def react(self) -> None:
+        """A regular reacts to what was written, now and then a lurker or a ghost."""
+        if self.said:
+            shy = self._coin(0.2)
+            member = self.dice.choice([*self.lurkers, *self.ghosts] if shy else self.regulars)
+            emoji, said = self.dice.choice(EMOJI), self.dice.choice(self.said)
+            await self.discord.reaction(self.guild, member, *said, emoji)
+
+    async def turn_to_a_topic(self) -> None:
+        """A regular opens a thread; there are never more than four."""
+        if len(self.threads) >= 4:
+            gone = self.threads.pop(0)
+            self.said = collections.deque((s for s in self.said if s[0] is not gone), KEPT)
+            await self.discord.thread_delete(self.guild, gone)
+        owner, topic = self.dice.choice(self.regulars), self.dice.choice(TOPICS)
+        channel = self.dice.choice(self.channels)
+        self.threads.append(await self.discord.thread_create(self.guild, channel, topic, owner))
+
+    async def talk(self) -> None:
+        """A regular enters a voice channel, moves to another or hangs up."""
+        talking = [self.guild.members[i] for i in self.guild.voice]
+        if len(talking) >= 6 or (talking and self._coin(0.3)):
+            await self.discord.voice(self.guild, self.dice.choice(talking), None)
+        else:
+            member = self.dice.choice(talking if talking and self._coin(0.4) else self._online())
+            now = self.guild.voice.get(member.id)
+            others = [channel for channel in self.voice_channels if channel.id != now]
+            await self.discord.voice(self.guild, member, self.dice.choice(others))
+
+    async def come_and_go(self) -> None:
+        """A regular comes, goes, or changes the status."""
+        member = self.dice.choice(self.regulars)
+        if member.status != "offline" and self._coin(0.5):
+            status = self.dice.choice([s for s in STATUSES if s != member.status])
+            await self.discord.presence(self.guild, member, status, list(member.client_status))
+        else:
+            await self._toggle(member)
+
+    async def take_a_device(self) -> None:
+        """A regular who is on one device takes another one besides."""
+        single = [member for member in self.regulars if len(member.client_status) == 1]
+        member = self.dice.choice(single or self.regulars)
+        unused = [device for device in DEVICES if device not in member.client_status]
+        devices = [*member.client_status, *self.dice.sample(unused, min(len(unused), 1))]
+        await self.discord.presence(self.guild, member, "online", devices)
+
+    async def put_devices_away(self) -> None:
+        """A regular who is on several devices goes back to one."""
+        several = [member for member in self.regulars if len(member.client_status) > 1]
+        if several:
+            member = self.dice.choice(several)
+            device = self.dice.choice(list(member.client_status))
+            await self.discord.presence(self.guild, member, member.status, [device])
+
+    async def begin_a_game(self) -> None:
+        """A regular begins to play: a presence with another activity and the same status."""
+        member, game = self.dice.choice(self._online()), [{"name": self.dice.choice(GAMES)}]
+        await self.discord.presence(self.guild, member, member.status, activities=game)
+
+    async def promote(self) -> None:
+        """A regular gains a rank; who has all of them begins again."""
+        member = self.dice.choice(self.regulars)
+        missing = [rank for rank in self.ranks if rank.id not in member.role_ids]
+        if not missing:
+            kept = [role for i, role in self.guild.roles.items() if i in member.role_ids]
+            await self.discord.set_roles(
+                self.guild, member, *(r for r in kept if r not in self.ranks)
+            )
+            missing = self.ranks
+        await self.discord.add_role(self.guild, member, self.dice.choice(missing))
+
+    async def rename(self) -> None:
+        """A regular takes a nickname."""
+        member = self.dice.choice(self.regulars)
+        await self.discord.rename(self.guild, member, nick=f"{member.name} the owl")
+
+    # What others do.
 
     async def lurk(self) -> None:
         """A lurker comes or goes."""
@@ -1956,60 +2554,31 @@ class LivelyGuild:
 
     async def haunt(self) -> None:
         """A ghost types and thinks better of it."""
-        place = self.dice.choice(self.places)
-        await self.discord.typing(self.guild, self.dice.choice(self.ghosts), place)
-
-    async def react(self) -> None:
-        """A regular reacts to what was written last."""
-        if self.last_message:
-            member, emoji = self.dice.choice(self.regulars), self.dice.choice(EMOJI)
-            await self.discord.reaction(self.guild, member, *self.last_message, emoji)
-
-    async def change_devices(self) -> None:
-        """A regular picks up another device, or goes back to one."""
-        member = self.dice.choice(self.regulars)
-        unused = [device for device in DEVICES if device not in member.client_status]
-        if unused and (len(unused) > 1 or self._coin(0.3)):
-            devices = [*member.client_status, self.dice.choice(unused)]
-        else:
-            devices = [self.dice.choice(DEVICES)]
-        await self.discord.presence(self.guild, member, "online", devices)
-
-    async def change_status(self) -> None:
-        """A regular comes, goes, or begins to play."""
-        member = self.dice.choice(self.regulars)
-        if member.status != "offline" and self._coin(0.4):
-            game = [{"name": self.dice.choice(GAMES)}]
-            await self.discord.presence(self.guild, member, member.status, activities=game)
-        else:
-            await self._toggle(member)
+        await self.discord.typing(self.guild, self.dice.choice(self.ghosts), self._place())
 
     async def confer(self) -> None:
         """The owner writes where only the staff may read."""
         line = self.dice.choice(CHATTER)
         await self.discord.message(self.guild, self.guild.owner, self.staff_room, line)
 
-    async def promote(self) -> None:
-        """A regular gains a rank; who has them all begins again."""
-        member = self.dice.choice(self.regulars)
-        missing = [rank for rank in self.ranks if rank.id not in member.role_ids]
-        if missing:
-            await self.discord.add_role(self.guild, member, self.dice.choice(missing))
-        else:
-            await self.discord.set_roles(self.guild, member)
-
     async def arrive(self) -> None:
-        """Someone new joins, often with a fresh account; from time to time someone leaves."""
+        """Someone new joins, often with a fresh account."""
         age = self.dice.choice((0.1, 2.0, self.dice.uniform(10, 2000)))
         member = await self.discord.join(self.guild, next(self.names), account_age_days=age)
-        self.dice.choice((self.regulars, self.lurkers, self.ghosts)).append(member)
-        if len(self.regulars) > 10 and self._coin(0.3):
-            await self.discord.leave(self.guild, self.regulars.pop())
+        self.newcomers.append(member)
 
-    async def rename(self) -> None:
-        """A regular takes a nickname."""
-        member = self.dice.choice(self.regulars)
-        await self.discord.rename(self.guild, member, nick=f"{member.name} the owl")
+    async def depart(self) -> None:
+        """Of those who came lately, the first leaves again."""
+        if self.newcomers:
+            await self.discord.leave(self.guild, self.newcomers.pop(0))
+
+    def _place(self) -> Channel | Thread:
+        places: list[Channel | Thread] = [*self.channels, *self.threads]
+        return self.dice.choice(places)
+
+    def _online(self) -> list[Member]:
+        """The regulars who are there, or all of them at the hour when nobody is."""
+        return [m for m in self.regulars if m.status != "offline"] or self.regulars
 
     async def _toggle(self, member: Member) -> None:
         status = self.dice.choice(STATUSES) if member.status == "offline" else "offline"
@@ -2019,11 +2588,200 @@ class LivelyGuild:
         return self.dice.random() < chance
 
 
-async def play(
-    discord: PretendDiscord, *, members: int = 60, rate: float = 5.0, seed: int = 1
+class PastHour(NamedTuple):
+    """What happened in one hour of a guild: `hour` in hours since 1970, `online` at most at once."""
+
+    hour: int
+    messages: int
+    joins: int
+    leaves: int
+    active: int
+    online: int
+
+
+def past_hours(dice: random.Random, members: int, weeks: int = 4) -> Iterator[PastHour]:
+    """The last weeks of a guild, until the last full hour: evenings, weekends, and it grows."""
+    hours, now = weeks * 7 * 24, int(time.time()) // 3600
+    for ago in range(hours, 0, -1):
+        moment = datetime.fromtimestamp((now - ago) * 3600, UTC)
+        evening = (
+            1 + math.cos((moment.hour - 20) / 24 * math.tau)
+        ) / 2  # 1 at 20:00 UTC, 0 at 8:00
+        weekend = 1.3 if moment.weekday() >= 5 else 1.0
+        grown = 1.0 - 0.3 * ago / hours
+        busy = (0.04 + 0.96 * evening**1.5) * weekend * grown * dice.uniform(0.7, 1.2)
+        active = min(round(busy * members * 0.4), members)
+        yield PastHour(
+            hour=now - ago,
+            messages=active and active + round(busy * members * dice.uniform(3, 6)),
+            joins=sum(dice.random() < busy * 0.06 for _ in range(3)),
+            leaves=sum(dice.random() < busy * 0.04 for _ in range(3)),
+            active=active,
+            online=max(
+                active, round(members * grown * (0.15 + 0.5 * evening) * dice.uniform(0.9, 1.1))
+            ),
+        )
+
+
+def lively_guilds(discord: PretendDiscord, members: int = 60, seed: int = 1) -> list[LivelyGuild]:
+    """A lively guild and a quieter one."""
+    owls = LivelyGuild(discord, members=members, seed=seed)
+    return [owls, LivelyGuild(discord, name="Book Club 📚", members=members // 4, seed=seed + 1)]
+
+
+async def play(lively: Sequence[LivelyGuild], rate: float = 5.0) -> None:
+    """Keep guilds busy until cancelled, each a good deal less than the one before it."""
+    await asyncio.gather(*(guild.play(rate / 20**i) for i, guild in enumerate(lively)))
+
+
+# ---- the demo ----
+# The whole product on loopback: the pretend Discord, a real server in front of it, and a dashboard in
+# the terminal. What an operator has is left alone: the demo keeps its counts in a folder of its own,
+# and of the settings it takes the port, the plugins with theirs, the throttle and the log.
+
+DEMO_TEXT = """
+SpyWatcher is watching {guilds}. Open this address; it signs you in, for a day:
+
+    {url}/#token={token}
+
+That token is for dashboards of your own, too. Ctrl+C stops it all. Here you see the first event of
+each kind{and_more}:
+"""
+DEMO_FILE = "demo.db"
+LOOPBACK_ORIGINS = tuple(
+    f"{scheme}://{host}:*"
+    for scheme in ("http", "https")
+    for host in ("localhost", "127.0.0.1", "[::1]")
+)
+# Things that have happened when the address is shown: they fill the lists of members.
+LIFE_BEFORE = 500
+
+
+async def run_demo(
+    settings: spywatcher.Settings, port: int | None = None, plugins: Path | None = None
 ) -> None:
-    """Add a lively guild and keep it busy until cancelled."""
-    await LivelyGuild(discord, members=members, seed=seed).play(rate)
+    """Serve until a signal comes; `port` and a folder of `plugins` go before the settings'.
+
+    Raises spywatcher.OperatorError when the port cannot be had or a plugin's settings are wrong.
+    """
+    async with PretendDiscord() as discord, contextlib.AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        settings = demo_settings(settings, discord, folder, port, plugins)
+        keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
+        server = spywatcher.Server(settings, keys=keys, token=discord.token)
+        lively = lively_guilds(discord)
+        give_a_past(server.plugins, lively, folder)
+        serving = asyncio.create_task(serve(server))
+        showing = asyncio.create_task(show(discord, server, lively, plugins))
+        both = [serving, showing]
+        ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in both:
+            task.cancel()
+        await asyncio.wait(both)
+        for task in ended:
+            task.result()
+
+
+async def serve(server: spywatcher.Server) -> None:
+    """Run the server until a signal comes; a port in use is said with the way out."""
+    try:
+        await spywatcher.run_server(server)
+    except spywatcher.OperatorError as error:
+        way_out = "take another one: python spywatcher.py demo --port 0"
+        raise spywatcher.OperatorError(f"{error}; {way_out}") from error
+
+
+def demo_settings(
+    settings: spywatcher.Settings,
+    discord: PretendDiscord,
+    folder: Path,
+    port: int | None,
+    plugins: Path | None,
+) -> spywatcher.Settings:
+    """What the demo's server runs with; an author's own plugin replaces a shipped one of its name."""
+    replace = msgspec.structs.replace
+    first = () if plugins is None else (str(plugins),)
+    return spywatcher.Settings(
+        server=spywatcher.ServerSettings(
+            host="localhost",
+            port=settings.server.port if port is None else port,
+            cors_origins=LOOPBACK_ORIGINS,
+        ),
+        discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
+        limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
+        storage=spywatcher.StorageSettings(path=str(folder / DEMO_FILE)),
+        plugins=replace(settings.plugins, folders=(*first, *settings.plugins.folders)),
+        plugin=settings.plugin,
+        throttle=settings.throttle,
+        log=settings.log,
+        folder=settings.folder,
+    )
+
+
+def give_a_past(host: spywatcher.PluginHost, lively: Sequence[LivelyGuild], folder: Path) -> None:
+    """Have the plugin `history` begin with some weeks, before the server starts."""
+    plugin = host.plugins.get("history")
+    seed = getattr(plugin and plugin.module, "seed", None)
+    if seed is not None:
+        seed(
+            folder / DEMO_FILE,
+            (
+                (hour.hour, one.guild.id, hour[1:])
+                for one in lively
+                for hour in past_hours(one.dice, len(one.guild.members))
+            ),
+        )
+
+
+async def show(
+    discord: PretendDiscord,
+    server: spywatcher.Server,
+    lively: Sequence[LivelyGuild],
+    plugins: Path | None,
+) -> None:
+    """Fill the guilds with life, say where to look, and go on until cancelled."""
+    await discord.wait_for_bot(timeout=60)
+    for i, guild in enumerate(lively):
+        await guild.warm_up(LIFE_BEFORE // 4**i)
+    await discord.caught_up()
+    url = f"http://localhost:{server.port}"
+    token = server.tokens.issue("1", role="ADMIN", ttl=86_400)
+    names = " and ".join(one.guild.name for one in lively)
+    and_more = f", and all of the plugins in {plugins}" if plugins else ""
+    print(DEMO_TEXT.format(guilds=names, url=url, token=token, and_more=and_more), flush=True)
+    await asyncio.gather(play(lively), watch(server, token, plugins))
+
+
+async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> None:
+    """A dashboard in a terminal: what any Socket.IO client sees, one line an event."""
+    client = socketio.AsyncClient(logger=False, handle_sigint=False)  # run_server does
+    seen: set[str] = set()
+
+    def note(event: str, data: object) -> None:
+        if event not in seen or (plugins and is_of(plugins, server.plugins, event)):
+            print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
+        seen.add(event)
+
+    client.on("*", note)
+    url = f"http://127.0.0.1:{server.port}"
+    await client.connect(url, auth={"token": token}, transports=["websocket"])
+    guilds = (await client.call("guilds:list"))["guilds"]
+    joined: set[str] = set()
+    try:
+        while True:  # a plugin that is saved meanwhile may open rooms of another kind
+            for kind in sorted(server.plugins.kinds - joined):
+                joined.add(kind)
+                for guild in guilds:
+                    await client.emit(f"subscribe:{kind}", guild["id"])
+            await asyncio.sleep(1.0)
+    finally:
+        await client.shutdown()
+
+
+def is_of(folder: Path, host: spywatcher.PluginHost, event: str) -> bool:
+    """Whether a plugin from that folder has the event."""
+    owners = [plugin for plugin in host.plugins.values() if event in plugin.events]
+    return any(plugin.path.is_relative_to(folder) for plugin in owners)
 
 
 # ---- command line ----
@@ -2044,12 +2802,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 async def run(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM."""
     async with PretendDiscord(port=options.port) as discord:
-        lively = LivelyGuild(discord, members=options.members, seed=options.seed)
-        playing = asyncio.create_task(lively.play(options.rate))
+        lively = lively_guilds(discord, options.members, options.seed)
+        playing = asyncio.create_task(play(lively, options.rate))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
         print(f'rest_url = "{discord.rest_url}"\ntoken = "{discord.token}"', flush=True)
-        print(f"# guild {lively.guild.id}, owner {lively.guild.owner_id}", flush=True)
+        for one in lively:
+            guild = one.guild
+            print(f"# guild {guild.id} ({guild.name}), owner {guild.owner_id}", flush=True)
         with contextlib.suppress(asyncio.CancelledError):
             await playing
 

@@ -26,7 +26,7 @@ async def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         redis = await stack.enter_async_context(RedisServer(folder))
         discord = await stack.enter_async_context(simulator.PretendDiscord())
-        playing = asyncio.create_task(simulator.play(discord))
+        playing = asyncio.create_task(simulator.play(simulator.lively_guilds(discord)))
         stack.callback(playing.cancel)
         for number in range(3):
             home = folder / f"node{number}"

@@ -462,14 +462,14 @@ def reaction(event: hikari.GuildReactionAddEvent) -> None:
         history.act(int(event.guild_id), int(event.user_id))
 
 
-@on(hikari.MemberCreateEvent)
+@on(hikari.MemberCreateEvent, bots=True)  # Discord's count has them
 def joined(event: hikari.MemberCreateEvent) -> None:
     history.add_members(int(event.guild_id), 1)
     if not event.user.is_bot:
         history.count("joins", int(event.guild_id))
 
 
-@on(hikari.MemberDeleteEvent)
+@on(hikari.MemberDeleteEvent, bots=True)
 def left(event: hikari.MemberDeleteEvent) -> None:
     history.add_members(int(event.guild_id), -1)
     history.appear(int(event.guild_id), (), [int(event.user_id)])

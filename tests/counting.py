@@ -89,7 +89,7 @@ class Counting:
             watches=lambda guild_id: True,
             storage=self.path,
             share=self._share,
-            alone=self._alone or self._host.alone,
+            alone=self._alone or self._host.locks.__getitem__,
         )
         await self._host.start(place)
         for guild in self._guilds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from redisserver import RedisServer
-from service import server_for
+from service import fetch, server_for
 from waiting import eventually
 from watching import Watching
 
@@ -230,6 +231,82 @@ async def test_a_problem_is_logged_once_and_counted_each_time(
         assert spy.server.metrics.plugin_failures.labels("stats")._value.get() == 2
     said = [r.getMessage() for r in caplog.records if r.name == "spywatcher.plugin.stats"]
     assert said == ["out of tea", "all is well again"]
+
+
+# ---- routes, tokens, keys --------------------------------------------------
+
+PAGES = """
+    import json
+    from spywatcher import route
+    from tornado.web import RequestHandler
+
+    @route(r"/pages/([a-z]+)")
+    class Page(RequestHandler):
+        def get(self, name):
+            self.set_header("Content-Security-Policy", "default-src 'none'")
+            self.finish({"name": name, "settings": self.spy.settings})
+
+    @route(r"/broken")
+    class Broken(RequestHandler):
+        async def get(self): raise ValueError("as planned")
+
+    @route(r"/health/live")
+    class Shadow(RequestHandler):
+        def get(self): self.finish("not reached")
+"""
+
+
+async def test_a_plugin_serves_a_page_of_its_own(watching: Watching, plugin: Any) -> None:
+    async with watching(**plugin(PAGES, plugin={"stats": {"any": 1}})) as spy:
+        page = await fetch(spy.server.port, "/pages/one")
+        assert json.loads(page.body) == {"name": "one", "settings": {"any": 1}}
+        assert page.headers["Content-Security-Policy"] == "default-src 'none'"
+        assert "Server" not in page.headers
+        assert (await fetch(spy.server.port, "/pages/one/more")).code == 404
+
+
+async def test_the_servers_own_paths_come_before_a_plugins(watching: Watching, plugin: Any) -> None:
+    async with watching(**plugin(PAGES)) as spy:
+        answer = await fetch(spy.server.port, "/health/live")
+        assert json.loads(answer.body) == {"status": "live"}
+
+
+@pytest.mark.logs(r"ERROR spywatcher: plugin stats: Broken failed")
+async def test_a_page_that_raises_answers_500_without_insides(
+    watching: Watching, plugin: Any
+) -> None:
+    async with watching(**plugin(PAGES)) as spy:
+        answer = await fetch(spy.server.port, "/broken")
+        assert (answer.code, b"planned" in answer.body) == (500, False)
+        assert spy.server.metrics.plugin_failures.labels("stats")._value.get() == 1
+
+
+async def test_a_plugin_issues_tokens_that_let_dashboards_in(
+    watching: Watching, plugin: Any
+) -> None:
+    tables = plugin("""
+        tokens = []
+
+        def setup(spy):
+            tokens.append(spy.issue_token("7", ttl=60.0, guilds=["8"]))
+    """)
+    async with watching(**tables) as spy:
+        [token] = spy.server.plugins.plugins["stats"].module.tokens
+        viewer = spy.server.tokens.verify(token)
+        assert (viewer.discord_id, viewer.role, viewer.guilds) == ("7", "USER", {"8"})
+
+
+async def test_keys_differ_by_plugin_and_purpose_and_stay_over_restarts(
+    watching: Watching, plugin: Any
+) -> None:
+    keys: list[dict[str, bytes]] = []
+    for _ in range(2):
+        async with watching(**plugin("")) as spy:
+            key = spy.server.plugins.runners["stats"].spy.key
+            keys.append({purpose: key(purpose) for purpose in ("cookie", "state")})
+    assert keys[0] == keys[1]
+    assert len(set(keys[0].values())) == 2
+    assert [len(key) for key in keys[0].values()] == [32, 32]
 
 
 # ---- several nodes ---------------------------------------------------------

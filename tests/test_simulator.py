@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 import signal
 import sys
@@ -25,6 +26,7 @@ import simulator
 from simulator import (
     CloseCode,
     Guild,
+    Harness,
     Intent,
     LivelyGuild,
     Permission,
@@ -271,9 +273,7 @@ ACTIONS: dict[hikari.Intents, dict[type[hikari.Event], Act]] = {
         hikari.MemberUpdateEvent: lambda d, g: d.rename(g, g.owner, nick="boss"),
     },
     hikari.Intents.GUILD_MODERATION: {
-        hikari.BanCreateEvent: lambda d, g: d.dispatch(
-            "GUILD_BAN_ADD", simulator.member_remove_json(g, g.owner)
-        ),
+        hikari.BanCreateEvent: lambda d, g: d.ban(g, g.owner),
     },
     hikari.Intents.GUILD_VOICE_STATES: {
         hikari.VoiceStateUpdateEvent: lambda d, g: d.voice(g, g.owner, g.general),
@@ -524,7 +524,9 @@ async def test_rest_answers_what_the_state_holds(discord: PretendDiscord) -> Non
     guild = discord.add_guild("Night Owls")
     async with watching(discord) as bot:
         assert (await bot.rest.fetch_my_user()).id == discord.bot_id
-        assert (await bot.rest.fetch_application()).approximate_guild_count == 1
+        application = await bot.rest.fetch_application()
+        assert application.approximate_guild_count == 1
+        assert hikari.ApplicationFlags.GUILD_MEMBERS_INTENT in application.flags
         assert (await bot.rest.fetch_user(guild.owner_id)).username == "owner"
         assert (await bot.rest.fetch_member(guild.id, guild.owner_id)).id == guild.owner_id
         assert (await bot.rest.fetch_channel(guild.general.id)).name == "general"
@@ -546,6 +548,36 @@ async def test_an_unknown_route_gets_404_and_a_wrong_method_405(discord: Pretend
             assert (answer.status, (await answer.json())["code"]) == (405, 0)
 
 
+async def test_where_the_gateway_is_may_be_asked_without_a_token(discord: PretendDiscord) -> None:
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{discord.rest_url}/gateway") as answer:
+            assert await answer.json() == {"url": discord.gateway_url}
+        async with session.get(f"{discord.rest_url}/gateway/bot") as answer:
+            assert answer.status == 401
+
+
+async def test_lists_come_in_pages_and_refusals_have_discords_numbers(
+    discord: PretendDiscord,
+) -> None:
+    guild = discord.add_guild()
+    by_id = sorted([guild.owner_id, discord.bot_id])
+    headers = {"Authorization": f"Bot {discord.token}"}
+    members, messages = f"/guilds/{guild.id}/members", f"/channels/{guild.general.id}/messages"
+    async with aiohttp.ClientSession(headers=headers) as session:
+
+        async def ask(method: str, path: str, body: Any = None) -> Any:
+            async with session.request(method, discord.rest_url + path, json=body) as answer:
+                return await answer.json()
+
+        first = await ask("GET", f"{members}?limit=1")
+        rest = await ask("GET", f"{members}?limit=5&after={by_id[0]}")
+        assert [int(m["user"]["id"]) for m in first + rest] == by_id
+        assert (await ask("GET", f"{members}?limit=1001"))["code"] == 50035
+        assert (await ask("POST", messages, {"content": ""}))["code"] == 50006
+        discord.allowed_privileged = 0
+        assert (await ask("GET", members))["code"] == 50001
+
+
 # ---- the gateway's own rules ----
 
 
@@ -559,7 +591,11 @@ async def test_an_unknown_route_gets_404_and_a_wrong_method_405(discord: Pretend
         ("v=10", [(2, {}), (2, {})], CloseCode.ALREADY_AUTHENTICATED),
         ("v=10", [(2, {"shard": [2, 2]})], CloseCode.INVALID_SHARD),
         ("v=10", [(2, {"intents": 1 << 30})], CloseCode.INVALID_INTENTS),
+        ("v=10", [(1, "x" * 4096)], CloseCode.DECODE_ERROR),
+        ("v=10", [(1, None)] * 121, CloseCode.RATE_LIMITED),
         ("v=9", [], CloseCode.INVALID_API_VERSION),
+        ("v=10&encoding=etf", [], CloseCode.DECODE_ERROR),
+        ("v=10&compress=foo", [], CloseCode.DECODE_ERROR),
     ],
 )
 async def test_a_client_that_breaks_the_rules_is_closed_with_discords_code(
@@ -569,6 +605,35 @@ async def test_a_client_that_breaks_the_rules_is_closed_with_discords_code(
         for op, d in packets:
             await (client.identify(discord, **d) if op == 2 else client.say(op, d))
         assert await client.close_code() == code
+
+
+async def test_what_is_not_spoken_here_is_named(discord: PretendDiscord) -> None:
+    async with Client.of(discord, "v=10&encoding=etf") as client:
+        await client.close_code()
+        assert client.socket.close_reason == "No encoding etf here, only json."
+
+
+async def test_a_client_without_heartbeats_loses_connection_and_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(simulator, "HEARTBEAT_GRACE", 0.2)
+    async with PretendDiscord(heartbeat_interval=0.1) as discord, Client.of(discord) as client:
+        await client.identify(discord)
+        assert await client.close_code() == CloseCode.SESSION_TIMED_OUT
+        assert not discord.sessions
+
+
+async def test_after_an_invalid_session_the_same_connection_may_identify_again(
+    discord: PretendDiscord,
+) -> None:
+    async with Client.of(discord) as client:
+        await client.hear()
+        await client.identify(discord)
+        await client.hear()
+        await discord.invalidate()
+        assert (await client.hear())["op"] == 9
+        await client.identify(discord)
+        assert (await client.hear())["t"] == "READY"
 
 
 @pytest.mark.parametrize("query", ["", "&compress=zlib-stream"])
@@ -611,9 +676,9 @@ async def test_resuming_from_the_future_is_refused_and_an_unknown_session_invali
 
 
 def test_the_map_at_the_top_lists_the_sections_in_their_order() -> None:
-    listed = " ".join((simulator.__doc__ or "").split()).partition("those above it: ")[2]
-    source = Path(simulator.__file__).read_text()
-    assert listed.rstrip(".").split(" · ") == re.findall(r"^# ---- (.+) ----$", source, re.M)
+    listed = (simulator.__doc__ or "").partition("those above it:\n")[2]
+    banners = re.findall(r"^# ---- (.+) ----$", Path(simulator.__file__).read_text(), re.M)
+    assert re.findall(r"^    (\S.*?)  ", listed, re.M) == banners
 
 
 def test_a_snowflake_carries_the_moment_it_was_made() -> None:
@@ -666,21 +731,37 @@ class Diary(PretendDiscord):
         return {int(user.get("id") or user["user_id"]) for user in users}
 
 
-async def test_a_lively_guild_shows_a_bit_of_everything() -> None:
+async def test_a_deck_of_a_lively_guild_holds_a_bit_of_everything() -> None:
     diary = Diary()
-    kinds = {
-        *("MESSAGE_CREATE", "TYPING_START", "MESSAGE_REACTION_ADD", "PRESENCE_UPDATE"),
-        *("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"),
+    await LivelyGuild(diary).warm_up(110)
+    assert {name for name, _ in diary.entries} >= {
+        *("MESSAGE_CREATE", "MESSAGE_UPDATE", "MESSAGE_DELETE", "MESSAGE_REACTION_ADD"),
+        *("TYPING_START", "PRESENCE_UPDATE", "VOICE_STATE_UPDATE", "THREAD_CREATE"),
+        *("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE", "GUILD_MEMBER_REMOVE"),
     }
-    await diary.watch(LivelyGuild(diary), lambda: kinds <= {name for name, _ in diary.entries})
+    shown = [data for name, data in diary.entries if name == "PRESENCE_UPDATE"]
+    assert {data["status"] for data in shown} == {"online", "idle", "dnd", "offline"}
+    assert {device for data in shown for device in data["client_status"]} == {*simulator.DEVICES}
 
 
-async def test_people_of_a_lively_guild_use_several_devices_at_once() -> None:
+async def test_a_lively_guild_goes_on_for_hours_and_does_not_grow() -> None:
     diary = Diary()
-    await diary.watch(
-        LivelyGuild(diary),
-        lambda: any(len(data.get("client_status", ())) > 1 for _, data in diary.entries),
-    )
+    lively = LivelyGuild(diary)
+    before = len(lively.guild.members)
+    await lively.warm_up(20_000)
+    assert abs(len(lively.guild.members) - before) <= 2
+    assert len(lively.guild.threads) <= 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_event_of_the_shipped_plugins_comes_within_a_minute(seed: int) -> None:
+    names = ("messages", "presence", "members")
+    with Harness(*(Path(simulator.__file__).parent / "plugins" / f"{n}.py" for n in names)) as h:
+        lively = LivelyGuild(h.discord, seed=seed)
+        h.run(lively.warm_up(5 * 60))
+        events = frozenset().union(*(plugin.events for plugin in h.host.plugins.values()))
+        greetings = {one.event for one in h.subscribe()}
+        assert {one.event for one in h.emitted} | greetings == events
 
 
 async def test_ghosts_never_write_and_lurkers_never_type() -> None:
@@ -692,6 +773,16 @@ async def test_ghosts_never_write_and_lurkers_never_type() -> None:
     assert lurkers & diary.who("PRESENCE_UPDATE")
     assert not ghosts & diary.who("MESSAGE_CREATE")
     assert not lurkers & (diary.who("TYPING_START") | diary.who("MESSAGE_CREATE"))
+
+
+def test_the_past_of_a_lively_guild_is_plausible() -> None:
+    hours = list(simulator.past_hours(random.Random(1), members=60))
+    assert [one.hour for one in hours] == list(range(hours[0].hour, hours[0].hour + 4 * 7 * 24))
+    assert all(one.active <= one.online <= 60 and one.active <= one.messages for one in hours)
+    by_hour = [sum(one.messages for one in hours if one.hour % 24 == h) for h in range(24)]
+    assert by_hour.index(max(by_hour)) in (19, 20, 21)
+    assert sum(by_hour) > 10_000
+    assert sum(one.joins for one in hours) > sum(one.leaves for one in hours) > 0
 
 
 async def test_the_same_seed_tells_the_same_story() -> None:

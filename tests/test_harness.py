@@ -1,0 +1,182 @@
+"""The harness: how a plugin author tries a plugin, with no network, no server and no event loop."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from service import ROOT
+
+import spywatcher
+from simulator import Harness, message_json
+
+HEAD = "import hikari\nfrom spywatcher import Payload, PluginSettings, every, on, on_subscribe\n"
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Any:
+    """Writes mine.py beside a plugin that nobody asked for."""
+    (tmp_path / "other.py").write_text("raise RuntimeError('not asked for')")
+
+    def write(source: str) -> Path:
+        path = tmp_path / "mine.py"
+        path.write_text(HEAD + dedent(source))
+        return path
+
+    return write
+
+
+def test_raw_json_goes_in_and_events_come_out(plugin: Any) -> None:
+    path = plugin("""
+        class MessageDelete(Payload):
+            message_id: str
+            channel_id: str
+
+        @on(hikari.GuildMessageDeleteEvent, emit="message:delete")
+        def message_delete(event):
+            return MessageDelete(message_id=str(event.message_id), channel_id=str(event.channel_id))
+    """)
+    with Harness(path) as h:
+        guild_id = str(h.guild.id)
+        h.feed("MESSAGE_DELETE", {"id": "1", "channel_id": "2", "guild_id": guild_id})
+        [(event, fields, room)] = h.emitted
+    assert fields.pop("timestamp").endswith("Z")
+    assert (event, room) == ("message:delete", f"guild:{guild_id}")
+    assert fields == {"messageId": "1", "channelId": "2", "guildId": guild_id}
+
+
+def test_shipped_plugins_see_people_who_were_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    plugins = [ROOT / "plugins" / f"{name}.py" for name in ("messages", "presence")]
+    with Harness(*plugins) as h:
+        ada = h.guild.add_member("ada")
+        h.run(h.discord.message(h.guild, ada, h.guild.general))
+        h.run(h.discord.presence(h.guild, ada, "dnd", ["desktop", "web"]))
+        told = {one.event: one.fields for one in h.emitted}
+    assert told["message:new"]["channelName"] == "general"
+    assert told["presence:update"]["status"] == "dnd"
+    assert told["alert:multiClient"]["username"] == "ada"
+
+
+def test_a_large_guild_is_known_as_on_a_real_connection() -> None:
+    with Harness(ROOT / "plugins" / "presence.py") as h:
+        people = [h.guild.add_member(f"owl{number}") for number in range(300)]
+        h.run(h.discord.presence(h.guild, people[7], "online"))
+        assert h.emitted[0].fields["username"] == "owl7"
+
+
+def test_what_people_wrote_is_not_there_to_read(plugin: Any) -> None:
+    path = plugin("""
+        @on(hikari.GuildMessageCreateEvent, emit="said")
+        def said(event):
+            return {"content": event.content}
+    """)
+    with Harness(path) as h:
+        h.feed("MESSAGE_CREATE", message_json(h.guild, h.guild.owner, h.guild.general, "secret"))
+        assert h.emitted[0].fields["content"] is None
+
+
+def test_settings_hooks_and_new_subscribers(plugin: Any) -> None:
+    path = plugin("""
+        class Settings(PluginSettings, frozen=True):
+            greeting: str = "hello"
+
+        async def setup(spy):
+            (spy.data_dir / "kept").touch()
+
+        async def teardown(spy):
+            assert (spy.data_dir / "kept").exists()
+
+        @on_subscribe("guild", emit="greeting")
+        def greet(guild_id, spy):
+            return {"text": spy.settings.greeting}
+    """)
+    with Harness(path, settings={"mine": {"greeting": "hi"}}) as h:
+        assert [one.fields["text"] for one in h.subscribe()] == ["hi"]
+        assert h.subscribe("analytics") == []
+
+
+def test_async_handlers_and_makers_have_ended_when_feed_returns(plugin: Any) -> None:
+    path = plugin("""
+        import asyncio
+
+        @on(hikari.GuildTypingEvent)
+        async def typing(event, spy):
+            await asyncio.sleep(0.01)
+
+            async def make():
+                await asyncio.sleep(0.01)
+                return {"made": True}
+
+            spy.emit("typing:start", event.guild_id, make)
+
+        @on_subscribe("guild", emit="unused")
+        def nothing(guild_id, spy): pass
+
+        @every(3600)
+        def look(spy): pass
+    """)
+    with Harness(path) as h:
+        h.run(h.discord.typing(h.guild, h.guild.owner, h.guild.general))
+        assert [(one.event, one.fields["made"]) for one in h.emitted] == [("typing:start", True)]
+
+
+def test_what_is_repeated_can_be_called_at_once(plugin: Any) -> None:
+    path = plugin("""
+        @on_subscribe("guild", emit="tick")
+        def nothing(guild_id, spy): pass
+
+        @every(3600)
+        async def look(spy):
+            for guild_id in spy.bot.cache.get_guilds_view():
+                spy.emit("tick", guild_id, {})
+    """)
+    with Harness(path) as h:
+        h.tick()
+        assert [one.event for one in h.emitted] == ["tick"]
+
+
+@pytest.mark.logs("ERROR spywatcher: plugin mine: teardown failed")
+def test_what_teardown_raises_is_raised_at_the_end(plugin: Any) -> None:
+    path = plugin("""
+        def teardown(spy):
+            raise LookupError("as planned")
+    """)
+    with pytest.raises(spywatcher.PluginError, match="teardown failed"), Harness(path):
+        pass
+
+
+@pytest.mark.logs("ERROR spywatcher: plugin mine: .* failed")
+def test_what_a_plugin_raises_is_raised_to_its_author(plugin: Any) -> None:
+    path = plugin("""
+        @on(hikari.GuildTypingEvent)
+        def typing(event):
+            raise LookupError("as planned")
+    """)
+    with Harness(path) as h:
+        with pytest.raises(spywatcher.PluginError, match="mine") as raised:
+            h.run(h.discord.typing(h.guild, h.guild.owner, h.guild.general))
+        assert isinstance(raised.value.__cause__, LookupError)
+
+
+@pytest.mark.logs("ERROR spywatcher: plugin mine")
+def test_a_plugin_that_does_not_load_is_raised_to_its_author(plugin: Any) -> None:
+    with pytest.raises(spywatcher.PluginError, match="not loaded"), Harness(plugin("1 / 0")):
+        pass
+
+
+@pytest.mark.logs("ERROR asyncio: Exception occurred in raw event dispatch")
+def test_json_that_hikari_cannot_read_is_raised_to_its_author(plugin: Any) -> None:
+    path = plugin("""
+        @on(hikari.GuildTypingEvent)
+        def typing(event): pass
+    """)
+    with Harness(path) as h, pytest.raises(spywatcher.PluginError) as raised:
+        h.feed("TYPING_START", {"guild_id": str(h.guild.id)})
+    assert isinstance(raised.value.__cause__, KeyError)
