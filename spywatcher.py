@@ -409,7 +409,7 @@ class LogSettings(Section, frozen=True):
 
 
 #: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
-THROTTLE: Final = {"analytics:update": 30.0}
+THROTTLE: Final = {"analytics:update": 30.0, "history:update": 60.0}
 
 
 class Settings(Section, frozen=True):
@@ -480,8 +480,10 @@ def is_secret(key: str, value: object) -> bool:
 def expected(kind: Any) -> str:
     """What a setting of this type takes, in words; empty where the type says nothing in words."""
     if get_origin(kind) is Annotated:
-        titles = [meta.title for meta in kind.__metadata__ if getattr(meta, "title", None)]
-        return titles[0] if titles else expected(get_args(kind)[0])
+        metas = [meta for meta in kind.__metadata__ if isinstance(meta, Meta)]
+        titles = [meta.title for meta in metas if meta.title]
+        bounded = any(meta != Meta(description=meta.description) for meta in metas)
+        return titles[0] if titles else "" if bounded else expected(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
     if get_origin(kind) is tuple:
@@ -3622,7 +3624,8 @@ class Spy:
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
         self.bot = context.bot
-        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
+        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps; `history`
+        #: has its own beside it.
         self.storage = context.storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
@@ -3630,6 +3633,9 @@ class Spy:
         self.marks = context.marks(name)
         #: Where Discord's REST API answers: what `hikari.RESTApp` takes as `url`.
         self.rest_url = context.rest_url
+        #: Held by one instance of the plugin at a time. On a reload the fresh one is set up before
+        #: the `teardown` of the old one: what must not be done by both is done under this.
+        self.alone = context.alone(name)
         self._name = name
         self._tokens = context.tokens
         self._address = context.address
@@ -3757,6 +3763,8 @@ class HostContext(NamedTuple):
     address: Callable[[HTTPServerRequest], str] = lambda request: ""
     #: Whether a page of this origin is named in the settings.
     lists_origin: Callable[[str], bool] = lambda origin: False
+    #: The lock of all instances of a plugin of this name.
+    alone: Callable[[str], asyncio.Lock] = lambda name: asyncio.Lock()
 
 
 # -- what goes out
@@ -4841,7 +4849,7 @@ def load_module(name: str, path: Path) -> ModuleType:
     """Run a plugin's file as a fresh module, under a name that no other module can have.
 
     It stays in `sys.modules`, where dataclasses and postponed annotations look it up, whatever it
-    raises.
+    raises. Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
@@ -4849,6 +4857,9 @@ def load_module(name: str, path: Path) -> ModuleType:
         sys.meta_path.insert(0, PluginFinder())
     importlib.invalidate_caches()  # of folders whose files are new
     full_name = MODULE_PREFIX + name
+    package = MODULE_PREFIX.rstrip(".")
+    beside = path.parent.parent if path.name == "__init__.py" else path.parent
+    sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(beside)]
     folder = [str(path.parent)] if path.name == "__init__.py" else None
     loader = SourceLoader(full_name, str(path))
     spec = importlib.util.spec_from_file_location(
@@ -5013,6 +5024,8 @@ class PluginHost:
         #: Whether plugins are at work here, and what is held while that or they change.
         self.leading = False
         self.changing = asyncio.Lock()
+        #: What the instances of a plugin, by its name, take in turn.
+        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
     # -- what plugins ask for
 
@@ -7576,6 +7589,7 @@ class Server:
             rest_url=self._settings.discord.rest_url,
             address=self.door.address,
             lists_origin=self.door.lists,
+            alone=self.plugins.locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:
