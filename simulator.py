@@ -11,13 +11,27 @@ Tests, demos and plugin authors drive it; the bot under test connects to it and 
         await discord.message(guild, ada, guild.general, "hello")  # hikari gets MESSAGE_CREATE
 
 The path of one action: state changes -> payload -> what the session's intents allow -> numbered
-and remembered for RESUME -> compressed -> socket. Without any network, the `*_json` functions give
-the same payloads to `bot.event_manager.consume_raw_event(name, PretendShard(bot_id), payload)`.
-Run as a program it plays a lively guild: `python simulator.py --port 8123`.
+and remembered for RESUME -> compressed -> socket. Tests of plugins need no network: see `Harness`;
+the `*_json` functions give the same payloads to whoever feeds hikari by hand.
+Run as a program it plays two guilds: `python simulator.py --port 8123`.
 
-Sections, each using only those above it: numbers of the protocol · ids and times · the guild ·
-payloads · what intents let through · gateway sessions · gateway · gateway sockets · what people do ·
-REST · signing in · the server · the harness · a lively guild · the demo · command line.
+Sections, each using only those above it:
+    numbers of the protocol   opcodes, close codes, intents, permissions, as Discord documents them
+    ids and times             snowflakes, bot tokens, timestamps
+    the guild                 who and what there is, and its JSON
+    payloads                  what the gateway sends, made from that
+    what intents let through  which bot gets what, and how much of it
+    gateway sessions          one shard of a bot, whether it is connected or not
+    gateway                   all sessions: who comes in, who gets what, and every fault of Discord's
+    gateway sockets           bytes and opcodes, and the limits of what a client may send
+    what people do            actions: each changes the guild and tells the bots
+    REST                      what bots ask and post
+    signing in                Discord's side of OAuth2: whom one may be, tokens, who that is
+    the server                PretendDiscord, all of that on a port
+    the harness               plugins tried without any network
+    a lively guild            people who never sleep
+    the demo                  the server of spywatcher.py in front of two such guilds
+    command line              the pretend Discord alone
 """
 
 from __future__ import annotations
@@ -35,6 +49,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import random
 import secrets
 import signal
@@ -1628,11 +1643,6 @@ class Happenings(Gateway):
         await self.dispatch("GUILD_BAN_ADD", member_remove_json(guild, member))
         await self.kick(guild, member)
 
-    async def unban(self, guild: Guild, user: User) -> None:
-        """Someone may come back."""
-        guild.bans.pop(user.id)
-        await self.dispatch("GUILD_BAN_REMOVE", {"guild_id": str(guild.id), "user": user.to_json()})
-
     async def rename(
         self, guild: Guild, member: Member, *, name: str | None = None, nick: str | None = None
     ) -> None:
@@ -2279,11 +2289,6 @@ class PretendDiscord(Happenings):
         """What hikari takes as `rest_url`."""
         return f"http://127.0.0.1:{self.port}{API_PATH}"
 
-    @property
-    def authorize_url(self) -> str:
-        """Where a browser goes to sign in."""
-        return f"http://127.0.0.1:{self.port}{AUTHORIZE_PATH}"
-
     def add_guild(
         self,
         name: str = "Night Owls",
@@ -2397,7 +2402,7 @@ class Harness:
             stack.callback(logging.getLogger().removeHandler, self._faults)
             self._runner = stack.enter_context(asyncio.Runner())
             self._runner.run(self._start())
-            stack.callback(lambda: self._runner.run(self.host.stop()))
+            stack.callback(self._end)
             self._raise_faults()
             self._stack = stack.pop_all()
         return self
@@ -2429,13 +2434,21 @@ class Harness:
         self.run(self.host.greet(kind, guild_id, tell))
         return told
 
+    def tick(self) -> None:
+        """Call once, now, what the plugins have repeated by `every`."""
+        self.run(self._tick())
+
+    # Behind the scenes.
+
+    def _end(self) -> None:
+        self._runner.run(self.host.stop())
+        self._raise_faults()
+
     def _raise_faults(self) -> None:
         records = self._faults.take()
         if records:
             cause = records[0].exc_info[1] if records[0].exc_info else None
             raise spywatcher.PluginError(records[0].getMessage()) from cause
-
-    # Behind the scenes.
 
     async def _start(self) -> None:
         metrics = spywatcher.Metrics()
@@ -2447,15 +2460,15 @@ class Harness:
         self.host.load()
         wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
         wanted |= self.host.event_types()
-        self.bot = spywatcher.Gateway(
-            spywatcher.DiscordSettings(), self.discord.token, wanted, metrics
-        ).bot
+        discord, kept = spywatcher.DiscordSettings(), self.host.cached()
+        self.bot = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept).bot
         place = spywatcher.HostContext(
             bot=self.bot,
             emit=self._emit,
             settled=lambda: True,
             watches=lambda guild_id: True,
             storage=self._folder / "counts.db",
+            tokens=spywatcher.Tokens(spywatcher.Keys((secrets.token_hex(32),)), ("HS256",)),
         )
         await self.host.start(place)
         self._resting = asyncio.all_tasks()
@@ -2471,6 +2484,11 @@ class Harness:
             self._making.add(asyncio.create_task(make()))
         else:
             self.emitted.append(Emitted(event, content, room))
+
+    async def _tick(self) -> None:
+        for runner in self.host.runners.values():
+            for guarded, _ in runner.repeated:
+                await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
         if not self.discord.sessions:
@@ -2657,8 +2675,8 @@ class LivelyGuild:
             self.begin_a_game: 3,
             self.confer: 2,
             self.promote: 2,
-            self.arrive: 2,
-            self.depart: 2,
+            self.arrive: 1,
+            self.depart: 1,
             self.delete: 2,
             self.rename: 1,
             self.turn_to_a_topic: 1,
@@ -2748,13 +2766,15 @@ class LivelyGuild:
         await self.discord.presence(self.guild, member, member.status, activities=game)
 
     async def promote(self) -> None:
-        """A regular gains a rank; when all have all of them, one begins again."""
-        wanting = [m for m in self.regulars if len(m.role_ids) < len(self.ranks)]
-        if not wanting:
-            wanting = [self.dice.choice(self.regulars)]
-            await self.discord.set_roles(self.guild, wanting[0])
-        member = self.dice.choice(wanting)
+        """A regular gains a rank; who has all of them begins again."""
+        member = self.dice.choice(self.regulars)
         missing = [rank for rank in self.ranks if rank.id not in member.role_ids]
+        if not missing:
+            kept = [role for i, role in self.guild.roles.items() if i in member.role_ids]
+            await self.discord.set_roles(
+                self.guild, member, *(r for r in kept if r not in self.ranks)
+            )
+            missing = self.ranks
         await self.discord.add_role(self.guild, member, self.dice.choice(missing))
 
     async def rename(self) -> None:
@@ -2804,6 +2824,41 @@ class LivelyGuild:
         return self.dice.random() < chance
 
 
+class PastHour(NamedTuple):
+    """What happened in one hour of a guild: `hour` in hours since 1970, `online` at most at once."""
+
+    hour: int
+    messages: int
+    joins: int
+    leaves: int
+    active: int
+    online: int
+
+
+def past_hours(dice: random.Random, members: int, weeks: int = 4) -> Iterator[PastHour]:
+    """The last weeks of a guild, until the last full hour: evenings, weekends, and it grows."""
+    hours, now = weeks * 7 * 24, int(time.time()) // 3600
+    for ago in range(hours, 0, -1):
+        moment = datetime.fromtimestamp((now - ago) * 3600, UTC)
+        evening = (
+            1 + math.cos((moment.hour - 20) / 24 * math.tau)
+        ) / 2  # 1 at 20:00 UTC, 0 at 8:00
+        weekend = 1.3 if moment.weekday() >= 5 else 1.0
+        grown = 1.0 - 0.3 * ago / hours
+        busy = (0.04 + 0.96 * evening**1.5) * weekend * grown * dice.uniform(0.7, 1.2)
+        active = min(round(busy * members * 0.4), members)
+        yield PastHour(
+            hour=now - ago,
+            messages=active and active + round(busy * members * dice.uniform(3, 6)),
+            joins=sum(dice.random() < busy * 0.06 for _ in range(3)),
+            leaves=sum(dice.random() < busy * 0.04 for _ in range(3)),
+            active=active,
+            online=max(
+                active, round(members * grown * (0.15 + 0.5 * evening) * dice.uniform(0.9, 1.1))
+            ),
+        )
+
+
 def lively_guilds(discord: PretendDiscord, members: int = 60, seed: int = 1) -> list[LivelyGuild]:
     """A lively guild and a quieter one."""
     owls = LivelyGuild(discord, members=members, seed=seed)
@@ -2828,9 +2883,14 @@ SpyWatcher is watching {guilds}. Open this address; it signs you in, for a day:
 That token is for dashboards of your own, too. Ctrl+C stops it all. Here you see the first event of
 each kind{and_more}:
 """
-LIFE_BEFORE = (
-    500  # things that have happened when the address is shown; they fill the lists of members
+DEMO_FILE = "demo.db"
+LOOPBACK_ORIGINS = tuple(
+    f"{scheme}://{host}:*"
+    for scheme in ("http", "https")
+    for host in ("localhost", "127.0.0.1", "[::1]")
 )
+# Things that have happened when the address is shown: they fill the lists of members.
+LIFE_BEFORE = 500
 
 
 async def run_demo(
@@ -2846,8 +2906,11 @@ async def run_demo(
         settings = with_sign_in(settings, discord)
         keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
         server = spywatcher.Server(settings, keys=keys, token=discord.token)
+        lively = lively_guilds(discord)
+        discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
+        give_a_past(server.plugins, lively, folder)
         serving = asyncio.create_task(serve(server))
-        showing = asyncio.create_task(show(discord, server, plugins))
+        showing = asyncio.create_task(show(discord, server, lively, plugins))
         both = [serving, showing]
         ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         for task in both:
@@ -2878,17 +2941,34 @@ def demo_settings(
     first = () if plugins is None else (str(plugins),)
     return spywatcher.Settings(
         server=spywatcher.ServerSettings(
-            host="localhost", port=settings.server.port if port is None else port
+            host="localhost",
+            port=settings.server.port if port is None else port,
+            cors_origins=LOOPBACK_ORIGINS,
         ),
         discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
-        storage=spywatcher.StorageSettings(path=str(folder / "demo.db")),
+        storage=spywatcher.StorageSettings(path=str(folder / DEMO_FILE)),
         plugins=replace(settings.plugins, folders=(*first, *settings.plugins.folders)),
         plugin=settings.plugin,
         throttle=settings.throttle,
         log=settings.log,
         folder=settings.folder,
     )
+
+
+def give_a_past(host: spywatcher.PluginHost, lively: Sequence[LivelyGuild], folder: Path) -> None:
+    """Have the plugin `history` begin with some weeks, before the server starts."""
+    plugin = host.plugins.get("history")
+    seed = getattr(plugin and plugin.module, "seed", None)
+    if seed is not None:
+        seed(
+            folder / DEMO_FILE,
+            (
+                (hour.hour, one.guild.id, hour[1:])
+                for one in lively
+                for hour in past_hours(one.dice, len(one.guild.members))
+            ),
+        )
 
 
 def with_sign_in(settings: spywatcher.Settings, discord: PretendDiscord) -> spywatcher.Settings:
@@ -2929,10 +3009,13 @@ def demo_people(lively: LivelyGuild) -> dict[str, User]:
     }
 
 
-async def show(discord: PretendDiscord, server: spywatcher.Server, plugins: Path | None) -> None:
+async def show(
+    discord: PretendDiscord,
+    server: spywatcher.Server,
+    lively: Sequence[LivelyGuild],
+    plugins: Path | None,
+) -> None:
     """Fill the guilds with life, say where to look, and go on until cancelled."""
-    lively = lively_guilds(discord)
-    discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
     await discord.wait_for_bot(timeout=60)
     for i, guild in enumerate(lively):
         await guild.warm_up(LIFE_BEFORE // 4**i)
@@ -2958,19 +3041,23 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
     client.on("*", note)
     url = f"http://127.0.0.1:{server.port}"
     await client.connect(url, auth={"token": token}, transports=["websocket"])
-    for guild in (await client.call("guilds:list"))["guilds"]:
-        for kind in sorted(server.plugins.kinds):
-            await client.emit(f"subscribe:{kind}", guild["id"])
+    guilds = (await client.call("guilds:list"))["guilds"]
+    joined: set[str] = set()
     try:
-        await client.wait()
+        while True:  # a plugin that is saved meanwhile may open rooms of another kind
+            for kind in sorted(server.plugins.kinds - joined):
+                joined.add(kind)
+                for guild in guilds:
+                    await client.emit(f"subscribe:{kind}", guild["id"])
+            await asyncio.sleep(1.0)
     finally:
         await client.shutdown()
 
 
 def is_of(folder: Path, host: spywatcher.PluginHost, event: str) -> bool:
     """Whether a plugin from that folder has the event."""
-    owners = [plugin.module for plugin in host.plugins.values() if event in plugin.events]
-    return any(Path(str(module.__file__)).is_relative_to(folder) for module in owners)
+    owners = [plugin for plugin in host.plugins.values() if event in plugin.events]
+    return any(plugin.path.is_relative_to(folder) for plugin in owners)
 
 
 # ---- command line ----

@@ -5,7 +5,7 @@ dashboards (Tornado, python-socketio). Nothing here knows an event by name: ever
 dashboard sees is made by a plugin.
 
 The way of one event:
-    gateway -> plugin -> throttle -> room -> clients that may see it
+    hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
 The sections, each using only those above it:
     errors               whose fault it was, and what they are told
@@ -18,23 +18,33 @@ The sections, each using only those above it:
     plugin API           all that a plugin may import
     plugin host          finds, loads, runs and fences plugins
     gateway              the session with Discord, kept alive
+    node                 this process alone, or as one of several: who judges, leads and delivers
     web handlers         the Tornado side of Socket.IO
     server               puts the parts together, starts and stops them
-    command line         serve, demo, check, token, forget
+    command line         serve, demo, check, types, token, forget
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import collections
 import contextlib
+import contextvars
+import copy
 import difflib
+import enum
+import errno
+import faulthandler
 import functools
 import gc
+import hashlib
 import heapq
 import hmac
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import inspect
 import ipaddress
@@ -51,6 +61,7 @@ import socket
 import sys
 import time
 import tomllib
+import traceback
 import unicodedata
 from base64 import b64encode
 from collections import OrderedDict
@@ -60,6 +71,7 @@ from collections.abc import (
     Callable,
     Collection,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -67,12 +79,13 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Final,
     Literal,
     NamedTuple,
@@ -81,10 +94,12 @@ from typing import (
     Self,
     TypeVar,
     get_args,
+    get_origin,
 )
 
 import engineio
 import hikari
+import idna
 import jwt
 import limits
 import limits.aio
@@ -102,6 +117,7 @@ from prometheus_client import (
     generate_latest,
 )
 from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
@@ -109,9 +125,6 @@ from tornado.netutil import bind_sockets
 from tornado.routing import PathMatches
 from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketHandler
-
-if TYPE_CHECKING:
-    from spywatcher_cluster import Cluster
 
 __version__ = "0.1.0"
 
@@ -122,14 +135,16 @@ __all__ = [
     "PluginSettings",
     "Shared",
     "Spy",
+    "Subscriber",
     "channel_name",
-    "clean_name",
     "every",
     "member_name",
     "on",
     "on_subscribe",
+    "role_name",
     "route",
     "timestamp",
+    "user_name",
 ]
 
 log = logging.getLogger("spywatcher")
@@ -191,17 +206,34 @@ class RefusedConnectionError(SpyWatcherError):
 # README's table say the same (tests hold them together). Nothing here knows what a setting
 # is for; whoever needs one is handed its section.
 
-Origin = Annotated[str, Meta(pattern=r"^(\*|null|https?://(\*\.)?[^/\s*]+)$")]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
-SecondsOrZero = Annotated[float, Meta(ge=0)]
-GuildId = Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")]
-PermissionName = Annotated[str, Meta(pattern=r"^[A-Z_]+$")]
+# A title says what an operator should have written (see `expected`).
+Port = Annotated[int, Meta(ge=0, le=65535, title="a whole number from 0 to 65535")]
+Positive = Annotated[int, Meta(ge=1, title="a whole number, 1 or more")]
+Seconds = Annotated[float, Meta(gt=0, title="a number of seconds above 0, such as 5.0")]
+SecondsOrZero = Annotated[float, Meta(ge=0, title="a number of seconds, such as 5.0")]
+GuildId = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,20}$", title='a guild id in quotes, such as "123456789012345678"')
+]
+PermissionName = Annotated[
+    str,
+    Meta(pattern=r"^[A-Z_]+$", title='a Discord permission in capitals, such as "MANAGE_GUILD"'),
+]
 Role = Literal["USER", "ADMIN", "MODERATOR", "BANNED"]
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
-Network = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$")]
-Rate = Annotated[str, Meta(pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$")]
+Network = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$",
+        title='an address or network in quotes, such as "127.0.0.1" or "10.0.0.0/8"',
+    ),
+]
+Rate = Annotated[
+    str,
+    Meta(
+        pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$",
+        title='a rate in quotes, such as "60/minute" (second, minute, hour or day)',
+    ),
+]
 Transport = Literal["websocket", "polling"]
 
 
@@ -210,10 +242,12 @@ class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
 
 class ServerSettings(Section, frozen=True):
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[
+        str, Meta(description='Address to listen on; "localhost" is both of 127.0.0.1 and ::1.')
+    ] = "localhost"
     port: Annotated[Port, Meta(description="Port to listen on; 0 picks a free one.")] = 3001
     cors_origins: Annotated[
-        tuple[Origin, ...],
+        tuple[str, ...],
         Meta(description='Pages that may connect from another origin; "*" is any.'),
     ] = ("http://localhost:5173", "http://127.0.0.1:5173")
     trusted_proxies: Annotated[
@@ -324,6 +358,7 @@ class RedisSettings(Section, frozen=True):
         str,
         Meta(
             pattern=r"^(|(rediss?|unix|redis\+sentinel)://.+)$",
+            title='a URL in quotes, such as "redis://127.0.0.1:6379"',
             description="Redis that several servers share; empty: one process, all in memory.",
         ),
     ] = ""
@@ -351,6 +386,10 @@ class PluginsSettings(Section, frozen=True):
         ),
     ] = (OWN_PLUGINS,)
     disabled: Annotated[tuple[str, ...], Meta(description="Plugins not to load, by name.")] = ()
+    watch: Annotated[bool, Meta(description="Reload a plugin when its file changes.")] = True
+    handler_timeout: Annotated[
+        Seconds, Meta(description="Seconds that an async function of a plugin may take.")
+    ] = 5.0
 
 
 class LogSettings(Section, frozen=True):
@@ -365,7 +404,9 @@ THROTTLE: Final = {"analytics:update": 30.0}
 
 
 class Settings(Section, frozen=True):
-    """All of config.toml. `folder` is where it lay: relative paths start there."""
+    """All of config.toml. `folder` is where it lay: relative paths start there; `source` says which
+    file was read.
+    """
 
     server: ServerSettings = ServerSettings()
     heartbeat: HeartbeatSettings = HeartbeatSettings()
@@ -386,6 +427,7 @@ class Settings(Section, frozen=True):
     plugin: dict[str, dict[str, Any]] = {}
     log: LogSettings = LogSettings()
     folder: Path = Path()
+    source: str = "the defaults"
 
 
 SECRET_KEYS: Final = frozenset({"secret", "token", "client_secret"})
@@ -406,15 +448,62 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
         try:
             values[key] = msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError as error:
-            expected = str(error).removeprefix("Expected ")
-            secret = key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
-            came = "a value not shown here" if secret else shown(without_login(value))
-            faults.append(f"{path}.{key}: got {came}, expected {expected}")
+            came = (
+                "a value not shown here" if is_secret(key, value) else shown(without_login(value))
+            )
+            wanted = expected(fields[key].type) or str(error).removeprefix("Expected ")
+            faults.append(
+                f"{path}.{key}: got {came}, expected {wanted}{did_you_mean(fields[key].type, value)}"
+            )
     try:
         return to(**values)
     except ValueError as error:  # what the section itself says of values that do not fit together
         faults += [f"{path}.{fault}" for fault in error.args]
         return to()
+
+
+def is_secret(key: str, value: object) -> bool:
+    """Whether a value of this key, or a URL deep in some other value, is not to be shown."""
+    return key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
+
+
+def expected(kind: Any) -> str:
+    """What a setting of this type takes, in words; empty where the type says nothing in words."""
+    if get_origin(kind) is Annotated:
+        titles = [meta.title for meta in kind.__metadata__ if getattr(meta, "title", None)]
+        return titles[0] if titles else expected(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
+    if get_origin(kind) is tuple:
+        item = expected(get_args(kind)[0])
+        return f"a list in [ ] of each {item}" if item else ""
+    if get_args(kind):
+        return " or ".join(filter(None, map(expected, get_args(kind))))
+    plain = {
+        bool: "true or false",
+        str: "a text in quotes",
+        int: "a whole number",
+        float: "a number",
+    }
+    return plain.get(kind, "")
+
+
+def did_you_mean(kind: Any, value: object) -> str:
+    """The end of a sentence, where the value was nearly one of a choice."""
+    while get_origin(kind) in (Annotated, tuple):
+        kind = get_args(kind)[0]
+    if get_origin(kind) is not Literal:
+        return ""
+    given = value if isinstance(value, list) else [value]
+    wrong = [one for one in given if isinstance(one, str) and one not in get_args(kind)]
+    return (
+        nearest(
+            wrong[0].upper() if wrong[0].upper() in get_args(kind) else wrong[0].lower(),
+            get_args(kind),
+        )
+        if wrong
+        else ""
+    )
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -459,6 +548,8 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
             sections[name] = check_table(table, types[name], name, faults)
         else:
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
+    if "server" in sections:
+        sections["server"] = check_origins(sections["server"], faults)
     settings = Settings(**sections)
     faults += permission_faults(settings.auth) + network_faults(settings.server)
     if faults:
@@ -523,6 +614,60 @@ def permission_faults(auth: AuthSettings) -> list[str]:
     ]
 
 
+def check_origins(server: ServerSettings, faults: list[str]) -> ServerSettings:
+    """The same with each origin as a browser would write it."""
+    origins = []
+    for text in server.cors_origins:
+        try:
+            origins.append(plain_origin(text))
+        except ValueError as error:
+            faults.append(f"server.cors_origins: got {shown(text)}, {error}")
+    return msgspec.structs.replace(server, cors_origins=tuple(origins))
+
+
+ORIGIN: Final = re.compile(
+    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
+)
+DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+
+
+def plain_origin(text: str) -> str:
+    """An origin as browsers write it (RFC 6454 §6): small letters, IDN encoded, no default port.
+
+    Raises ValueError with what to write instead. `*`, `null`, `https://*.host` (any below) and
+    `http://host:*` (any port) are origins too.
+    """
+    small = text.strip().lower()
+    if small in ("*", "null"):
+        return small
+    if "://" not in small:
+        raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
+    found = ORIGIN.match(small)
+    if found is None or small[found.end() :].startswith(("@", ":", "*")):
+        raise ValueError('expected "scheme://host" or "scheme://host:port"')
+    if found.end() != len(small):
+        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
+    scheme, host, port = found.groups()
+    below = "*." if host.startswith("*.") else ""
+    host = host[len(below) :]
+    if not host or "*" in host:
+        raise ValueError('expected * only as "*.host" or alone')
+    if port not in (None, "*") and int(port) > 65_535:
+        raise ValueError("expected a port up to 65535")
+    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
+    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
+
+
+def encoded_host(host: str) -> str:
+    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    if host.isascii():
+        return host
+    try:
+        return idna.encode(host, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"expected the name of a host: {error}") from error
+
+
 def network_faults(server: ServerSettings) -> list[str]:
     faults = []
     listed = {"trusted_proxies": server.trusted_proxies, "metrics_from": server.metrics_from}
@@ -557,23 +702,90 @@ def shipped_plugins() -> Path | None:
 
 
 def read_settings(path: Path | None) -> Settings:
-    """Read `path`, or the first config.toml found as the command line promises, or the defaults."""
+    """Read `path`, or the first config.toml found as the command line promises, or the defaults.
+
+    Raises OperatorError with a line for each fault.
+    """
     if path is None:
         here = [Path("config.toml"), Path(__file__).parent / "config.toml"]
         path = next((place for place in here if place.is_file()), None)
         if path is None:
             plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
-            return Settings(folder=Path(__file__).parent if plain else Path.cwd())
+            folders = " or ".join(dict.fromkeys(str(place.resolve().parent) for place in here))
+            return Settings(
+                folder=Path(__file__).parent if plain else Path.cwd(),
+                source=f"no config.toml in {folders}",
+            )
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise OperatorError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{path}: not TOML: {error}") from error
-    try:
-        return parse_settings(tables, path.resolve().parent)
+        settings = parse_settings(read_toml(path), path.resolve().parent)
     except OperatorError as error:
         raise OperatorError(*(f"{path}: {fault}" for fault in error.faults)) from error
+    return msgspec.structs.replace(settings, source=str(path))
+
+
+#: Tables in tables: settings need four.
+DEEPEST: Final = 32
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file; raises OperatorError for what is no TOML, or nested without sense."""
+    text = read_text(path)
+    try:
+        tables = tomllib.loads(text)
+        if is_deeper(tables, DEEPEST):
+            raise RecursionError
+    except tomllib.TOMLDecodeError as error:
+        advice = syntax_advice(text, str(error))
+        raise OperatorError(f"not TOML: {error}{advice and f': {advice}'}") from error
+    except RecursionError as error:
+        raise OperatorError(f"nested more than {DEEPEST} levels deep") from error
+    return tables
+
+
+def is_deeper(value: object, depth: int) -> bool:
+    """Whether tables and lists lie more than `depth` levels in each other."""
+    level = [value]
+    for _ in range(depth):
+        level = [inner for one in level for inner in contents(one)]
+    return any(isinstance(one, dict | list) for one in level)
+
+
+def contents(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+#: What is wrong with a line that is no TOML: how it looks, and what to write instead.
+SYNTAX_ADVICE: Final = (
+    (r"[\u2018-\u201f\u00ab\u00bb]", 'write straight quotes: "'),
+    (r"=\s*['\"]?\s*$", "write a value after ="),
+    (r"=.*\\", "write / instead of \\, or single quotes around the text"),
+    (r"=\s*(True|False|TRUE|FALSE)\b", "write true or false, in small letters"),
+    (r"=\s*(yes|no|on|off|Yes|No|On|Off)\b", "write true or false"),
+    (r"=\s*(None|null|nil)\b", "leave the line out"),
+    (r"=\s*\d[\d.]*\s*[A-Za-z]+", "write a number without unit, or a text in quotes"),
+    (r"=\s*['\"][^'\"]*$", "write a quote at the end of the text"),
+    (r"=\s*[^\s\d'\"\[{+-].*", 'write quotes around a text: "..."'),
+    (r",\s*}", "write no comma before }"),
+    (r"^\s*\[[^\]=]*$", "write ] after the name of a table"),
+    (r"^\s*[\w.-]+:[\w.-]+\s*=", 'write quotes around a key with a colon: "a:b" = ...'),
+    (r"^\s*['\"]?[\w.-]+['\"]?\s*:", "write = between a key and its value"),
+    (r"^\s*[\w.-]+\s+[^=\s]", "write = between a key and its value"),
+    (r"^[^=\[]*$", "write = between a key and its value"),
+)
+
+
+def syntax_advice(text: str, error: str) -> str:
+    """What to write instead; of the line itself nothing is shown, since it may hold a secret."""
+    if "Cannot declare" in error:
+        return "this table is there twice, put all its keys under one"
+    if "Cannot overwrite" in error:
+        return "this key is there twice, leave one out"
+    found = re.search(r"at line (\d+)", error)
+    lines = text.splitlines()
+    line = lines[min(int(found[1]), len(lines)) - 1] if found and lines else ""
+    return next((advice for looks, advice in SYNTAX_ADVICE if re.search(looks, line)), "")
 
 
 def storage_of(settings: Settings) -> Path:
@@ -581,19 +793,45 @@ def storage_of(settings: Settings) -> Path:
     return settings.folder / settings.storage.path
 
 
+#: More than any file of settings, keys or secrets has.
+MOST_FILE_BYTES: Final = 1_048_576
+
+
+def read_text(path: Path) -> str:
+    """A text file as any editor may have left it: BOM and CRLF are gone, and UTF-16 is read too.
+
+    Raises OperatorError without showing what is in it.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_FILE_BYTES + 1)
+    except OSError as error:
+        raise OperatorError(f"cannot be read: {error.strerror}") from error
+    if len(data) > MOST_FILE_BYTES:
+        raise OperatorError(f"cannot be read: it has more than {MOST_FILE_BYTES} bytes")
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OperatorError(f"cannot be read: no UTF-8 at byte {error.start}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_file(name: str, folder: Path, key: str) -> str:
     """What a file named by a setting holds; raises OperatorError without showing it."""
     try:
-        return (folder / name).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{key}: {name} cannot be read: {error}") from error
+        return read_text(folder / name).strip()
+    except OperatorError as error:
+        raise OperatorError(f"{key}: {name} {error}") from error
 
 
 def read_secret(value: str, file: str, folder: Path, key: str) -> str:
     """The secret itself, or what its file holds. Empty if neither is set."""
     if value and file:
         raise OperatorError(f"{key}: set, and {key}_file too; expected one of them")
-    return read_file(file, folder, f"{key}_file") if file else value
+    text = read_file(file, folder, f"{key}_file") if file else value
+    if file and not text:
+        raise OperatorError(f"{key}_file: {file} is empty")
+    return text
 
 
 # ------------------------------------------------------------------------------ metrics
@@ -620,9 +858,12 @@ class Metrics:
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
         self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
+        self.plugin_pauses = count("plugin_pauses", "Functions paused for failing.", "plugin")
         self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
+        self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
+        self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="spywatcher", registry=self.registry)
@@ -641,14 +882,23 @@ class Metrics:
 # cache). The only place that decides either. It knows no sockets and no rooms.
 
 ROLES: Final = frozenset(get_args(Role))
-#: A token is a few hundred bytes; nothing longer is worth the work of checking it.
-MAX_TOKEN_BYTES: Final = 4096
+#: Room for some 270 guild ids; nothing longer is worth the work of checking it.
+MAX_TOKEN_BYTES: Final = 8192
+#: Seconds by which the clock of who made a token may be ahead of ours.
+CLOCK_DIFFERENCE: Final = 10.0
+#: What web applications put into their tokens for others is not looked at; `nbf` is, in `Tokens`.
+JWT_CHECKS: Final = jwt.types.Options(
+    verify_aud=False,
+    verify_iat=False,
+    verify_iss=False,
+    verify_jti=False,
+    verify_nbf=False,
+    verify_sub=False,
+)
 #: The end of the year 9999, in seconds since 1970.
 LAST_MOMENT: Final = 253_402_300_799
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
-#: Unicode categories that steer a display instead of showing something.
-UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 LEFT_IN_TIMEOUT: Final = hikari.Permissions.VIEW_CHANNEL | hikari.Permissions.READ_MESSAGE_HISTORY
 ALL_PERMISSIONS: Final = hikari.Permissions.all_permissions()
 
@@ -735,14 +985,15 @@ class Tokens:
         """The viewer a token stands for; raises RefusedConnectionError with the published message."""
         if token is None or token == "":
             raise RefusedConnectionError("Authentication required")
-        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
-            raise RefusedConnectionError("Invalid token", code="malformed")
         viewer = self._viewer(self._claims(token))
         if viewer.role == "BANNED":
             raise RefusedConnectionError("Access denied")
         return viewer
 
-    def _claims(self, token: str) -> dict[str, Any]:
+    def _claims(self, token: object) -> dict[str, Any]:
+        """What a token says; only one that is well signed can be refused as `expired`."""
+        if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
+            raise RefusedConnectionError("Invalid token", code="malformed")
         try:
             algorithm = jwt.get_unverified_header(token).get("alg")
             if algorithm not in self._algorithms:
@@ -761,7 +1012,7 @@ class Tokens:
     def _decode(self, token: str, algorithm: str) -> dict[str, Any]:
         for key in self._keys.of(algorithm):
             with contextlib.suppress(jwt.InvalidSignatureError):
-                return jwt.decode(token, key, algorithms=[algorithm])
+                return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
         raise jwt.InvalidSignatureError
 
     @staticmethod
@@ -776,6 +1027,7 @@ class Tokens:
             and role in ROLES
             and (guilds is None or is_list_of_strings(guilds))
             and is_moment(expires)
+            and has_begun(claims.get("nbf"))
         )
         if not sound:
             raise RefusedConnectionError("Invalid token", code="claims")
@@ -789,7 +1041,10 @@ class Tokens:
     def issue(
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
     ) -> str:
-        """A token that `verify` accepts for `ttl` seconds; raises OperatorError without a secret."""
+        """A token that `verify` takes for `ttl` seconds, if the role is not BANNED.
+
+        Raises OperatorError without a secret, and for what `verify` would not take.
+        """
         if not self.can_issue:
             raise OperatorError("auth.secret: not set, expected the key that signs tokens")
         algorithm = next(name for name in self._algorithms if name.startswith("HS"))
@@ -801,7 +1056,17 @@ class Tokens:
         }
         if guilds:
             claims["guilds"] = list(guilds)
-        return jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        token = jwt.encode(claims, self._keys.secrets[0], algorithm=algorithm)
+        if len(token) > MAX_TOKEN_BYTES:
+            raise OperatorError(
+                f"token: got {len(token)} bytes with {len(guilds)} guilds, expected"
+                f" {MAX_TOKEN_BYTES} at most; name fewer guilds, or use a role of auth.admin_roles"
+            )
+        try:
+            self._viewer(self._claims(token))
+        except RefusedConnectionError as refusal:
+            raise OperatorError(f"token: nobody would take it: {refusal.data['code']}") from refusal
+        return token
 
     @property
     def can_issue(self) -> bool:
@@ -823,6 +1088,12 @@ class Tokens:
 def is_moment(value: object) -> bool:
     """None, or seconds since 1970 that a calendar knows: a page's milliseconds are not taken."""
     return value is None or (type(value) in (int, float) and 0 < value <= LAST_MOMENT)  # type: ignore[operator]  # a number
+
+
+def has_begun(value: object) -> bool:
+    """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
 
 
 def is_list_of_strings(value: object) -> bool:
@@ -850,22 +1121,43 @@ class ShardRange(NamedTuple):
         return hikari.snowflakes.calculate_shard_id(self.shards, guild_id) == self.shard
 
 
+class Cached(enum.Enum):
+    """How much of a guild the cache holds, and so what an entry proves that is not there.
+
+    Discord fills hikari's cache in steps, and anew with each gateway session. READY names the
+    guilds of a shard; each of them comes with GUILD_CREATE; the members of a large one follow in
+    chunks. Each step leads to one state, whatever the state was before:
+
+        it is heard that                                  the guild is then
+        the bot stops                                     UNKNOWN, as all are
+        READY names it                                    COMING
+        READY does not, and the cache still has it        LOST
+        GUILD_CREATE came, members follow                 MEMBERS_COMING
+        GUILD_CREATE or the last chunk came, or it went   WHOLE
+
+    A guild that was never heard of is WHOLE once READY of its shard came: the bot is not in it.
+    """
+
+    UNKNOWN = "nothing is proved"
+    COMING = "what is there may be old; what is not there may still come"
+    LOST = "the bot is not in it: hikari 2.7 keeps a guild that went while it was away"
+    MEMBERS_COMING = "a member who is not there may still come, unless seen to leave meanwhile"
+    WHOLE = "what is not there does not exist"
+
+
 class Access:
     """Decides which guilds and channels a viewer may see, by hikari's cache as it is now.
 
-    While Discord refills the cache (a new gateway session, an outage that ends, the members of a
-    large guild) a missing entry proves nothing: `may_view` then answers None instead of False.
+    Where a missing entry proves nothing (`Cached`), `may_view` answers None instead of False.
     """
 
     def __init__(self, auth: AuthSettings, watched: Sequence[str], cache: Directory) -> None:
         self.reconfigure(auth)
         self._watched = frozenset(watched)
         self._cache = cache
-        self._begun: set[ShardRange] = set()  # shards that have said which guilds they bring
-        self._coming: set[int] = set()
+        self._begun: set[ShardRange] = set()  # shards whose READY came
+        self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
-        #: Guilds that hikari still has and the bot has not.
-        self.lost: frozenset[int] = frozenset()
         self._filled = asyncio.Event()
 
     def reconfigure(self, auth: AuthSettings) -> None:
@@ -878,40 +1170,60 @@ class Access:
     # -- how sure the cache is
 
     def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        """A new gateway session is about to send these guilds: all that the bot has of its shard.
-
-        hikari 2.7 keeps a guild that the bot lost while it was away, so that is noted here.
-        """
+        """A new gateway session is about to send these guilds: all that the bot has of its shard."""
         coming = frozenset(guild_ids)
-        mine = frozenset(filter(shard_range.has, self._cache.get_guilds_view()))
-        self.lost = (self.lost - coming) | (mine - coming)
         self._begun.add(shard_range)
-        self._coming |= coming
+        for guild_id in filter(shard_range.has, self._cache.get_guilds_view()):
+            self._set(guild_id, Cached.LOST)
+        for guild_id in coming:
+            self._set(guild_id, Cached.COMING)
 
     @property
     def all_begun(self) -> bool:
         """Whether every shard has said which guilds it brings."""
         return any(len(self._begun) == one.shards for one in self._begun)
 
+    @property
+    def lost(self) -> frozenset[int]:
+        """Guilds that hikari still has and the bot has not."""
+        return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
+
+    def is_whole(self, guild_id: int) -> bool:
+        """Whether the cache holds all of this guild, even if that is nothing."""
+        return self._state(guild_id) is Cached.WHOLE
+
+    @property
+    def all_whole(self) -> bool:
+        """Whether the cache holds all of every guild."""
+        filling = (Cached.COMING, Cached.MEMBERS_COMING)
+        return self.all_begun and not any(state in filling for state in self._states.values())
+
     def end(self) -> None:
         """The bot goes, and with it all that the cache holds."""
         self._begun.clear()
+        self._states.clear()
+        self._gone_meanwhile.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
-        self._settle(guild_id)
+        self._set(guild_id, Cached.MEMBERS_COMING)
         self._gone_meanwhile[guild_id] = set()
 
     def fill(self, guild_id: int) -> None:
         """All of this guild is in the cache, or it is gone."""
-        self._settle(guild_id)
+        self._set(guild_id, Cached.WHOLE)
         self._filled.set()
         self._filled = asyncio.Event()
 
-    def _settle(self, guild_id: int) -> None:
-        self._coming.discard(guild_id)
+    def _set(self, guild_id: int, state: Cached) -> None:
         self._gone_meanwhile.pop(guild_id, None)
-        self.lost -= {guild_id}
+        self._states[guild_id] = state
+        if state is Cached.WHOLE:
+            del self._states[guild_id]
+
+    def _state(self, guild_id: int) -> Cached:
+        begun = any(one.has(guild_id) for one in self._begun)
+        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.UNKNOWN
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
@@ -931,14 +1243,11 @@ class Access:
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
-        if guild_id in self._coming or not any(one.has(guild_id) for one in self._begun):
-            return False
-        gone = self._gone_meanwhile.get(guild_id)
-        return (
-            gone is None
-            or self._member(viewer, guild_id) is not None
-            or viewer.discord_id in map(str, gone)
-        )
+        state = self._state(guild_id)
+        if state is Cached.MEMBERS_COMING:
+            gone = self._gone_meanwhile[guild_id]
+            return self._member(viewer, guild_id) is not None or viewer.discord_id in map(str, gone)
+        return state in (Cached.LOST, Cached.WHOLE)
 
     # -- guilds
 
@@ -952,7 +1261,8 @@ class Access:
             return False
         number = hikari.Snowflake(guild_id)
         guild = self._cache.get_guild(number)
-        if guild is not None and number not in self.lost and self._may_view(viewer, guild):
+        lost = self._states.get(number) is Cached.LOST
+        if guild is not None and not lost and self._may_view(viewer, guild):
             return True
         return False if self._is_sure(viewer, number) else None
 
@@ -970,7 +1280,7 @@ class Access:
     def guilds_of(self, viewer: Viewer) -> list[dict[str, str | None]]:
         """`{id, name, icon}` of each guild that the viewer may see, by name."""
         guilds = [
-            {"id": str(guild.id), "name": clean_text(guild.name), "icon": guild.icon_hash}
+            {"id": str(guild.id), "name": guild_name(guild), "icon": guild.icon_hash}
             for guild in self._cache.get_guilds_view().values()
             if self.may_view(viewer, str(guild.id))
         ]
@@ -1055,11 +1365,89 @@ def is_snowflake(text: str) -> bool:
     return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
+#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
+#: roles and guilds Discord's own limit.
+USERNAME_LENGTH: Final = 64
+NAME_LENGTH: Final = 100
+
+#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
+#: Unicode's Default_Ignorable_Code_Point (zero-width, bidi and filler characters, of Hangul too).
+#: Number signs of Arabic and Kaithi are of the same category Cf, but show.
+INVISIBLE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb"
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+#: Pictures and symbols; wider than today's emoji, so that next year's are among them.
+EMOJI: Final = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
+#: India and its neighbours, Mongolian, Adlam, Rohingya.
+JOINING: Final = (
+    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
+    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
+)
+CJK: Final = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+#: What of the invisible stays, since what is beside it shows otherwise without it.
+NEEDED: Final = re.compile(
+    # a flag of a region (UTS #51, emoji tag sequence)
+    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+    # joined emoji, each perhaps with a colour of skin, a variation selector or a keycap
+    f"|(?<=[{EMOJI}\ufe0f\u20e3])\u200d(?=[{EMOJI}])"
+    # as text or as a picture
+    f"|(?<=[0-9#*{EMOJI}])[\ufe0e\ufe0f]"
+    # other variants of symbols and letters
+    f"|(?<=[0{EMOJI}{CJK}\u1000-\u109f\u3001\u3002\ua840-\ua87f\uff01-\uff1f])[\ufe00-\ufe0d]"
+    f"|(?<=[{CJK}])[\U000e0100-\U000e01ef]"
+    "|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
+    f"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
+)
+SEEN: Final = re.compile(f"({NEEDED.pattern})|{INVISIBLE.pattern}")
+#: An empty cell of Braille is as wide as a letter and as blank as a space.
+BLANK: Final = "\u2800"
+#: What belongs to the character before it (UAX #29): marks, joiners, selectors, colours of skin, tags.
+EXTENDS: Final = re.compile(
+    "[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef]"
+)
+
+
 def clean_text(text: str) -> str:
-    """`text` without control, bidi-override and zero-width characters and line separators."""
+    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char for char in text if unicodedata.category(char) not in UNSEEN)
+    return SEEN.sub(lambda found: found[1] or "", text)
+
+
+def shown_name(name: str | None, own_id: int, longest: int) -> str:
+    """A name as it may leave; the id where nothing of it can be seen."""
+    text = clean_text(name or "").strip()
+    if not INVISIBLE.sub("", text).replace(BLANK, "").strip():
+        return str(int(own_id))
+    return shortened(text, longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """At most so many characters of `text`, with no picture or letter cut in two."""
+    end = longest
+    while 0 < end < len(text) and is_one(text, end):
+        end -= 1
+    return text[: end or longest].strip()
+
+
+def is_one(text: str, place: int) -> bool:
+    """Whether what stands before `place` and what stands there are read as one."""
+    before, char = text[:place], text[place]
+    if before[-1] == "\u200d" or EXTENDS.match(char) or unicodedata.category(char)[0] == "M":
+        return True
+    flags = len(before) - len(before.rstrip(FLAG_LETTERS))
+    return char in FLAG_LETTERS and flags % 2 == 1  # two letters make a flag
+
+
+FLAG_LETTERS: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
+def guild_name(guild: hikari.Guild) -> str:
+    return shown_name(guild.name, guild.id, NAME_LENGTH)
 
 
 # ------------------------------------------------------------------------------- limits
@@ -2058,10 +2446,6 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
             target.sids = tuple(target.members)
         return target.sids
 
-    def listened(self, guild_id: str, kind: str) -> bool:
-        """Whether anybody is in the room `kind:guild_id`."""
-        return f"{kind}:{guild_id}" in self._rooms
-
     def names(self) -> Iterable[str]:
         """The rooms that anybody is in."""
         return tuple(self._rooms)
@@ -2193,13 +2577,23 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
 
 #: The fields of an event.
 EventData = dict[str, Any]
-#: Hands what plugins have for a new subscriber, by kind of room and guild id, to a function of
-#: event name and fields.
-Greet = Callable[[str, str, Callable[[str, EventData], None]], Coroutine[Any, Any, None]]
+#: Takes an event for one client: its name and fields.
+Tell = Callable[[str, EventData], None]
 #: The fields, or what makes them once they are really sent; None then sends nothing.
 DataOrMaker = EventData | Callable[[], Awaitable[EventData | None]]
-#: An event's name, a guild id, a kind of room.
-Topic = tuple[str, str, str]
+#: Windows that one event may have open in one room for members, each its own; who comes then
+#: shares one with all others who do.
+MOST_MEMBER_WINDOWS: Final = 1_000
+
+
+class Topic(NamedTuple):
+    """What has a window of its own."""
+
+    event: str
+    guild_id: str
+    kind: str
+    #: Whom an event with a `userId` is about; empty where it has none.
+    member: str = ""
 
 
 class Timer(Protocol):
@@ -2213,63 +2607,73 @@ def call_later(seconds: float, callback: Callable[..., object], *args: object) -
     return asyncio.get_running_loop().call_later(seconds, callback, *args)
 
 
+class Outlet(Protocol):
+    """Where events go that may leave now."""
+
+    def has_listeners(self, guild_id: str, kind: str) -> bool: ...
+
+    def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None: ...
+
+    def window_changed(
+        self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
+    ) -> None:
+        """A window opens or ends, or other content waits for its end.
+
+        It stays open for `seconds` (None: as long as before); `waiting` is still to be sent.
+        """
+
+
 class Throttle:
     """Holds events back for as long as their window says; keeps only windows that are open.
 
-    What nobody listens to is neither made nor held.
+    What nobody listens to is neither made nor held. A window opens when its content is about to
+    be made, and lasts from when that was sent; it ends however that goes.
     """
 
     def __init__(
         self,
         windows: Mapping[str, float],
-        send: Callable[[str, str, EventData, str], None],
-        listened: Callable[[str, str], bool],
+        outlet: Outlet,
         metrics: Metrics,
+        maker_timeout: float = 5.0,
         call_later: Callable[..., Timer] = call_later,
     ) -> None:
         #: Seconds by event; those without a row are not held. May be replaced at any time.
         self.windows = windows
-        self._send = send
-        self._listened = listened
+        self._outlet = outlet
         self._metrics = metrics
+        self._maker_timeout = maker_timeout
         self._call_later = call_later
         self._newest: dict[Topic, DataOrMaker | None] = {}  # what waits for the end of its window
+        self._of_members: collections.Counter[Topic] = collections.Counter()
         self._timers: dict[Topic, Timer] = {}
         self._making: set[asyncio.Task[None]] = set()
         self._closing = False
-        #: Called whenever a topic's window opens or ends, or other content waits for that: with the
-        #: seconds that the window stays open (None: as long as before) and what is still to be sent.
-        self.on_change: Callable[[Topic, float | None, DataOrMaker | None], None] = lambda *change: (
-            None
-        )
 
     def __len__(self) -> int:
         """Windows open now."""
         return len(self._newest)
 
-    def emit(self, event: str, guild_id: str, content: DataOrMaker, room: str) -> None:
+    def emit(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> None:
         """Send now, or at the end of the window unless something newer comes. Never waits."""
-        topic = event, guild_id, room
-        if not self._listened(guild_id, room):
+        if event not in self.windows and not callable(content):
+            self._outlet.deliver(event, guild_id, content, kind)
+        elif not self._outlet.has_listeners(guild_id, kind):
             if not callable(content):  # what is not made is no event
                 self._metrics.dropped.labels("nobody listens").inc()
-        elif topic in self._newest:
-            self._metrics.throttled.labels(event).inc()
-            self._newest[topic] = content
-            self.on_change(topic, None, content)
         elif event in self.windows:
-            self._open(topic, content)
-        else:
-            self._pass(topic, content, lambda topic: None)
+            self._hold(self._topic(event, guild_id, content, kind), content)
+        elif callable(content):
+            self._send_soon(Topic(event, guild_id, kind), content, held=False)
 
     def resume(self, topic: Topic, seconds: float, waiting: DataOrMaker | None) -> None:
         """Go on with a window that another throttle opened: so long it is still open."""
         if topic not in self._newest:
-            self._newest[topic] = waiting
+            self._enter(topic, waiting)
             self._timers[topic] = self._call_later(seconds, self._end, topic)
 
     async def close(self) -> None:
-        """Forget all that is held and end what is being made; `on_change` is not told of that."""
+        """Forget all that is held and end what is being made; nobody is told of that."""
         self._closing = True
         for task in self._making:
             task.cancel()
@@ -2278,56 +2682,97 @@ class Throttle:
         for timer in self._timers.values():
             timer.cancel()
         self._newest.clear()
+        self._of_members.clear()
         self._timers.clear()
 
+    # -- windows
+
+    def _topic(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> Topic:
+        everybody = Topic(event, guild_id, kind)
+        member = "" if callable(content) else str(content.get("userId") or "")
+        topic = everybody._replace(member=member)
+        full = self._of_members[everybody] >= MOST_MEMBER_WINDOWS
+        return everybody if full and topic not in self._newest else topic
+
+    def _enter(self, topic: Topic, waiting: DataOrMaker | None) -> None:
+        if topic not in self._newest and topic.member:
+            self._of_members[topic._replace(member="")] += 1
+        self._newest[topic] = waiting
+
+    def _hold(self, topic: Topic, content: DataOrMaker) -> None:
+        if topic in self._newest:
+            self._metrics.throttled.labels(topic.event).inc()
+            self._newest[topic] = content
+            self._outlet.window_changed(topic, None, content)
+        else:
+            self._open(topic, content)
+
     def _open(self, topic: Topic, content: DataOrMaker) -> None:
-        """A window opens before its content is made, and lasts from when that was sent."""
-        self._newest[topic] = None
-        self.on_change(topic, 0.0, content)
-        self._pass(topic, content, self._start)
+        self._enter(topic, None)
+        self._outlet.window_changed(topic, 0.0, content)
+        if callable(content):
+            self._send_soon(topic, content, held=True)
+        else:
+            try:
+                self._send(topic, content)
+            finally:
+                self._start(topic)
 
     def _start(self, topic: Topic) -> None:
-        seconds = self.windows.get(topic[0], 0.0)
+        seconds = self.windows.get(topic.event, 0.0)
         self._timers[topic] = self._call_later(seconds, self._end, topic)
-        self.on_change(topic, seconds, self._newest[topic])
+        self._outlet.window_changed(topic, seconds, self._newest[topic])
 
     def _end(self, topic: Topic) -> None:
         del self._timers[topic]
-        content = self._newest.pop(topic)
-        if content is not None and self._listened(topic[1], topic[2]):
-            self._open(topic, content)
-        else:
-            self.on_change(topic, 0.0, None)
-
-    def _pass(self, topic: Topic, content: DataOrMaker, then: Callable[[Topic], None]) -> None:
-        if not callable(content):
-            self._finish(topic, content, then)
+        content = self._newest[topic]
+        if content is not None and self._outlet.has_listeners(topic.guild_id, topic.kind):
+            with self._logging(topic):
+                self._open(topic, content)
             return
-        task = asyncio.create_task(self._make(topic, content, then))
+        del self._newest[topic]
+        if topic.member:
+            everybody = topic._replace(member="")
+            self._of_members[everybody] -= 1
+            if not self._of_members[everybody]:
+                del self._of_members[everybody]
+        self._outlet.window_changed(topic, 0.0, None)
+
+    # -- sending
+
+    def _send(self, topic: Topic, fields: EventData) -> None:
+        self._outlet.deliver(topic.event, topic.guild_id, fields, topic.kind)
+
+    def _send_soon(
+        self, topic: Topic, make: Callable[[], Awaitable[EventData | None]], held: bool
+    ) -> None:
+        task = asyncio.create_task(self._make(topic, make, held))
         self._making.add(task)
         task.add_done_callback(self._making.discard)
 
     async def _make(
-        self,
-        topic: Topic,
-        make: Callable[[], Awaitable[EventData | None]],
-        then: Callable[[Topic], None],
+        self, topic: Topic, make: Callable[[], Awaitable[EventData | None]], held: bool
     ) -> None:
-        fields = None
         try:
-            fields = await make()
+            with self._logging(topic):
+                async with asyncio.timeout(self._maker_timeout):
+                    fields = await make()
+                if fields is not None and not self._closing:
+                    self._send(topic, fields)
         finally:
-            self._finish(topic, fields, then)
+            # While closing, it is still to be sent: by whoever goes on with the window.
+            if held and not self._closing:
+                self._start(topic)
 
-    def _finish(
-        self, topic: Topic, fields: EventData | None, then: Callable[[Topic], None]
-    ) -> None:
-        if self._closing:
-            return  # it is still to be sent, by whoever goes on with the window
-        event, guild_id, room = topic
-        if fields is not None:
-            self._send(event, guild_id, fields, room)
-        then(topic)
+    @contextlib.contextmanager
+    def _logging(self, topic: Topic) -> Iterator[None]:
+        """Nobody is there to be told of what goes wrong in a task or at the end of a window."""
+        try:
+            yield
+        except TimeoutError:
+            log.error("%s: not made within %s s", topic.event, self._maker_timeout)
+        except Exception as error:  # an encoder's, of whatever a plugin put into an event
+            log.error("%s could not be sent: %s", topic.event, type(error).__name__)
 
 
 # --------------------------------------------------------------------------- plugin API
@@ -2337,13 +2782,19 @@ class Throttle:
 #: What Discord puts in place of the name of a channel that the bot may not see.
 HIDDEN_CHANNEL_NAME: Final = "___hidden___"
 Maker = TypeVar("Maker", bound=Callable[..., Any])
+HandlerT = TypeVar("HandlerT", bound=type[RequestHandler])
 
 
 class Payload(msgspec.Struct, rename="camel", kw_only=True):
     """Base of an event's fields: snake_case in Python, camelCase on the wire.
 
-    The host adds `guildId` and, where the payload has none, `timestamp`. A payload with a
-    `channel_id` reaches only viewers who may see that channel.
+        class MessageDelete(Payload):
+            message_id: str
+            channel_id: str
+
+    The values are checked against the annotations when they go out; a `hikari.Snowflake` becomes
+    a string, a `datetime` ISO 8601. The host adds `guildId` and, where the payload has none,
+    `timestamp`. A payload with a `channel_id` reaches only viewers who may see that channel.
     """
 
 
@@ -2352,11 +2803,15 @@ PayloadOrMaker = Payload | dict[str, Any] | Callable[[], Awaitable[Payload | dic
 
 
 class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Base of a plugin's `class Settings`: the keys of its `[plugin.NAME]` table.
+    """Base of a plugin's `class Settings`: the keys of its `[plugin.NAME]` table in config.toml.
 
-    Give each a type and a default; wrong values are refused at start with their key path. What
-    does not fit together is refused by `__post_init__` with `ValueError("key: what is wrong", …)`.
-    The value of a key that ends with `_file` is made a whole path before.
+        class Settings(PluginSettings, frozen=True):
+            longest: Annotated[int, Meta(ge=1, description="Characters shown.")] = 80
+
+    Give each key a type and a default. Wrong values are refused with their key path, what does not
+    fit together by `__post_init__` with `ValueError("key: what is wrong", …)`; what is in force is
+    `spy.settings`, which follows a reload of the settings. What a key that ends with `_file` names
+    is relative to config.toml; it comes as a whole path.
     """
 
     @property
@@ -2368,70 +2823,163 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 
 
 class Listener(msgspec.Struct, frozen=True):
-    """The mark that `on` leaves on a function."""
+    """The mark of `on`."""
 
-    event_type: type[hikari.Event]
+    source: type[hikari.Event] | str
     emit: str | None
     room: str
     settled: bool
+    bots: bool
+
+
+class Repeated(msgspec.Struct, frozen=True):
+    """The mark of `every`."""
+
+    seconds: float
+
+
+class Greeter(msgspec.Struct, frozen=True):
+    """The mark of `on_subscribe`."""
+
+    kind: str
+    emit: str
+
+
+class Route(msgspec.Struct, frozen=True):
+    """The mark of `route`."""
+
+    pattern: str
+
+
+Mark = Listener | Repeated | Greeter | Route
+#: The attribute that marks are kept in.
+MARKS: Final = "__spywatcher__"
+
+
+class Hook(NamedTuple):
+    """How one kind of a plugin's functions is called."""
+
+    #: What it is handed, in this order,
+    arguments: tuple[str, ...]
+    #: and how many of them it has to take at least.
+    least: int
+
+
+#: Every function of a plugin that the host calls: by its mark, or by its name in the module.
+#: Besides there are `class Settings(PluginSettings)`, `needs`, and `route`, which marks a class.
+HOOKS: Final[dict[type | str, Hook]] = {
+    Listener: Hook(("event", "spy"), 1),
+    Repeated: Hook(("spy",), 1),
+    Greeter: Hook(("guild_id", "spy", "viewer"), 2),
+    "setup": Hook(("spy",), 1),
+    "teardown": Hook(("spy",), 1),
+    "forget": Hook(("storage", "member_id", "guild_id"), 3),
+}
+
+
+class Need(NamedTuple):
+    """What hikari keeps only for plugins that say so."""
+
+    components: hikari.api.CacheComponents
+    #: Attributes that are empty without it.
+    attributes: frozenset[str]
+
+
+#: What a plugin may put into `needs`.
+NEEDS: Final = {
+    "emojis": Need(hikari.api.CacheComponents.EMOJIS, frozenset({"old_emojis", "get_emoji"})),
+    "invites": Need(hikari.api.CacheComponents.INVITES, frozenset({"old_invite", "get_invite"})),
+    "messages": Need(
+        hikari.api.CacheComponents.MESSAGES,
+        frozenset({"old_message", "old_messages", "get_message", "get_messages_view"}),
+    ),
+    "stickers": Need(
+        hikari.api.CacheComponents.GUILD_STICKERS, frozenset({"old_stickers", "get_sticker"})
+    ),
+    "voice": Need(
+        hikari.api.CacheComponents.VOICE_STATES,
+        frozenset(
+            {
+                "old_state",
+                "get_voice_state",
+                "get_voice_states_view",
+                "get_voice_states_view_for_channel",
+                "get_voice_states_view_for_guild",
+            }
+        ),
+    ),
+}
+
+
+def marked(function: Maker, mark: Mark) -> Maker:
+    """The same function (or class) with one more mark on it."""
+    marks = [*vars(function).get(MARKS, ()), mark]
+    setattr(function, MARKS, marks)
+    return function
 
 
 def on(
-    event_type: type[hikari.Event],
+    event: type[hikari.Event] | str,
     *,
     emit: str | None = None,
     room: str = "guild",
     settled: bool = False,
+    bots: bool = False,
 ) -> Callable[[Maker], Maker]:
-    """Call the function for each such hikari event, as `(event)` or `(event, spy)`.
+    """Call the function for each such event, as `(event)` or `(event, spy)`; it may be async.
 
-    It may be plain or async. What it returns, a Payload or a dict, goes out as the Socket.IO
-    event `emit` to the room `room:GUILD_ID` of `event.guild_id`; None sends nothing. With
-    `settled`, nothing is sent within `[discord] startup_grace` of a new gateway session, while
-    what looks like news is only Discord telling how things stand.
+        @on(hikari.GuildMessageDeleteEvent, emit="message:delete")
+        def message_delete(event):
+            return MessageDelete(message_id=event.message_id, channel_id=event.channel_id)
+
+    What it returns, a Payload or a dict, goes out as the Socket.IO event `emit` to the room
+    `room:GUILD_ID` of `event.guild_id`; None sends nothing. Without `emit` it only listens.
+
+    `event` is a class of hikari's, or the name of another plugin's event: then the function is
+    handed that event's fields, a dict, as they go out.
+
+        @on("alert:multiClient")
+        async def notify(fields, spy): ...
+
+    What bots, webhooks and Discord's own users do, and what comes of somebody of whom nobody knows
+    yet who that is, is no event, unless `bots=True`. With `settled`, nothing is sent within
+    `[discord] startup_grace` of a new gateway session, while what looks like news is only Discord
+    telling how things stand.
     """
-
-    def mark(function: Maker) -> Maker:
-        listeners = [
-            *getattr(function, "__listeners__", ()),
-            Listener(event_type, emit, room, settled),
-        ]
-        function.__listeners__ = listeners  # type: ignore[attr-defined]  # the mark itself
-        return function
-
-    return mark
+    check_source(event)
+    check_name("emit", emit or "x")
+    check_kind(room)
+    return lambda function: marked(function, Listener(event, emit, room, settled, bots))
 
 
 def every(seconds: float) -> Callable[[Maker], Maker]:
     """Call the function, plain or async, with `(spy)`, again and again.
 
+        @every(60)
+        async def look(spy): ...
+
     First after `seconds`, then that long after each time it has ended. What it raises is logged
     and counted, and it goes on. Of several nodes (docs/scale.md) only the one that holds the
     gateway calls it: a plugin is at work there alone, from its `setup` to its `teardown`.
     """
-
-    def mark(function: Maker) -> Maker:
-        function.__every__ = float(seconds)  # type: ignore[attr-defined]  # the mark itself
-        return function
-
-    return mark
+    check_seconds(seconds)
+    return lambda function: marked(function, Repeated(float(seconds)))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
     """Call the function, plain or async, with `(guild_id, spy)` when a client enters a room.
 
+        @on_subscribe("guild", emit="stats:update")
+        def newest(guild_id, spy):
+            return {"messages": counted[guild_id]}
+
     The room is `kind:guild_id`. What is returned goes to that client alone, as the event `emit`,
-    after the answer to its subscription; None sends nothing.
+    after the answer to its subscription; None sends nothing. With a third argument it is handed
+    the `Subscriber`, whose `may_see` says which channels to leave out.
     """
-
-    def mark(function: Maker) -> Maker:
-        function.__greets__ = (kind, emit)  # type: ignore[attr-defined]  # the mark itself
-        return function
-
-    return mark
-
-
-HandlerT = TypeVar("HandlerT", bound=type[RequestHandler])
+    check_kind(kind)
+    check_name("emit", emit)
+    return lambda function: marked(function, Greeter(kind, emit))
 
 
 def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
@@ -2440,22 +2988,63 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
         @route(r"/stats/([0-9]+)")
         class Stats(tornado.web.RequestHandler):
             def get(self, guild_id):
-                self.finish({"messages": counted[int(guild_id)]})
+                self.finish({"messages": counted[guild_id]})
 
     Groups are handed to `get`, `post` and so on. `self.spy` is the plugin's. Every node serves
-    it, from the plugin's loading to its removal; the server's own paths come first.
+    it, from the plugin's loading to its removal; the server's own paths come first. Anybody may
+    ask: what is not for everybody, the handler has to guard.
     """
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise PluginError(f"route({shown(pattern)}): {error}") from error
+    if not pattern.startswith("/"):
+        raise PluginError(f"route({shown(pattern)}): expected a path that begins with /")
 
-    def mark(handler: HandlerT) -> HandlerT:
-        handler.__routes__ = [*vars(handler).get("__routes__", ()), pattern]  # type: ignore[attr-defined]  # the mark itself
-        return handler
-
-    return mark
+    return lambda handler: marked(handler, Route(pattern))
 
 
-def clean_name(name: str) -> str:
-    """A name as it may leave: no control, bidi or zero-width characters, 64 characters at most."""
-    return clean_text(name).strip()[:64]
+def check_seconds(seconds: object) -> None:
+    """Refuse what is no time to wait; raises PluginError."""
+    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise PluginError(f"every({shown(seconds)}): expected seconds, as in @every(60)")
+
+
+def check_source(event: object) -> None:
+    """Refuse what `on` cannot listen to; raises PluginError."""
+    if isinstance(event, str):
+        check_name("on", event)
+        for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
+            if hasattr(hikari, name):
+                raise PluginError(
+                    f'on("{event}") names no plugin\'s event: write on(hikari.{name})'
+                )
+    elif not (isinstance(event, type) and issubclass(event, hikari.Event)):
+        came = getattr(event, "__name__", shown(event))
+        raise PluginError(
+            f"on({came}): expected a class of hikari's events or the name of a plugin's event"
+        )
+
+
+def check_name(where: str, name: object) -> None:
+    """Refuse what cannot be an event's name; raises PluginError."""
+    if not isinstance(name, str) or not name or clean_text(name) != name or len(name) > 100:
+        raise PluginError(f"{where}: got {shown(name)}, expected an event's name")
+
+
+def check_kind(kind: object) -> None:
+    """Refuse what cannot be a kind of room; raises PluginError."""
+    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,49}", kind):
+        raise PluginError(f"got {shown(kind)}, expected a kind of room: letters, digits, - and _")
+
+
+def user_name(user: hikari.User) -> str:
+    """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
+
+    Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
+    usernames have 64 characters at most, other names 100.
+    """
+    return shown_name(user.username, user.id, USERNAME_LENGTH)
 
 
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
@@ -2465,20 +3054,25 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     their messages leaves its cache.
     """
     member = cache.get_member(guild_id, user_id)
-    return clean_name(member.username) if member else str(int(user_id))
+    return user_name(member.user) if member else str(int(user_id))
+
+
+def role_name(role: hikari.Role) -> str:
+    """A role's name as it may leave, or its id."""
+    return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
     """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
-    name = clean_name(channel.name or "") if channel else ""
-    return name if name and name != HIDDEN_CHANNEL_NAME else str(int(channel_id))
+    name = channel.name if channel else None
+    return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
     """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
-    moment = moment or datetime.now(UTC)
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class News(NamedTuple):
@@ -2517,6 +3111,9 @@ class Shared(Protocol):
 class Marks(Protocol):
     """Names that all nodes remember for a while, in Redis: what is used up, who has signed out.
 
+        if not await spy.marks.put(f"used {code}", 600):
+            raise tornado.web.HTTPError(400)
+
     Both raise ConnectionError while Redis does not answer.
     """
 
@@ -2527,8 +3124,30 @@ class Marks(Protocol):
         """Whether a name is remembered."""
 
 
+class Subscriber(msgspec.Struct, frozen=True):
+    """Who has subscribed, for a function of `on_subscribe` with three arguments.
+
+    @on_subscribe("guild", emit="voice:snapshot")
+    def snapshot(guild_id, spy, viewer):
+        return {"channels": [one for one in talking(guild_id) if viewer.may_see(one["id"])]}
+    """
+
+    #: The Discord id of the viewer's token, and the token's role: USER, ADMIN or MODERATOR.
+    discord_id: str
+    role: str
+    #: Whether the viewer may see a channel or thread of the guild, by its id.
+    may_see: Callable[[int | str], bool]
+
+
 class Spy:
-    """What a plugin is handed: its settings, its log, the bot, and the way to the dashboards."""
+    """What a plugin is handed: its settings, its log, the bot, and the way to the dashboards.
+
+    @on(hikari.RoleCreateEvent)
+    def role_create(event, spy):
+        if spy.settings.verbose:
+            spy.log.info("a role more in %s", event.guild_id)
+        spy.emit("role:create", event.guild_id, {"name": event.role.name})
+    """
 
     def __init__(
         self,
@@ -2630,6 +3249,9 @@ class Spy:
 # -------------------------------------------------------------------------- plugin host
 # Finds, loads, starts, calls and stops plugins, and keeps one's faults from all others. It
 # knows the marks of the plugin API; it knows no event, no socket and no room but by name.
+#
+# The way of an event: Dispatcher (one subscription for each event type) -> Guarded (one function
+# of one plugin) -> Runner (that plugin at work) -> HostContext.emit.
 
 MODULE_PREFIX: Final = "spywatcher_plugins."
 #: Socket.IO's own names and the server's; clients could not tell a plugin's from these.
@@ -2642,56 +3264,955 @@ RESERVED_EVENTS: Final = frozenset(
         "error",
         "newListener",
         "removeListener",
+        "session",
         "auth:expiring",
         "auth:refresh",
+        "guilds:list",
+        "guilds:update",
     ]
 )
+#: What a plugin's function may raise and the server goes on. `SystemExit` ends nothing here.
+FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
+
+
+class HostContext(NamedTuple):
+    """What one server gives all of its plugins to work with."""
+
+    bot: hikari.GatewayBot
+    #: The way to the rooms: event, guild id, content, kind of room.
+    emit: Callable[[str, str, DataOrMaker, str], None]
+    #: Whether the gateway session is past its startup grace.
+    settled: Callable[[], bool]
+    #: Whether a guild is one of those to be watched.
+    watches: Callable[[str], bool]
+    storage: Path
+    #: What a plugin of this name keeps for all nodes; None where there is one.
+    share: Callable[[str], Shared | None] = lambda name: None
+    #: What signs tokens, and what plugins sign themselves.
+    tokens: Tokens = Tokens(Keys(), ())
+    #: Whether a viewer of a guild may see a channel of it.
+    may_see: Callable[[Viewer, str, str], bool] = lambda viewer, guild_id, channel_id: True
+    #: What a plugin of this name has all nodes remember; None where there is one.
+    marks: Callable[[str], Marks | None] = lambda name: None
+    rest_url: str = ""
+    #: Whom a request counts for.
+    address: Callable[[HTTPServerRequest], str] = lambda request: ""
+    #: Whether a page of this origin is named in the settings.
+    lists_origin: Callable[[str], bool] = lambda origin: False
+
+
+# -- what goes out
+
+#: The largest whole number that JavaScript's numbers hold exactly: Number.MAX_SAFE_INTEGER.
+SAFE_INTEGER: Final = 2**53 - 1
+MOST_NESTED: Final = 16
+SNAKE_CASE: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)+")
+
+
+class UnsendableError(Exception):
+    """A value that no event can carry; `path` says where it stood."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.path: list[str] = []
+
+    def __str__(self) -> str:
+        return ": ".join([*filter(None, [".".join(self.path)]), self.args[0]])
+
+
+def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
+    """The fields as they go out: `guildId` added, and `timestamp` where it is missing.
+
+    Raises PluginError for what cannot be sent, and for values that their annotations do not allow.
+    """
+    if not isinstance(payload, msgspec.Struct | dict):
+        raise PluginError(
+            f"{event}: returned {described(payload)}, expected a Payload, a dict or None"
+        )
+    try:
+        fields = as_json(payload)
+        if isinstance(payload, msgspec.Struct):
+            check_annotations(payload, fields)
+    except UnsendableError as error:
+        raise PluginError(f"{event}: {error}") from None
+    fields = in_camel_case(fields)
+    fields["guildId"] = guild_id
+    if "timestamp" not in fields:
+        fields["timestamp"] = timestamp()
+    return fields
+
+
+def described(value: object) -> str:
+    """A value as a log line names it: never more than its beginning."""
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else ""
+    return f"{type(value).__name__} {text[:40]}".strip()
+
+
+def as_json(value: Any, depth: int = 0) -> Any:
+    """A value in JSON's own types, structs under their wire names; raises UnsendableError."""
+    kind = type(value)
+    if kind is str:
+        if not value.isascii() and not is_unicode(value):
+            raise UnsendableError("half of a surrogate pair is no text")
+        return value
+    if value is None or kind is bool:
+        return value
+    if depth > MOST_NESTED:
+        raise UnsendableError(f"nested deeper than {MOST_NESTED}, or in a circle")
+    if kind is dict:
+        return members_as_json(value.items(), depth)
+    if isinstance(value, list | tuple):
+        return items_as_json(value, depth)
+    if isinstance(value, msgspec.Struct):
+        names = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+        return members_as_json(((wire, getattr(value, name)) for wire, name in names), depth)
+    return scalar_as_json(value)
+
+
+def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
+    fields = {}
+    for key, value in members:
+        name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        if type(value) is str and value.isascii():  # most are, and a call costs more than this
+            fields[name] = value
+            continue
+        try:
+            fields[name] = as_json(value, depth + 1)
+        except UnsendableError as error:
+            error.path.insert(0, name)
+            raise
+    return fields
+
+
+def items_as_json(items: Sequence[Any], depth: int) -> list[Any]:
+    values = []
+    for number, value in enumerate(items):
+        try:
+            values.append(as_json(value, depth + 1))
+        except UnsendableError as error:
+            error.path.insert(0, str(number))
+            raise
+    return values
+
+
+def scalar_as_json(value: object) -> str | int | float:
+    if isinstance(value, hikari.Snowflake):
+        return str(int(value))
+    if isinstance(value, str):  # hikari's enums of texts are
+        return str.__str__(value)
+    if isinstance(value, int):
+        if abs(value) > SAFE_INTEGER:
+            raise UnsendableError("JavaScript rounds a number so large: send it as a str")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UnsendableError(f"JSON has no {value}")
+        return float(value)
+    if isinstance(value, datetime):
+        return timestamp(value)
+    raise UnsendableError(f"{described(value)} cannot be sent as JSON")
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_annotations(payload: msgspec.Struct, fields: EventData) -> None:
+    """Raises UnsendableError where a value is not what the payload's class says."""
+    form = type(payload)
+    try:
+        msgspec.convert(fields, form, dec_hook=accept)
+    except msgspec.ValidationError as error:
+        wire = re.search(r"`\$\.(\w+)", str(error))
+        names = dict(zip(form.__struct_encode_fields__, form.__struct_fields__, strict=True))
+        wrong = UnsendableError(str(error))
+        wrong.path = [form.__name__, names.get(wire[1], wire[1])] if wire else [form.__name__]
+        raise wrong from None
+
+
+def accept(form: type, value: object) -> object:
+    """Annotations that JSON knows nothing of, such as `hikari.Snowflake`, are not checked."""
+    return value
+
+
+def in_camel_case(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same with camelCase for each key in snake_case."""
+    return {
+        (camel_case(key) if "_" in key else key): (
+            value if type(value) is str else nested_in_camel_case(value)
+        )
+        for key, value in fields.items()
+    }
+
+
+def nested_in_camel_case(value: Any) -> Any:
+    if type(value) is dict:
+        return in_camel_case(value)
+    return [nested_in_camel_case(item) for item in value] if type(value) is list else value
+
+
+@functools.lru_cache(maxsize=1024)
+def camel_case(name: str) -> str:
+    if not SNAKE_CASE.fullmatch(name):
+        return name
+    first, *rest = name.split("_")
+    return first + "".join(map(str.capitalize, rest))
+
+
+# -- who acts
+
+#: Whether a person did what an event tells of.
+IsPerson = Callable[[Any, hikari.api.Cache], bool]
+
+
+def is_person_rule(event_type: type[hikari.Event]) -> IsPerson | None:
+    """How to tell whether a person did it; None where events of this type are nobody's doing.
+
+    Not people are bots, webhooks, Discord's own users, and whoever is not known: neither the event
+    nor the cache says who that is.
+    """
+    for attribute, rule in PERSON_RULES.items():
+        if hasattr(event_type, attribute):
+            return rule
+    return None
+
+
+def is_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+    message = event.message
+    return not message.webhook_id and is_person(message.author)
+
+
+def was_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+    """Discord tells nothing of a message that was deleted but its ids: unknown counts as a person's."""
+    message = event.old_message
+    return message is None or (not message.webhook_id and is_person(message.author))
+
+
+def is_user_person(event: Any, cache: hikari.api.Cache) -> bool:
+    user = getattr(event, "user", None) or getattr(event, "member", None)
+    if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
+        user = cache.get_member(event.guild_id, event.user_id)
+    return is_person(user)
+
+
+def is_person(user: hikari.PartialUser | hikari.UndefinedType | None) -> bool:
+    """Discord leaves out what is false."""
+    return bool(user) and not user.is_bot and not user.is_system  # type: ignore[union-attr]  # UNDEFINED is false
+
+
+#: By the attribute that an event type has, the first that fits.
+PERSON_RULES: Final[dict[str, IsPerson]] = {
+    "old_messages": lambda event, cache: True,  # of many authors
+    "is_human": is_author_person,
+    "old_message": was_author_person,
+    "user_id": is_user_person,
+    "state": lambda event, cache: is_person(event.state.member),
+    "interaction": lambda event, cache: is_person(event.interaction.user),
+    "invite": lambda event, cache: event.invite.inviter is None or is_person(event.invite.inviter),
+}
+
+
+# -- one function of a plugin
+
+#: Failures in a row after which a function is not called for a while,
+MOST_FAILURES: Final = 20
+#: and the seconds of that.
+PAUSE: Final = 60.0
+#: Seconds that a function may hold up the loop before it is named.
+BLOCKING: Final = 0.1
+#: Kinds of faults remembered as told, of one plugin.
+MOST_KINDS: Final = 100
+
+
+class Fence:
+    """Keeps the account of one plugin's faults: each is counted, and logged once of its kind."""
+
+    def __init__(self, name: str, metrics: Metrics) -> None:
+        self.name = name
+        self._failures = metrics.plugin_failures.labels(name)
+        self._seconds = metrics.plugin_seconds.labels(name)
+        self._pauses = metrics.plugin_pauses.labels(name)
+        self._told: set[object] = set()
+        self._longest: dict[str, float] = {}
+
+    def failed(self, what: str, error: BaseException) -> None:
+        self._failures.inc()
+        place = error.__traceback__ and traceback.extract_tb(error.__traceback__)[-1][:2]
+        kind = (what, type(error), str(error) if isinstance(error, SpyWatcherError) else place)
+        if kind in self._told or len(self._told) >= MOST_KINDS:
+            return
+        self._told.add(kind)
+        log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
+
+    def took(self, what: str, seconds: float) -> None:
+        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        self._seconds.inc(seconds)
+        if seconds > BLOCKING and seconds > 2 * self._longest.get(what, 0.0):
+            self._longest[what] = seconds
+            log.warning(
+                "plugin %s: %s held up the server for %.0f ms", self.name, what, seconds * 1000
+            )
+
+    def paused(self, what: str) -> None:
+        self._pauses.inc()
+        log.error(
+            "plugin %s: %s failed %d times in a row and is paused for %.0f s",
+            self.name,
+            what,
+            MOST_FAILURES,
+            PAUSE,
+        )
+
+
+def reason(error: BaseException) -> str:
+    """An exception in a line."""
+    return str(error) if isinstance(error, SpyWatcherError) else f"{type(error).__name__}: {error}"
+
+
+def traceback_of(error: BaseException) -> BaseException | None:
+    """Our own refusals say all in one line; a plugin author needs the traceback of theirs."""
+    return None if isinstance(error, SpyWatcherError) else error
+
+
+class Guarded:
+    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[object, ...],
+        name: str,
+        fence: Fence,
+        time_limit: float,
+        where: str = "",
+    ) -> None:
+        self._function = function
+        self._arguments = arguments
+        #: As log lines name it.
+        self.name = name
+        self._where = where
+        self._fence = fence
+        self._time_limit = time_limit
+        self._failed_in_row = 0
+        self._paused_until = 0.0
+        self._running: set[asyncio.Task[Any]] = set()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused_until > time.monotonic()
+
+    def call(self, subject: object, then: Callable[[Any, Any], None]) -> None:
+        """Call it with a subject, and `then` with that and what it returns, when that is there."""
+        if self._paused_until and self.paused:
+            return
+        started = time.perf_counter()
+        try:
+            result = self._function(subject, *self._arguments)
+            self._took(time.perf_counter() - started)
+            if hasattr(result, "__await__"):
+                self._await(result, functools.partial(then, subject))
+                return
+            then(subject, result)
+        except FAULTS as error:
+            self._failed(error)
+        else:
+            self._failed_in_row = 0
+
+    async def ask(self, *subject: object, limited: bool = True) -> Any:
+        """Call it, and return what it returns; None when it fails or is paused."""
+        answers: list[Any] = []
+        if not self.paused:
+            started = time.perf_counter()
+            with self.fenced():
+                try:
+                    result = self._function(*subject, *self._arguments)
+                finally:
+                    self._took(time.perf_counter() - started)
+                if hasattr(result, "__await__"):
+                    timed = Timed(result, self._took)
+                    result = await (within(self._time_limit, timed) if limited else timed)
+                answers.append(result)
+        return answers[0] if answers else None
+
+    @contextlib.contextmanager
+    def fenced(self) -> Iterator[None]:
+        """What fails inside counts as this function's failure."""
+        try:
+            yield
+        except FAULTS as error:
+            if being_cancelled():
+                raise
+            self._failed(error)
+        else:
+            self._failed_in_row = 0
+
+    async def wait(self) -> None:
+        """Until what runs has ended, for no longer than it may take anyway."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=self._time_limit)
+
+    def _took(self, seconds: float) -> None:
+        self._fence.took(self.name, seconds)
+
+    def _await(self, result: Awaitable[Any], then: Callable[[Any], None]) -> None:
+        task = asyncio.create_task(finish(Timed(result, self._took)))
+        self._running.add(task)
+        late = asyncio.get_running_loop().call_later(self._time_limit, self._end_late, task)
+        task.add_done_callback(functools.partial(self._ended, late, then))
+
+    def _end_late(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        task.cancel()
+        self._failed(PluginError(f"took longer than {self._time_limit:g} s and was cancelled"))
+
+    def _ended(
+        self, late: asyncio.TimerHandle, then: Callable[[Any], None], task: asyncio.Task[Any]
+    ) -> None:
+        late.cancel()
+        if task not in self._running:
+            look_at(task)  # too late, and told so
+            return
+        self._running.discard(task)
+        with self.fenced():
+            then(task.result())
+
+    def _failed(self, error: BaseException) -> None:
+        self._fence.failed(f"{self.name} failed{self._where}", error)
+        self._failed_in_row += 1
+        if self._failed_in_row % MOST_FAILURES == 0:
+            self._paused_until = time.monotonic() + PAUSE
+            self._fence.paused(self.name + self._where)
+
+
+class Timed:
+    """Awaits something, and tells how long each step of it held up the loop."""
+
+    def __init__(self, awaitable: Awaitable[Any], took: Callable[[float], None]) -> None:
+        self._awaitable = awaitable
+        self._took = took
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        steps: Any = self._awaitable.__await__()  # a coroutine's or a future's: both have all three
+        resume, value = steps.send, None
+        while True:
+            started = time.perf_counter()
+            try:
+                awaited = resume(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._took(time.perf_counter() - started)
+            try:
+                resume, value = steps.send, (yield awaited)
+            except BaseException as error:  # a cancellation, most often: it is for what is awaited
+                resume, value = steps.throw, error
+
+
+def being_cancelled() -> bool:
+    """Whether the task that asks was to end: redis-py 8.1 may swallow what told it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def finish(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+async def within(seconds: float, awaitable: Awaitable[Any]) -> Any:
+    """What it returns; raises PluginError after so long, even where it heeds no cancellation."""
+    task = asyncio.create_task(finish(awaitable))
+    task.add_done_callback(look_at)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if task.done():
+            return task.result()
+        raise PluginError(f"took longer than {seconds:g} s and was cancelled")
+    finally:
+        task.cancel()
+
+
+def look_at(task: asyncio.Task[Any]) -> None:
+    """Nobody waits for it any more: asyncio need not complain of what it raised."""
+    if not task.cancelled():
+        task.exception()
+
+
+# -- one plugin
+
+Routes = list[tuple[PathMatches, type[RequestHandler]]]
 
 
 class Plugin:
-    """One loaded plugin: its module and what the module marked."""
+    """One loaded plugin: its module, and what the host calls in it, each checked."""
 
-    def __init__(self, name: str, module: ModuleType, table: dict[str, Any]) -> None:
+    def __init__(self, name: str, path: Path, module: ModuleType, table: dict[str, Any]) -> None:
         self.name = name
+        self.path = path
         self.module = module
+        used = attributes_used(path)
+        self.settings_form = settings_form(module, reads_settings="settings" in used)
         self.settings = self.check_settings(table)
-        own = [
-            function
-            for function in vars(module).values()
-            if getattr(function, "__module__", None) == module.__name__
-        ]
-        self.listeners = [
-            (function, listener)
-            for function in own
-            for listener in getattr(function, "__listeners__", ())
-        ]
-        self.repeated = [
-            (function, function.__every__) for function in own if hasattr(function, "__every__")
-        ]
-        self.greeters = [
-            (function, *function.__greets__) for function in own if hasattr(function, "__greets__")
-        ]
-        self.routes = [
-            (handler, pattern) for handler in own for pattern in vars(handler).get("__routes__", ())
-        ]
-        self.events = {listener.emit for _, listener in self.listeners if listener.emit}
-        self.events |= {event for _, _, event in self.greeters}
-        self.kinds = {listener.room for _, listener in self.listeners if listener.emit}
-        self.kinds |= {kind for _, kind, _ in self.greeters}
-        reserved = self.events & RESERVED_EVENTS
-        if reserved:
+        marks = marks_of(module)
+        self.listeners = [(f, mark) for f, mark in marks if isinstance(mark, Listener)]
+        self.repeated = [(f, mark.seconds) for f, mark in marks if isinstance(mark, Repeated)]
+        self.greeters = [(f, mark) for f, mark in marks if isinstance(mark, Greeter)]
+        self.routes = [(f, mark.pattern) for f, mark in marks if isinstance(mark, Route)]
+        self.hooks = named_hooks(module)
+        self.needs = checked_needs(module, used)
+        emitting = [mark for _, mark in self.listeners if mark.emit]
+        greetings = [mark for _, mark in self.greeters]
+        self.events = {str(mark.emit) for mark in emitting} | {mark.emit for mark in greetings}
+        self.kinds = {mark.room for mark in emitting} | {mark.kind for mark in greetings}
+        check_arguments(marks, self.hooks)
+        check_payloads(module)
+        if reserved := self.events & RESERVED_EVENTS:
             raise PluginError(f"the event name {min(reserved)} is reserved")
+
+    def event_types(self) -> set[type[hikari.Event]]:
+        """The events of hikari's that it hears."""
+        return {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
 
     def check_settings(self, table: dict[str, Any]) -> Any:
         """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
-        form = vars(self.module).get("Settings")
-        if form is None:
+        if self.settings_form is None:
             return table
         faults: list[str] = []
-        settings = check_table(table, form, f"plugin.{self.name}", faults)
+        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
         if faults:
             raise OperatorError(*faults)
         return settings
+
+
+def own_things(module: ModuleType) -> list[tuple[str, Any]]:
+    """What the plugin has defined, in its files, by the names in its module; each once."""
+    home = module.__name__
+    seen: dict[int, tuple[str, Any]] = {}
+    for name, value in vars(module).items():
+        where = getattr(value, "__module__", None)
+        if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
+            seen.setdefault(id(value), (name, value))
+    return list(seen.values())
+
+
+def marks_of(module: ModuleType) -> list[tuple[Any, Mark]]:
+    """Functions and classes with each mark on them, in the order of the file."""
+    things = own_things(module)
+    return [
+        (value, mark)
+        for _, value in things
+        if isinstance(value, type) or callable(value)
+        for mark in getattr(value, "__dict__", {}).get(MARKS, ())
+    ]
+
+
+def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
+    """The class that a `[plugin.NAME]` table is checked by; None where the plugin does that itself."""
+    form = vars(module).get("Settings")
+    if form is None:
+        return None if reads_settings else PluginSettings
+    if not (isinstance(form, type) and issubclass(form, PluginSettings)):
+        raise PluginError("Settings: expected class Settings(PluginSettings, frozen=True)")
+    missing = [field.name for field in msgspec.structs.fields(form) if field.required]
+    if missing:
+        raise PluginError(f"Settings.{missing[0]}: each key needs a default")
+    return form
+
+
+def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """`setup` and the like; raises PluginError for a name that is nearly one."""
+    known = {name for name in HOOKS if isinstance(name, str)}
+    for name, value in own_things(module):
+        plain = name.replace("_", "").lower()
+        near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=0.85)
+        marked = MARKS in getattr(value, "__dict__", {})
+        if (
+            near
+            and name not in known
+            and inspect.isfunction(value)
+            and name[0] != "_"
+            and not marked
+        ):
+            raise PluginError(f"{name} is no hook, did you mean {near[0]}? (else begin it with _)")
+        settings = isinstance(value, type) and issubclass(value, PluginSettings)
+        if settings and "Settings" not in vars(module):
+            raise PluginError(f"class {name} is never read, did you mean Settings?")
+    return {name: vars(module)[name] for name in known if name in vars(module)}
+
+
+def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
+    """What hikari has to keep for the plugin; raises PluginError where it asks for less than it uses."""
+    for name in vars(module):
+        if name.lower() in ("need", "needs") and name != "needs":
+            raise PluginError(f"{name} is no hook, did you mean needs?")
+    needs = vars(module).get("needs", frozenset())
+    if not isinstance(needs, set | frozenset | list | tuple) or not NEEDS.keys() >= set(needs):
+        raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
+    for name, need in NEEDS.items():
+        if name not in needs and (attribute := min(need.attributes.intersection(used), default="")):
+            where = used[attribute]
+            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} ({where})')
+    return frozenset(needs)
+
+
+def attributes_used(path: Path) -> dict[str, str]:
+    """The names of all attributes that a plugin's files read, and where one of them is."""
+    return {
+        node.attr: f"{file.name}, line {node.lineno}"
+        for file in files_of(path)
+        if file.suffix == ".py"
+        for node in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(node, ast.Attribute)
+    }
+
+
+def check_arguments(marks: list[tuple[Any, Mark]], hooks: dict[str, Callable[..., Any]]) -> None:
+    """Raises PluginError for a function that does not take what it is handed."""
+    for function, hook in [
+        *((function, HOOKS[type(mark)]) for function, mark in marks if type(mark) in HOOKS),
+        *((function, HOOKS[name]) for name, function in hooks.items()),
+    ]:
+        arguments_taken(function, hook)
+    for handler, mark in marks:
+        is_class = isinstance(handler, type) and issubclass(handler, RequestHandler)
+        if isinstance(mark, Route) and not is_class:
+            raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
+
+
+def arguments_taken(function: Any, hook: Hook) -> int:
+    """How many of a hook's arguments the function takes."""
+    most = len(hook.arguments)
+    forms = [f"({', '.join(hook.arguments[:count])})" for count in range(hook.least, most + 1)]
+    name = getattr(function, "__name__", str(function))
+    if not callable(function) or isinstance(function, type):
+        raise PluginError(f"{name}: expected a function of {' or '.join(forms)}")
+    signature = inspect.signature(function)
+    for count in range(most, hook.least - 1, -1):
+        with contextlib.suppress(TypeError):
+            signature.bind(*hook.arguments[:count])
+            return count
+    code = inspect.unwrap(function).__code__
+    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
+    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
+
+
+def check_payloads(module: ModuleType) -> None:
+    """Raises PluginError for annotations that values cannot be checked by."""
+    for name, value in own_things(module):
+        if isinstance(value, type) and issubclass(value, Payload):
+            try:
+                msgspec.convert({}, value, dec_hook=accept)
+            except msgspec.ValidationError:
+                continue  # it has fields without a default
+            except (TypeError, NameError) as error:
+                raise PluginError(f"class {name}: {error}") from error
+
+
+class PluginHandler(RequestHandler):
+    """The host's side of a plugin's route."""
+
+    spy: Spy
+    #: Told what failed, and what it raised.
+    failed: Callable[[str, BaseException], None]
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        super().set_default_headers()
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        """A client reads of a bug no more than 500; whose it is, the log says."""
+        if value is not None and not isinstance(value, HTTPError):
+            type(self).failed(f"{type(self).__name__} failed", value)
+
+
+class Hearer(NamedTuple):
+    """One listener at work."""
+
+    listener: Listener
+    guarded: Guarded
+    #: Takes an event and what the function returned for it.
+    send: Callable[[Any, Any], None]
+
+
+class Runner:
+    """One plugin at work: events, time and new subscribers reach it here, and its events leave here."""
+
+    #: Seconds that `setup` may take.
+    setup_limit: ClassVar[float] = 10.0
+
+    def __init__(
+        self,
+        plugin: Plugin,
+        context: HostContext,
+        metrics: Metrics,
+        time_limit: float,
+        claim: Callable[[Plugin, str, str], None],
+        publish: Callable[[str, EventData], None],
+    ) -> None:
+        self.plugin = plugin
+        self.fence = Fence(plugin.name, metrics)
+        self._context = context
+        self._time_limit = time_limit
+        #: Refuses an event and a kind of room that are not the plugin's to use.
+        self._claim = claim
+        #: Tells other plugins what goes out.
+        self._publish = publish
+        self._counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
+        self._unsettled = metrics.dropped.labels("startup grace")
+        self._unwatched = metrics.dropped.labels("guild not watched")
+        self._tasks: list[asyncio.Task[None]] = []
+        failed = metrics.plugin_failures.labels(plugin.name).inc
+        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, self._count, failed)
+        self.listeners = [
+            Hearer(mark, self._listener(f, mark), functools.partial(self._send_result, mark))
+            for f, mark in plugin.listeners
+        ]
+        self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
+        self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
+
+    def _guard(
+        self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
+    ) -> Guarded:
+        name = name or function.__name__
+        return Guarded(function, arguments, name, self.fence, self._time_limit, where)
+
+    def _listener(self, function: Callable[..., Any], mark: Listener) -> Guarded:
+        spy = (self.spy,) if arguments_taken(function, HOOKS[Listener]) > 1 else ()
+        source = mark.source if isinstance(mark.source, str) else mark.source.__name__
+        return self._guard(function, *spy, where=f" on {source}")
+
+    def _greeter(self, function: Callable[..., Any], mark: Greeter) -> tuple[Guarded, bool]:
+        wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
+        where = f" in {function.__name__}"
+        return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
+
+    def routes(self) -> Routes:
+        """What the plugin serves: a pattern of the whole path, and what answers there."""
+        own = {"spy": self.spy, "failed": self.fence.failed}
+        return [
+            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, pattern in self.plugin.routes
+        ]
+
+    def paused(self) -> list[str]:
+        """Functions that are not called for a while, since they failed again and again."""
+        greeters = [guarded for _, guarded, _ in self.greeters]
+        everything = [hearer.guarded for hearer in self.listeners] + greeters
+        everything += [guarded for guarded, _ in self.repeated]
+        paused = [guarded.name for guarded in everything if guarded.paused]
+        return [f"{self.plugin.name}.{name}" for name in paused]
+
+    # -- life
+
+    async def set_up(self) -> None:
+        """Run the plugin's `setup`; raises whatever that raises."""
+        self.spy.shared = self._context.share(self.plugin.name)
+        await self._run_hook("setup", self.setup_limit)
+
+    def begin(self) -> None:
+        """Begin with what is repeated."""
+        self._tasks = [
+            asyncio.create_task(self._repeat(guarded, seconds))
+            for guarded, seconds in self.repeated
+        ]
+
+    def end(self) -> None:
+        """Repeat nothing more."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def tear_down(self) -> None:
+        """Wait for what still runs, then run the plugin's `teardown`."""
+        left, self._tasks = set(self._tasks), []
+        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
+        for hearer in self.listeners:
+            await hearer.guarded.wait()
+        try:
+            await self._run_hook("teardown", self._time_limit)
+        except FAULTS as error:
+            if being_cancelled():
+                raise
+            self.fence.failed("teardown failed", error)
+
+    async def _run_hook(self, name: str, seconds: float) -> None:
+        hook = self.plugin.hooks.get(name)
+        if hook is not None:
+            took = functools.partial(self.fence.took, name)
+            await within(seconds, Timed(called(hook, self.spy), took))
+
+    @staticmethod
+    async def _repeat(guarded: Guarded, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await guarded.ask(limited=False)
+
+    # -- events
+
+    async def greet(
+        self, kind: str, guild_id: str, tell: Tell, subscriber: Subscriber | None
+    ) -> None:
+        """`tell` a client that entered `kind:guild_id` what the plugin has for it, as it comes.
+
+        Without a subscriber, what all of them would get.
+        """
+        for mark, guarded, wants_viewer in self.greeters:
+            if mark.kind == kind and (subscriber or not wants_viewer):
+                viewer = [subscriber] if wants_viewer else []
+                fields = await self._made(mark.emit, guild_id, guarded, guild_id, self.spy, *viewer)
+                channel_id = fields and fields.get("channelId")
+                if fields and (not channel_id or not subscriber or subscriber.may_see(channel_id)):
+                    tell(mark.emit, fields)
+
+    def _send_result(self, listener: Listener, event: Any, result: object) -> None:
+        if result is None:
+            return
+        if listener.emit is None:
+            raise PluginError(f"returned {described(result)}, but on() has no emit= to send it as")
+        if listener.settled and not self._context.settled():
+            self._unsettled.inc()
+            return
+        self._send(listener.emit, guild_of(event), result, listener.room)
+
+    def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
+        """What `spy.emit` does."""
+        self._claim(self.plugin, event, room)
+        if not self._context.watches(guild_id):
+            self._unwatched.inc()
+        elif callable(payload):
+            make = functools.partial(self._make_and_publish, event, guild_id, payload)
+            self._context.emit(event, guild_id, make, room)
+        else:
+            self._send(event, guild_id, payload, room)
+
+    def _send(self, event: str, guild_id: str, payload: object, room: str) -> None:
+        fields = finish_payload(event, payload, guild_id)
+        self._publish(event, fields)
+        self._context.emit(event, guild_id, fields, room)
+
+    async def _make_and_publish(
+        self, event: str, guild_id: str, maker: Callable[[], Any]
+    ) -> EventData | None:
+        fields = await self._made(event, guild_id, self._guard(maker, name=f"making {event}"))
+        if fields is not None:
+            self._publish(event, fields)
+        return fields
+
+    async def _made(
+        self, event: str, guild_id: str, guarded: Guarded, *arguments: object
+    ) -> EventData | None:
+        fields = None
+        payload = await guarded.ask(*arguments)
+        if payload is not None:
+            with guarded.fenced():
+                fields = finish_payload(event, payload, guild_id)
+        return fields
+
+    def _count(self, what: str, amount: float) -> None:
+        self._counts(what).inc(amount)
+
+
+async def called(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function, plain or async."""
+    result = function(*arguments)
+    return await result if hasattr(result, "__await__") else result
+
+
+def guild_of(event: Any) -> str:
+    """The guild of hikari's event, or of the fields of a plugin's."""
+    guild_id = event["guildId"] if isinstance(event, dict) else getattr(event, "guild_id", None)
+    if guild_id is None:
+        raise PluginError(f"{type(event).__name__} has no guild_id, so it cannot be emitted")
+    return str(int(guild_id))
+
+
+# -- all plugins
+
+#: How many plugins may hear each other's events one after the other, of one event of hikari's.
+MOST_CHAINED: Final = 8
+#: Seconds between two looks at the plugins' files.
+LOOK_EVERY: Final = 0.4
+CHAIN: Final = contextvars.ContextVar("how many plugins' events led here", default=0)
+
+
+class Dispatcher:
+    """Hands each event to the plugins that hear it: one subscription for each type of event."""
+
+    def __init__(self, context: HostContext, metrics: Metrics) -> None:
+        self._context = context
+        self._metrics = metrics
+        self._hearers: dict[type | str, list[Hearer]] = {}
+        self._subscribed: dict[type[hikari.Event], Any] = {}
+        self._received: dict[type, Counter] = {}
+        self._counted: hikari.Event | None = None
+
+    def connect(self, runners: Iterable[Runner]) -> None:
+        """From now on these plugins hear all that happens, in this order."""
+        hearers: dict[type | str, list[Hearer]] = {}
+        for runner in runners:
+            for hearer in runner.listeners:
+                hearers.setdefault(hearer.listener.source, []).append(hearer)
+        self._hearers = hearers
+        wanted = {source for source in hearers if not isinstance(source, str)}
+        events = self._context.bot.event_manager
+        for event_type in self._subscribed.keys() - wanted:
+            events.unsubscribe(event_type, self._subscribed.pop(event_type))
+        for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
+            if not missing_intents(event_type, self._context.bot.intents):
+                self._subscribed[event_type] = self._subscription(event_type)
+                events.subscribe(event_type, self._subscribed[event_type])
+
+    def publish(self, event: str, fields: EventData) -> None:
+        """Hand a plugin's event to other plugins."""
+        if hearers := self._hearers.get(event):
+            if CHAIN.get() >= MOST_CHAINED:
+                raise PluginError(f"{event} comes of itself, through plugins that hear each other")
+            before = CHAIN.set(CHAIN.get() + 1)
+            try:
+                for hearer in hearers:
+                    hearer.guarded.call(copy.deepcopy(fields), hearer.send)
+            finally:
+                CHAIN.reset(before)
+
+    def _subscription(
+        self, event_type: type[hikari.Event]
+    ) -> Callable[[Any], Coroutine[Any, Any, None]]:
+        """What hikari calls. It waits for nothing: plain functions are called one after the other."""
+        rule, cache = is_person_rule(event_type), self._context.bot.cache
+
+        async def hear(event: Any) -> None:
+            guild_id = getattr(event, "guild_id", None)
+            if guild_id is not None and not self._context.watches(str(int(guild_id))):
+                return
+            person = rule is None or rule(event, cache)
+            self._count(event)
+            for listener, guarded, send in self._hearers.get(event_type, ()):
+                if person or listener.bots:
+                    guarded.call(event, send)
+
+        return hear
+
+    def _count(self, event: hikari.Event) -> None:
+        """Once per event, though it comes to the subscription of each type that it is of."""
+        if self._counted is not event:
+            self._counted, kind = event, type(event)
+            if kind not in self._received:
+                self._received[kind] = self._metrics.received.labels(kind.__name__)
+            self._received[kind].inc()
+
+
+def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hikari.Intents:
+    """What a session with these intents lacks to get such events from guilds."""
+    choices = base_events.get_required_intents_for(event_type)
+    in_guilds = [choice for choice in choices if not choice & hikari.Intents.ALL_DMS] or choices
+    if not in_guilds or any(choice & had == choice for choice in in_guilds):
+        return hikari.Intents.NONE
+    return min(in_guilds, key=int) & ~had
 
 
 def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
@@ -2711,352 +4232,285 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     return folders
 
 
-class HostContext(NamedTuple):
-    """What one server gives all of its plugins to work with."""
-
-    bot: hikari.GatewayBot
-    #: The way to the rooms: event, guild id, content, kind of room.
-    emit: Callable[[str, str, DataOrMaker, str], None]
-    #: Whether the gateway session is past its startup grace.
-    settled: Callable[[], bool]
-    #: Whether a guild is one of those to be watched.
-    watches: Callable[[str], bool]
-    storage: Path
-    #: What a plugin of this name keeps for all nodes; None where there is one.
-    share: Callable[[str], Shared | None] = lambda name: None
-    #: What signs tokens, and what plugins sign themselves.
-    tokens: Tokens = Tokens(Keys(), ())
-    #: What a plugin of this name has all nodes remember; None where there is one.
-    marks: Callable[[str], Marks | None] = lambda name: None
-    rest_url: str = ""
-    #: Whom a request counts for.
-    address: Callable[[HTTPServerRequest], str] = lambda request: ""
-    #: Whether a page of this origin is named in the settings.
-    lists_origin: Callable[[str], bool] = lambda origin: False
+#: The files of a plugin, each with what changes when it is written.
+Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
-class PluginHandler(RequestHandler):
-    """The host's side of a plugin's route."""
+class PluginFiles:
+    """Where plugins are, and which of them have changed since they were taken."""
 
-    spy: Spy
-    #: Told the handler's name and what it raised.
-    failed: Callable[[str, BaseException], None]
+    #: Seconds for which a change must have rested, for editors write in several steps;
+    rest: ClassVar[float] = 0.3
+    #: and for which more is awaited where a file is empty or no Python.
+    patience: ClassVar[float] = 1.5
 
-    def set_default_headers(self) -> None:
-        self.clear_header("Server")
-        super().set_default_headers()
+    def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
+        self._folders = folders
+        self.disabled = frozenset(disabled)
+        self._taken: dict[str, Fingerprint] = {}
+        self._contents: dict[str, bytes] = {}
+        self._seen: dict[str, tuple[Fingerprint, float]] = {}  # as it is now, and since when
 
-    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
-        """A client reads of a bug no more than 500; whose it is, the log says."""
-        if value is not None and not isinstance(value, HTTPError):
-            type(self).failed(type(self).__name__, value)
+    def find(self) -> dict[str, Path]:
+        """The plugins that there are, by name: a file of each."""
+        found: dict[str, Path] = {}
+        for entry in (entry for folder in self._folders for entry in entries(folder)):
+            path = entry / "__init__.py" if entry.is_dir() else entry
+            name = entry.name if entry.is_dir() else entry.stem
+            there = path.is_file() if entry.is_dir() else True
+            if path.suffix == ".py" and name[0] not in "_." and there:
+                found.setdefault(name, path)
+        return {name: path for name, path in sorted(found.items()) if name not in self.disabled}
+
+    def take(self) -> dict[str, Path]:
+        """All plugins as they are now."""
+        found = self.find()
+        self._taken = {name: fingerprint(path) for name, path in found.items()}
+        self._contents = {name: digest(path) for name, path in found.items()}
+        return found
+
+    @property
+    def resting(self) -> bool:
+        """Whether nothing has changed that was not taken, when last looked."""
+        return not self._seen
+
+    def take_changed(self) -> dict[str, Path | None]:
+        """The plugins that have changed and come to rest; None for one that has gone."""
+        found = self.find()
+        changed: dict[str, Path | None] = {}
+        for name in sorted(found.keys() | self._taken.keys()):
+            path = found.get(name)
+            if self._has_settled(name, path):
+                changed[name] = path
+        return changed
+
+    def _has_settled(self, name: str, path: Path | None) -> bool:
+        current, now = fingerprint(path) if path else (), time.monotonic()
+        if current == self._taken.get(name, ()):
+            self._seen.pop(name, None)
+            return False
+        seen, since = self._seen.setdefault(name, (current, now))
+        if seen != current:
+            self._seen[name] = (current, now)
+            return False
+        if now - since < (self.rest if path is None or is_python(path) else self.patience):
+            return False
+        del self._seen[name]
+        before, content = self._contents.get(name), digest(path) if path else b""
+        self._taken[name], self._contents[name] = current, content
+        return content != before
 
 
-class Runner:
-    """One plugin at work: events, time and new subscribers reach it here; its faults go no further."""
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, in order; nothing where it has gone."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def files_of(path: Path) -> list[Path]:
+    """A plugin's file, or all files in its folder."""
+    if path.name != "__init__.py":
+        return [path]
+    return sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(path.parent)
+        for name in names
+        if "__pycache__" not in folder and name[0] != "."
+    )
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """What changes when one of a plugin's files is written; costs no reading."""
+    prints = []
+    for file in files_of(path):
+        with contextlib.suppress(OSError):  # it has gone this moment, or leads nowhere
+            stat = file.stat()
+            prints.append((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return tuple(prints) or ((str(path), 0, 0, 0),)
+
+
+def digest(path: Path) -> bytes:
+    """Of all that a plugin's files hold, and where: written anew without a change, it is the same."""
+    content = hashlib.sha256()
+    for file in files_of(path):
+        content.update(f"\0{file}\0".encode())
+        with contextlib.suppress(OSError):
+            content.update(file.read_bytes())
+    return content.digest()
+
+
+def is_python(path: Path) -> bool:
+    """Whether a file has something in it, and that can be compiled."""
+    try:
+        source = path.read_bytes()
+        compile(source, path, "exec")
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return bool(source.strip()) or path.name == "__init__.py"
+
+
+class SourceLoader(importlib.machinery.SourceFileLoader):
+    """Reads a plugin's source each time: Python takes a .pyc for the newest where a file of the same
+    size was written within the same second.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+class PluginFinder(importlib.abc.MetaPathFinder):
+    """Has the modules in a plugin's folder read likewise."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(MODULE_PREFIX):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = SourceLoader(fullname, spec.loader.path)
+        return spec
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """Run a plugin's file as a fresh module, under a name that no other module can have.
+
+    It stays in `sys.modules`, where dataclasses and postponed annotations look it up, whatever it
+    raises.
+    """
+    if not path.is_file():
+        raise PluginError(f"{path} is no file")
+    if not any(isinstance(finder, PluginFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PluginFinder())
+    importlib.invalidate_caches()  # of folders whose files are new
+    full_name = MODULE_PREFIX + name
+    folder = [str(path.parent)] if path.name == "__init__.py" else None
+    loader = SourceLoader(full_name, str(path))
+    spec = importlib.util.spec_from_file_location(
+        full_name, path, loader=loader, submodule_search_locations=folder
+    )
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full_name] = module
+    loader.exec_module(module)
+    return module
+
+
+def modules_of(name: str) -> dict[str, ModuleType]:
+    """A plugin's modules in `sys.modules`."""
+    own = MODULE_PREFIX + name
+    return {
+        one: module
+        for one, module in tuple(sys.modules.items())
+        if one == own or one.startswith(f"{own}.")
+    }
+
+
+def put_modules(name: str, modules: dict[str, ModuleType]) -> None:
+    """Have `sys.modules` hold these of a plugin's, and no others."""
+    for one in modules_of(name):
+        del sys.modules[one]
+    sys.modules.update(modules)
+
+
+def reason_not_loaded(error: BaseException, path: Path) -> str:
+    """Why a plugin did not load, and where in its files that came up."""
+    if isinstance(error, SyntaxError):
+        return str(error)  # says file and line
+    place = ""
+    home = path.parent if path.name == "__init__.py" else path
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename).is_relative_to(home):
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
+    more = ", ".join(filter(None, [kind, place]))
+    return f"{error} ({more})" if more else str(error)
+
+
+class PluginLoader:
+    """Makes plugins of files; one whose file is wrong is named, and what was loaded before stays."""
 
     def __init__(
-        self, plugin: Plugin, place: HostContext, claim: Callable[[str], None], metrics: Metrics
-    ) -> None:
-        self._plugin = plugin
-        self._place = place
-        self._claim = claim
-        self._metrics = metrics
-        self._subscriptions: list[tuple[type[hikari.Event], Any]] = []
-        self._tasks: list[asyncio.Task[None]] = []
-        failed = metrics.plugin_failures.labels(plugin.name).inc
-        self.spy = Spy(plugin.name, plugin.settings, place, self._emit, self._count, failed)
-
-    def routes(self) -> Iterator[tuple[PathMatches, type[RequestHandler]]]:
-        """What the plugin serves: a pattern of the whole path, and what answers there."""
-        for handler, pattern in self._plugin.routes:
-            spy = {"spy": self.spy, "failed": self._route_failed}
-            yield PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), spy)
-
-    async def start(self, count: Callable[[hikari.Event], None]) -> None:
-        """Set the plugin up, which may raise anything, and let it hear; `count` sees each event."""
-        self.spy.shared = self._place.share(self._plugin.name)
-        await self._run_hook("setup")
-        for function, listener in self._plugin.listeners:
-            callback = self._callback(function, listener, count)
-            self._place.bot.event_manager.subscribe(listener.event_type, callback)
-            self._subscriptions.append((listener.event_type, callback))
-        for function, seconds in self._plugin.repeated:
-            self._tasks.append(asyncio.create_task(self._repeat(function, seconds)))
-
-    async def stop(self) -> None:
-        """Stop hearing events, and tear the plugin down."""
-        for event_type, callback in self._subscriptions:
-            self._place.bot.event_manager.unsubscribe(event_type, callback)
-        self._subscriptions.clear()
-        left = set(self._tasks)
-        self._tasks.clear()
-        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        with self._fence("teardown failed"):
-            await self._run_hook("teardown")
-
-    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
-        """`tell` a client that entered `kind:guild_id` what the plugin has for it, as it comes."""
-        for function, greeted, event in self._plugin.greeters:
-            if greeted == kind:
-                make = functools.partial(function, guild_id, self.spy)
-                fields = await self._make(event, guild_id, make)
-                if fields is not None:
-                    tell(event, fields)
-
-    def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
-        self._claim(event)
-        content: DataOrMaker
-        if callable(payload):
-            content = functools.partial(self._make, event, guild_id, payload)
-        else:
-            content = finish_payload(payload, guild_id)
-        self._place.emit(event, guild_id, content, room)
-
-    def _route_failed(self, handler: str, error: BaseException) -> None:
-        report_fault(self._metrics, self._plugin.name, f"{handler} failed", error)
-
-    def _count(self, what: str, amount: float) -> None:
-        self._metrics.plugin_counts.labels(self._plugin.name, what).inc(amount)
-
-    async def _run_hook(self, name: str) -> None:
-        hook = vars(self._plugin.module).get(name)
-        result = hook and hook(self.spy)
-        if inspect.isawaitable(result):
-            await result
-
-    @contextlib.contextmanager
-    def _fence(self, what: str) -> Iterator[None]:
-        """Whatever the plugin raises inside is logged and counted, and goes no further."""
-        try:
-            yield
-        except Exception as error:  # nothing a plugin does may end the server
-            report_fault(self._metrics, self._plugin.name, what, error)
-
-    async def _repeat(self, function: Callable[..., Any], seconds: float) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            with self._fence(f"{function.__name__} failed"):
-                result = function(self.spy)
-                if inspect.isawaitable(result):
-                    await result
-
-    async def _make(self, event: str, guild_id: str, make: Callable[[], Any]) -> EventData | None:
-        fields = None
-        with self._fence(f"making {event} failed"):
-            payload = make()
-            if inspect.isawaitable(payload):
-                payload = await payload
-            if payload is not None:
-                fields = finish_payload(payload, guild_id)
-        return fields
-
-    def _callback(
         self,
-        function: Callable[..., Any],
-        listener: Listener,
-        count: Callable[[hikari.Event], None],
-    ) -> Callable[[hikari.Event], Coroutine[Any, Any, None]]:
-        """What hikari calls: the plugin's function, fenced in."""
-        arguments = (self.spy,) if len(inspect.signature(function).parameters) > 1 else ()
-        event_name = listener.event_type.__name__
-        seconds = self._metrics.plugin_seconds.labels(self._plugin.name)
-
-        async def callback(event: hikari.Event) -> None:
-            guild_id = getattr(event, "guild_id", None)
-            if guild_id is not None and not self._place.watches(str(int(guild_id))):
-                return
-            count(event)
-            started = time.perf_counter()
-            try:
-                with self._fence(f"{function.__name__} failed on {event_name}"):
-                    result = function(event, *arguments)
-                    if inspect.isawaitable(result):
-                        result = await result
-                    if result is None or listener.emit is None:
-                        return
-                    if listener.settled and not self._place.settled():
-                        self._metrics.dropped.labels("startup grace").inc()
-                        return
-                    self.spy.emit(listener.emit, guild_of(event), result, listener.room)
-            finally:
-                seconds.inc(time.perf_counter() - started)
-
-        return callback
-
-
-class PluginHost:
-    """All plugins. One that fails to load, raises or breaks the contract is named; the rest go on."""
-
-    def __init__(
-        self,
-        settings: PluginsSettings,
-        tables: dict[str, dict[str, Any]],
-        folder: Path,
+        files: PluginFiles,
+        tables: Mapping[str, dict[str, Any]],
         metrics: Metrics,
     ) -> None:
-        self._folders = plugin_folders(settings.folders, folder)
+        self.files = files
+        #: The `[plugin.NAME]` tables.
+        self.tables = tables
         self._metrics = metrics
-        self._disabled = frozenset(settings.disabled)
-        self._tables = tables
-        self._latest: dict[str, hikari.Event] = {}
         self.plugins: dict[str, Plugin] = {}
-        self.running: dict[str, Runner] = {}
-        self._runners: dict[str, Runner] = {}
-        self._routes: list[tuple[PathMatches, type[RequestHandler]]] = []
-        self.failures: dict[str, BaseException] = {}
+        #: What did not load or start, and why; the version before may be at work.
+        self.failures: dict[str, str] = {}
 
-    # -- loading
-
-    def load(self) -> None:
+    def load_all(self) -> None:
         """Load every plugin of the folders, in the order of their names.
 
-        Raises OperatorError for a missing folder and for wrong `[plugin.NAME]` tables; a
-        plugin that fails is in `failures` afterwards.
+        Raises OperatorError for wrong `[plugin.NAME]` tables; a plugin that fails is in `failures`
+        afterwards.
         """
         faults: list[str] = []
-        found = self._find()
-        for name, path in sorted(found.items()):
+        for name, path in self.files.take().items():
             try:
-                self.plugins[name] = self._load(name, path)
+                self.plugins[name] = self.load(name, path, self.plugins.values())
             except OperatorError as error:
                 faults += error.faults
-            except (Exception, SystemExit) as error:  # nothing a plugin does may end the server
-                self.failures[name] = error
-                report_fault(self._metrics, name, f"not loaded: {error}", error)
-        known = {*found, *self._disabled}
-        faults += [
-            f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
-            for name in self._tables
-            if name not in known
-        ]
+            except FAULTS as error:  # nothing a plugin does may end the server
+                self.report(name, path, error)
         if faults:
             raise OperatorError(*faults)
 
-    def _find(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
-        for folder in self._folders:
-            for entry in sorted(folder.iterdir()):
-                path = entry / "__init__.py" if entry.is_dir() else entry
-                name = entry.name if entry.is_dir() else entry.stem
-                usable = path.suffix == ".py" and path.is_file() and name[0] not in "_."
-                if usable and name not in self._disabled:
-                    found.setdefault(name, path)
-        return found
-
-    def _load(self, name: str, path: Path) -> Plugin:
-        plugin = Plugin(name, load_module(name, path), self._tables.get(name, {}))
-        for other in self.plugins.values():
-            for event in sorted(plugin.events & other.events):
-                raise PluginError(
-                    f"plugins {other.name} and {name} both claim the event {event};"
-                    f" disable one of them in [plugins] disabled"
-                )
+    def load(self, name: str, path: Path, others: Iterable[Plugin]) -> Plugin:
+        """A new version of a plugin, which claims no event of others; on any fault nothing changes."""
+        before = modules_of(name)
+        put_modules(name, {})
+        try:
+            plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
+            for other in others:
+                for event in sorted(plugin.events & other.events):
+                    raise PluginError(
+                        f"plugins {other.name} and {name} both claim the event {event};"
+                        f" disable one of them in [plugins] disabled"
+                    )
+        except BaseException:
+            put_modules(name, before)
+            raise
         return plugin
-
-    @property
-    def spies(self) -> dict[str, Spy]:
-        """What each loaded plugin was handed."""
-        return {name: runner.spy for name, runner in self._runners.items()}
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """The kinds of room that the plugins name."""
-        return frozenset().union(*(plugin.kinds for plugin in self.plugins.values()))
-
-    def event_types(self) -> dict[type[hikari.Event], list[str]]:
-        """Which hikari events are listened to, and by which plugins."""
-        wanted: dict[type[hikari.Event], list[str]] = {}
-        for plugin in self.plugins.values():
-            for _, listener in plugin.listeners:
-                wanted.setdefault(listener.event_type, []).append(plugin.name)
-        return wanted
-
-    # -- running
-
-    def attach(self, place: HostContext) -> None:
-        """Give each plugin what it works with. What it serves is there from now on, on every node.
-
-        Raises OperatorError where one needs a secret that is not there.
-        """
-        self.check_secret(place.tokens)
-        for name, plugin in self.plugins.items():
-            if name not in self._runners:
-                claim = functools.partial(self._claim, plugin)
-                self._runners[name] = Runner(plugin, place, claim, self._metrics)
-        self._routes = [route for runner in self._runners.values() for route in runner.routes()]
 
     def check_secret(self, tokens: Tokens) -> None:
         """Raises OperatorError for each plugin that signs where nothing can be signed."""
         signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
         if signing and not tokens.can_issue:
-            raise OperatorError(
-                *(
-                    f"plugin.{name}: needs [auth] secret and an algorithm like HS256"
-                    for name in signing
-                )
-            )
+            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
+            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
 
-    def handler_for(
-        self, request: HTTPServerRequest
-    ) -> tuple[type[RequestHandler], dict[str, Any]] | None:
-        """What a plugin has to answer this request with, and the groups of its path."""
-        for path, handler in self._routes:
-            if (groups := path.match(request)) is not None:
-                return handler, groups
-        return None
+    def report(self, name: str, path: Path, error: BaseException) -> None:
+        """Say once why a plugin did not load."""
+        self.failures[name] = why = reason_not_loaded(error, path)
+        self._metrics.plugin_failures.labels(name).inc()
+        kept = "; the version before goes on" if name in self.plugins else ""
+        shown = None if isinstance(error, SyntaxError) else traceback_of(error)
+        log.error("plugin %s: not loaded: %s%s", name, why, kept, exc_info=shown)
 
-    async def start(self, place: HostContext) -> None:
-        """Set up each plugin and let it hear hikari's events.
+    def faults(self) -> list[str]:
+        """What is wrong with the plugins, a line each."""
+        failed = [f"plugin {name}: {why}" for name, why in sorted(self.failures.items())]
+        return failed + self.tables_without_plugin()
 
-        One that cannot be set up is left out; of several nodes, until the gateway comes here again.
-        """
-        self.attach(place)
-        for name, runner in self._runners.items():
-            try:
-                await runner.start(self._count)
-            except Exception as error:  # as in load
-                self.failures[name] = error
-                if runner.spy.shared is None:
-                    del self.plugins[name]
-                report_fault(self._metrics, name, "setup failed", error)
-            else:
-                self.running[name] = runner
+    def tables_without_plugin(self) -> list[str]:
+        """A line for each `[plugin.NAME]` whose plugin is not there."""
+        known = {*self.plugins, *self.failures, *self.files.disabled}
+        return [
+            f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
+            for name in self.tables
+            if name not in known
+        ]
 
-    async def stop(self) -> None:
-        """Stop hearing events and tear the plugins down."""
-        while self.running:
-            _, runner = self.running.popitem()
-            await runner.stop()
-        for name in self.plugins:
-            self.failures.pop(name, None)  # it is not to be at work here now
-
-    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
-        """`tell` a client that entered `kind:guild_id` what plugins have for it, as it comes."""
-        running = self.running.values()
-        await asyncio.gather(*(runner.greet(kind, guild_id, tell) for runner in running))
-
-    def _count(self, event: hikari.Event) -> None:
-        """Once per event: its listeners are called one after the other, with the same object."""
-        kind = type(event).__name__
-        if self._latest.get(kind) is not event:
-            self._latest[kind] = event
-            self._metrics.received.labels(kind).inc()
-
-    def health(self) -> dict[str, Any]:
-        """What runs and what does not, for /health/ready."""
-        problems = dict.fromkeys(self.failures, "failed to start, see the log")
-        spies = {name: runner.spy for name, runner in self.running.items()}
-        problems |= {name: spy.problem for name, spy in spies.items() if spy.problem}
-        said = "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
-        return {"problem": said or None, "loaded": sorted(self.plugins), "failed": sorted(problems)}
-
-    # -- live settings
-
-    def check(self, tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
         checked = {}
@@ -3069,21 +4523,306 @@ class PluginHost:
             raise OperatorError(*faults)
         return checked
 
-    def reconfigure(self, checked: dict[str, Any]) -> None:
-        """From now on each plugin reads these in `spy.settings`."""
-        for name, settings in checked.items():
-            self.plugins[name].settings = settings
-            if name in self._runners:
-                self._runners[name].spy.settings = settings
 
-    def _claim(self, plugin: Plugin, event: str) -> None:
+class PluginHost:
+    """All plugins at work: set up, heard, served and ended, and replaced while everything goes on."""
+
+    def __init__(
+        self,
+        settings: PluginsSettings,
+        tables: dict[str, dict[str, Any]],
+        folder: Path,
+        metrics: Metrics,
+    ) -> None:
+        files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
+        self.loader = PluginLoader(files, tables, metrics)
+        self.load = self.loader.load_all
+        self.check = self.loader.check
+        self.plugins = self.loader.plugins
+        self.failures = self.loader.failures
+        #: The loaded plugins with what they work with, and those of them that are at work.
+        self.runners: dict[str, Runner] = {}
+        self.running: dict[str, Runner] = {}
+        self._settings = settings
+        self._metrics = metrics
+        self._context: HostContext | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._routes: Routes = []
+        #: Whether plugins are at work here, and what is held while that or they change.
+        self.leading = False
+        self.changing = asyncio.Lock()
+
+    # -- what plugins ask for
+
+    def event_types(self) -> dict[type[hikari.Event], list[str]]:
+        """Which hikari events are listened to, and by which plugins."""
+        wanted: dict[type[hikari.Event], list[str]] = {}
+        for plugin in self.plugins.values():
+            for event_type in plugin.event_types():
+                wanted.setdefault(event_type, []).append(plugin.name)
+        return wanted
+
+    def cached(self) -> hikari.api.CacheComponents:
+        """What hikari has to keep for plugins' `needs`."""
+        components = hikari.api.CacheComponents.NONE
+        for plugin in self.plugins.values():
+            for need in plugin.needs:
+                components |= NEEDS[need].components
+        return components
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of room that the plugins name."""
+        return frozenset().union(*(plugin.kinds for plugin in self.plugins.values()))
+
+    # -- at work
+
+    def attach(self, context: HostContext) -> None:
+        """Give the plugins what they work with. What they serve is there from now on, on every node.
+
+        Raises OperatorError where one needs a secret that is not there.
+        """
+        if self._dispatcher is None:
+            self.loader.check_secret(context.tokens)
+            self._context, self._dispatcher = context, Dispatcher(context, self._metrics)
+            self.runners = {name: self.make_runner(plugin) for name, plugin in self.plugins.items()}
+            self.take_over()
+            for line in self.loader.tables_without_plugin():
+                log.warning("%s; it may come later", line)
+
+    def make_runner(self, plugin: Plugin) -> Runner:
+        """What has the plugin at work, once it is set up and taken over."""
+        assert self._context is not None
+        assert self._dispatcher is not None
+        limit, publish = self._settings.handler_timeout, self._dispatcher.publish
+        return Runner(plugin, self._context, self._metrics, limit, self._claim, publish)
+
+    async def start(self, context: HostContext) -> None:
+        """Set each plugin up, all at once, and let it hear hikari's events.
+
+        One that cannot be set up is left out until it changes or, of several nodes, the gateway
+        comes here again.
+        """
+        self.attach(context)
+        async with self.changing:
+            self.leading = True
+            ready = await asyncio.gather(*map(self._set_up, self.runners.values()))
+            for runner in filter(None, ready):
+                self.begin(runner)
+            self.take_over()
+
+    async def _set_up(self, runner: Runner) -> Runner | None:
+        try:
+            await runner.set_up()
+        except FAULTS as error:
+            if being_cancelled():
+                raise
+            self.failures[runner.plugin.name] = f"setup failed: {reason(error)}"
+            runner.fence.failed("setup failed", error)
+            return None
+        return runner
+
+    def begin(self, runner: Runner) -> None:
+        """Have a plugin at work that was set up."""
+        self.failures.pop(runner.plugin.name, None)
+        self.running[runner.plugin.name] = runner
+        runner.begin()
+
+    def take_over(self) -> None:
+        """Have all that happens go to those that are there now, in one step."""
+        order = sorted(self.runners)
+        self._routes = [route for name in order for route in self.runners[name].routes()]
+        if self._dispatcher is not None:
+            self._dispatcher.connect(self.running[name] for name in order if name in self.running)
+
+    async def stop(self) -> None:
+        """Stop hearing events and tear the plugins down."""
+        async with self.changing:
+            self.leading = False
+            ending = [self.end(name) for name in tuple(self.running)]
+            for runner in ending:
+                self.failures.pop(runner.plugin.name, None)  # it is not to be at work here now
+            self.take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending))
+
+    def end(self, name: str) -> Runner:
+        """Take a plugin from its work; it is still to be torn down."""
+        runner = self.running.pop(name)
+        runner.end()
+        return runner
+
+    def _claim(self, plugin: Plugin, event: str, room: str) -> None:
+        """Let a plugin emit an event that nobody else does, to a kind of room that there is."""
+        if room not in plugin.kinds and room not in (kinds := self.kinds):
+            raise PluginError(
+                f"{event}: no plugin has rooms of the kind {shown(room)}{nearest(room, kinds)};"
+                " name it in on(room=) or on_subscribe()"
+            )
         if event in plugin.events:
             return
+        check_name("spy.emit", event)
         owner = next((other for other in self.plugins.values() if event in other.events), None)
-        if owner is not None or event in RESERVED_EVENTS:
+        if event in RESERVED_EVENTS or (owner is not None and owner.name != plugin.name):
             whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
             raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
         plugin.events.add(event)
+
+    # -- requests and subscriptions
+
+    def handler_for(
+        self, request: HTTPServerRequest
+    ) -> tuple[type[RequestHandler], dict[str, Any]] | None:
+        """What a plugin has to answer this request with, and the groups of its path."""
+        for path, handler in self._routes:
+            if (groups := path.match(request)) is not None:
+                return handler, groups
+        return None
+
+    async def greet(
+        self, kind: str, guild_id: str, tell: Tell, viewer: Viewer | None = None
+    ) -> None:
+        """`tell` a client that entered `kind:guild_id` what plugins have for it, as it comes.
+
+        That is what this viewer may see; without one, what is the same for all.
+        """
+        subscriber = self._subscriber(viewer, guild_id) if viewer else None
+        runners = self.running.values()
+        await asyncio.gather(*(one.greet(kind, guild_id, tell, subscriber) for one in runners))
+
+    def _subscriber(self, viewer: Viewer, guild_id: str) -> Subscriber:
+        assert self._context is not None
+        may_see = self._context.may_see
+        return Subscriber(
+            discord_id=viewer.discord_id,
+            role=viewer.role,
+            may_see=lambda channel_id: may_see(viewer, guild_id, str(int(channel_id))),
+        )
+
+    # -- how things stand, live settings
+
+    def health(self) -> dict[str, Any]:
+        """What runs and what does not, for /health/ready."""
+        out = [name for name in self.failures if name not in self.running]
+        problems = dict.fromkeys(out, "failed to start, see the log")
+        spies = {name: runner.spy for name, runner in self.running.items()}
+        problems |= {name: spy.problem for name, spy in spies.items() if spy.problem}
+        said = "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
+        return {
+            "problem": said or None,
+            "loaded": sorted(self.plugins),
+            "failed": sorted(problems),
+            "outdated": sorted(self.failures.keys() & self.running.keys()),
+            "paused": sorted(name for one in self.running.values() for name in one.paused()),
+        }
+
+    def reconfigure(self, checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
+        for name, settings in checked.items():
+            self.plugins[name].settings = settings
+            if name in self.runners:
+                self.runners[name].spy.settings = settings
+
+
+class PluginWatcher:
+    """Takes over what changes in the plugins' files, while everything else goes on."""
+
+    def __init__(self, host: PluginHost, bot: hikari.GatewayBot, *, watch: bool) -> None:
+        self._host = host
+        self._bot = bot
+        self._watch = watch
+        self._look_now = asyncio.Event()
+
+    async def run(self) -> None:
+        """Take over what changes in the folders, for as long as this runs."""
+        files = self._host.loader.files
+        while True:
+            watching = self._watch or not files.resting
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY if watching else None):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            try:
+                if changed := files.take_changed():
+                    await self._change(changed)
+            except Exception:  # the next change gets its chance
+                log.exception("the plugins' files could not be followed")
+
+    def look(self) -> None:
+        """Look at the plugins' files now, watched or not."""
+        self._look_now.set()
+
+    async def _change(self, changed: dict[str, Path | None]) -> None:
+        """Set up what is new, and then, in one step, let it take the place of what was before."""
+        async with self._host.changing:
+            going = {name for name, path in changed.items() if path is None}
+            coming: dict[str, Runner] = {}
+            for name, path in changed.items():
+                others = {
+                    **self._host.plugins,
+                    **{one: runner.plugin for one, runner in coming.items()},
+                }
+                left = [plugin for one, plugin in others.items() if one not in {*going, name}]
+                if path and (runner := await self._prepare(name, path, left)):
+                    coming[name] = runner
+            before = [
+                self._host.end(name) for name in {*going, *coming} & self._host.running.keys()
+            ]
+            for name in going:
+                self._drop(name)
+            for runner in coming.values():
+                self._enter(runner)
+            self._host.take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in before))
+
+    async def _prepare(self, name: str, path: Path, others: list[Plugin]) -> Runner | None:
+        """A new version, set up where plugins are at work; None where anything of that fails."""
+        modules = modules_of(name)
+        try:
+            plugin = self._host.loader.load(name, path, others)
+            check_cached(plugin, self._bot.cache.settings.components)
+            runner = self._host.make_runner(plugin)
+            if self._host.leading:
+                await runner.set_up()
+        except FAULTS as error:
+            put_modules(name, modules)
+            if being_cancelled():
+                raise
+            self._host.loader.report(name, path, error)
+            return None
+        return runner
+
+    def _drop(self, name: str) -> None:
+        put_modules(name, {})
+        self._host.failures.pop(name, None)
+        self._host.runners.pop(name, None)
+        if self._host.plugins.pop(name, None):
+            log.info("plugin %s: gone", name)
+
+    def _enter(self, runner: Runner) -> None:
+        plugin = runner.plugin
+        self._host.plugins[plugin.name], self._host.runners[plugin.name] = plugin, runner
+        self._host.failures.pop(plugin.name, None)
+        if self._host.leading:
+            self._host.begin(runner)
+        log.info("plugin %s: loaded", plugin.name)
+        for event_type in plugin.event_types():
+            if missing := missing_intents(event_type, self._bot.intents):
+                log.warning(
+                    "plugin %s: hears %s only after a restart: the session with Discord began"
+                    " without the intent %s",
+                    plugin.name,
+                    event_type.__name__,
+                    missing.name,
+                )
+
+
+def check_cached(plugin: Plugin, kept: hikari.api.CacheComponents) -> None:
+    """Raises PluginError where hikari, which is running, does not keep what the plugin needs."""
+    for need in sorted(plugin.needs):
+        if NEEDS[need].components & ~kept:
+            raise PluginError(
+                f'needs "{need}" asks for a restart: hikari keeps it from its start on'
+            )
 
 
 def forget_member(
@@ -3096,74 +4835,28 @@ def forget_member(
     """
     removed = {}
     for plugin in plugins:
-        hook = vars(plugin.module).get("forget")
+        hook = plugin.hooks.get("forget")
         if hook is not None:
             try:
                 removed[plugin.name] = int(hook(storage, member_id, guild_id))
-            except Exception as error:  # as in PluginHost.load
+            except FAULTS as error:  # as in PluginHost.load
                 raise OperatorError(f"plugin {plugin.name} could not forget: {error}") from error
     return removed
 
 
-def report_fault(metrics: Metrics, name: str, what: str, error: BaseException) -> None:
-    """Count and log a plugin's fault."""
-    metrics.plugin_failures.labels(name).inc()
-    log.error("plugin %s: %s", name, what, exc_info=traceback_of(error))
-
-
-def load_module(name: str, path: Path) -> ModuleType:
-    """Run a plugin's file as a fresh module, under a name that no other module can have."""
-    full_name = MODULE_PREFIX + name
-    locations = [str(path.parent)] if path.name == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(
-        full_name, path, submodule_search_locations=locations
-    )
-    if spec is None or spec.loader is None:
-        raise PluginError(f"{path} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full_name] = module  # dataclasses and postponed annotations look it up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[full_name]
-        raise
-    return module
-
-
-def guild_of(event: hikari.Event) -> int:
-    guild_id = getattr(event, "guild_id", None)
-    if guild_id is None:
-        raise PluginError(f"{type(event).__name__} has no guild_id, so it cannot be emitted")
-    return int(guild_id)
-
-
-def finish_payload(payload: Payload | dict[str, Any], guild_id: str) -> dict[str, Any]:
-    """The fields as they go out: `guildId` added, and `timestamp` where it is missing."""
-    fields = msgspec.to_builtins(payload, str_keys=True)
-    if not isinstance(fields, dict):
-        raise PluginError(f"a payload must be a Payload or a dict, not {type(payload).__name__}")
-    fields["guildId"] = guild_id
-    fields.setdefault("timestamp", timestamp())
-    return fields
-
-
-def traceback_of(error: BaseException) -> BaseException | None:
-    """Our own refusals say all in one line; a plugin author needs the traceback of theirs."""
-    return None if isinstance(error, SpyWatcherError) else error
-
-
 # ------------------------------------------------------------------------------ gateway
-# The session with Discord: hikari's bot, kept alive in this process's loop. It reports how
+# The session with Discord: hikari's bot, kept alive in this process's loop, and the fence around
+# whatever Discord sends or does not send: at the worst it is away, with a reason. It reports how
 # things stand and says once what changed; it knows neither plugins' functions nor clients.
 
-FIRST_RETRY: Final = 1.0
-LAST_RETRY: Final = 60.0
 PORTAL: Final = "https://discord.com/developers/applications -> your application -> Bot"
 PRIVILEGED_SWITCHES: Final = {
     hikari.Intents.GUILD_MEMBERS: "Server Members Intent",
     hikari.Intents.GUILD_PRESENCES: "Presence Intent",
     hikari.Intents.MESSAGE_CONTENT: "Message Content Intent",
 }
+#: Messages that hikari keeps for plugins that need them.
+MOST_MESSAGES: Final = 10_000
 #: What access and names are answered from. Nothing of what people write is ever kept.
 CACHED: Final = (
     hikari.api.CacheComponents.GUILDS
@@ -3187,9 +4880,473 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+#: Packets that bring a guild, and where they name it.
+GUILD_CONTENT: Final = {"GUILD_CREATE": "id", "GUILD_MEMBERS_CHUNK": "guild_id"}
+
+
+class Report:
+    """Says in the log how the link to Discord stands: each change once, and of one cause at most one
+    line in `quiet` seconds. What comes too soon is said later, if it still holds then.
+    """
+
+    def __init__(self, quiet: float) -> None:
+        self._quiet = quiet
+        self._next: dict[str, float] = {}  # by cause, when it may be said again
+        self._said = ""
+        self._later: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._cause = ""
+        #: Why Discord is away, or how it came back.
+        self.why = "connecting"
+        self.connected = False
+
+    def say(self, cause: str, why: str, *, connected: bool) -> None:
+        self._cause, self.why, self.connected = cause, why, connected
+        self._tell()
+
+    def unreadable(self, name: str, what: str) -> None:
+        if self._may_say(f"unreadable {name}"):
+            log.error("cannot read Discord's %s: %s; it is left out", name, what)
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._closed = True
+        if self._later is not None:
+            self._later.cancel()
+
+    def _may_say(self, cause: str) -> bool:
+        now = time.monotonic()
+        if now < self._next.get(cause, 0.0):
+            return False
+        self._next[cause] = now + self._quiet
+        return True
+
+    def _tell(self) -> None:
+        if self._closed or self._cause == self._said:
+            return
+        # A return is news of its own after each way in which Discord went.
+        cause = f"back after {self._said}" if self.connected else self._cause
+        if not self._may_say(cause):
+            wait = self._next[cause] - time.monotonic()
+            if self._later is not None:
+                self._later.cancel()
+            self._later = asyncio.get_running_loop().call_later(wait, self._tell)
+            return
+        self._said = self._cause
+        if self.connected:
+            log.info("connected to Discord: %s", self.why)
+        else:
+            log.warning("not connected to Discord (%s); dashboards stay up, trying again", self.why)
+
+
+class Patience(NamedTuple):
+    """How long the gateway waits, in seconds, and how often it begins anew."""
+
+    #: For each of: the answer of REST, HELLO, READY, RESUMED.
+    step: float = 30.0
+    #: Between two tries: doubled each time, less a random part.
+    first_retry: float = 1.0
+    last_retry: float = 60.0
+    #: After a connection that lasted so long the next one begins at once.
+    lasted: float = 30.0
+    #: Tries in a row to begin a session after which REST is asked again where the gateway is.
+    tries: int = 6
+    #: New sessions that may begin in a row, for each shard; then one in so many seconds, of all
+    #: shards together. Discord resets the token of who begins 1,000 a day.
+    sessions: int = 5
+    session_every: float = 120.0
+    #: Between two lines of one cause in the log.
+    quiet: float = 60.0
+
+
+class AwayError(SpyWatcherError):
+    """Discord cannot be had for now. `cause` is one of few words, `why` a sentence for the log."""
+
+    def __init__(self, cause: str, why: str, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.cause = cause
+        self.why = why
+        #: Seconds that Discord asked to wait.
+        self.wait = wait
+
+
+#: Longest that Discord's `retry_after` is believed, in seconds.
+LONGEST_WAIT: Final = 86_400.0
+#: An answer of `GET /gateway/bot` has some 200 bytes.
+MOST_REST_BYTES: Final = 65_536
+#: Seconds between two groups of shards that begin a session (Discord documentation: Sharding).
+STARTUP_WINDOW: Final = 5.0
+#: What a HELLO may ask for, in seconds between two heartbeats; Discord's is 41.25.
+LONGEST_HEARTBEAT: Final = 600.0
+#: Close codes (Discord documentation: Gateway Close Event Codes): no other try would end otherwise,
+FINAL_CODES: Final = frozenset({4004, 4012, 4013, 4014})
+#: another number of shards may help, which only REST tells,
+START_OVER_CODES: Final = frozenset({4010, 4011})
+#: or the session is over. After any other it is resumed.
+NEW_SESSION_CODES: Final = frozenset({4003, 4005, 4007, 4009})
+
+
+class SessionStartLimit(msgspec.Struct):
+    remaining: Annotated[int, Meta(ge=0)]
+    reset_after: Annotated[float, Meta(ge=0)]  # milliseconds
+    max_concurrency: Annotated[int, Meta(ge=1)] = 1
+
+
+class GatewayInfo(msgspec.Struct):
+    """What REST says of the gateway (Discord documentation: Get Gateway Bot)."""
+
+    url: Annotated[str, Meta(pattern=r"^wss?://[^\s/?#]+")]
+    shards: Annotated[int, Meta(ge=1, le=4096)]
+    session_start_limit: SessionStartLimit
+
+
+async def fetch_gateway(rest_url: str, token: str, patience: Patience) -> GatewayInfo:
+    """Ask REST for the gateway. Raises UpstreamError if the token is refused, else AwayError."""
+    client = AsyncHTTPClient(force_instance=True, max_body_size=MOST_REST_BYTES)
+    headers = {
+        "Authorization": f"Bot {token}",
+        "User-Agent": f"DiscordBot (spywatcher, {__version__})",
+    }
+    request = HTTPRequest(
+        f"{rest_url.rstrip('/')}/gateway/bot",
+        headers=headers,
+        connect_timeout=patience.step,
+        request_timeout=patience.step,
+        follow_redirects=False,
+    )
+    try:
+        response = await client.fetch(request, raise_error=False)
+    except Exception as error:  # whatever a server may send
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(error)}") from error
+    finally:
+        client.close()
+    refuse_answer(response)
+    try:
+        return msgspec.json.decode(response.body, type=GatewayInfo)
+    except msgspec.DecodeError as error:
+        why = f"its answer to GET /gateway/bot cannot be read: {error}"
+        raise AwayError("rest answer", why) from error
+
+
+def refuse_answer(response: HTTPResponse) -> None:
+    """Raise what any status but 200 means."""
+    if response.code == 401:
+        raise UpstreamError("Discord refused the bot token")
+    if response.code == 429:
+        wait = retry_after(response)
+        raise AwayError("rest 429", f"it asks to wait {wait:.0f} s before the next request", wait)
+    if response.code == 599:  # Tornado's own: no answer
+        raise AwayError("rest", f"its REST API cannot be reached: {reason_of(response.error)}")
+    if response.code != 200:
+        raise AwayError("rest status", f"its REST API answers {response.code}")
+
+
+def retry_after(response: HTTPResponse) -> float:
+    """Seconds that Discord asks to wait, from the body or the header (Rate Limits); 0 if in neither."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        body = json.loads(response.body)
+        wait = body["retry_after"] if "retry_after" in body else response.headers["Retry-After"]
+        if float(wait) > 0:  # not so NaN
+            return min(float(wait), LONGEST_WAIT)
+    with contextlib.suppress(ValueError):
+        return min(max(float(response.headers.get("Retry-After", 0)), 0.0), LONGEST_WAIT)
+    return 0.0
+
+
+def reason_of(error: BaseException | None) -> str:
+    """What went wrong, in a few words; nothing that was sent is quoted at length."""
+    said = clean_text(str(error)).strip()
+    name = type(error).__name__
+    return shortened(
+        said
+        if isinstance(error, OSError | hikari.HikariError | HTTPError) and said
+        else f"{name}: {said}",
+        120,
+    )
+
+
+def closed_with(error: object) -> str:
+    code, reason = getattr(error, "code", None), getattr(error, "reason", "")
+    return shortened(f"closed with {code} ({clean_text(str(reason))})", 120)
+
+
+def place_of(error: BaseException) -> str:
+    """FILE:LINE FUNCTION in which an error arose."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+
+
+class GatewayEvents(hikari.impl.EventManagerImpl):
+    """hikari's, but of a packet that it cannot read no payload is shown, and of who is no member
+    nothing is kept.
+    """
+
+    #: Told the event's name, its payload and what was raised.
+    unreadable: Callable[[str, Any, Exception], None]
+    #: Told each event that was read, and its payload.
+    read: Callable[[str, Any], None]
+
+    def consume_raw_event(
+        self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
+    ) -> None:
+        consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
+        if self._enabled_for_event(hikari.ShardPayloadEvent):
+            factory = self._event_factory
+            self.dispatch(factory.deserialize_shard_payload_event(shard, payload, name=event_name))
+        if not consumer.is_enabled:
+            return
+        try:
+            consumer.callback(shard, payload)
+            self._forget_strangers(event_name, payload)
+        except hikari.UnrecognisedEntityError:
+            return
+        except Exception as error:
+            if event_name == "READY":
+                raise AwayError("READY", f"READY cannot be read: {reason_of(error)}") from error
+            self.unreadable(event_name, payload, error)
+        else:
+            self.read(event_name, payload)
+
+    def _forget_strangers(self, event_name: str, payload: Any) -> None:
+        if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
+            ids = hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
+            if self._cache.get_member(*ids) is None:
+                self._cache.delete_presence(*ids)
+
+
+class Brake:
+    """How many sessions a shard may begin: a few at once, later one every so many seconds."""
+
+    def __init__(self, at_once: int, every: float) -> None:
+        self._left = float(at_once)
+        self._at_once = at_once
+        self._every = every
+        self._since = time.monotonic()
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a session may begin."""
+        now = time.monotonic()
+        self._left = min(self._at_once, self._left + (now - self._since) / self._every)
+        self._since = now
+        return max(0.0, (1 - self._left) * self._every)
+
+    def take(self) -> None:
+        self._left -= 1
+
+
+class Shard(hikari.impl.GatewayShardImpl):
+    """hikari's shard, but each step has its time, and whatever breaks it is followed by another try.
+
+    Discord documentation: Gateway, Connection Lifecycle. `_awaited` says which step it is at, and so
+    what Discord owes:
+
+        step       at most (`Patience`)     then
+        HELLO      step                     READY without a session, RESUMED with one
+        READY      step                     events
+        RESUMED    step                     events
+        events     -                        the pause
+        (pause)    last_retry, or the brake HELLO
+
+    A step that fails leads to the pause. The session is given up for a new one when Discord says so,
+    or when instead of READY or RESUMED came nothing, or what cannot be read.
+    """
+
+    def __init__(self, gateway: Gateway, brake: Brake, **hikaris: Any) -> None:
+        super().__init__(**hikaris)
+        self._gateway = gateway
+        self._patience = gateway.patience
+        self._brake = brake
+        self._awaited = "HELLO"
+        self._failures = 0
+        self._broken: Exception | None = None
+        self._lifetime: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to connect; unlike hikari's this does not wait until Discord has let it in."""
+        self._handshake_event = asyncio.Event()
+        self._keep_alive_task = asyncio.create_task(
+            self._keep_alive(), name=f"keep alive (shard {self.id})"
+        )
+
+    async def _keep_alive(self) -> None:
+        try:
+            while True:
+                if self._session_id is None:
+                    await self._wait_for_brake()
+                began = time.monotonic()
+                try:
+                    await self._live()
+                    self._away("lost", "the connection was lost")
+                except Exception as error:  # whatever Discord sends
+                    self._away(*self._cause(error))
+                    if self._is_final(error) or self._is_lost():
+                        self._gateway.shard_ended(error)
+                        return
+                await asyncio.sleep(self._pause(time.monotonic() - began))
+        except asyncio.CancelledError:
+            self._is_closing = True
+
+    async def _wait_for_brake(self) -> None:
+        while (wait := self._brake.wait) > 0:
+            self._away("sessions", f"sessions keep ending; the next begins in {wait:.0f} s")
+            await asyncio.sleep(wait)
+
+    async def _live(self) -> None:
+        """One connection, from its beginning to its end; raises what broke it."""
+        try:
+            await self._connect()
+            if self._has_begun():
+                self._awaited = "events"
+                self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
+                await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken is not None:
+                raise self._broken
+        finally:
+            await self._hang_up()
+
+    def _has_begun(self) -> bool:
+        """Whether READY or RESUMED came."""
+        handshake = self._handshake_event
+        return handshake is not None and handshake.is_set()
+
+    async def _connect(self) -> tuple[asyncio.Task[None], ...]:
+        self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        try:
+            async with asyncio.timeout(self._patience.step) as self._deadline:
+                tasks = await super()._connect()
+        except TimeoutError as error:
+            why = f"no {self._awaited} within {self._patience.step:g} s"
+            raise AwayError(self._awaited, why) from error
+        if self._broken is not None:
+            raise self._broken
+        if self._has_begun() and self._session_id is None:
+            raise AwayError("READY", "RESUMED came instead of READY")
+        return tasks
+
+    async def _heartbeat(self, heartbeat_interval: float) -> None:
+        """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
+        with self._lifelong():
+            self._awaited = "RESUMED" if self._seq is not None else "READY"
+            if self._awaited == "READY":
+                self._brake.take()
+            if not 0 < heartbeat_interval <= LONGEST_HEARTBEAT:
+                why = f"HELLO asks for a heartbeat each {heartbeat_interval:g} s"
+                raise AwayError("HELLO", why)
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._patience.step)
+            await super()._heartbeat(heartbeat_interval)
+            raise AwayError("heartbeat", "it answers no heartbeat")
+
+    async def _poll_events(self) -> None:
+        with self._lifelong():
+            await super()._poll_events()
+
+    @contextlib.contextmanager
+    def _lifelong(self) -> Iterator[None]:
+        """A task that lives as long as the connection; its error is `_broken`, since hikari loses some."""
+        self._lifetime.append(asyncio.current_task())  # type: ignore[arg-type]  # it runs in one
+        try:
+            yield
+        except Exception as error:  # whatever Discord sends
+            self._broken = self._broken or error
+
+    async def _hang_up(self) -> None:
+        """End the connection and all that lives as long."""
+        await asyncio.sleep(0)  # what was begun a moment ago is in `_lifetime` only now
+        for task in self._lifetime:
+            task.cancel()
+        await asyncio.gather(*self._lifetime, return_exceptions=True)
+        ws, self._ws = self._ws, None
+        if ws is not None:
+            code = hikari.ShardCloseCode.GOING_AWAY if self._is_closing else RESUME_LATER
+            with contextlib.suppress(Exception):  # it is over, one way or another
+                await ws.send_close(code=code, message=b"")
+        if self._has_begun() and self._handshake_event is not None:
+            self._handshake_event.clear()
+            self._event_manager.dispatch(self._event_factory.deserialize_disconnected_event(self))
+
+    def _forget_session(self) -> None:
+        self._seq = self._session_id = self._resume_gateway_url = None
+
+    def _is_final(self, error: Exception) -> bool:
+        return getattr(error, "code", None) in FINAL_CODES | START_OVER_CODES
+
+    def _is_lost(self) -> bool:
+        """Whether the gateway may be elsewhere by now; nothing is given up for asking REST."""
+        tried = self._failures >= self._patience.tries
+        return tried and self._session_id is None and not self._gateway.any_connected
+
+    def _cause(self, error: Exception) -> tuple[str, str]:
+        """What to say of an error, and of the session what is left of it."""
+        if isinstance(error, hikari.GatewayServerClosedConnectionError):
+            if error.code in NEW_SESSION_CODES:
+                self._forget_session()
+            return "closed", f"the connection was lost: {closed_with(error)}"
+        if isinstance(error, hikari.GatewayConnectionError | OSError):
+            return "lost", f"the connection was lost: {reason_of(error)}"
+        if self._awaited in ("READY", "RESUMED"):
+            self._forget_session()
+        if isinstance(error, AwayError):
+            return error.cause, error.why
+        return "unreadable", f"its {self._awaited} cannot be read: {reason_of(error)}"
+
+    def _pause(self, lasted: float) -> float:
+        """Seconds until the next try: none after a connection that lasted, else longer each time."""
+        patience = self._patience
+        self._failures = 0 if lasted >= patience.lasted else min(self._failures + 1, 10)
+        longest = min(patience.first_retry * 2 ** (self._failures - 1), patience.last_retry)
+        return random.uniform(longest / 2, longest) if self._failures else 0.0
+
+    def _away(self, cause: str, why: str) -> None:
+        self._gateway.shard_away(self, cause, why)
+
+
+#: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
+RESUME_LATER: Final = 3000
+
+
+class Bot(hikari.GatewayBot):
+    """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
+
+    def __init__(self, token: str, **hikaris: Any) -> None:
+        super().__init__(token, **hikaris)
+        self._event_manager = self.events = GatewayEvents(
+            self._entity_factory, self._event_factory, self._intents, cache=self._cache
+        )
+
+    async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
+        """Start a shard for each brake; returns once each is about to connect."""
+        self._closed_event, self._closing_event = asyncio.Event(), asyncio.Event()
+        self._rest.start()
+        self._voice.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_starting_event())
+        for number, (shard_id, brake) in enumerate(brakes.items()):
+            if number and number % info.session_start_limit.max_concurrency == 0:
+                await asyncio.sleep(STARTUP_WINDOW)
+            self._shards[shard_id] = shard = self._shard(gateway, info, shard_id, brake)
+            await shard.start()
+        self._event_manager.dispatch(self._event_factory.deserialize_started_event())
+
+    def _shard(self, gateway: Gateway, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
+        return Shard(
+            gateway,
+            brake,
+            shard_id=shard_id,
+            shard_count=info.shards,
+            url=info.url,
+            token=self._token,
+            intents=self._intents,
+            http_settings=self._http_settings,
+            proxy_settings=self._proxy_settings,
+            event_manager=self._event_manager,
+            event_factory=self._event_factory,
+        )
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
+    patience = Patience()
     #: Seconds without an answered heartbeat after which the session counts as silent. Discord
     #: asks for one each 41.25 s.
     silence_limit = 60.0
@@ -3202,57 +5359,95 @@ class Gateway:
         token: str,
         wanted: dict[type[hikari.Event], list[str]],
         metrics: Metrics,
+        cached: hikari.api.CacheComponents = hikari.api.CacheComponents.NONE,
     ) -> None:
+        self._settings = settings
+        self._token = token
+        self._cached = CACHED | cached
         self._metrics = metrics
         self._turned = time.monotonic()
-        self._why_away = "connecting"
-        self._grace = settings.startup_grace
         self._wanted = wanted
         self._fresh_since = float("-inf")
-        self.connected = False
-        self._reported_away = False
+        self._brakes: dict[int, Brake] = {}
+        self._up: set[int] = set()
+        self._ended: Exception | None = None
+        self._unread_guilds: dict[str, str] = {}
+        self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
+        #: The setting that holds the bot's token.
+        self.token_key = "discord.token_file" if settings.token_file else "discord.token"
         try:
-            self.bot = hikari.GatewayBot(
-                token,
-                rest_url=settings.rest_url,
-                intents=self.intents,
-                cache_settings=hikari.impl.CacheSettings(components=CACHED),
-                suppress_optimization_warning=True,
-                banner=None,
-                logs=None,
-            )
+            self.bot = self._make_bot(token)
         except ValueError as error:
             raise OperatorError(
-                f"discord.token: got what is no bot token, expected the one from {PORTAL}"
+                f"{self.token_key}: got what is no bot token, expected the one from {PORTAL}"
             ) from error
+        self.bot.events.unreadable = self._on_unreadable
+        self.bot.events.read = self._on_read
         self.bot.event_manager.subscribe(hikari.ShardReadyEvent, self._on_ready)
         self.bot.event_manager.subscribe(hikari.ShardResumedEvent, self._on_resumed)
-        self.bot.event_manager.subscribe(hikari.ShardDisconnectedEvent, self._on_disconnected)
+
+    def _make_bot(self, token: str) -> Bot:
+        # Well within the time of a step, so that aiohttp itself tidies up what hangs.
+        timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
+        return Bot(
+            token,
+            rest_url=self._settings.rest_url,
+            intents=self.intents,
+            cache_settings=hikari.impl.CacheSettings(
+                components=self._cached, max_messages=MOST_MESSAGES
+            ),
+            http_settings=hikari.impl.HTTPSettings(timeouts=timeouts),
+            suppress_optimization_warning=True,
+            banner=None,
+            logs=None,
+        )
 
     def settled(self) -> bool:
         """Whether the gateway session is older than the startup grace."""
-        return time.monotonic() - self._fresh_since >= self._grace
+        return time.monotonic() - self._fresh_since >= self._settings.startup_grace
 
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
-        delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+        failures = 0
         try:
             while True:
+                asked = 0.0
                 try:
-                    await self._turning(self.bot.start(check_for_updates=False))
-                    delays = itertools.chain([FIRST_RETRY], self._growing_delays())
+                    await self._turning(self._begin())
+                    failures = 0
                     await self._turning(self.bot.join())
-                except hikari.HikariError as error:
-                    self._refuse_if_final(error)
-                    self._away(str(error))
-                except (OSError, RuntimeError, TimeoutError) as error:
-                    self._away(str(error) or type(error).__name__)
+                    self._refuse(self._ended)
+                except UpstreamError as error:
+                    raise self._final(error) from error
+                except AwayError as error:
+                    self._away(error.cause, error.why)
+                    asked = error.wait
+                except Exception as error:  # whatever Discord sends
+                    self._away("unreadable", reason_of(error))
                 await self._close()
-                await self._turning(asyncio.sleep(next(delays)))
+                patience = self.patience
+                wait = min(patience.first_retry * 2**failures, patience.last_retry)
+                failures = min(failures + 1, 10)
+                await self._turning(asyncio.sleep(max(wait, asked)))
         finally:
-            self._reported_away = True  # the end is no news
+            self._report.close()  # the end is no news
             await self._close()
+
+    async def _begin(self) -> None:
+        info = await fetch_gateway(self._settings.rest_url, self._token, self.patience)
+        limit = info.session_start_limit
+        if limit.remaining < info.shards:
+            wait = min(limit.reset_after / 1000, LONGEST_WAIT)
+            why = f"it lets begin no session any more for {wait:.0f} s"
+            raise AwayError("sessions", why, wait)
+        every = self.patience.session_every * info.shards
+        self._brakes = {
+            shard_id: self._brakes.get(shard_id) or Brake(self.patience.sessions, every)
+            for shard_id in range(info.shards)
+        }
+        self._ended = None
+        await self.bot.begin(self, info, self._brakes)
 
     async def _turning(self, step: Coroutine[Any, Any, None]) -> None:
         """Wait for a step that may take any time, and note meanwhile that this still runs."""
@@ -3263,7 +5458,7 @@ class Gateway:
                 await asyncio.wait([task], timeout=self.turn_limit / 4)
             task.result()
         except asyncio.CancelledError:
-            self._reported_away = True  # see `run`: the step may still end with a report
+            self._report.close()  # see `run`: the step may still end with a report
             raise
         finally:
             self._turned = time.monotonic()
@@ -3295,46 +5490,66 @@ class Gateway:
         """How the link to Discord stands, for /health/ready."""
         problem = None
         if not self.connected:
-            problem = f"not connected to Discord ({self._why_away})"
+            problem = f"not connected to Discord ({self._report.why})"
         elif self.silence > self.silence_limit:
             problem = f"Discord has not answered for {self.silence:.0f} s"
+        elif self._unread_guilds:
+            problem = f"cannot be read: {'; '.join(self._unread_guilds.values())}"
         return {
             "problem": problem,
             "connected": self.connected,
+            "shards": {"connected": len(self._up), "all": len(self._brakes)},
             "heartbeatAge": finite(self.silence),
             "latency": finite(self.latency),
             "guilds": self.guilds,
         }
 
-    @staticmethod
-    def _growing_delays() -> Iterator[float]:
-        delay = FIRST_RETRY
-        while True:
-            delay = min(delay * 2, LAST_RETRY)
-            yield delay
+    @property
+    def any_connected(self) -> bool:
+        return bool(self._up)
+
+    @property
+    def connected(self) -> bool:
+        """Whether all shards are."""
+        return bool(self._up) and len(self._up) == len(self._brakes)
 
     async def _close(self) -> None:
-        self.connected = False
+        self._up.clear()
+        self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
 
-    def _refuse_if_final(self, error: hikari.HikariError) -> None:
+    # -- refused for good
+
+    def _refuse(self, error: Exception | None) -> None:
+        """Raise what the end of a shard means, if not that REST is to be asked again."""
         code = getattr(error, "code", None)
-        if isinstance(error, hikari.UnauthorizedError) or code == 4004:
-            raise UpstreamError(
-                f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-                " and put the new one into [discord] token"
-            ) from error
+        if code in FINAL_CODES:
+            raise UpstreamError(code)
+
+    def _final(self, error: UpstreamError) -> UpstreamError:
+        """What an operator reads of a refusal: what to change, and where."""
+        code = error.args[0]
         if code == 4014:
             switches = " and ".join(
                 f"{switch} (for {', '.join(self._wanted_by(intent))})"
                 for intent, switch in PRIVILEGED_SWITCHES.items()
                 if intent & self.intents
             )
-            raise UpstreamError(
+            return UpstreamError(
                 f"Discord refused the intents: switch on {switches} at {PORTAL}"
                 " -> Privileged Gateway Intents"
-            ) from error
+            )
+        if code in (4012, 4013):
+            return UpstreamError(
+                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+                f" (this is {hikari.__version__}) and SpyWatcher"
+            )
+        table, _, key = self.token_key.partition(".")
+        return UpstreamError(
+            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+            f" and put the new one into [{table}] {key}"
+        )
 
     def _wanted_by(self, intent: hikari.Intents) -> list[str]:
         plugins = [
@@ -3345,34 +5560,194 @@ class Gateway:
         ]
         return sorted(set(plugins))
 
+    # -- what shards tell
+
+    def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
+        self._up.discard(shard.id)
+        self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
+
+    def shard_ended(self, error: Exception) -> None:
+        """A shard is over, and with it the bot; `run` has to judge why."""
+        self._ended = error
+
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back("session resumed, nothing missed")
+        self._back(event.shard, "session resumed, nothing missed")
 
-    async def _on_disconnected(self, event: hikari.ShardDisconnectedEvent) -> None:
-        self._away("the connection was lost")
+    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
+        if shard.is_connected:  # else the connection broke a moment ago
+            self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", how, connected=True)
 
-    def _back(self, how: str) -> None:
-        self.connected, self._reported_away = True, False
-        log.info("connected to Discord: %s", how)
-
-    def _away(self, why: str) -> None:
-        self.connected = False
-        self._why_away = why
-        if not self._reported_away:
-            self._reported_away = True
+    def _away(self, cause: str, why: str) -> None:
+        if self._report.connected:
             self._metrics.gateway_changes.labels("lost").inc()
-            log.warning("not connected to Discord (%s); dashboards stay up, trying again", why)
+        self._metrics.gateway_failures.labels(cause).inc()
+        self._report.say(cause, why, connected=False)
+
+    # -- what cannot be read
+
+    def _on_unreadable(self, name: str, payload: Any, error: Exception) -> None:
+        self._metrics.unreadable_packets.labels(name).inc()
+        self._report.unreadable(name, f"{reason_of(error)} at {place_of(error)}")
+        if name in GUILD_CONTENT and isinstance(payload, dict):
+            guild_id = str(payload.get(GUILD_CONTENT[name]))
+            shown = shown_name(str(payload.get("name") or ""), 0, NAME_LENGTH)
+            self._unread_guilds[guild_id] = f"{name} of guild {clean_text(guild_id)[:20]}" + (
+                f" ({shown})" if shown != "0" else ""
+            )
+
+    def _on_read(self, name: str, payload: Any) -> None:
+        if self._unread_guilds and name in (*GUILD_CONTENT, "GUILD_DELETE"):
+            self._unread_guilds.pop(str(payload.get(GUILD_CONTENT.get(name, "id"))), None)
 
 
 def finite(number: float) -> float | None:
     """JSON has no NaN."""
     return round(number, 3) if math.isfinite(number) else None
+
+
+# --------------------------------------------------------------------------------- node
+# The one seam between a process alone and one of several: who judges, counts, keeps, leads and
+# delivers. `Node` is a process alone; spywatcher_cluster.ClusterNode overrides it. A node knows
+# no event by name and no client; nothing else in this file knows that there may be others.
+
+
+class Destination(NamedTuple):
+    """Where an event goes: to those in a room who may see the channel, if it belongs to one."""
+
+    guild_id: str
+    kind: str
+    channel_id: str = ""
+
+    @property
+    def room(self) -> str:
+        return f"{self.kind}:{self.guild_id}"
+
+
+def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
+    channel_id = fields.get("channelId") or fields.get("channel_id") or ""
+    return Destination(guild_id, kind, str(channel_id))
+
+
+class Audience(Protocol):
+    """This process's own dashboards."""
+
+    def send(self, to: Destination, packet: bytes) -> None:
+        """Hand them an event, each of them that may see it."""
+
+    def check(self, guild_id: str, discord_id: str | None = None) -> None:
+        """Judge anew who may be in the guild's rooms: all of them, or one viewer."""
+
+
+class Parts(NamedTuple):
+    """What of its own process a node works with."""
+
+    clients: Audience
+    rooms: Rooms
+    plugins: PluginHost
+    throttle: Throttle
+    metrics: Metrics
+
+
+class Node:
+    """A process alone."""
+
+    _parts: Parts
+
+    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+        self._settings = settings
+        self._bot = bot
+
+    # -- what the parts of the process are made with
+
+    def make_access(self) -> Access:
+        """Who judges."""
+        return Access(self._settings.auth, self._settings.discord.guilds, self._bot.cache)
+
+    def make_counters(self) -> limits.aio.storage.Storage:
+        """Who counts attempts."""
+        return BoundedMemory()
+
+    def make_connections(self) -> OpenConnections:
+        """Who counts open connections."""
+        return OpenConnections()
+
+    # -- start, stop, how things stand
+
+    def attach(self, parts: Parts) -> None:
+        """Called once, when all parts are made."""
+        self._parts = parts
+
+    def start(self) -> None:
+        """Called when this process listens."""
+
+    async def stop(self, grace: float) -> None:
+        """Called when plugins and gateway have stopped; takes `grace` seconds at most."""
+
+    def health(self) -> dict[str, Any]:
+        """For /health/ready: what shares the work with others."""
+        return {"problem": None}
+
+    # -- the gateway
+
+    @property
+    def leading(self) -> bool:
+        """Whether the session with Discord is this process's to keep."""
+        return True
+
+    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run gateway and plugins whenever they are this process's; raises what that raises."""
+        await run()
+
+    def share(self, plugin: str) -> Shared | None:
+        """What a plugin keeps for all nodes; None where there is one."""
+        return None
+
+    def marks(self, plugin: str) -> Marks | None:
+        """What a plugin has all nodes remember; None where there is one."""
+        return None
+
+    # -- events
+
+    def has_listeners(self, guild_id: str, kind: str) -> bool:
+        """Whether anybody is in the room: where nobody is, no payload needs to be made."""
+        return self._parts.rooms.has_listeners(Destination(guild_id, kind).room)
+
+    def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
+        """The last step of an event that all nodes share: to whom it goes."""
+        if self.has_listeners(guild_id, kind):
+            self._parts.metrics.sent.labels(event).inc()
+            to = destination_of(guild_id, kind, fields)
+            self._parts.clients.send(to, event_packet(event, fields))
+        else:
+            self._parts.metrics.dropped.labels("nobody listens").inc()
+
+    def window_changed(
+        self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
+    ) -> None:
+        """As the throttle tells it (`Outlet.window_changed`), for whoever leads next."""
+
+    # -- dashboards
+
+    def viewer_entered(self, discord_id: str) -> None:
+        """A viewer has one dashboard more here."""
+
+    def viewer_left(self, discord_id: str) -> None:
+        """A viewer has one dashboard fewer here."""
+
+    async def follow(self, guild_id: str) -> None:
+        """Returns when what other nodes send to the guild's rooms is heard here."""
+
+    async def send_snapshots(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
+        """`tell` a viewer who is a new subscriber of the room what plugins have for it."""
+        await self._parts.plugins.greet(kind, guild_id, tell, viewer)
 
 
 # ------------------------------------------------------------------------- web handlers
@@ -3388,11 +5763,15 @@ SOCKET_PATH: Final = "/socket.io/"
 
 
 class Origins:
-    """Which pages may connect: the same host, or one that is listed; "https://*.host" is any below."""
+    """Which pages may connect: the same host, or one that is listed.
+
+    "https://*.host" is any below, "http://host:*" one on any port.
+    """
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._any = "*" in patterns
         self._exact = frozenset(map(str.lower, patterns))
+        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
         self._below = tuple(
             tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
         )
@@ -3408,10 +5787,13 @@ class Origins:
         return self.lists(origin)
 
     def lists(self, origin: str) -> bool:
-        """Whether it is named, by "https://*.host" too; "*" and "null" are nobody's names."""
+        """Whether it is named, by a pattern too; "*" and "null" are nobody's names."""
         origin = origin.lower()
         if origin in ("*", "null"):
             return False
+        without_port, _, port = origin.rpartition(":")
+        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
+            return True
         below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
         return below or origin in self._exact
 
@@ -3710,18 +6092,6 @@ class MetricsHandler(OperatorHandler):
             self.finish({"message": "Only for this host and for [server] metrics_from"})
 
 
-class PromiseHandler(RequestHandler):
-    """A node that has lost Redis asks whether this one has, too (see `Lease.promise`)."""
-
-    def initialize(self, secret: str, promise: Callable[[], bool]) -> None:
-        self._secret = secret
-        self._promise = promise
-
-    def post(self, secret: str) -> None:
-        known = secrets.compare_digest(secret, self._secret)
-        self.set_status(200 if known and self._promise() else 404)
-
-
 class NotFoundHandler(RequestHandler):
     """Everything that is not served."""
 
@@ -3816,6 +6186,7 @@ class Dashboards:
         access: Access,
         limits: Limits,
         plugins: PluginHost,
+        node: Node,
     ) -> None:
         self._sio = sio
         self._rooms = rooms
@@ -3823,15 +6194,11 @@ class Dashboards:
         self._access = access
         self._limits = limits
         self._plugins = plugins
+        self._node = node
         self._greetings: set[asyncio.Task[None]] = set()
         self._connected: dict[Sid, Dashboard] = {}
         #: Called with a guild id when one in its rooms is there with another token.
         self.on_audience_change: Callable[[str], None] = lambda guild_id: None
-        #: Called with a viewer's Discord id when one of its dashboards came or went.
-        self.on_enter: Callable[[str], None] = lambda discord_id: None
-        self.on_exit: Callable[[str], None] = lambda discord_id: None
-        #: What plugins have for a new subscriber of a room, handed to `tell`.
-        self.greet: Greet = plugins.greet
         sio.on("connect", self._connect)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
@@ -3862,7 +6229,7 @@ class Dashboards:
         self._limits.lobby.leave(session.visit)
         self._connected[sid] = Dashboard(viewer, session)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
-        self.on_enter(viewer.discord_id)
+        self._node.viewer_entered(viewer.discord_id)
         self._watch_expiry(sid)
 
     async def _identify(self, visit: Visit, auth: object) -> Viewer:
@@ -3887,7 +6254,7 @@ class Dashboards:
         if dashboard.expiry is not None:
             dashboard.expiry.cancel()
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
-        self.on_exit(dashboard.viewer.discord_id)
+        self._node.viewer_left(dashboard.viewer.discord_id)
         session = dashboard.session
         if not session.closing:  # it left Socket.IO, and its transport is a stranger's again
             self._limits.lobby.enter(session.visit, session.cut)
@@ -3985,6 +6352,7 @@ class Dashboards:
         viewer = self.viewer(sid)
         if not await self._access.wait_until_sure(viewer, guild_id, SUBSCRIBE_PATIENCE):
             raise ClientError("forbidden", f"No access to guild {guild_id}")
+        await self._node.follow(guild_id)
         if sid in self._connected:  # it may have left meanwhile
             await self._rooms.enter_room(sid, NAMESPACE, room)
             if room not in rooms:
@@ -3998,7 +6366,8 @@ class Dashboards:
             if f"{kind}:{guild_id}" in self._rooms.rooms_of(sid):
                 self._connected[sid].tell(event, payload)
 
-        task = asyncio.create_task(self.greet(kind, guild_id, tell))
+        viewer = self.viewer(sid)
+        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
         self._greetings.add(task)
         task.add_done_callback(self._greetings.discard)
 
@@ -4073,6 +6442,11 @@ class RightsWatcher:
         events.subscribe(hikari.GuildJoinEvent, self._on_guild)
         events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
+
+    def send(self, to: Destination, packet: bytes) -> None:
+        """An event to those in a room who may see it."""
+        hidden = functools.partial(self.hidden, to.room, to.guild_id, to.channel_id)
+        self._rooms.send(to.room, packet, hidden if to.channel_id else None)
 
     def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
@@ -4218,62 +6592,6 @@ GOODBYE_PACE: Final = 0.01
 GOING_AWAY: Final = 1001  # RFC 6455 §7.4.1
 
 
-# -- parts of a server, alone or a node of several
-
-
-def cluster_code() -> Any:
-    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
-    try:
-        return importlib.import_module("spywatcher_cluster")
-    except ModuleNotFoundError as error:
-        raise OperatorError(
-            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
-            f" {Path(__file__).name}, and redis-py"
-        ) from error
-
-
-def make_cluster(settings: Settings, cache: hikari.api.Cache) -> Cluster | None:
-    """This process's part in a service of several; None, and nothing of it loaded, where it is alone."""
-    redis = settings.redis
-    if not redis.url:
-        return None
-    cluster: Cluster = cluster_code().Cluster(redis, redis_password_of(settings), cache)
-    return cluster
-
-
-def redis_password_of(settings: Settings) -> str:
-    """Empty where the URL has it, or there is none."""
-    file = settings.redis.password_file
-    password = read_secret("", file, settings.folder, "redis.password")
-    if file and not password:
-        raise OperatorError(f"redis.password_file: {file} is empty, expected Redis' password")
-    return password
-
-
-def check_redis(settings: Settings) -> None:
-    """Raises OperatorError where no Redis could be reached like this, whatever runs there."""
-    if settings.redis.url:
-        cluster_code().open_redis(settings.redis.url, redis_password_of(settings))
-
-
-def make_access(settings: Settings, cache: hikari.api.Cache, cluster: Cluster | None) -> Access:
-    auth, watched = settings.auth, settings.discord.guilds
-    return cluster.make_access(auth, watched) if cluster else Access(auth, watched, cache)
-
-
-def make_counters(cluster: Cluster | None) -> limits.aio.storage.Storage:
-    return cluster.make_counters(BoundedMemory()) if cluster else BoundedMemory()
-
-
-def make_connections(cluster: Cluster | None) -> OpenConnections:
-    return cluster.connections if cluster else OpenConnections()
-
-
-def make_rooms(settings: Settings, metrics: Metrics, cluster: Cluster | None) -> Rooms:
-    max_delay = settings.fanout.max_delay
-    return cluster.make_rooms(max_delay, metrics) if cluster else Rooms(max_delay, metrics)
-
-
 def make_socketio(settings: Settings, rooms: Rooms, metrics: Metrics) -> SocketIO:
     return SocketIO(
         client_manager=rooms,
@@ -4317,20 +6635,13 @@ def measure(server: Server) -> None:
     gauge("plugins_loaded", "Loaded plugins.", lambda: len(server.plugins.health()["loaded"]))
     gauge("plugins_failed", "Plugins in trouble.", lambda: len(server.plugins.health()["failed"]))
     gauge("ready", "1 while /health/ready says so.", lambda: server.problem is None)
-    if server.cluster is not None:
-        server.cluster.measure(server.metrics)
 
 
 def make_web(server: Server, settings: Settings) -> WebServer:
     limit = settings.server.max_message_bytes
     door = {"door": server.door}
-    routes: list[Any] = []
-    if server.cluster is not None:
-        asked = {"secret": server.cluster.source, "promise": server.cluster.lease.promise}
-        routes.append((r"/cluster/([0-9a-f]+)", PromiseHandler, asked))
     application = Site(
         [
-            *routes,
             (SOCKET_PATH, SocketHandler, {**door, "engine": server.socketio.eio}),
             (r"/health/live", LiveHandler, door),
             (r"/health/ready", ReadyHandler, {**door, "read": server.health}),
@@ -4355,20 +6666,43 @@ def make_web(server: Server, settings: Settings) -> WebServer:
     return web
 
 
-def being_cancelled() -> bool:
-    """Whether the task that asks was to end: redis-py 8.1 may swallow what told it."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets; `localhost` is both loopbacks, whatever the host's files say of it."""
+    if host != "localhost":
+        return bind_sockets(port, host, backlog=1024)
+    first = listening(socket.AF_INET, "127.0.0.1", port)
+    try:
+        return [first, listening(socket.AF_INET6, "::1", first.getsockname()[1])]
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a host without IPv6
+            return [first]
+        first.close()
+        if port == 0 and error.errno == errno.EADDRINUSE:  # free on one of them only
+            return listen(host, port)
+        raise
+
+
+def listening(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    listener = socket.create_server((host, port), family=family, backlog=1024)
+    listener.setblocking(False)
+    return listener
 
 
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
-    `sockets` that listen already (systemd's) are used instead of `[server] host` and `port`.
+    `sockets` that listen already (systemd's) are used instead of `[server] host` and `port`;
+    `make_node` says whether this process is alone.
     """
 
     def __init__(
-        self, settings: Settings, *, keys: Keys, token: str, sockets: Sequence[socket.socket] = ()
+        self,
+        settings: Settings,
+        *,
+        keys: Keys,
+        token: str,
+        sockets: Sequence[socket.socket] = (),
+        make_node: Callable[[Settings, hikari.GatewayBot], Node] = Node,
     ) -> None:
         self._settings = self._started_with = settings
         self._sockets = list(sockets)
@@ -4377,35 +6711,37 @@ class Server:
         self.draining = False
         self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder, self.metrics)
         self.plugins.load()
-        self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics)
-        self.cluster = make_cluster(settings, self.gateway.bot.cache)
-        self.access = make_access(settings, self.gateway.bot.cache, self.cluster)
+        cached = self.plugins.cached()
+        self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics, cached)
+        self.node = make_node(settings, self.gateway.bot)
+        self.access = self.node.make_access()
         self.tokens = Tokens(keys, settings.auth.algorithms)
         self.limits = Limits(
             settings.limits,
             settings.auth.connect_timeout,
-            make_counters(self.cluster),
-            make_connections(self.cluster),
+            self.node.make_counters(),
+            self.node.make_connections(),
             self.metrics,
         )
-        self.rooms = make_rooms(settings, self.metrics, self.cluster)
+        self.rooms = Rooms(settings.fanout.max_delay, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.metrics)
-        self.throttle = Throttle(settings.throttle, self.emit, self.rooms.listened, self.metrics)
+        self.throttle = Throttle(settings.throttle, self.node, self.metrics)
         self.dashboards = Dashboards(
-            self.socketio, self.rooms, self.tokens, self.access, self.limits, self.plugins
+            self.socketio,
+            self.rooms,
+            self.tokens,
+            self.access,
+            self.limits,
+            self.plugins,
+            self.node,
         )
         self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
-        if self.cluster is not None:
-            self.cluster.deliver = self._deliver
-            self.cluster.on_rights = self.rights.check
-            self.cluster.greetings.own = self.plugins.greet
-            self.cluster.windows.share(self.throttle)
-            self.dashboards.greet = self.cluster.greetings.greet
-            self.dashboards.on_enter = self.cluster.enter
-            self.dashboards.on_exit = self.cluster.exit
+        self.node.attach(Parts(self.rights, self.rooms, self.plugins, self.throttle, self.metrics))
         self.door = FrontDoor(settings.server, self.limits)
         measure(self)
         self.plugins.attach(self._workplace())
+        watch = settings.plugins.watch
+        self.plugin_watcher = PluginWatcher(self.plugins, self.gateway.bot, watch=watch)
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -4425,15 +6761,10 @@ class Server:
         return {
             "server": {"problem": stopping},
             "loop": self.pulse.health(),
-            "gateway": self.gateway.health() if self.leading else {"problem": None},
+            "gateway": self.gateway.health() if self.node.leading else {"problem": None},
             "plugins": self.plugins.health(),
-            "redis": {"problem": None} if self.cluster is None else self.cluster.health(),
+            "redis": self.node.health(),
         }
-
-    @property
-    def leading(self) -> bool:
-        """Whether the session with Discord is this process's to keep."""
-        return self.cluster is None or self.cluster.leading
 
     @property
     def problem(self) -> str | None:
@@ -4443,7 +6774,7 @@ class Server:
     @property
     def alive(self) -> bool:
         """Whether the parts that must never rest still run; the loop does, if this is asked on it."""
-        turning = self.gateway.alive or not self.leading
+        turning = self.gateway.alive or not self.node.leading
         return turning and not any(task.done() for task in self._tasks)
 
     # -- start, reload, stop
@@ -4461,26 +6792,20 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
-        run = self.gateway.run
-        if self.cluster is not None:
-            self.cluster.truth.subscribe(self.gateway.bot.event_manager)
-            run = functools.partial(self.cluster.lead, self._lead)
         self.rights.subscribe(self.gateway.bot.event_manager)
-        if self.cluster is None:
-            await self.plugins.start(self._workplace())
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
-        if self.cluster is not None:
-            self.cluster.start(host, self.port)
-        self._gateway_task = asyncio.create_task(run(), name="gateway")
+        self.node.start()
+        self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
-        self._tasks = [self._gateway_task, pulse]
+        files = asyncio.create_task(self.plugin_watcher.run(), name="plugins' files")
+        self._tasks = [self._gateway_task, pulse, files]
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
 
     async def _lead(self) -> None:
-        """Have the gateway, and the plugins at work, which are so at its holder alone."""
+        """Have plugins at work and the gateway running: both are one node's alone."""
         try:
             await self.plugins.start(self._workplace())
             if not being_cancelled():
@@ -4490,18 +6815,25 @@ class Server:
             await self.plugins.stop()
 
     def _workplace(self) -> HostContext:
-        emit, storage = self._emit_or_hold, storage_of(self._settings)
-        bot, settled = self.gateway.bot, self.gateway.settled
-        place = HostContext(bot, emit, settled, self.access.watches, storage, tokens=self.tokens)
-        door, rest_url = self.door, self._settings.discord.rest_url
-        place = place._replace(rest_url=rest_url, address=door.address, lists_origin=door.lists)
-        cluster = self.cluster
-        return place._replace(share=cluster.share, marks=cluster.marks) if cluster else place
+        return HostContext(
+            bot=self.gateway.bot,
+            emit=self.throttle.emit,
+            settled=self.gateway.settled,
+            watches=self.access.watches,
+            storage=storage_of(self._settings),
+            share=self.node.share,
+            tokens=self.tokens,
+            may_see=self.access.may_see,
+            marks=self.node.marks,
+            rest_url=self._settings.discord.rest_url,
+            address=self.door.address,
+            lists_origin=self.door.lists,
+        )
 
     def _bind(self) -> list[socket.socket]:
         server = self._settings.server
         try:
-            return bind_sockets(server.port, server.host, backlog=1024)
+            return listen(server.host, server.port)
         except OSError as error:
             raise OperatorError(
                 f"server.port: cannot listen on {server.host}:{server.port}: {error.strerror}"
@@ -4520,6 +6852,7 @@ class Server:
         plugin_settings = self.plugins.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
         self.plugins.reconfigure(plugin_settings)
+        self.plugins.loader.tables = settings.plugin
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -4527,6 +6860,7 @@ class Server:
         self.throttle.windows = settings.throttle
         self.dashboards.check_all_rights()
         self._settings = settings
+        self.plugin_watcher.look()
         return [key for key in changed if not key.startswith(LIVE)]
 
     async def stop(self) -> None:
@@ -4553,10 +6887,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
-        await self.throttle.close()
-        await self.plugins.stop()
-        if self.cluster is not None:
-            await self.cluster.stop(self._settings.server.shutdown_grace / 2)
+        await self.node.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
         """In random order, at an even pace that needs no more than `within` seconds."""
@@ -4574,42 +6905,6 @@ class Server:
         if session.handler is not None:
             session.handler.close(GOING_AWAY)
         await session.close()
-
-    def _emit_or_hold(self, event: str, guild_id: str, content: DataOrMaker, kind: str) -> None:
-        """The first step of an event. Other nodes' listeners of a moment ago are not known yet:
-        what costs nothing to make goes out for them all the same.
-        """
-        if (
-            self.cluster is not None
-            and not callable(content)
-            and event not in self.throttle.windows
-        ):
-            self.emit(event, guild_id, content, kind)
-        else:
-            self.throttle.emit(event, guild_id, content, kind)
-
-    def emit(self, event: str, guild_id: str, payload: EventData, kind: str) -> None:
-        """The last step of an event: from a plugin to those in the room who may see it."""
-        if not self.access.watches(guild_id):
-            self.metrics.dropped.labels("guild not watched").inc()
-            return
-        channel_id = str(payload.get("channelId") or payload.get("channel_id") or "")
-        if self.cluster is not None:
-            self.cluster.emit(guild_id, kind, channel_id, event_packet(event, payload))
-        else:
-            room = f"{kind}:{guild_id}"
-            self.rooms.broadcast(room, event, payload, self._hidden(room, guild_id, channel_id))
-
-    def _hidden(self, room: str, guild_id: str, channel_id: str) -> Callable[[], Hidden] | None:
-        """What tells from whom in the room an event of this channel is kept."""
-        if not channel_id:
-            return None
-        return functools.partial(self.rights.hidden, room, guild_id, channel_id)
-
-    def _deliver(self, guild_id: str, kind: str, channel_id: str, packet: bytes) -> None:
-        """What `cluster` hands on, to this node's clients."""
-        room = f"{kind}:{guild_id}"
-        self.rooms.send(room, packet, self._hidden(room, guild_id, channel_id))
 
 
 #: Seconds between two looks at the status line that `systemctl status` shows.
@@ -4792,12 +7087,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     demo.add_argument("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
     demo.add_argument("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     demo.set_defaults(command=demo_command)
-    check = commands.add_parser("check", help="validate settings and plugins, print them")
+    check = commands.add_parser("check", help="validate settings and plugins")
+    check.add_argument("--settings", action="store_true", help="print all settings in force")
     check.set_defaults(command=check_command)
+    types = commands.add_parser(
+        "types", help="TypeScript declarations of all events, or AsyncAPI 3"
+    )
+    types.add_argument("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    types.set_defaults(command=types_command)
     token = commands.add_parser("token", help="make a viewer's token")
-    token.add_argument("--discord-id", required=True, metavar="ID", help="the viewer's user id")
+    token.add_argument(
+        "--discord-id", required=True, type=parse_id, metavar="ID", help="the viewer's user id"
+    )
     token.add_argument("--role", default="USER", choices=sorted(ROLES))
-    token.add_argument("--guild", action="append", default=[], metavar="ID", help="may view it")
+    token.add_argument(
+        "--guild", action="append", default=[], type=parse_id, metavar="ID", help="may view it"
+    )
     token.add_argument("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
     token.set_defaults(command=token_command)
     forget = commands.add_parser("forget", help="remove a member's counts")
@@ -4807,12 +7112,34 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def cluster_code() -> Any:
+    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
+    try:
+        return importlib.import_module("spywatcher_cluster")
+    except ModuleNotFoundError as error:
+        raise OperatorError(
+            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
+            f" {Path(__file__).name}, and redis-py"
+        ) from error
+
+
+def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
+    """Makes this process's node: alone, or one of several where they have a Redis to meet at."""
+    makes: Callable[[Settings, hikari.GatewayBot], Node] = Node
+    return cluster_code().ClusterNode if settings.redis.url else makes
+
+
 def bot_token_of(settings: Settings) -> str:
     discord = settings.discord
-    return read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+    key = "discord.token_file" if discord.token_file else "discord.token"
+    token = read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
+    if token.lower().startswith("bot "):
+        raise OperatorError(f'{key}: begins with "Bot ", expected only what comes after that')
+    return token
 
 
-def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
+def credentials_of(settings: Settings) -> tuple[Keys, str]:
+    """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
     keys = read_keys(settings.auth, settings.folder)
     token = bot_token_of(settings)
     if keys == Keys() or not token:
@@ -4820,9 +7147,16 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
             "auth.secret and discord.token must both be set (or auth.secret_file and"
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
+    return keys, token
+
+
+def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    keys, token = credentials_of(settings)
     systemd = Systemd(os.environ)
-    server = Server(settings, keys=keys, token=token, sockets=systemd.sockets())
+    sockets, make_node = systemd.sockets(), node_type(settings)
+    server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
     reload = functools.partial(reload_settings, server, arguments.config)
+    faulthandler.enable(2)  # systemd's watchdog sends SIGABRT: every thread's stack to the journal
     run_until_stopped(run_server(server, systemd, reload))
 
 
@@ -4830,10 +7164,9 @@ def reload_settings(server: Server, path: Path | None) -> None:
     """What SIGHUP does: read the settings again; a fault in them changes nothing."""
     try:
         settings = read_settings(path)
-        keys = read_keys(settings.auth, settings.folder)
-        if keys == Keys():
-            raise OperatorError("auth.secret: not set any more")
-        for_restart = server.reload(settings, keys)
+        with naming_source(settings):
+            keys, _ = credentials_of(settings)
+            for_restart = server.reload(settings, keys)
     except OperatorError as error:
         log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))
         return
@@ -4844,18 +7177,33 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Print the settings in force and the plugins; any plugin that does not load is a fault."""
-    keys = read_keys(settings.auth, settings.folder)
-    bot_token_of(settings)
-    check_redis(settings)
+    """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
+    keys, token = credentials_of(settings)
+    if settings.redis.url:
+        cluster_code().check_redis(settings)
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
-    host.check_secret(Tokens(keys, settings.auth.algorithms))
-    print(settings_text(settings))
+    host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+    Gateway(settings.discord, token, host.event_types(), Metrics())  # takes no token that is none
+    if arguments.settings:
+        print(settings_text(settings))
     for plugin in host.plugins.values():
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if host.failures:
-        raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
+    if faults := host.loader.faults():
+        raise OperatorError(*faults)
+    print(f"all is well with {settings.source}")
+
+
+def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Print what dashboards say and hear; nothing of it while a plugin does not load."""
+    import spywatcher_types  # needed by this command alone; a server is deployed without it
+
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host.load()
+    if faults := host.loader.faults():
+        raise OperatorError(*faults)
+    write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
+    print(write(host))
 
 
 def settings_text(settings: Settings) -> str:
@@ -4876,7 +7224,8 @@ def settings_text(settings: Settings) -> str:
 
 def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
     tokens = Tokens(read_keys(settings.auth, settings.folder), settings.auth.algorithms)
-    print(tokens.issue(arguments.discord_id, arguments.role, arguments.guild, arguments.ttl))
+    viewer, guilds = str(arguments.discord_id), [str(guild) for guild in arguments.guild]
+    print(tokens.issue(viewer, arguments.role, guilds, arguments.ttl))
 
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -4884,10 +7233,8 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     if settings.redis.url:
-        password = redis_password_of(settings)
-        member, guild = arguments.member, arguments.guild
         forget = cluster_code().forget_shared
-        shared = asyncio.run(forget(settings.redis, password, member, guild))
+        shared = asyncio.run(forget(settings, arguments.member, arguments.guild))
         print(f"Redis: {shared} removed")
     plugins, storage = host.plugins.values(), storage_of(settings)
     removed = forget_member(plugins, storage, arguments.member, arguments.guild)
@@ -4916,9 +7263,11 @@ async def run_server(
 
     def on_sighup() -> None:
         systemd.tell_reloading()
-        if reload:
-            reload()
-        systemd.tell("READY=1")
+        try:
+            if reload:
+                reload()
+        finally:
+            systemd.tell("READY=1")
 
     loop.add_signal_handler(signal.SIGHUP, on_sighup)
     async with server:
@@ -4949,18 +7298,38 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
+@contextlib.contextmanager
+def naming_source(settings: Settings) -> Iterator[None]:
+    """Faults of settings, met inside, say which file was read, or that there was none."""
+    try:
+        yield
+    except OperatorError as error:
+        keys = re.compile(rf"({'|'.join([*section_types(), 'plugin', 'throttle'])})\.\w")
+        told = [
+            f"{fault} ({settings.source})" if keys.match(fault) else fault for fault in error.faults
+        ]
+        raise OperatorError(*told) from error
+
+
+def say_faults(*faults: str) -> None:
+    """One line each on stderr; in the journal each is an error (sd-daemon(3))."""
+    mark = "<3>" if logs_to_journal(os.environ) else ""
+    print("\n".join(f"{mark}spywatcher: {fault}" for fault in faults), file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check, build, run. Returns the exit status."""
     parsed = parse_arguments(arguments)
     try:
         settings = read_settings(parsed.config)
         set_up_logging(settings.log)
-        parsed.command(settings, parsed)
+        with naming_source(settings):
+            parsed.command(settings, parsed)
     except OperatorError as error:
-        print("\n".join(f"spywatcher: {fault}" for fault in error.faults), file=sys.stderr)
+        say_faults(*error.faults)
         return EXIT_OPERATOR
     except UpstreamError as error:
-        print(f"spywatcher: {error}", file=sys.stderr)
+        say_faults(str(error))
         return EXIT_OPERATOR
     return 0
 

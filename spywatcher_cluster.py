@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import enum
 import functools
 import itertools
 import math
+import operator
 import random
 import re
 import secrets
-import socket
 import ssl
 import time
 from collections.abc import (
@@ -29,16 +30,15 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import hikari
 import limits
 import limits.aio
 import msgspec
-from socketio.async_pubsub_manager import AsyncPubSubManager
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 from spywatcher import (
     MOST_REMEMBERED,
@@ -46,54 +46,56 @@ from spywatcher import (
     AuthSettings,
     BoundedMemory,
     DataOrMaker,
+    Destination,
     EventData,
-    Greet,
     Marks,
-    Metrics,
     News,
+    Node,
     OpenConnections,
     OperatorError,
+    Parts,
+    PluginHost,
     RedisSettings,
     Rooms,
     SectionT,
+    Settings,
     ShardRange,
     Shared,
-    Sid,
+    Tell,
     Throttle,
     Topic,
     Viewer,
     being_cancelled,
+    destination_of,
     event_packet,
     is_snowflake,
     log,
+    read_secret,
+    shown,
     without_login,
 )
 
 CONTROL: Final = "spywatcher:control"
-GUILDS: Final = "spywatcher:guilds"  # hash: guild id -> GuildTruth
+GUILDS: Final = "spywatcher:guilds"  # hash: guild id -> GuildState
 GATEWAY: Final = "spywatcher:gateway"  # who holds it; empty: free
 TERM: Final = "spywatcher:term"  # the fencing counter
 WINDOWS: Final = (
     "spywatcher:windows"  # hash: Topic -> when its window ends, what is to be sent then
 )
 #: A topic of guilds' streams too, where all others are kinds of rooms.
-CHANGE: Final = "truth:change"
+CHANGE: Final = "state:change"
 
 #: Seconds until a holder that does not renew has lost the gateway. A holder counts fewer, from
 #: before it asked, so that it has stopped when another begins.
 LOCK_TIME: Final = 8.0
 TERM_TIME: Final = 7.5
 RENEWAL: Final = 0.5
-#: Seconds for which a holder without Redis keeps what its gateway brings, unsent.
-MOST_MUTED: Final = 30.0
 #: Seconds of contact with Redis before a gateway that nobody holds may be taken, so that a holder
 #: that is alive comes first: where it has run out; where Redis knows no term, and nobody told of
 #: one (else LOCK_TIME: a holder that is cut off from Redis counts on that).
 EXPIRED_PATIENCE: Final = 1.0
 #: Seconds, by Redis' clock, in which a claim counts: a Redis that was frozen does not act on old ones.
 CLAIM_LASTS: Final = 1.0
-#: Seconds for which a node without Redis promises a holder without Redis not to take over.
-PROMISE_TIME: Final = 3.0
 FIRST_PATIENCE: Final = 1.5
 REDIS_TIMEOUT: Final = 2.0
 #: Seconds that a client may be kept waiting for Redis; and those, from then on, in which no other is.
@@ -116,8 +118,12 @@ BUSY_REST: Final = 0.005
 LINGER: Final = 15.0
 PROBE_INTERVAL: Final = 5.0
 BEAT_INTERVAL: Final = 1.0
-#: Greetings that may be under way to this node's new subscribers.
-MOST_GREETINGS: Final = 1_000
+#: Milliseconds by which another holder may be behind this node's own gateway: for so long after
+#: this node has lost the gateway its clients hear nothing of the next holder, so as to hear
+#: nothing twice.
+CHANGE_OF_SOURCE: Final = 1_000
+#: Snapshots that may be under way to this node's new subscribers.
+MOST_SNAPSHOTS: Final = 1_000
 #: Seconds between two tellings of who watches here; what was not told three times is forgotten.
 ROLL_CALL: Final = 20.0
 CLAIM: Final = """
@@ -178,7 +184,7 @@ for i, key in ipairs(KEYS) do
   local shares = redis.call('HGETALL', key)
   for n = 1, #shares, 2 do
     local count, ends = string.match(shares[n + 1], '(%d+) (%d+)')
-    if tonumber(ends) <= now then
+    if not ends or tonumber(ends) <= now then
       redis.call('HDEL', key, shares[n])
     elseif shares[n] ~= ARGV[1] then
       elsewhere[i] = elsewhere[i] + count
@@ -248,18 +254,25 @@ def guild_stream(guild_id: str) -> str:
 
 
 class Note(msgspec.Struct, array_like=True, frozen=True):
-    """What a stream's entry holds.
+    """What one node tells the others.
 
-    `number` counts what `source`, one run of one node, put into this stream: a reader tells by it
-    what it has had. `term` is that of the gateway's holder, 0 for what no gateway brought.
+    `source` is one run of one node. `term` is that of the gateway's holder, 0 for what no gateway
+    brought.
     """
 
     source: str
-    number: int
     term: int
     topic: str
     detail: str = ""
     body: bytes = b""
+
+
+class Entry(NamedTuple):
+    """A note in a stream. `number` counts its source's entries there: by it a reader tells what it had."""
+
+    id: str
+    number: int
+    note: Note
 
 
 class Link:
@@ -296,7 +309,7 @@ class Link:
         except self.errors as error:
             raise ConnectionError(str(error)) from error
 
-    async def keep(self, work: Callable[[], Awaitable[object]]) -> NoReturn:
+    async def keep(self, work: Callable[[], Coroutine[Any, Any, object]]) -> NoReturn:
         """Do `work`, and again whenever Redis is lost: soon at first, then twice a second."""
         delay = FIRST_DELAY
         while True:
@@ -306,7 +319,7 @@ class Link:
             except self.errors as error:
                 self._lost(error)
             except Exception:  # a bug, which must not end what has to go on
-                log.exception("the link to Redis failed")
+                log.exception("%s failed, and begins anew", work.__qualname__)
             if time.monotonic() - began > LAST_DELAY + REDIS_TIMEOUT:
                 delay = FIRST_DELAY
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
@@ -317,19 +330,6 @@ class Link:
         client, _ = self._open(may_connect)
         self._clients.append(client)
         return client
-
-    def own_address(self) -> str:
-        """This host's address as Redis' host (or Sentinel's) sees it; nothing is sent to find out."""
-        [options, *_] = [pool.connection_kwargs for pool in sentinel_pools(self.redis)] or [
-            self.redis.connection_pool.connection_kwargs
-        ]
-        place = options.get("host", "127.0.0.1"), options.get("port", 6379)
-        with contextlib.suppress(OSError):
-            family, _, _, _, address = socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect(address)
-                return str(probe.getsockname()[0])
-        return "127.0.0.1"
 
     @property
     def problem(self) -> str | None:
@@ -485,6 +485,20 @@ def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[st
     return sentinel.master_for(found["name"] or "mymaster")
 
 
+def redis_password_of(settings: Settings) -> str:
+    """Empty where the URL has it, or there is none."""
+    file = settings.redis.password_file
+    password = read_secret("", file, settings.folder, "redis.password")
+    if file and not password:
+        raise OperatorError(f"redis.password_file: {file} is empty, expected Redis' password")
+    return password
+
+
+def check_redis(settings: Settings) -> None:
+    """Raises OperatorError where no Redis could be reached like this, whatever runs there."""
+    open_redis(settings.redis.url, redis_password_of(settings))
+
+
 class Waiting(NamedTuple):
     """An entry on its way to Redis; `guild` is the field of GUILDS that is set before it."""
 
@@ -493,17 +507,28 @@ class Waiting(NamedTuple):
     data: bytes
     guild: str
     since: float
+    number: int = 0  # as of `Entry`, once it may be sent
 
 
 class Publisher:
     """Puts notes into streams, in order, behind a bounded queue that outlives Redis."""
 
-    def __init__(self, link: Link, source: str, verdict: Callable[[int], bool | None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        lease: Lease,
+        guild_data: Callable[[str], bytes | None],
+        on_restart: Callable[[], None],
+    ) -> None:
+        """`guild_data` is what GUILDS is to hold of a guild, as of now; `on_restart` is called when
+        Redis came back as another run of it, perhaps without its data.
+        """
         self._link = link
+        self._lease = lease
+        self._guild_data = guild_data
+        self._on_restart = on_restart
         self._redis = link.client(lambda: not self._server_known)
         self._server_known = False
-        self._source = source
-        self._verdict = verdict
         self._numbers: collections.Counter[str] = collections.Counter()
         self._queue: collections.deque[Waiting] = collections.deque()
         self._batch: list[Waiting] = []  # under way
@@ -514,11 +539,8 @@ class Publisher:
         self._drained.set()
         self._server = ""
         self._now = 0  # Redis' clock, in milliseconds
-        self.dropped = 0
-        #: What GUILDS is to hold of a guild, as of now.
-        self.snapshot: Callable[[str], bytes | None] = lambda guild_id: None
-        #: Called when Redis came back as another run of it, perhaps without its data.
-        self.on_restart: Callable[[], None] = lambda: None
+        #: Entries that never reached Redis: for want of room; since another holder had begun.
+        self.dropped = self.fenced = 0
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._batch)
@@ -538,21 +560,28 @@ class Publisher:
         guild: str = "",
     ) -> None:
         """Never waits; past the bounds the oldest goes."""
-        self._numbers[stream] += 1
-        note = Note(self._source, self._numbers[stream], term, topic, detail, body)
+        note = Note(self._lease.source, term, topic, detail, body)
         data = msgspec.msgpack.encode(note)
         self._queue.append(Waiting(stream, term, data, guild, time.monotonic()))
         self._bytes += len(data)
         while len(self._queue) > MOST_WAITING or self._bytes > MOST_WAITING_BYTES:
-            self._drop(self._queue.popleft())
+            self._numbers[self._drop_oldest().stream] += 1  # a gap for readers to see
+            if not self.dropped:
+                log.error("other nodes miss events: Redis was away for too long or took too little")
+            self.dropped += 1
         self._wake.set()
         self._drained.clear()
 
-    def _drop(self, item: Waiting) -> None:
+    def _drop_oldest(self) -> Waiting:
+        item = self._queue.popleft()
         self._bytes -= len(item.data)
-        if not self.dropped:
-            log.error("other nodes miss events: Redis was away for too long or took too little")
-        self.dropped += 1
+        return item
+
+    def _number(self, item: Waiting) -> Waiting:
+        if item.number:  # it is sent again
+            return item
+        self._numbers[item.stream] += 1
+        return item._replace(number=self._numbers[item.stream])
 
     async def work(self) -> None:
         """Send over one connection, for as long as it lasts: the next may lead to another Redis."""
@@ -566,7 +595,7 @@ class Publisher:
             self._queue.extendleft(reversed(self._recent))
             self._bytes += sum(len(item.data) for item in self._recent)
             self._recent.clear()
-            self.on_restart()
+            self._on_restart()
         self._server = server
         self._link.found()
         while True:
@@ -582,15 +611,16 @@ class Publisher:
                 self._drained.set()
                 self._wake.clear()
                 await self._wait_on_line()
-            verdict = self._verdict(self._queue[0].term)
+            verdict = self._lease.verdict(self._queue[0].term)
             if verdict is None:
                 await asyncio.sleep(BUSY_REST)
             elif not verdict:
-                self._drop(self._queue.popleft())
+                self._drop_oldest()
+                self.fenced += 1
             else:
                 term = self._queue[0].term
                 while self._queue and len(self._batch) < BATCH and self._queue[0].term in (0, term):
-                    self._batch.append(self._queue.popleft())
+                    self._batch.append(self._number(self._queue.popleft()))
 
     async def _wait_on_line(self) -> None:
         """Until there is something to send; a connection that ends meanwhile is noticed."""
@@ -604,10 +634,11 @@ class Publisher:
         pipe = self._redis.pipeline(transaction=False)
         streams = {item.stream for item in self._batch}
         for guild in {item.guild for item in self._batch} - {""}:
-            truth = self.snapshot(guild)
-            pipe.hdel(GUILDS, guild) if truth is None else pipe.hset(GUILDS, guild, truth)
+            data = self._guild_data(guild)
+            pipe.hdel(GUILDS, guild) if data is None else pipe.hset(GUILDS, guild, data)
         for item in self._batch:
-            pipe.xadd(item.stream, {"n": item.data}, minid=max(0, self._now - STREAM_AGE))
+            fields = {"n": item.data, "i": item.number}
+            pipe.xadd(item.stream, fields, minid=max(0, self._now - STREAM_AGE))
         for stream in streams:
             pipe.xtrim(stream, maxlen=STREAM_LENGTH, approximate=True)
             pipe.pexpire(stream, STREAM_AGE * 2)
@@ -635,41 +666,53 @@ class Tail:
         self._first = numbers_of(last)
         self._had: dict[str, int] = {}
         self._term = 0
+        #: Entries that were not there any more, since the reader asked last.
+        self.lost = 0
 
-    def begins_before(self, entry_id: bytes) -> bool:
-        return self._first < numbers_of(entry_id.decode())
+    def begins_before(self, entry_id: str) -> bool:
+        return self._first < numbers_of(entry_id)
 
-    def admits(self, note: Note) -> bool:
-        """Whether this note is new: not had before, and not of a holder that was replaced."""
-        had = self._had.get(note.source, 0)
-        if note.number <= had or 0 < note.term < self._term:
+    def admits(self, entry: Entry) -> bool:
+        """Whether this entry is new: not had before, and not of a holder that was replaced."""
+        note, had = entry.note, self._had.get(entry.note.source, 0)
+        if entry.number <= had or 0 < note.term < self._term:
             return False
-        if had and note.number > had + 1:
-            log.error("%d events of another node were lost", note.number - had - 1)
-        self._had[note.source] = note.number
+        self.lost += entry.number - had - 1 if had else 0
+        self._had[note.source] = entry.number
         self._term = max(self._term, note.term)
         return True
+
+
+class Listener(Protocol):
+    """Who takes what a reader reads."""
+
+    async def catch_up(self) -> None:
+        """Notes may have been missed: learn anew what they told."""
+
+    async def prepare(self, notes: list[Note]) -> Callable[[Note], None]:
+        """Get ready for these notes of the control stream; returns what takes one of them."""
+
+    def take_event(self, stream: str, entry: Entry) -> None:
+        """Take an entry of a guild's stream."""
 
 
 class Reader:
     """Reads the control stream and those of the guilds that this node's clients are in."""
 
-    def __init__(
-        self,
-        link: Link,
-        source: str,
-        prepare: Callable[[list[Note]], Awaitable[Callable[[Note], None]]],
-        on_event: Callable[[str, Note], None],
-    ) -> None:
+    def __init__(self, link: Link, source: str, listener: Listener) -> None:
         self._link = link
         self._source = source
         self._own = f"spywatcher:node:{source}"
-        self._prepare = prepare
-        self._on_event = on_event
+        self._listener = listener
         self._tails: dict[str, Tail] = {}
-        self._leaving: dict[str, asyncio.TimerHandle] = {}
+        self._idle: dict[str, float] = {}  # streams that nobody needs, since when
         self._newest = "0-0"
         self._heard = time.monotonic()
+        self._read_at = boot_clock()
+        #: Whether to catch up before anything else is read.
+        self.missed = True
+        #: Entries that no note could be made of.
+        self.unreadable = 0
 
     def __len__(self) -> int:
         return len(self._tails)
@@ -678,30 +721,26 @@ class Reader:
 
     async def follow(self, stream: str) -> None:
         """Read a stream from now on; returns when that is so, or when Redis takes too long to say."""
-        if (leaving := self._leaving.pop(stream, None)) is not None:
-            leaving.cancel()
+        self._idle.pop(stream, None)
         if stream in self._tails:
             return
-        if self._link.up:
-            with contextlib.suppress(*self._link.errors):
-                await self.poke()
+        await self._poke_soon()
         self._tails.setdefault(stream, Tail(self._newest))
-        if self._link.up:
-            with contextlib.suppress(*self._link.errors):
-                await self.poke()  # ends the read that waits, so that the next one has the stream
+        await self._poke_soon()  # ends the read that waits, so that the next one has the stream
 
-    def leave(self, stream: str) -> None:
-        """Nobody needs this stream for now."""
-        if stream in self._tails and stream not in self._leaving:
-            loop = asyncio.get_running_loop()
-            self._leaving[stream] = loop.call_later(LINGER, self._drop, stream)
+    async def _poke_soon(self) -> None:
+        with contextlib.suppress(*self._link.errors):
+            async with self._link.patience():
+                await self.poke()
 
-    def _drop(self, stream: str) -> None:
-        del self._leaving[stream], self._tails[stream]
-
-    def close(self) -> None:
-        for timer in self._leaving.values():
-            timer.cancel()
+    def leave_all_but(self, needed: Set[str]) -> None:
+        """Read streams for LINGER more that are not needed any longer: a page may only reload."""
+        now = time.monotonic()
+        for stream in self._tails.keys() - needed - {CONTROL, self._own}:
+            if now - self._idle.setdefault(stream, now) >= LINGER:
+                del self._idle[stream], self._tails[stream]
+        for stream in self._idle.keys() & needed:
+            del self._idle[stream]
 
     # -- hearing oneself
 
@@ -737,14 +776,23 @@ class Reader:
         self._tails.setdefault(self._own, Tail("0-0"))
         self._restart_after_clock_step()
         while True:
+            if self.missed:
+                await self._listener.catch_up()
+                self.missed = False
             where = {stream: tail.last for stream, tail in self._tails.items()}
             found = await self._link.redis.xread(where, count=1000, block=1000)
             self._link.found()
+            self._notice_gap()
             # Rights travel in the control stream, and were put there before what they decide.
             for stream, entries in sorted(found, key=lambda one: one[0] != CONTROL.encode()):
                 await self._take(stream.decode(), entries)
             if found:
                 await asyncio.sleep(BUSY_REST)
+
+    def _notice_gap(self) -> None:
+        """Who has not read for long may find that something was trimmed meanwhile."""
+        before, self._read_at = self._read_at, boot_clock()
+        self.missed |= self._read_at - before > STREAM_AGE / 2_000
 
     def _restart_after_clock_step(self) -> None:
         """A Redis that came back with an earlier clock gives earlier ids: read all that it has."""
@@ -753,72 +801,155 @@ class Reader:
             if numbers_of(tail.last)[0] > now + 1:
                 tail.last = "0-0"
 
-    async def _take(self, stream: str, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
+    async def _take(self, stream: str, found: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
         tail = self._tails.get(stream)
         if tail is None:
             return
         if stream == self._own:
             self._heard = time.monotonic()
         else:
-            notes = [msgspec.msgpack.decode(fields[b"n"], type=Note) for _, fields in entries]
-            handle: Callable[[Note], None] = functools.partial(self._on_event, stream)
+            entries = list(self._decode(stream, found))
+            take: Callable[[Entry], None]
+            take = functools.partial(self._listener.take_event, stream)
             if stream == CONTROL:
-                handle = await self._prepare(notes)
-            for note, (entry_id, _) in zip(notes, entries, strict=True):
-                if not tail.admits(note) or note.source == self._source:
-                    continue
-                if note.topic != CHANGE or not self._comes_again(note, stream, entry_id):
-                    self._handle(handle, note)
-        tail.last = entries[-1][0].decode()
+                take = await self._take_control(entries)
+            for entry in filter(tail.admits, entries):
+                if entry.note.source != self._source and not self._comes_again(stream, entry):
+                    self._handle(take, entry)
+        tail.last = found[-1][0].decode()
+        self._look_for_losses(stream, tail)
+
+    def _look_for_losses(self, stream: str, tail: Tail) -> None:
+        lost, tail.lost = tail.lost, 0
+        if lost and stream == CONTROL:
+            self.missed = True
+        elif lost:
+            log.error("%d events of another node were lost", lost)
+
+    async def _take_control(self, entries: list[Entry]) -> Callable[[Entry], None]:
+        take = await self._listener.prepare([entry.note for entry in entries])
+        return lambda entry: take(entry.note)
+
+    def _decode(
+        self, stream: str, found: list[tuple[bytes, dict[bytes, bytes]]]
+    ) -> Iterator[Entry]:
+        """What can be read of these; of the rest the first is told."""
+        for entry_id, fields in found:
+            try:
+                note = msgspec.msgpack.decode(fields[b"n"], type=Note)
+                yield Entry(entry_id.decode(), int(fields[b"i"]), note)
+            except (KeyError, ValueError) as error:
+                if not self.unreadable:
+                    log.error("an entry of %s cannot be read: %s", stream, type(error).__name__)
+                self.unreadable += 1
 
     @staticmethod
-    def _handle(handle: Callable[[Note], None], note: Note) -> None:
+    def _handle(take: Callable[[Entry], None], entry: Entry) -> None:
         """One bad note, of a node of another version perhaps, must not stop all others."""
         try:
-            handle(note)
+            take(entry)
         except Exception:
-            log.exception("a note of another node could not be taken: %s", note.topic)
+            log.exception("a note of another node could not be taken: %s", entry.note.topic)
 
-    def _comes_again(self, note: Note, stream: str, entry_id: bytes) -> bool:
+    def _comes_again(self, stream: str, entry: Entry) -> bool:
         """Whether a change in the control stream will be read in its place among the guild's events."""
-        tail = self._tails.get(guild_stream(note.detail))
-        return stream == CONTROL and tail is not None and tail.begins_before(entry_id)
+        if stream != CONTROL or entry.note.topic != CHANGE:
+            return False
+        tail = self._tails.get(guild_stream(entry.note.detail))
+        return tail is not None and tail.begins_before(entry.id)
+
+
+class LeaseState(enum.Enum):
+    """Where a node stands with the right to hold the gateway, which one node has for a term.
+
+    Redis decides: a key names the holder and runs out after LOCK_TIME, a counter gives each new
+    holder a higher term. A node asks every RENEWAL seconds. It may count on an answer for
+    TERM_TIME from before it asked, by a clock that goes on while the process sleeps: less than
+    LOCK_TIME, so that one holder has stopped telling others before the next begins.
+
+        state     it is      its gateway   it publishes           its own clients hear
+        STANDBY   not held   is closed     nothing of a gateway   the holder, by the streams
+        HELD      held       runs          at once                its own gateway
+        LAPSED    in doubt   runs          nothing yet            its own gateway
+
+    A node without Redis is LAPSED for as long as that lasts, and tells its own clients what comes.
+    When Redis is back, either nobody else has had a term: the node takes up its own again and
+    publishes what it has kept. Or somebody has: what it has kept is dropped, and its clients hear
+    the new holder from CHANGE_OF_SOURCE on. So each client has one source at any time.
+    """
+
+    STANDBY = enum.auto()
+    HELD = enum.auto()
+    LAPSED = enum.auto()
+
+
+class Verdict(enum.Enum):
+    """What can happen to a lease."""
+
+    GRANTED = "Redis says that this node's term lasts or begins"
+    REFUSED = "Redis says that it does not, or the node lets go"
+    SILENCE = "TERM_TIME went by without an answer"
+
+
+TRANSITIONS: Final = {
+    (LeaseState.STANDBY, Verdict.GRANTED): LeaseState.HELD,
+    (LeaseState.STANDBY, Verdict.REFUSED): LeaseState.STANDBY,
+    (LeaseState.HELD, Verdict.GRANTED): LeaseState.HELD,
+    (LeaseState.HELD, Verdict.REFUSED): LeaseState.STANDBY,
+    (LeaseState.HELD, Verdict.SILENCE): LeaseState.LAPSED,
+    (LeaseState.LAPSED, Verdict.GRANTED): LeaseState.HELD,
+    (LeaseState.LAPSED, Verdict.REFUSED): LeaseState.STANDBY,
+}
+#: Whether what was done in a node's term may be published; None: Redis has to say.
+MAY_PUBLISH: Final = {
+    LeaseState.STANDBY: False,
+    LeaseState.HELD: True,
+    LeaseState.LAPSED: None,
+}
 
 
 class Lease:
-    """The right to hold the gateway, which one node has for a term."""
+    """The right to hold the gateway, as Redis gives it to this node and takes it away."""
 
     def __init__(self, link: Link, source: str) -> None:
         self._link = link
         self.source = source
         self._claim = link.redis.register_script(CLAIM)
         self._release = link.redis.register_script(RELEASE)
+        self._state = LeaseState.STANDBY
         self._until = float("-inf")
+        #: Of the term that is HELD or LAPSED; 0: STANDBY.
+        self.term = 0
         #: The latest term that this node has heard of.
         self.known = 0
+        #: When this node last lost a term, by Redis' clock in milliseconds.
+        self.lost_at = -math.inf
         self._offset: float | None = None  # of Redis' clock, in milliseconds; None: not known yet
         self._empty_since = math.inf  # since when Redis knows no term, by `boot_clock`
-        self._claims_until = self._promised = float("-inf")
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
-        #: 0: not this node's.
-        self.term = 0
         #: Whether this node wants the gateway at all.
         self.wanted = True
-        #: Called when the term is certain again after it was in doubt.
-        self.on_certain: Callable[[], None] = lambda: None
+
+    @property
+    def state(self) -> LeaseState:
+        """By this node's own clock, as it is now."""
+        if self._state is LeaseState.HELD and boot_clock() >= self._until:
+            self._step(Verdict.SILENCE)
+        return self._state
+
+    def _step(self, verdict: Verdict) -> None:
+        self._state = TRANSITIONS[self._state, verdict]
 
     def holds(self) -> bool:
-        """Whether no other node can hold the gateway now, by this node's own clock."""
-        return self.term > 0 and boot_clock() < self._until
+        """Whether no other node can hold the gateway now."""
+        return self.state is LeaseState.HELD
 
     def verdict(self, term: int) -> bool | None:
-        """Whether what was done in this term still counts; None: Redis has to say."""
-        if term == 0:
-            return True
-        if term != self.term:
-            return False
-        return True if self.holds() else None
+        """Whether what was done in this term may be published; None: Redis has to say."""
+        if term in (0, self.term):
+            return not term or MAY_PUBLISH[self.state]
+        return False
 
     def saw_term(self, term: int) -> None:
         """Another node had this term."""
@@ -828,14 +959,13 @@ class Lease:
         """The gateway has become free."""
         self._wake.set()
 
-    async def wait(self, held: bool) -> None:
+    async def wait(self, ready: Callable[[int], bool]) -> None:
+        """Until the term is such."""
         async with self._changed:
-            await self._changed.wait_for(lambda: (self.term > 0) == held)
+            await self._changed.wait_for(lambda: ready(self.term))
 
     async def work(self) -> None:
         """Renew, or wait for a chance to take over, for as long as Redis answers."""
-        if self.term and boot_clock() - self._until > MOST_MUTED:
-            await self._become(0, 0.0)
         since = previous = boot_clock()
         while True:
             began = boot_clock()
@@ -851,9 +981,9 @@ class Lease:
     async def _ask(self, contact: float) -> int:
         if not self.wanted:
             return 0
-        deadlines = self._deadlines(contact)
+        mine = self.term if self.term >= self.known else 0  # another had a term: Redis has lost it
         milliseconds = int(LOCK_TIME * 1000)
-        args = [self.source, milliseconds, self.term, self.known, *deadlines]
+        args = [self.source, milliseconds, mine, self.known, *self._deadlines(contact)]
         term, now, latest = await self._claim(keys=[GATEWAY, TERM], args=args)
         self._offset = int(now) - boot_clock() * 1000
         self._empty_since = math.inf if latest else min(self._empty_since, boot_clock())
@@ -863,37 +993,27 @@ class Lease:
     def _deadlines(self, contact: float) -> tuple[int, int]:
         """Until when, by Redis' clock, the gateway may be taken: where it ran out, where Redis is new."""
         now = boot_clock()
-        if self._offset is None or now < self._promised:
+        if self._offset is None:
             return 0, 0
-        self._claims_until = now + CLAIM_LASTS
-        until = int(self._offset + self._claims_until * 1000)
+        until = int(self._offset + (now + CLAIM_LASTS) * 1000)
         empty = min(contact, now - self._empty_since)
         patience = LOCK_TIME if self.known else FIRST_PATIENCE
         return until * (contact >= EXPIRED_PATIENCE), until * (empty >= patience)
 
-    def promise(self) -> bool:
-        """Not to take over for PROMISE_TIME, if this node has no more Redis than the one that asks."""
-        now = boot_clock()
-        if self._link.up or self.term or now < self._claims_until:
-            return False
-        self._promised = now + PROMISE_TIME
-        return True
-
-    def extend(self, until: float) -> None:
-        """All others have promised."""
-        if self.holds():
-            self._until = max(self._until, until)
-
     async def _become(self, term: int, until: float) -> None:
-        doubted = self.term > 0 and not self.holds()
-        changed, self.term, self._until = term != self.term, term, until
+        before = self.term
+        if before and term != before:
+            self._step(Verdict.REFUSED)
+            self.lost_at = (self._offset or 0.0) + boot_clock() * 1000
+            log.info("this node no longer holds the gateway")
+        if term and term != before:
+            log.info("this node holds the gateway")
+        self._step(Verdict.GRANTED if term else Verdict.REFUSED)
+        self.term, self._until = term, until
         self.saw_term(term)
-        if changed:
-            log.info("this node %s the gateway", "holds" if term else "no longer holds")
+        if term != before:
             async with self._changed:
                 self._changed.notify_all()
-        elif doubted:
-            self.on_certain()
 
     async def release(self) -> None:
         """Let another node take over at once."""
@@ -904,25 +1024,25 @@ class Lease:
         await self._become(0, 0.0)
 
 
-class RoleTruth(msgspec.Struct, array_like=True, frozen=True):
+class RoleState(msgspec.Struct, array_like=True, frozen=True):
     permissions: hikari.Permissions
 
 
-class OverwriteTruth(msgspec.Struct, array_like=True, frozen=True):
+class OverwriteState(msgspec.Struct, array_like=True, frozen=True):
     allow: hikari.Permissions
     deny: hikari.Permissions
 
 
-class ChannelTruth(msgspec.Struct, array_like=True, frozen=True):
-    permission_overwrites: dict[int, OverwriteTruth]
+class ChannelState(msgspec.Struct, array_like=True, frozen=True):
+    permission_overwrites: dict[int, OverwriteState]
 
 
-class ThreadTruth(msgspec.Struct, array_like=True, frozen=True):
+class ThreadState(msgspec.Struct, array_like=True, frozen=True):
     parent_id: int
     type: hikari.ChannelType
 
 
-class MemberTruth(msgspec.Struct, array_like=True, frozen=True):
+class MemberState(msgspec.Struct, array_like=True, frozen=True):
     id: int
     role_ids: list[int]
     disabled_until: datetime | None
@@ -933,36 +1053,36 @@ class MemberTruth(msgspec.Struct, array_like=True, frozen=True):
         return until if until is not None and until > datetime.now(UTC) else None
 
 
-class GuildTruth(msgspec.Struct, array_like=True, frozen=True):
+class GuildState(msgspec.Struct, array_like=True, frozen=True):
     """What of a guild decides who may see what in it; its fields are named as hikari's."""
 
     id: int
     name: str
     icon_hash: str | None
     owner_id: int
-    roles: dict[int, RoleTruth]
-    channels: dict[int, ChannelTruth]
-    threads: dict[int, ThreadTruth]
+    roles: dict[int, RoleState]
+    channels: dict[int, ChannelState]
+    threads: dict[int, ThreadState]
 
 
 class GuildChange(msgspec.Struct, array_like=True, frozen=True):
     """What has changed in a guild; None: it is gone."""
 
-    roles: dict[int, RoleTruth | None] = {}
-    channels: dict[int, ChannelTruth | None] = {}
-    threads: dict[int, ThreadTruth | None] = {}
+    roles: dict[int, RoleState | None] = {}
+    channels: dict[int, ChannelState | None] = {}
+    threads: dict[int, ThreadState | None] = {}
 
 
 #: What one user is in each guild; None: no member.
-Memberships = dict[int, MemberTruth | None]
+Memberships = dict[int, MemberState | None]
 
 
-def encode_truth(truth: object) -> bytes:
+def encode_state(truth: object) -> bytes:
     """hikari's flags and enumerations go as their numbers."""
     return msgspec.msgpack.encode(truth, enc_hook=int)
 
 
-def decode_truth(data: bytes, form: type[SectionT] | Any) -> Any:
+def decode_state(data: bytes, form: type[SectionT] | Any) -> Any:
     return msgspec.msgpack.decode(data, type=form, dec_hook=lambda kind, value: kind(value))
 
 
@@ -975,32 +1095,50 @@ def update(known: dict[int, Any], news: Mapping[int, Any]) -> None:
             known[number] = new
 
 
-class Replica:
-    """What the holder of the gateway told of its guilds; answers as hikari's cache does."""
+class KnownGuilds:
+    """What holders of the gateway told of their guilds; answers as hikari's cache does.
+
+    How sure what is here of a guild is:
+
+        it is heard that                             and while a holder is heard of, it is
+        nothing                                      not sure
+        Redis has it, as a holder put it there once  not sure
+        a holder tells of it, or that it is gone     sure
+        a holder says that it has told of all        sure, as is that others do not exist
+        notes were missed, or the gateway was lost   not sure: what is here is learnt anew
+
+    While no holder is heard of (`fresh`) nothing is sure.
+    """
 
     def __init__(self) -> None:
-        self.guilds: dict[int, GuildTruth] = {}
+        self.clear()
+        self._heard = float("-inf")
+        self._changed = asyncio.Event()
+
+    def clear(self) -> None:
+        """Forget all: it may be outdated."""
+        self.guilds: dict[int, GuildState] = {}
         self.members: dict[int, Memberships] = {}
         #: Users of whom everything was told: where `members` has nothing, they are no members.
         self.whole: set[int] = set()
+        self._told: set[int] = set()  # guilds of which a holder told, in this node's hearing
         self._role_guild: dict[int, int] = {}
         self._channel_guild: dict[int, int] = {}
         #: Whether the holder has told of all of its guilds.
         self.complete = False
-        self._loaded: set[int] = set()  # from Redis: what a holder said once, perhaps long ago
-        self._heard = float("-inf")
-        self._changed = asyncio.Event()
 
     @property
     def fresh(self) -> bool:
         """Whether a holder was heard of within its term: else what is known may be outdated."""
         return boot_clock() - self._heard < LOCK_TIME
 
-    def beat(self, complete: bool) -> None:
+    def beat(self, complete: bool) -> bool:
+        """A holder is there. Returns whether only now everything is known."""
         self._heard = boot_clock()
-        if complete != self.complete:
-            self.complete = complete
+        news, self.complete = complete and not self.complete, complete
+        if news:
             self._wake()
+        return news
 
     async def wait(self) -> None:
         """Until something changes."""
@@ -1012,16 +1150,16 @@ class Replica:
 
     def knows(self, guild_id: int) -> bool:
         """Whether what is here of a guild is how things stand, even if that is nothing."""
-        return self.complete or (guild_id in self.guilds and guild_id not in self._loaded)
+        return self.complete or guild_id in self._told
 
-    def load_guild(self, guild_id: int, guild: GuildTruth) -> None:
-        """Something to begin with: it counts once a holder says that it has told everything."""
-        if guild_id not in self.guilds:
+    def load_guild(self, guild_id: int, guild: GuildState) -> None:
+        """Something to begin with, from Redis."""
+        if guild_id not in self._told:
             self.put_guild(guild_id, guild)
-            self._loaded.add(guild_id)
+            self._told.discard(guild_id)
 
-    def put_guild(self, guild_id: int, guild: GuildTruth | None) -> None:
-        self._loaded.discard(guild_id)
+    def put_guild(self, guild_id: int, guild: GuildState | None) -> None:
+        self._told.add(guild_id)
         old = self.guilds.pop(guild_id, None)
         if old is not None:
             for number in old.roles:
@@ -1047,15 +1185,17 @@ class Replica:
             update(places, {number: guild_id if new else None for number, new in news.items()})
         self._wake()
 
-    def put_members(self, user_id: int, news: Memberships, whole: bool) -> list[int]:
+    def put_members(self, user_id: int, news: Memberships, whole: bool) -> set[int]:
         """`whole`: nothing else is known or true. Returns the guilds in which this changes anything."""
         old = self.members.get(user_id, {})
         new = news if whole else old | news
+        changed = {guild for guild in {*old, *new} if old.get(guild) != new.get(guild)}
         self.members[user_id] = new
-        if whole:
+        if whole and user_id not in self.whole:
             self.whole.add(user_id)
+            changed |= self.guilds.keys()
         self._wake()
-        return [guild for guild in {*old, *new} if old.get(guild) != new.get(guild)]
+        return changed
 
     def knows_member(self, user_id: int, guild_id: int) -> bool:
         return user_id in self.whole or guild_id in self.members.get(user_id, {})
@@ -1066,30 +1206,73 @@ class Replica:
 
     # -- as hikari.api.Cache
 
-    def get_guild(self, guild_id: int) -> GuildTruth | None:
+    def get_guild(self, guild_id: int) -> GuildState | None:
         return self.guilds.get(guild_id)
 
-    def get_guilds_view(self) -> Mapping[int, GuildTruth]:
+    def get_guilds_view(self) -> Mapping[int, GuildState]:
         return self.guilds
 
-    def get_member(self, guild_id: int, user_id: int) -> MemberTruth | None:
+    def get_member(self, guild_id: int, user_id: int) -> MemberState | None:
         return self.members.get(user_id, {}).get(guild_id)
 
-    def get_role(self, role_id: int) -> RoleTruth | None:
+    def get_role(self, role_id: int) -> RoleState | None:
         guild = self.guilds.get(self._role_guild.get(role_id, 0))
         return guild.roles.get(role_id) if guild else None
 
-    def get_guild_channel(self, channel_id: int) -> ChannelTruth | None:
+    def get_guild_channel(self, channel_id: int) -> ChannelState | None:
         guild = self.guilds.get(self._channel_guild.get(channel_id, 0))
         return guild.channels.get(channel_id) if guild else None
 
-    def get_thread(self, thread_id: int) -> ThreadTruth | None:
+    def get_thread(self, thread_id: int) -> ThreadState | None:
         guild = self.guilds.get(self._channel_guild.get(thread_id, 0))
         return guild.threads.get(thread_id) if guild else None
 
 
-class Truth:
-    """What the holder of the gateway tells all nodes: its guilds, and the members who look on.
+class SharedAccess(Access):
+    """Decides as `Access` does, on every node alike, by what holders of the gateway told."""
+
+    def __init__(
+        self,
+        auth: AuthSettings,
+        watched: Sequence[str],
+        known: KnownGuilds,
+        cache: hikari.api.Cache,
+        tell: Callable[..., None],
+    ) -> None:
+        super().__init__(auth, watched, known)
+        self._known = known
+        #: Tells the other nodes, while the gateway is this one's.
+        self.reporter = GuildReporter(self, cache, known, tell)
+
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
+        super().begin(guild_ids, shard_range)
+        for guild_id in self.lost:
+            self.reporter.tell_gone(guild_id)
+
+    def fill(self, guild_id: int) -> None:
+        super().fill(guild_id)
+        self.reporter.tell_filled(guild_id)
+
+    def may_view(self, viewer: Viewer, guild_id: str) -> bool | None:
+        """None, too, while no holder is heard of or it has not told of this guild."""
+        if not self.watches(guild_id):
+            return False
+        if not self._known.fresh or not self._known.knows(int(guild_id)):
+            return None
+        return super().may_view(viewer, guild_id)
+
+    async def _news(self) -> None:
+        await self._known.wait()
+
+    def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
+        by_claim = viewer.role in self._admin_roles or viewer.guilds is not None
+        if not self._known.knows(guild_id) or by_claim or not is_snowflake(viewer.discord_id):
+            return self._known.knows(guild_id)
+        return self._known.knows_member(int(viewer.discord_id), int(guild_id))
+
+
+class GuildReporter:
+    """Tells all nodes of the holder's guilds, and of the members who look on.
 
     Members are told only of viewers who have a dashboard open somewhere, so that a guild of
     100,000 costs no more than one of ten.
@@ -1113,24 +1296,22 @@ class Truth:
     )
 
     def __init__(
-        self, cache: hikari.api.Cache, replica: Replica, tell: Callable[..., None]
+        self,
+        access: Access,
+        cache: hikari.api.Cache,
+        known: KnownGuilds,
+        tell: Callable[..., None],
     ) -> None:
+        self._access = access
         self._cache = cache
-        self._replica = replica
+        self._known = known
         self._tell = tell
-        self._filled: set[int] = set()  # guilds that hikari's cache holds all of
-        self._expected: set[int] = set()  # guilds that are to come
-        self._expects_all = False  # every shard has said which
         self._wanted: dict[int, float] = {}  # viewers with a dashboard anywhere, until when
 
     @property
     def complete(self) -> bool:
         """Whether every guild has been told of, by this holder or by one before."""
-        return self._replica.complete or self._all_filled
-
-    @property
-    def _all_filled(self) -> bool:
-        return self._expects_all and self._filled >= self._expected
+        return self._known.complete or self._access.all_whole
 
     def wants(self, user_id: int) -> bool:
         """Whether this user looks on somewhere."""
@@ -1145,66 +1326,60 @@ class Truth:
             events.subscribe(change, self._on_member_change)
 
     async def _on_guild_update(self, event: hikari.GuildUpdateEvent) -> None:
-        if event.guild_id in self._filled:
-            self._tell_guild(event.guild_id)
+        if self._access.is_whole(event.guild_id):
+            self._tell_guild(event.guild_id, self._cache.get_guild(event.guild_id))
 
     async def _on_change(self, event: Any) -> None:
         """Told in the guild's stream too: there each event is judged by what came before it."""
-        if event.guild_id not in self._filled:
+        if not self._access.is_whole(event.guild_id):
             return
+        change, guild = self._change_of(event), str(int(event.guild_id))
+        self._known.change_guild(int(guild), change)
+        self._tell(CHANGE, guild, encode_state(change), guild=guild)
+        self._tell(CHANGE, guild, encode_state(change), stream=guild_stream(guild))
+
+    def _change_of(self, event: Any) -> GuildChange:
         if isinstance(event, hikari.RoleEvent):
             role = self._cache.get_role(event.role_id)
-            change = GuildChange(roles={int(event.role_id): role_truth(role) if role else None})
-        elif isinstance(event, hikari.GuildThreadEvent):
+            return GuildChange(roles={int(event.role_id): role_state(role) if role else None})
+        if isinstance(event, hikari.GuildThreadEvent):
             thread = self._cache.get_thread(event.thread_id)
-            change = GuildChange(
-                threads={int(event.thread_id): thread_truth(thread) if thread else None}
+            return GuildChange(
+                threads={int(event.thread_id): thread_state(thread) if thread else None}
             )
-        else:
-            channel = self._cache.get_guild_channel(event.channel_id)
-            change = GuildChange(
-                channels={int(event.channel_id): channel_truth(channel) if channel else None}
-            )
-        self._replica.change_guild(int(event.guild_id), change)
-        guild = str(int(event.guild_id))
-        self._tell(CHANGE, guild, encode_truth(change), guild=guild)
-        self._tell(CHANGE, guild, encode_truth(change), stream=guild_stream(guild))
+        channel = self._cache.get_guild_channel(event.channel_id)
+        return GuildChange(
+            channels={int(event.channel_id): channel_state(channel) if channel else None}
+        )
 
     async def _on_member_change(self, event: Any) -> None:
         if event.user_id in self._wanted:
             self.tell_members(int(event.user_id), int(event.guild_id))
 
-    async def filled(self, guild_id: int) -> None:
-        """Until hikari's cache holds all of this guild."""
-        while guild_id not in self._filled:
-            await self._replica.wait()
+    def tell_gone(self, guild_id: int) -> None:
+        """The bot is not in this guild, though hikari may still have it."""
+        self._tell_guild(guild_id, None)
 
-    def expect(self, guild_ids: Iterable[int], *, all_begun: bool) -> None:
-        """A gateway session is about to fill these guilds; of no shard is that still to be heard."""
-        coming = frozenset(map(int, guild_ids))
-        self._expected |= coming
-        self._filled -= coming
-        self._expects_all = all_begun
-
-    def fill(self, guild_id: int) -> None:
+    def tell_filled(self, guild_id: int) -> None:
         """All of this guild is in hikari's cache, or it is gone."""
-        self._filled.add(int(guild_id))
-        self._tell_guild(guild_id)
+        self._tell_guild(guild_id, self._cache.get_guild(guild_id))
         for user_id in self._wanted:
             self.tell_members(user_id, int(guild_id))
-            if self._all_filled and user_id not in self._replica.whole:
+            if self._access.all_whole and user_id not in self._known.whole:
                 self.tell_members(user_id)
 
-    def end(self) -> None:
-        """This node holds the gateway no longer."""
-        self._filled.clear()
-        self._expected.clear()
-        self._expects_all = False
+    def _tell_guild(self, guild_id: int, guild: hikari.Guild | None) -> None:
+        self._known.put_guild(int(guild_id), self._guild_state(guild) if guild else None)
+        self._tell("guild", str(int(guild_id)), guild=str(int(guild_id)))
 
     def tell_all(self) -> None:
         """Redis may have lost everything."""
-        for guild_id in self._filled:
-            self._tell_guild(guild_id)
+        for guild_id in self._filled():
+            self._tell_guild(guild_id, self._cache.get_guild(guild_id))
+
+    def _filled(self) -> list[int]:
+        guilds = self._cache.get_guilds_view()
+        return [int(guild_id) for guild_id in guilds if self._access.is_whole(guild_id)]
 
     def want(self, viewers: Iterable[int]) -> None:
         """These have a dashboard somewhere."""
@@ -1215,35 +1390,21 @@ class Truth:
         now = boot_clock()
         for user_id in [user for user, until in self._wanted.items() if until < now]:
             del self._wanted[user_id]
-            self._replica.forget_member(user_id)
+            self._known.forget_member(user_id)
 
-    def _tell_guild(self, guild_id: int) -> None:
-        guild = self._cache.get_guild(guild_id)
-        truth = self._guild_truth(guild) if guild is not None else None
-        self._replica.put_guild(int(guild_id), truth)
-        self._tell("guild", str(int(guild_id)), guild=str(int(guild_id)))
-
-    def snapshot(self, guild_id: str) -> bytes | None:
-        guild = self._replica.guilds.get(int(guild_id))
-        return None if guild is None else encode_truth(guild)
-
-    def _guild_truth(self, guild: hikari.Guild) -> GuildTruth:
+    def _guild_state(self, guild: hikari.Guild) -> GuildState:
         cache, key = self._cache, guild.id
+        roles = cache.get_roles_view_for_guild(key).values()
         channels = cache.get_guild_channels_view_for_guild(key).values()
-        return GuildTruth(
+        threads = cache.get_threads_view_for_guild(key).values()
+        return GuildState(
             id=int(key),
             name=guild.name,
             icon_hash=guild.icon_hash,
             owner_id=int(guild.owner_id),
-            roles={
-                int(role.id): role_truth(role)
-                for role in cache.get_roles_view_for_guild(key).values()
-            },
-            channels={int(channel.id): channel_truth(channel) for channel in channels},
-            threads={
-                int(thread.id): thread_truth(thread)
-                for thread in cache.get_threads_view_for_guild(key).values()
-            },
+            roles={int(role.id): role_state(role) for role in roles},
+            channels={int(channel.id): channel_state(channel) for channel in channels},
+            threads={int(thread.id): thread_state(thread) for thread in threads},
         )
 
     def tell_members(self, user_id: int, *guilds: int) -> None:
@@ -1251,53 +1412,57 @@ class Truth:
 
         Of a guild that hikari's cache is still being filled with nothing is said.
         """
-        known = self._replica.members.get(user_id, {})
-        news = {guild: self._member(guild, user_id) for guild in guilds or self._filled}
+        known = self._known.members.get(user_id, {})
+        news = {guild: self._member(guild, user_id) for guild in guilds or self._filled()}
         if guilds and all(known.get(guild, self) == member for guild, member in news.items()):
             return
-        whole = not guilds and self._all_filled
+        whole = not guilds and self._access.all_whole
         if whole:
             news = {guild: member for guild, member in news.items() if member is not None}
-        self._replica.put_members(user_id, news, whole)
-        self._tell("members", str(user_id), encode_truth((whole, news)))
+        self._known.put_members(user_id, news, whole)
+        self._tell("members", str(user_id), encode_state((whole, news)))
 
-    def _member(self, guild_id: int, user_id: int) -> MemberTruth | None:
+    def _member(self, guild_id: int, user_id: int) -> MemberState | None:
         member = self._cache.get_member(guild_id, user_id)
         if member is None:
             return None
         until = member.raw_communication_disabled_until
-        return MemberTruth(user_id, list(map(int, member.role_ids)), until)
+        return MemberState(user_id, list(map(int, member.role_ids)), until)
 
 
-def role_truth(role: hikari.Role) -> RoleTruth:
-    return RoleTruth(role.permissions)
+def role_state(role: hikari.Role) -> RoleState:
+    return RoleState(role.permissions)
 
 
-def thread_truth(thread: hikari.GuildThreadChannel) -> ThreadTruth:
-    return ThreadTruth(int(thread.parent_id), hikari.ChannelType(thread.type))
+def thread_state(thread: hikari.GuildThreadChannel) -> ThreadState:
+    return ThreadState(int(thread.parent_id), hikari.ChannelType(thread.type))
 
 
-def channel_truth(channel: hikari.PermissibleGuildChannel) -> ChannelTruth:
+def channel_state(channel: hikari.PermissibleGuildChannel) -> ChannelState:
     overwrites = channel.permission_overwrites.values()
-    return ChannelTruth({int(one.id): OverwriteTruth(one.allow, one.deny) for one in overwrites})
+    return ChannelState({int(one.id): OverwriteState(one.allow, one.deny) for one in overwrites})
 
 
-class Learner:
-    """Takes in what the holder of the gateway tells, and says whose rights that changes."""
+class GuildFollower:
+    """Takes in what the holder of the gateway tells, and has the rights judged that it changes."""
 
-    def __init__(self, link: Link, replica: Replica, truth: Truth) -> None:
+    def __init__(
+        self, link: Link, known: KnownGuilds, reporter: GuildReporter, parts: Parts
+    ) -> None:
         self._link = link
-        self._replica = replica
-        self._truth = truth
-        #: Called when the rights in a guild have changed, of all or of one viewer.
-        self.on_rights: Callable[[str, str | None], None] = lambda guild_id, viewer: None
+        self._known = known
+        self._reporter = reporter
+        self._parts = parts
 
     async def load(self) -> None:
-        """What a holder told before this node was there."""
-        known = await self._link.redis.hgetall(GUILDS)
-        for guild_id, data in known.items():
-            self._replica.load_guild(int(guild_id), decode_truth(data, GuildTruth))
-        await asyncio.Event().wait()
+        """Begin anew, with what a holder has put into Redis."""
+        self._known.clear()
+        found = await self._link.redis.hgetall(GUILDS)
+        for guild_id, data in found.items():
+            try:
+                self._known.load_guild(int(guild_id), decode_state(data, GuildState))
+            except ValueError:
+                log.error("what Redis has of guild %s cannot be read", shown(guild_id))
 
     async def fetch(self, notes: Iterable[Note]) -> dict[str, bytes | None]:
         """What Redis holds of the guilds that these notes are about."""
@@ -1306,38 +1471,37 @@ class Learner:
         return dict(zip(ids, found, strict=True))
 
     def on_beat(self, note: Note) -> None:
-        self._replica.beat(note.detail == "complete")
+        if self._known.beat(note.detail == "complete"):
+            for guild_id in self._watched_here():
+                self._parts.clients.check(guild_id)
 
     def on_guild(self, guild_id: str, data: bytes | None) -> None:
-        truth = decode_truth(data, GuildTruth) if data is not None else None
-        self._replica.put_guild(int(guild_id), truth)
-        self.on_rights(guild_id, None)
+        state = decode_state(data, GuildState) if data is not None else None
+        self._known.put_guild(int(guild_id), state)
+        self._parts.clients.check(guild_id)
 
     def on_change(self, note: Note) -> None:
-        self._replica.change_guild(int(note.detail), decode_truth(note.body, GuildChange))
-        self.on_rights(note.detail, None)
+        self._known.change_guild(int(note.detail), decode_state(note.body, GuildChange))
+        self._parts.clients.check(note.detail)
 
     def on_members(self, note: Note) -> None:
-        if self._truth.wants(int(note.detail)):
-            whole, members = decode_truth(note.body, tuple[bool, Memberships])
-            for guild_id in self._replica.put_members(int(note.detail), members, whole):
-                self.on_rights(str(guild_id), note.detail)
+        if self._reporter.wants(int(note.detail)):
+            whole, members = decode_state(note.body, tuple[bool, Memberships])
+            changed = self._known.put_members(int(note.detail), members, whole)
+            for guild_id in self._watched_here() & set(map(str, changed)):
+                self._parts.clients.check(guild_id, note.detail)
+
+    def _watched_here(self) -> set[str]:
+        return {room.partition(":")[2] for room in self._parts.rooms.names()}
 
 
 class Viewers:
     """Who has a dashboard open here, said to all nodes: of no others does the holder tell."""
 
-    def __init__(
-        self,
-        truth: Truth,
-        replica: Replica,
-        leading: Callable[[], bool],
-        tell: Callable[..., None],
-    ) -> None:
-        self._truth = truth
-        self._replica = replica
-        self._leading = leading
-        self._tell = tell
+    def __init__(self, reporter: GuildReporter, known: KnownGuilds, node: ClusterNode) -> None:
+        self._reporter = reporter
+        self._known = known
+        self._node = node
         self._dashboards: collections.Counter[int] = collections.Counter()
 
     def enter(self, discord_id: str) -> None:
@@ -1346,7 +1510,7 @@ class Viewers:
             self._dashboards[int(discord_id)] += 1
             self._ask(int(discord_id))
 
-    def exit(self, discord_id: str) -> None:
+    def leave(self, discord_id: str) -> None:
         """One dashboard of this viewer is gone."""
         if is_snowflake(discord_id):
             user_id = int(discord_id)
@@ -1357,155 +1521,120 @@ class Viewers:
     def call_roll(self) -> None:
         """Say who looks on from here, and ask again for whom nothing was told."""
         viewers = list(self._dashboards)
-        self._truth.want(viewers)
-        self._tell("viewers", body=msgspec.msgpack.encode(viewers))
+        self._reporter.want(viewers)
+        self._node.tell("viewers", body=msgspec.msgpack.encode(viewers))
         for user_id in viewers:
             self._ask(user_id)
 
     def _ask(self, user_id: int) -> None:
-        if user_id not in self._replica.whole:
-            self._tell("ask", str(user_id))
+        if user_id not in self._known.whole:
+            self._node.tell("ask", str(user_id))
             self._answer(user_id)
 
     def _answer(self, user_id: int) -> None:
-        self._truth.want([user_id])
-        if self._leading():
-            self._truth.tell_members(user_id)
+        self._reporter.want([user_id])
+        if self._node.leading:
+            self._reporter.tell_members(user_id)
 
     def on_ask(self, note: Note) -> None:
         self._answer(int(note.detail))
 
     def on_viewers(self, note: Note) -> None:
-        self._truth.want(msgspec.msgpack.decode(note.body, type=list[int]))
-
-
-async def no_greeting(kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
-    """Nothing for a new subscriber."""
+        self._reporter.want(msgspec.msgpack.decode(note.body, type=list[int]))
 
 
 class Peers:
-    """The other nodes: where they are asked whether they have lost Redis, and what they listen to."""
+    """The other nodes: what their clients listen to, and the latest term that any of them knows."""
 
-    def __init__(self, link: Link, lease: Lease, tell: Callable[..., None]) -> None:
-        self._link = link
+    def __init__(self, rooms: Rooms, lease: Lease, tell: Callable[..., None]) -> None:
+        self._rooms = rooms
         self._lease = lease
         self._tell = tell
-        self._asked_at: dict[str, tuple[str, float]] = {}  # where, and until when
+        self._until: dict[str, float] = {}
         self._listening: dict[str, frozenset[str]] = {}
         self._told: frozenset[str] = frozenset()
-        self._address = ""
-        #: The rooms that have listeners here.
-        self.rooms: Callable[[], Iterable[str]] = lambda: ()
-
-    def settle(self, host: str, port: int, secret: str) -> None:
-        """This node listens there."""
-        address = host if host not in ("0.0.0.0", "::") else self._link.own_address()
-        address = f"[{address}]" if ":" in address else address
-        self._address = f"http://{address}:{port}/cluster/{secret}"
 
     def introduce(self) -> None:
-        """Where this node is, and its latest term: who is new would not wait for that one's holder."""
-        self._tell("node", self._address, msgspec.msgpack.encode(self._lease.known))
+        """This node is there, and knows a term: who is new would not wait for that one's holder."""
+        self._tell("node", body=msgspec.msgpack.encode(self._lease.known))
 
     def tell_rooms(self, again: bool) -> None:
-        rooms = frozenset(self.rooms())
+        rooms = frozenset(self._rooms.names())
         if again or rooms != self._told:
             self._told = rooms
             self._tell("rooms", body=msgspec.msgpack.encode(list(rooms)))
 
-    def listened(self, room: str) -> bool:
+    def has_listeners(self, room: str) -> bool:
         """Whether anybody listens to it at another node."""
         return any(room in rooms for rooms in self._listening.values())
 
     def on_node(self, note: Note) -> None:
         self._lease.saw_term(msgspec.msgpack.decode(note.body, type=int))
-        if note.source not in self._asked_at:
+        if note.source not in self._until:
             self.introduce()
             self.tell_rooms(again=True)
-        self._asked_at[note.source] = note.detail, boot_clock() + ROLL_CALL * 3
+        self._until[note.source] = boot_clock() + ROLL_CALL * 3
 
     def on_rooms(self, note: Note) -> None:
         rooms = msgspec.msgpack.decode(note.body, type=list[str])
         self._listening[note.source] = frozenset(rooms)
 
     def on_bye(self, note: Note) -> None:
-        self._asked_at.pop(note.source, None)
+        self._until.pop(note.source, None)
         self._listening.pop(note.source, None)
         self._lease.wake()
 
     def forget(self) -> None:
         """Nothing was heard of these for long."""
         now = boot_clock()
-        for source in [source for source, (_, until) in self._asked_at.items() if until < now]:
-            del self._asked_at[source]
+        for source in [source for source, until in self._until.items() if until < now]:
+            del self._until[source]
             self._listening.pop(source, None)
 
-    async def consult(self) -> NoReturn:
-        """A holder that has lost Redis goes on while all others say that they have lost it too."""
-        client = AsyncHTTPClient(force_instance=True)
-        try:
-            while True:
-                began = boot_clock()
-                if self._lease.holds() and not self._link.up:
-                    asked = [self._promises(client, url) for url, _ in self._asked_at.values()]
-                    if all(await asyncio.gather(*asked)):
-                        self._lease.extend(began + PROMISE_TIME - RENEWAL)
-                await asyncio.sleep(RENEWAL)
-        finally:
-            client.close()
 
-    @staticmethod
-    async def _promises(client: AsyncHTTPClient, url: str) -> bool:
-        try:
-            answer = await client.fetch(url, request_timeout=RENEWAL, method="POST", body=b"")
-        except (HTTPClientError, OSError):
-            return False
-        return answer.code == 200
-
-
-class Greetings:
+class Snapshots:
     """What the plugins at the holder have for new subscribers of any node."""
 
-    def __init__(self, leading: Callable[[], bool], tell: Callable[..., None]) -> None:
-        self._leading = leading
-        self._tell = tell
-        self._waiting: collections.OrderedDict[str, Callable[[str, EventData], None]]
-        self._waiting = collections.OrderedDict()
+    def __init__(self, plugins: PluginHost, node: ClusterNode) -> None:
+        self._plugins = plugins
+        self._node = node
+        self._waiting: collections.OrderedDict[str, Tell] = collections.OrderedDict()
         self._under_way: set[asyncio.Task[None]] = set()
-        #: What this node's plugins have.
-        self.own: Greet = no_greeting
 
-    async def greet(self, kind: str, guild_id: str, tell: Callable[[str, EventData], None]) -> None:
-        if self._leading():
-            await self.own(kind, guild_id, tell)
+    async def send(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
+        if self._node.leading:
+            await self._plugins.greet(kind, guild_id, tell, viewer)
             return
         ticket = secrets.token_hex(8)
         self._waiting[ticket] = tell
-        if len(self._waiting) > MOST_GREETINGS:
+        if len(self._waiting) > MOST_SNAPSHOTS:
             self._waiting.popitem(last=False)
-        self._tell("greet", ticket, f"{kind}:{guild_id}".encode())
+        body = msgspec.json.encode((kind, guild_id, viewer))
+        self._node.tell("subscribed", ticket, body)
 
-    def on_greet(self, note: Note) -> None:
-        if not self._leading():
+    def on_subscribed(self, note: Note) -> None:
+        if not self._node.leading:
             return
-        kind, _, guild_id = note.body.decode().partition(":")
+        kind, guild_id, viewer = msgspec.json.decode(note.body, type=tuple[str, str, Viewer])
 
         def tell(event: str, payload: EventData) -> None:
-            self._tell("greeting", note.detail, msgspec.json.encode((event, payload)))
+            self._node.tell("snapshot", note.detail, msgspec.json.encode((event, payload)))
 
-        task = asyncio.create_task(self.own(kind, guild_id, tell))
+        task = asyncio.create_task(self._plugins.greet(kind, guild_id, tell, viewer))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
-    def on_greeting(self, note: Note) -> None:
+    def on_snapshot(self, note: Note) -> None:
         if note.detail in self._waiting:
             self._waiting[note.detail](*msgspec.json.decode(note.body))
 
-    async def make(self, event: str, guild_id: str, kind: str) -> EventData | None:
+    async def make(self, topic: Topic) -> EventData | None:
         """What a new subscriber of the room would get as this event."""
         made: list[EventData | None] = [None]
-        await self.own(
-            kind, guild_id, lambda name, fields: made.append(fields) if name == event else None
+        await self._plugins.greet(
+            topic.kind,
+            topic.guild_id,
+            lambda event, fields: made.append(fields) if event == topic.event else None,
         )
         return made[-1]
 
@@ -1517,12 +1646,12 @@ class Windows:
         self,
         link: Link,
         lease: Lease,
-        leading: Callable[[], bool],
+        throttle: Throttle,
         remake: Callable[[Topic], Awaitable[EventData | None]],
     ) -> None:
         self._link = link
         self._lease = lease
-        self._leading = leading
+        self._throttle = throttle
         self._remake = remake
         self._keep = link.redis.register_script(KEEP_WINDOWS)
         self._open: dict[Topic, tuple[float, DataOrMaker | None]] = {}  # until when, and what waits
@@ -1530,15 +1659,11 @@ class Windows:
         self._wake = asyncio.Event()
         self._flushing = asyncio.Lock()
 
-    def share(self, throttle: Throttle) -> None:
-        """These windows are all nodes'."""
-        self._throttle = throttle
-        throttle.on_change = self._note
-
-    def _note(self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None) -> None:
+    def change(self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None) -> None:
+        """As the throttle tells it (`Outlet.window_changed`)."""
         now = boot_clock()
         until, before = self._open.get(topic, (now, None))
-        if not self._leading() or (seconds is None and callable(before) and callable(waiting)):
+        if seconds is None and callable(before) and callable(waiting):
             return
         self._open[topic] = until if seconds is None else now + seconds, waiting
         self._news.add(topic)
@@ -1566,9 +1691,9 @@ class Windows:
             kept = False
             try:
                 if news and self._lease.term:
+                    lasts = max(self._throttle.windows.values(), default=0.0) * 1000
                     rows = [value for topic in news for value in self._row(topic)]
-                    longest = max(self._throttle.windows.values(), default=0.0)
-                    args = [self._lease.source, int(longest * 1000) + WINDOWS_LAST, *rows]
+                    args = [self._lease.source, int(lasts) + WINDOWS_LAST, *rows]
                     kept = await self._keep(keys=[GATEWAY, WINDOWS], args=args)
             finally:
                 if not kept:
@@ -1591,120 +1716,99 @@ class Windows:
         pipe = self._link.redis.pipeline()
         pipe.hgetall(WINDOWS)
         pipe.time()
-        try:
+        with contextlib.suppress(*self._link.errors):
             found, (seconds, microseconds) = await pipe.execute()
             now = seconds * 1000 + microseconds // 1000
             for name, value in found.items():
-                ends, _, waiting = value.partition(b" ")
-                left = max(0, int(ends) - now) / 1000
-                self._resume(msgspec.json.decode(name, type=Topic), left, waiting)
-        except self._link.errors:
-            pass
-        except Exception:  # as in Reader._handle
-            log.exception("the throttle's windows could not be taken over")
+                self._resume(name, value, now)
 
-    def _resume(self, topic: Topic, left: float, encoded: bytes) -> None:
-        waiting: Any = msgspec.json.decode(encoded)
+    def _resume(self, name: bytes, value: bytes, now: int) -> None:
+        ends, _, encoded = value.partition(b" ")
+        try:
+            topic = msgspec.json.decode(name, type=Topic)
+            waiting: Any = msgspec.json.decode(encoded)
+            left = max(0, int(ends) - now) / 1000
+        except ValueError:  # of a node of another version, perhaps
+            log.error("a window of the throttle cannot be taken over: %s", shown(name))
+            return
         if waiting is True:  # made by a plugin; that of the last holder is gone
             waiting = functools.partial(self._remake, topic)
         self._open[topic] = boot_clock() + left, waiting
         self._throttle.resume(topic, left, waiting)
 
-    async def end(self) -> None:
-        """This node holds the gateway no longer."""
-        await self._throttle.close()
 
+class ClusterNode(Node):
+    """This process among the others: what it tells them, and what it does with what they tell."""
 
-class Cluster:
-    """This node among the others: what it tells them, and what it does with what they tell."""
-
-    def __init__(self, settings: RedisSettings, password: str, cache: hikari.api.Cache) -> None:
+    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+        super().__init__(settings, bot)
         #: Names this run of this node.
         self.source = secrets.token_hex(8)
-        self.link = Link(settings, password)
+        self.link = Link(settings.redis, redis_password_of(settings))
         self.lease = Lease(self.link, self.source)
-        self.publisher = Publisher(self.link, self.source, self.lease.verdict)
-        self.reader = Reader(self.link, self.source, self._prepare, self._on_event)
-        self.replica = Replica()
-        self.truth = Truth(cache, self.replica, self._tell)
-        #: Whether this node's gateway runs; whether it still may, the lease says.
-        self.leading = False
-        self._muted: collections.deque[tuple[str, str, str, bytes]] = collections.deque(
-            maxlen=10_000
+        #: That in which this node's gateway and plugins run; 0: they do not.
+        self.term = 0
+        self.known = KnownGuilds()
+        watched = settings.discord.guilds
+        self.access = SharedAccess(
+            settings.auth, watched, self.known, bot.cache, self.tell_as_holder
         )
-        self.learner = Learner(self.link, self.replica, self.truth)
-        self.viewers = Viewers(self.truth, self.replica, lambda: self.leading, self._tell)
-        self.peers = Peers(self.link, self.lease, self._tell)
-        self.greetings = Greetings(lambda: self.leading, self._tell)
-        self.windows = Windows(self.link, self.lease, lambda: self.leading, self._remake)
+        self.reporter = self.access.reporter
+        self.reporter.subscribe(bot.event_manager)
+        self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell)
+        self.reader = Reader(self.link, self.source, self)
         self.connections = SharedConnections(self.link, self.source)
+        self.viewers = Viewers(self.reporter, self.known, self)
         self._tasks: list[asyncio.Task[Any]] = []
+
+    def attach(self, parts: Parts) -> None:
+        super().attach(parts)
+        self.follower = GuildFollower(self.link, self.known, self.reporter, parts)
+        self.peers = Peers(parts.rooms, self.lease, self.tell)
+        self.snapshots = Snapshots(parts.plugins, self)
+        self.windows = Windows(self.link, self.lease, parts.throttle, self._remake)
         self._topics: dict[str, Callable[[Note], None]] = {
-            "request": lambda note: self.on_request(msgspec.json.decode(note.body)),
-            "beat": self.learner.on_beat,
-            CHANGE: self.learner.on_change,
-            "members": self.learner.on_members,
+            "beat": self.follower.on_beat,
+            CHANGE: self.follower.on_change,
+            "members": self.follower.on_members,
             "viewers": self.viewers.on_viewers,
             "ask": self.viewers.on_ask,
             "who": lambda note: self.viewers.call_roll(),
             "node": self.peers.on_node,
             "rooms": self.peers.on_rooms,
-            "greet": self.greetings.on_greet,
-            "greeting": self.greetings.on_greeting,
+            "subscribed": self.snapshots.on_subscribed,
+            "snapshot": self.snapshots.on_snapshot,
             "bye": self.peers.on_bye,
         }
-        #: Hands an event to this node's clients: guild id, kind of room, channel id, packet.
-        self.deliver: Callable[[str, str, str, bytes], None] = lambda *event: None
-        #: Called when the rights in a guild have changed, of all or of one viewer.
-        self.on_rights: Callable[[str, str | None], None] = lambda guild_id, viewer: None
-        self.learner.on_rights = lambda guild_id, viewer: self.on_rights(guild_id, viewer)
-        #: Called with a viewer's Discord id when one of its dashboards came here, or went.
-        self.enter, self.exit = self.viewers.enter, self.viewers.exit
-        #: Does what another node's Socket.IO manager asks for.
-        self.on_request: Callable[[dict[str, Any]], None] = lambda request: None
-        self.lease.on_certain = self._speak
-        self.publisher.on_restart = self._retell
-        self.publisher.snapshot = self.truth.snapshot
+        gauge = parts.metrics.gauge
+        gauge("redis_connected", "1 while Redis answers.", lambda: self.link.up)
+        gauge("redis_deaf", "1 while this node does not hear itself.", lambda: self.reader.deaf)
+        gauge("redis_streams", "Streams that this node reads.", lambda: len(self.reader))
+        gauge("redis_waiting", "Entries that wait for Redis.", lambda: len(self.publisher))
+        gauge("redis_dropped", "Entries that never reached Redis.", lambda: self.publisher.dropped)
+        fenced = "Entries not sent since another node had the gateway."
+        gauge("redis_fenced", fenced, lambda: self.publisher.fenced)
+        unreadable = "Entries of other nodes that could not be read."
+        gauge("redis_unreadable", unreadable, lambda: self.reader.unreadable)
+        gauge("gateway_held", "1 while the gateway is this node's.", self.lease.holds)
 
-    def make_access(self, auth: AuthSettings, watched: Sequence[str]) -> Access:
-        """The same judge on every node."""
-        return SharedAccess(auth, watched, self)
+    # -- what the parts of the process are made with
 
-    def make_counters(self, memory: BoundedMemory) -> limits.aio.storage.Storage:
-        """One count of an address's attempts for all nodes."""
-        return SharedCounters(self.link, memory)
+    def make_access(self) -> Access:
+        return self.access
 
-    def share(self, plugin: str) -> Shared:
-        """What a plugin keeps for all nodes, while the gateway is this node's."""
-        return SharedTables(self.link, self.lease.term, plugin)
+    def make_counters(self) -> limits.aio.storage.Storage:
+        return SharedCounters(self.link, BoundedMemory())
 
-    def marks(self, plugin: str) -> Marks:
-        """What a plugin has all nodes remember."""
-        return SharedMarks(self.link, plugin)
+    def make_connections(self) -> OpenConnections:
+        return self.connections
 
-    def make_rooms(self, max_delay: float, metrics: Metrics) -> Rooms:
-        """Rooms with clients of every node."""
-        return ClusterRooms(max_delay, metrics, self)
+    # -- start, stop, how things stand
 
-    def measure(self, metrics: Metrics) -> None:
-        metrics.gauge("redis_connected", "1 while Redis answers.", lambda: self.link.up)
-        metrics.gauge(
-            "redis_deaf", "1 while this node does not hear itself.", lambda: self.reader.deaf
-        )
-        metrics.gauge("redis_streams", "Streams that this node reads.", lambda: len(self.reader))
-        metrics.gauge("redis_waiting", "Entries that wait for Redis.", lambda: len(self.publisher))
-        metrics.gauge(
-            "redis_dropped", "Entries that never reached Redis.", lambda: self.publisher.dropped
-        )
-        metrics.gauge("gateway_held", "1 while the gateway is this node's.", self.lease.holds)
-
-    def start(self, host: str, port: int) -> None:
-        """`host` and `port` are where this node listens, for the other nodes to ask it there."""
-        self.peers.settle(host, port, self.source)
-        works = [self.publisher.work, self.reader.work, self.lease.work, self.learner.load]
-        works += [self.reader.probe, self.windows.work, self.connections.work]
+    def start(self) -> None:
+        works = [self.publisher.work, self.reader.work, self.lease.work, self.reader.probe]
+        works += [self.windows.work, self.connections.work, self._beat]
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
-        self._tasks += [asyncio.create_task(work()) for work in (self._beat, self.peers.consult)]
 
     async def stop(self, grace: float) -> None:
         """Send what waits, let go of the gateway, end."""
@@ -1716,7 +1820,7 @@ class Cluster:
                     with contextlib.suppress(*self.link.errors):
                         await self.windows.flush()
             await self.lease.release()
-            self._tell("bye")
+            self.tell("bye")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(grace / 2, REDIS_TIMEOUT)):
                     await self.publisher.drained()
@@ -1729,7 +1833,6 @@ class Cluster:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=0.1)
-        self.reader.close()
         await self.link.close()
 
     @property
@@ -1739,12 +1842,11 @@ class Cluster:
             return self.link.problem
         if self.reader.deaf:
             return "deaf: does not hear itself through Redis"
-        if not self.replica.fresh:
+        if not self.known.fresh:
             return "no node holds the gateway"
         return None
 
     def health(self) -> dict[str, Any]:
-        """For /health/ready."""
         return {
             "problem": self.problem,
             "gateway": "held" if self.lease.holds() else "standby",
@@ -1754,15 +1856,18 @@ class Cluster:
 
     # -- the gateway
 
+    @property
+    def leading(self) -> bool:
+        return self.term > 0
+
     async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run the gateway whenever it is this node's; raises what that raises."""
         while True:
-            await self.lease.wait(held=True)
-            self.leading = True
-            self._tell("who")
+            await self.lease.wait(lambda term: term > 0)
+            self.term = term = self.lease.term
+            self.tell("who")
             tasks = [
                 asyncio.create_task(self._take_over(run)),
-                asyncio.create_task(self.lease.wait(held=False)),
+                asyncio.create_task(self.lease.wait(functools.partial(operator.ne, term))),
             ]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -1772,10 +1877,8 @@ class Cluster:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                self.leading = False
-                self._muted.clear()
-                self.truth.end()
-                await self.windows.end()
+                self.term = 0
+                self.reader.missed = True
 
     async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await self.windows.load()
@@ -1784,69 +1887,97 @@ class Cluster:
 
     async def _remake(self, topic: Topic) -> EventData | None:
         """What was to be sent by the last holder; names are there once Discord has sent the guild."""
-        event, guild_id, kind = topic
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(MOST_MUTED):
-                await self.truth.filled(int(guild_id))
-        return await self.greetings.make(event, guild_id, kind)
+        while not self.access.is_whole(int(topic.guild_id)):
+            await self.known.wait()
+        return await self.snapshots.make(topic)
 
     async def _beat(self) -> None:
         """The holder says that it is there; all say who watches here, for it to tell of them."""
         for count in itertools.count():
+            if self.leading:
+                self.known.beat(self.reporter.complete)
             if self.lease.holds():
-                self.replica.beat(self.truth.complete)
-                self._tell("beat", "complete" if self.truth.complete else "")
-            self.truth.forget()
+                self.tell_as_holder("beat", "complete" if self.reporter.complete else "")
+            self.reporter.forget()
             self.peers.forget()
             self.peers.tell_rooms(count % ROLL_CALL == 0)
+            guilds = {room.partition(":")[2] for room in self._parts.rooms.names()}
+            self.reader.leave_all_but(set(map(guild_stream, guilds)))
             if count % ROLL_CALL == 0:
                 self.viewers.call_roll()
                 self.connections.tell_all()
                 self.peers.introduce()
             await asyncio.sleep(BEAT_INTERVAL)
 
+    def marks(self, plugin: str) -> Marks:
+        return SharedMarks(self.link, plugin)
+
+    def share(self, plugin: str) -> Shared:
+        return SharedTables(self.link, self.term, plugin)
+
+    def window_changed(
+        self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
+    ) -> None:
+        if self.leading:
+            self.windows.change(topic, seconds, waiting)
+
     # -- events
 
-    def emit(self, guild_id: str, kind: str, channel_id: str, packet: bytes) -> None:
+    def has_listeners(self, guild_id: str, kind: str) -> bool:
+        room = Destination(guild_id, kind).room
+        return super().has_listeners(guild_id, kind) or self.peers.has_listeners(room)
+
+    def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
         """To this node's clients at once, and to the other nodes as soon as Redis can.
 
-        Of a gateway that another node may have taken over nothing goes out, until that is clear.
+        Other nodes' listeners of a moment ago are not known yet: it goes out for them all the same.
         """
-        if self.leading and not self.lease.holds():
-            self._muted.append((guild_id, kind, channel_id, packet))
-            return
-        self.deliver(guild_id, kind, channel_id, packet)
-        self.send(guild_id, kind, channel_id, packet, self.lease.term if self.leading else 0)
+        if self.term != self.lease.term and self.leading:
+            return  # this node has lost the gateway: another one is its clients' source now
+        self._parts.metrics.sent.labels(event).inc()
+        to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
+        self._parts.clients.send(to, packet)
+        self.publisher.put(guild_stream(guild_id), kind, to.channel_id, packet, term=self.term)
 
-    def _speak(self) -> None:
-        """The gateway was this node's all the time."""
-        while self._muted:
-            self.emit(*self._muted.popleft())
-
-    def send(self, guild_id: str, kind: str, channel_id: str, packet: bytes, term: int = 0) -> None:
-        """To the other nodes' clients alone."""
-        self.publisher.put(guild_stream(guild_id), kind, channel_id, packet, term=term)
-
-    def request(self, request: dict[str, Any]) -> None:
-        """To the Socket.IO managers of the other nodes."""
-        self._tell("request", body=msgspec.json.encode(request))
-
-    def _on_event(self, stream: str, note: Note) -> None:
+    def take_event(self, stream: str, entry: Entry) -> None:
+        note = entry.note
         if note.topic == CHANGE:
-            self.learner.on_change(note)
-        else:
-            self.deliver(stream.rpartition(":")[2], note.topic, note.detail, note.body)
+            if self._counts(note):
+                self.follower.on_change(note)
+        elif self._counts(note) and not self._may_have_been_had(entry):
+            to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
+            self._parts.clients.send(to, note.body)
 
-    def _retell(self) -> None:
-        """Redis may have lost everything."""
-        self.connections.tell_all()
-        if self.leading:
-            self.truth.tell_all()
-            self.windows.tell_all()
+    def _counts(self, note: Note) -> bool:
+        """Whether to hear another holder: not beside this node's own gateway."""
+        return not note.term or not self.lease.term or note.term < self.lease.term
+
+    def _may_have_been_had(self, entry: Entry) -> bool:
+        """Whether this node's own gateway may have brought it, while it was still the source."""
+        milliseconds, _ = numbers_of(entry.id)
+        return entry.note.term > 0 and milliseconds < self.lease.lost_at + CHANGE_OF_SOURCE
+
+    # -- dashboards
+
+    def viewer_entered(self, discord_id: str) -> None:
+        self.viewers.enter(discord_id)
+
+    def viewer_left(self, discord_id: str) -> None:
+        self.viewers.leave(discord_id)
+
+    async def follow(self, guild_id: str) -> None:
+        await self.reader.follow(guild_stream(guild_id))
+
+    async def send_snapshots(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
+        await self.snapshots.send(kind, guild_id, tell, viewer)
 
     # -- the control stream
 
-    def _tell(
+    def tell(self, topic: str, detail: str = "", body: bytes = b"") -> None:
+        """Say something to all other nodes that any node may say."""
+        self.publisher.put(CONTROL, topic, detail, body)
+
+    def tell_as_holder(
         self,
         topic: str,
         detail: str = "",
@@ -1854,131 +1985,37 @@ class Cluster:
         guild: str = "",
         stream: str = CONTROL,
     ) -> None:
-        term = self.lease.term if topic in ("beat", "guild", CHANGE, "members") else 0
-        self.publisher.put(stream, topic, detail, body, term=term, guild=guild)
+        """Say what only the holder of the gateway may say; without a term, nothing."""
+        if self.leading:
+            self.publisher.put(stream, topic, detail, body, term=self.term, guild=guild)
 
-    async def _prepare(self, notes: list[Note]) -> Callable[[Note], None]:
-        """Fetch what these notes are about; returns what takes one of them."""
-        return functools.partial(self._take, await self.learner.fetch(notes))
+    async def catch_up(self) -> None:
+        if not self.leading:
+            await self.follower.load()
+            self.viewers.call_roll()
+
+    async def prepare(self, notes: list[Note]) -> Callable[[Note], None]:
+        return functools.partial(self._take, await self.follower.fetch(notes))
 
     def _take(self, guilds: dict[str, bytes | None], note: Note) -> None:
         self.lease.saw_term(note.term)
+        if not self._counts(note):
+            return
         if note.topic == "guild":
-            self.learner.on_guild(note.detail, guilds[note.detail])
+            self.follower.on_guild(note.detail, guilds[note.detail])
         else:
             self._topics[note.topic](note)
 
+    def _guild_data(self, guild_id: str) -> bytes | None:
+        guild = self.known.guilds.get(int(guild_id))
+        return None if guild is None else encode_state(guild)
 
-class SharedAccess(Access):
-    """Decides as `Access` does, on every node alike, by what the holder of the gateway told."""
-
-    def __init__(self, auth: AuthSettings, watched: Sequence[str], cluster: Cluster) -> None:
-        super().__init__(auth, watched, cluster.replica)
-        self._cluster = cluster
-        self._replica = cluster.replica
-
-    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        coming = frozenset(guild_ids)
-        super().begin(coming, shard_range)
-        self._cluster.truth.expect(coming, all_begun=self.all_begun)
-        for guild_id in self.lost:
-            self._cluster.truth.fill(guild_id)
-            self._cluster.on_rights(str(guild_id), None)
-        self.lost = frozenset()
-
-    def fill(self, guild_id: int) -> None:
-        self._cluster.truth.fill(guild_id)
-        super().fill(guild_id)
-
-    def may_view(self, viewer: Viewer, guild_id: str) -> bool | None:
-        """None, too, while no holder is heard of or it has not told of this guild."""
-        if not self.watches(guild_id):
-            return False
-        if not self._replica.fresh or not self._replica.knows(int(guild_id)):
-            return None
-        return super().may_view(viewer, guild_id)
-
-    async def _news(self) -> None:
-        await self._replica.wait()
-
-    def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
-        by_claim = viewer.role in self._admin_roles or viewer.guilds is not None
-        if not self._replica.knows(guild_id) or by_claim or not is_snowflake(viewer.discord_id):
-            return self._replica.knows(guild_id)
-        return self._replica.knows_member(int(viewer.discord_id), int(guild_id))
-
-
-class ClusterRooms(AsyncPubSubManager, Rooms):  # type: ignore[misc]  # no types
-    """Rooms whose clients may be on other nodes: what is asked of a client goes to where it is."""
-
-    def __init__(self, max_delay: float, metrics: Metrics, cluster: Cluster) -> None:
-        # python-socketio's constructor between the two hands no arguments on.
-        Rooms.__init__(self, max_delay, metrics)
-        self.host_id = cluster.source
-        self._cluster = cluster
-        self._rooms_in: collections.Counter[str] = collections.Counter()
-        cluster.on_request = self._do
-        cluster.peers.rooms = lambda: self._rooms
-
-    def initialize(self) -> None:
-        Rooms.initialize(self)  # no reading task: the cluster's reader reads
-
-    async def enter_room(
-        self, sid: Sid, namespace: str, room: str, eio_sid: str | None = None
-    ) -> None:
-        """Returns when this node reads what other nodes send to the room."""
-        await super().enter_room(sid, namespace, room, eio_sid)
-        guild_id = room.partition(":")[2]
-        if guild_id:
-            await self._cluster.reader.follow(guild_stream(guild_id))
-            self._leave_unless_heard(guild_id)
-
-    def listened(self, guild_id: str, kind: str) -> bool:
-        room = f"{kind}:{guild_id}"
-        return super().listened(guild_id, kind) or self._cluster.peers.listened(room)
-
-    def basic_enter_room(
-        self, sid: Sid, namespace: str, room: str | None, eio_sid: str | None = None
-    ) -> None:
-        known = room is None or self.has_listeners(room)
-        super().basic_enter_room(sid, namespace, room, eio_sid)
-        if room is not None and not known and self.has_listeners(room):
-            self._rooms_in[room.partition(":")[2]] += 1
-
-    def basic_leave_room(self, sid: Sid, namespace: str, room: str | None) -> None:
-        known = room is not None and self.has_listeners(room)
-        super().basic_leave_room(sid, namespace, room)
-        if room is not None and known and not self.has_listeners(room):
-            guild_id = room.partition(":")[2]
-            self._rooms_in[guild_id] -= 1
-            self._leave_unless_heard(guild_id)
-
-    def _leave_unless_heard(self, guild_id: str) -> None:
-        if self._rooms_in[guild_id] <= 0:
-            del self._rooms_in[guild_id]
-            self._cluster.reader.leave(guild_stream(guild_id))
-
-    async def _publish(self, data: dict[str, Any]) -> None:
-        """What goes to all of a guild's room goes the way of its events, in order with them."""
-        kind, _, guild_id = str(data.get("room") or "").partition(":")
-        plain = not (data.get("binary") or data.get("callback") or data.get("skip_sid"))
-        if data["method"] == "emit" and guild_id and plain:
-            arguments = [] if data["data"] == [None] else data["data"]
-            self._cluster.send(guild_id, kind, "", event_packet(data["event"], *arguments))
-        else:
-            self._cluster.request(data)
-
-    def _do(self, request: dict[str, Any]) -> None:
-        """Another node's request, in the words of python-socketio's own managers."""
-        handlers = {
-            "emit": self._handle_emit,
-            "callback": self._handle_callback,
-            "disconnect": self._handle_disconnect,
-            "enter_room": self._handle_enter_room,
-            "leave_room": self._handle_leave_room,
-            "close_room": self._handle_close_room,
-        }
-        self.server.start_background_task(handlers[request["method"]], request)
+    def _retell(self) -> None:
+        """Redis may have lost everything."""
+        self.connections.tell_all()
+        if self.leading:
+            self.reporter.tell_all()
+            self.windows.tell_all()
 
 
 class SharedTables(Shared):
@@ -2021,7 +2058,7 @@ class SharedTables(Shared):
         server, listed = answer[0].decode(), set(answer[1])
         restarted = self._server not in ("", server)
         self._server = server
-        forgotten = [decode_forgotten(entry) for entry in listed - self._told]
+        forgotten = [one for one in map(decode_forgotten, listed - self._told) if one]
         self._told = listed
         return News(restarted, forgotten)
 
@@ -2043,20 +2080,22 @@ class SharedMarks(Marks):
             return bool(await self._link.redis.exists(self._prefix + name))
 
 
-def decode_forgotten(entry: bytes) -> tuple[int | None, int]:
+def decode_forgotten(entry: bytes) -> tuple[int | None, int] | None:
     """A guild or None, a member; the third part only makes the entry unlike all others."""
-    guild, member, _ = entry.decode().split(":")
-    return int(guild) if guild else None, int(member)
+    try:
+        guild, member, _ = entry.decode().split(":")
+        return int(guild) if guild else None, int(member)
+    except ValueError:
+        log.error("whom to forget cannot be read: %s", shown(entry))
+        return None
 
 
-async def forget_shared(
-    settings: RedisSettings, password: str, member_id: int, guild_id: int | None
-) -> int:
+async def forget_shared(settings: Settings, member_id: int, guild_id: int | None) -> int:
     """Remove a member from what plugins keep in Redis, and have the holder of the gateway follow.
 
     Returns how many texts there were; raises OperatorError when Redis does not answer.
     """
-    redis, errors = open_redis(settings.url, password)
+    redis, errors = open_redis(settings.redis.url, redis_password_of(settings))
     guild = "" if guild_id is None else guild_id
     removed, page = 0, None
     try:

@@ -1,16 +1,21 @@
-"""Tell dashboards who joins and who gains roles. Teaches: comparing with how it was before."""
+"""Tell dashboards who joins, who leaves and who gains roles. Teaches: comparing with how it was before."""
 
 from datetime import UTC, datetime
 
 import hikari
 
-from spywatcher import Payload, Spy, clean_name, on
+from spywatcher import Payload, Spy, on, role_name, user_name
 
 
 class UserJoin(Payload):
     user_id: str
     username: str
     account_age_days: int
+
+
+class UserLeave(Payload):
+    user_id: str
+    username: str
 
 
 class RoleChange(Payload):
@@ -20,15 +25,18 @@ class RoleChange(Payload):
 
 
 @on(hikari.MemberCreateEvent, emit="user:join")
-def user_join(event: hikari.MemberCreateEvent) -> UserJoin | None:
-    if event.user.is_bot:
-        return None
+def user_join(event: hikari.MemberCreateEvent) -> UserJoin:
     age = datetime.now(UTC) - event.user.created_at
     return UserJoin(
         user_id=str(event.user_id),
-        username=clean_name(event.user.username),
+        username=user_name(event.user),
         account_age_days=max(0, age.days),  # Discord's clock may be ahead of ours
     )
+
+
+@on(hikari.MemberDeleteEvent, emit="user:leave")
+def user_leave(event: hikari.MemberDeleteEvent) -> UserLeave:
+    return UserLeave(user_id=str(event.user_id), username=user_name(event.user))
 
 
 @on(hikari.MemberUpdateEvent, emit="role:change", settled=True)
@@ -41,9 +49,8 @@ def role_change(event: hikari.MemberUpdateEvent, spy: Spy) -> RoleChange | None:
         return None
     return RoleChange(
         user_id=str(event.user_id),
-        username=clean_name(event.user.username),
+        username=user_name(event.user),
         added_roles=[
-            clean_name(role.name)
-            for role in sorted(roles, key=lambda role: (-role.position, role.id))
+            role_name(role) for role in sorted(roles, key=lambda role: (-role.position, role.id))
         ],
     )

@@ -2,7 +2,7 @@
 
 import hikari
 
-from spywatcher import Payload, Spy, channel_name, clean_name, on, timestamp
+from spywatcher import Payload, Spy, channel_name, on, timestamp, user_name
 
 WRITTEN = {hikari.MessageType.DEFAULT, hikari.MessageType.REPLY}  # others are notices
 
@@ -17,11 +17,11 @@ class MessageNew(Payload):
 
 @on(hikari.GuildMessageCreateEvent, emit="message:new")
 def message_new(event: hikari.GuildMessageCreateEvent, spy: Spy) -> MessageNew | None:
-    if not event.is_human or event.message.type not in WRITTEN:
-        return None  # is_bot alone would let webhooks through
+    if event.message.type not in WRITTEN:
+        return None
     return MessageNew(
         user_id=str(event.author_id),
-        username=clean_name(event.author.username),
+        username=user_name(event.author),
         channel_id=str(event.channel_id),
         channel_name=channel_name(spy.bot.cache, event.channel_id),
         timestamp=timestamp(event.message.created_at),

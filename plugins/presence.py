@@ -1,21 +1,34 @@
 """Tell dashboards who comes and goes, and on how many devices. Teaches: settings and memory."""
 
+from __future__ import annotations
+
+import asyncio
+import collections
+import heapq
 import time
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import hikari
 from msgspec import Meta
 
-from spywatcher import Payload, PluginSettings, Spy, member_name, on
+from spywatcher import Payload, PluginSettings, Spy, every, member_name, on, on_subscribe, user_name
 
-#: Members remembered for `alert_cooldown`; beyond it the longest silent are forgotten.
+STATUSES = ("online", "idle", "dnd", "offline")
+#: Members whose last alert is remembered; beyond it the longest silent are forgotten.
 MOST_REMEMBERED = 100_000
+#: Members looked up in one go: a few milliseconds.
+SLICE = 500
+#: Seconds that a roster is kept after somebody asked for it.
+ROSTER_KEPT = 60.0
 
 
 class Settings(PluginSettings, frozen=True):
     alert_cooldown: Annotated[
-        float, Meta(ge=0, description="Seconds in which a member causes no second alert.")
+        float, Meta(ge=0, description="Seconds after an alert in which its member causes no other.")
     ] = 60.0
+    snapshot_members: Annotated[
+        int, Meta(ge=0, description="Members that a snapshot names; it counts all.")
+    ] = 500
 
 
 class PresenceUpdate(Payload):
@@ -30,13 +43,27 @@ class MultiClient(Payload):
     platforms: list[str]
 
 
-_alerted: dict[tuple[int, int], float] = {}
+class Present(Payload):
+    user_id: str
+    username: str
+    status: str
+    platforms: list[str]
+
+
+class PresenceSnapshot(Payload):
+    counts: dict[str, int]
+    members: list[Present]
+    truncated: bool
+
+
+# ---- what changes
 
 
 @on(hikari.PresenceUpdateEvent, emit="presence:update")
 def presence_update(event: hikari.PresenceUpdateEvent, spy: Spy) -> PresenceUpdate | None:
+    note(event.guild_id, event.user_id)
     status = status_of(event.presence)
-    if status == status_of(event.old_presence) or is_bot(event, spy):
+    if status == status_of(event.old_presence):
         return None  # Discord sends changes of activity too
     return PresenceUpdate(
         user_id=str(event.user_id),
@@ -49,9 +76,9 @@ def presence_update(event: hikari.PresenceUpdateEvent, spy: Spy) -> PresenceUpda
 def multi_client(event: hikari.PresenceUpdateEvent, spy: Spy) -> MultiClient | None:
     platforms = platforms_of(event.presence)
     grown = platforms - platforms_of(event.old_presence)
-    if len(platforms) < 2 or not grown or is_bot(event, spy):
+    if len(platforms) < 2 or not grown:
         return None
-    if cooling_down((event.guild_id, event.user_id), spy.settings.alert_cooldown):
+    if cools_down((event.guild_id, event.user_id), spy.settings.alert_cooldown):
         return None
     return MultiClient(
         user_id=str(event.user_id),
@@ -73,18 +100,129 @@ def platforms_of(presence: hikari.MemberPresence | None) -> set[str]:
     return {name for name, value in named.items() if value != hikari.Status.OFFLINE}
 
 
-def is_bot(event: hikari.PresenceUpdateEvent, spy: Spy) -> bool:
-    member = spy.bot.cache.get_member(event.guild_id, event.user_id)
-    return member is not None and member.is_bot
+#: When each member had the last alert, the oldest first.
+alerted: dict[tuple[int, int], float] = {}
 
 
-def cooling_down(member: tuple[int, int], cooldown: float) -> bool:
+def cools_down(member: tuple[int, int], cooldown: float) -> bool:
     """Whether the member had an alert a moment ago; if not, it has one now."""
     now = time.monotonic()
-    if now - _alerted.pop(member, float("-inf")) < cooldown:
-        _alerted[member] = now
+    if now - alerted.get(member, float("-inf")) < cooldown:
         return True
-    _alerted[member] = now
-    if len(_alerted) > MOST_REMEMBERED:
-        del _alerted[next(iter(_alerted))]
+    alerted.pop(member, None)
+    alerted[member] = now
+    if len(alerted) > MOST_REMEMBERED:
+        del alerted[next(iter(alerted))]
     return False
+
+
+# ---- how things stand, for who comes to see
+
+
+class Row(NamedTuple):
+    """A member, in the order of the snapshot: who is offline last, else by name."""
+
+    offline: bool
+    sorted_by: str
+    user_id: int
+    username: str
+    status: str
+
+
+class Roster:
+    """Who is in a guild: looked up slice by slice when first asked for, then where something changed."""
+
+    def __init__(self, cache: hikari.api.Cache, guild_id: int) -> None:
+        self._cache = cache
+        self._guild_id = guild_id
+        self._rows: dict[int, Row] = {}
+        self.asked = time.monotonic()
+        self.changed = {int(user_id) for user_id in cache.get_members_view_for_guild(guild_id)}
+
+    async def snapshot(self, longest: int) -> PresenceSnapshot:
+        """True at the moment at which it returns."""
+        self.asked = time.monotonic()
+        while self.changed:
+            for _ in range(min(SLICE, len(self.changed))):
+                self._look_up(self.changed.pop())
+            if self.changed:
+                await asyncio.sleep(0)
+        counted = collections.Counter(row.status for row in self._rows.values())
+        return PresenceSnapshot(
+            counts={status: counted[status] for status in STATUSES},
+            members=list(map(self._present, heapq.nsmallest(longest, self._rows.values()))),
+            truncated=len(self._rows) > longest,
+        )
+
+    def _look_up(self, user_id: int) -> None:
+        member = self._cache.get_member(self._guild_id, user_id)
+        if member is None or member.is_bot or member.is_system:
+            self._rows.pop(user_id, None)
+            return
+        status = status_of(self._cache.get_presence(self._guild_id, user_id))
+        name = user_name(member.user)
+        self._rows[user_id] = Row(status == "offline", name.casefold(), user_id, name, status)
+
+    def _present(self, row: Row) -> Present:
+        presence = self._cache.get_presence(self._guild_id, row.user_id)
+        platforms = sorted(platforms_of(presence))
+        return Present(
+            user_id=str(row.user_id), username=row.username, status=row.status, platforms=platforms
+        )
+
+
+#: Of guilds that somebody asked for a moment ago.
+rosters: dict[int, Roster] = {}
+
+
+@on_subscribe("guild", emit="presence:snapshot")
+async def presence_snapshot(guild_id: str, spy: Spy) -> PresenceSnapshot:
+    guild = int(guild_id)
+    if guild not in rosters:
+        rosters[guild] = Roster(spy.bot.cache, guild)
+    return await rosters[guild].snapshot(spy.settings.snapshot_members)
+
+
+def note(guild_id: int, *user_ids: int) -> None:
+    if guild_id in rosters:
+        rosters[guild_id].changed.update(map(int, user_ids))
+
+
+@every(ROSTER_KEPT)
+def forget_rosters(spy: Spy) -> None:
+    """A crowd comes at once, as after a restart; later a roster is made anew."""
+    for guild_id, roster in tuple(rosters.items()):
+        if time.monotonic() - roster.asked > ROSTER_KEPT:
+            del rosters[guild_id]
+
+
+@on(hikari.MemberCreateEvent)
+@on(hikari.MemberUpdateEvent)
+def member_changed(event: hikari.MemberCreateEvent | hikari.MemberUpdateEvent) -> None:
+    note(event.guild_id, event.user_id)
+
+
+@on(hikari.MemberChunkEvent)
+def members_came(event: hikari.MemberChunkEvent) -> None:
+    note(event.guild_id, *event.members)
+
+
+@on(hikari.MemberDeleteEvent)
+def member_left(event: hikari.MemberDeleteEvent) -> None:
+    note(event.guild_id, event.user_id)
+    alerted.pop((event.guild_id, event.user_id), None)
+
+
+@on(hikari.GuildAvailableEvent)
+@on(hikari.GuildJoinEvent)
+@on(hikari.GuildLeaveEvent)
+def guild_changed(
+    event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent | hikari.GuildLeaveEvent,
+) -> None:
+    rosters.pop(event.guild_id, None)
+
+
+async def teardown(spy: Spy) -> None:
+    """Another node may be at work now, and nothing is heard here meanwhile."""
+    rosters.clear()
+    alerted.clear()

@@ -25,6 +25,7 @@ import sqlite3
 import time
 from base64 import b64encode, urlsafe_b64encode
 from collections import OrderedDict
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -39,7 +40,7 @@ from tornado.httputil import url_concat
 from tornado.template import Template
 from tornado.web import HTTPError, RequestHandler, create_signed_value, decode_signed_value
 
-from spywatcher import Marks, PluginSettings, Spy, clean_name, route, timestamp
+from spywatcher import Marks, PluginSettings, Spy, route, timestamp, user_name
 
 SESSION: Final = "spywatcher_session"
 STATE: Final = "spywatcher_signin"
@@ -410,21 +411,20 @@ class SignInHandler(RequestHandler):
 
     async def remember(self, name: str, seconds: float) -> bool:
         """Whether this is the first time."""
-        try:
-            return await marks_of(self.spy).put(name, seconds)
-        except ConnectionError as error:
-            raise self._forgetful(error) from None
+        return await self._ask(marks_of(self.spy).put(name, seconds))
 
     async def remembers(self, name: str) -> bool:
-        try:
-            return await marks_of(self.spy).has(name)
-        except ConnectionError as error:
-            raise self._forgetful(error) from None
+        return await self._ask(marks_of(self.spy).has(name))
 
-    def _forgetful(self, error: ConnectionError) -> RefusedError:
+    async def _ask(self, answer: Awaitable[bool]) -> bool:
         """Who has signed out must stay out, so nobody gets in while nobody knows."""
-        self.spy.log.warning("cannot tell who has signed out: %s", error)
-        return RefusedError(503, "storage", WRONG)
+        try:
+            known = await answer
+        except ConnectionError:
+            self.spy.problem = "it cannot be told who has signed out, so nobody gets a token"
+            raise RefusedError(503, "storage", WRONG) from None
+        self.spy.problem = None
+        return known
 
     @staticmethod
     def refusal(status: int, about: dict[str, Any]) -> RefusedError:
@@ -498,7 +498,7 @@ class Callback(PageHandler):
                 403, "banned", "You are banned here. The operator of this server said so."
             )
         session = Session(
-            secrets.token_urlsafe(16), str(int(user.id)), clean_name(user.username), avatar_of(user)
+            secrets.token_urlsafe(16), str(int(user.id)), user_name(user), avatar_of(user)
         )
         self.give_cookie(SESSION, session, self.spy.settings.session_days * DAY, "/")
         self.spy.count("signed in")

@@ -32,7 +32,7 @@ from typing import Any
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 
 from simulator import PretendDiscord
-from spywatcher import Keys, Server, Tokens, parse_settings
+from spywatcher import Keys, Server, Tokens, node_type, parse_settings
 
 ROOT = Path(__file__).parent.parent
 #: 32 bytes and more, as PyJWT asks for HS256.
@@ -91,7 +91,9 @@ def server_for(discord: PretendDiscord, /, **tables: dict[str, Any]) -> Server:
 
 def server_of(discord: PretendDiscord, tables: Tables) -> Server:
     """A server in this process with just these settings, to be started by `async with`."""
-    return Server(parse_settings(tables, FOLDER), keys=Keys((SECRET,)), token=discord.token)
+    settings = parse_settings(tables, FOLDER)
+    node = node_type(settings)
+    return Server(settings, keys=Keys((SECRET,)), token=discord.token, make_node=node)
 
 
 def viewer_token(role: str = "ADMIN", discord_id: str = "1") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.cookies
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -47,9 +48,11 @@ class Page(NamedTuple):
 class Browser:
     """One browser: `async with Browser(url) as ada: await ada.sign_in("ada")`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, trust: ssl.SSLContext | bool = True) -> None:
+        """`trust` says whose certificates count, where the server has one."""
         self.url = url
-        self._http = aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True))
+        jar, connector = aiohttp.CookieJar(unsafe=True), aiohttp.TCPConnector(ssl=trust)
+        self._http = aiohttp.ClientSession(cookie_jar=jar, connector=connector)
 
     async def __aenter__(self) -> Browser:
         return self

@@ -10,6 +10,7 @@ import pytest
 from service import ROOT, SECRET, running, tables_for, write_settings
 
 import spywatcher
+from simulator import make_token, snowflake
 
 BROKEN = {"folders": [str(ROOT / "tests" / "plugins" / "raises_at_import")]}
 
@@ -48,7 +49,7 @@ def test_faults_in_the_settings_are_one_line_each(tmp_path, command):
     assert (status, log) == (
         2,
         [
-            f'spywatcher: {config}: server.port: got "http", expected `int`, got `str`',
+            f'spywatcher: {config}: server.port: got "http", expected a whole number from 0 to 65535',
             f"spywatcher: {config}: server.hots: unknown key, did you mean host?",
         ],
     )
@@ -58,12 +59,13 @@ def test_a_redis_without_the_code_for_it_is_a_fault(tmp_path, monkeypatch, comma
     monkeypatch.setitem(sys.modules, "spywatcher_cluster", None)  # as where it was not copied
     tables = {"auth": {"secret": SECRET}, "discord": {"token": "a bot's"}}
     tables["redis"] = {"url": "redis://127.0.0.1"}
-    assert command("--config", write_settings(tmp_path, tables), "check") == (
+    config = write_settings(tmp_path, tables)
+    assert command("--config", config, "check") == (
         2,
         [],
         [
             "spywatcher: redis.url: spywatcher_cluster is missing, expected spywatcher_cluster.py"
-            " beside spywatcher.py, and redis-py"
+            f" beside spywatcher.py, and redis-py ({config})"
         ],
     )
 
@@ -112,22 +114,54 @@ async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, g
 # ---- check
 
 
-def test_check_prints_settings_and_plugins(tmp_path, command):
-    config = write_settings(tmp_path, {"auth": {"secret": SECRET}, "server": {"port": 4000}})
+SOUND = {"auth": {"secret": SECRET}, "discord": {"token": make_token(snowflake())}}
+
+
+def test_check_says_that_all_is_well(tmp_path, command):
+    config = write_settings(tmp_path, SOUND)
     status, out, log = command("--config", config, "check")
+    assert (status, log) == (0, [])
+    assert "plugin members: role:change, user:join, user:leave" in out
+    assert out[-1] == f"all is well with {config}"
+    assert not any(line.startswith("server.") for line in out)
+
+
+def test_check_prints_the_settings_when_asked(tmp_path, command):
+    config = write_settings(tmp_path, SOUND | {"server": {"port": 4000}})
+    status, out, log = command("--config", config, "check", "--settings")
     assert (status, log) == (0, [])
     assert "server.port = 4000" in out
     assert "auth.secret = (set, not shown)" in out
-    assert "plugin members: role:change, user:join" in out
     assert SECRET not in "".join(out)
+
+
+@pytest.mark.parametrize("tables", [{}, {"auth": SOUND["auth"]}, {"discord": SOUND["discord"]}])
+@pytest.mark.parametrize("name", ["check", "serve"])
+def test_check_refuses_what_serve_refuses(tmp_path, command, tables, name):
+    config = write_settings(tmp_path, tables)
+    status, out, log = command("--config", config, name)
+    assert (status, out, len(log)) == (2, [], 1)
+    assert log[0].startswith("spywatcher: auth.secret and discord.token must both be set")
+    assert log[0].endswith(f"({config})")
+
+
+@pytest.mark.parametrize("name", ["check", "serve"])
+def test_a_token_that_is_none_is_told_by_the_key_that_is_set(tmp_path, command, name):
+    (tmp_path / "bot").write_text("hush")
+    tables = SOUND | {"discord": {"token_file": "bot"}}
+    status, _, log = command("--config", write_settings(tmp_path, tables), name)
+    assert (status, len(log)) == (2, 1)
+    assert log[0].startswith("spywatcher: discord.token_file: got what is no bot token")
+    assert "hush" not in log[0]
 
 
 @pytest.mark.logs("plugin broken: not loaded: boom at import")
 def test_check_refuses_a_plugin_that_does_not_load(tmp_path, command):
-    status, out, log = command("--config", write_settings(tmp_path, {"plugins": BROKEN}), "check")
+    config = write_settings(tmp_path, SOUND | {"plugins": BROKEN})
+    status, out, log = command("--config", config, "check")
     assert status == 2
     assert out[-1] == "plugin z_good: good:message"
-    assert log[-1] == "spywatcher: plugin broken: boom at import"
+    assert log[-1] == "spywatcher: plugin broken: boom at import (RuntimeError, broken.py, line 3)"
 
 
 def test_check_refuses_bad_settings(tmp_path, command):
@@ -137,6 +171,19 @@ def test_check_refuses_bad_settings(tmp_path, command):
 
 
 # ---- token
+
+
+def test_without_a_file_it_is_said_where_one_was_looked_for(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(spywatcher, "__file__", str(tmp_path / "bin" / "spywatcher.py"))
+    status, _, log = command("token", "--discord-id", "1")
+    assert (status, log) == (
+        2,
+        [
+            "spywatcher: auth.secret: not set, expected the key that signs tokens"
+            f" (no config.toml in {tmp_path} or {tmp_path / 'bin'})"
+        ],
+    )
 
 
 async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy, command):
@@ -154,6 +201,15 @@ async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy, comman
         "role": "USER",
         "guilds": [guild],
     }
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--discord-id", "ada"], ["--discord-id=1", "--guild=Night Owls"]]
+)
+def test_what_is_no_id_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        spywatcher.main(["token", *wrong])
+    assert "expected 1-20 digits" in capsys.readouterr().err
 
 
 def test_token_without_a_secret_is_refused(tmp_path, capsys):

@@ -7,8 +7,10 @@ import signal
 import socket
 from pathlib import Path
 
-from jsclient import JavaScript
+import pytest
+from jsclient import ConnectError, JavaScript
 from service import ROOT, run, running, write_settings
+from waiting import eventually
 
 MINE = """
 import hikari
@@ -37,6 +39,30 @@ async def test_the_demo_prints_one_address_that_signs_in(js: JavaScript) -> None
         assert "Traceback" not in "".join(service.log)
 
 
+@pytest.mark.parametrize("origin", ["http://localhost:8080", "http://127.0.0.1:4173"])
+async def test_a_page_of_ones_own_may_connect_from_any_port(js: JavaScript, origin: str) -> None:
+    async with running(ROOT, "demo", "--port", "0") as service:
+        url, token = (await service.wrote(ADDRESS)).groups()
+        await js.connect(url, token=token, extraHeaders={"Origin": origin})
+        await js.refused(url, token=token, extraHeaders={"Origin": "http://elsewhere.example"})
+
+
+async def test_five_wrong_tokens_do_not_shut_one_out_for_long(js: JavaScript) -> None:
+    async with running(ROOT, "demo", "--port", "0") as service:
+        url, token = (await service.wrote(ADDRESS)).groups()
+        for _ in range(6):
+            await js.refused(url, token="wrong")
+        await eventually(lambda: comes_in(js, url, token), 10)
+
+
+async def comes_in(js: JavaScript, url: str, token: str) -> bool:
+    try:
+        await js.connect(url, token=token)
+    except ConnectError:
+        return False
+    return True
+
+
 async def test_lists_of_members_are_filled_when_the_address_is_shown(js: JavaScript) -> None:
     async with running(ROOT, "demo", "--port", "0") as service:
         url, token = (await service.wrote(ADDRESS)).groups()
@@ -60,6 +86,9 @@ async def test_an_authors_folder_of_plugins_runs_against_the_lively_guild(tmp_pa
     (tmp_path / "mine" / "typing.py").write_text(MINE)
     async with running(tmp_path, "demo", "--port", "0", "--plugins", "mine") as service:
         await service.wrote(r"^typing:start .*\n(?:.*\n)*typing:start ")
+        saved = MINE.replace("typing:start", "typing:later").replace("emit=", "room='mine', emit=")
+        (tmp_path / "mine" / "typing.py").write_text(saved)
+        await service.wrote(r"^typing:later ")
 
 
 async def test_a_port_in_use_is_said_with_the_way_out(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ async def write(spy):
     await spy.discord.message(spy.guild, spy.guild.owner, spy.guild.general)
 
 
-@pytest.mark.logs(AWAY, r"WARNING hikari.rest: Connection error")
+@pytest.mark.logs(AWAY)
 async def test_the_server_is_up_before_discord_is(watching, discord, monkeypatch, told):
-    monkeypatch.setattr(hikari.impl.rest, "_MAX_BACKOFF_DURATION", 0)
-    monkeypatch.setattr(spywatcher, "FIRST_RETRY", 0.01)
+    hasty = spywatcher.Patience(first_retry=0.01)
+    monkeypatch.setattr(spywatcher.Gateway, "patience", hasty)
     await discord.refuse()
     async with watching(ready=False) as spy:
         dashboard = await spy.connect()
@@ -124,7 +124,7 @@ async def test_refused_intents_end_the_process_naming_switches_and_plugins(tmp_p
     assert (status, out) == (2, [])
     assert log[-1] == (
         "spywatcher: Discord refused the intents: switch on Server Members Intent (for access, analytics,"
-        " members) and Presence Intent (for analytics, presence) at https://discord.com/developers/applications"
+        " members, presence) and Presence Intent (for analytics, presence) at https://discord.com/developers/applications"
         " -> your application -> Bot -> Privileged Gateway Intents"
     )
     assert "Traceback" not in "".join(log)

@@ -297,9 +297,10 @@ async def test_a_reload_names_each_change_that_needs_a_restart_until_there_was_o
 
 async def test_a_plugin_reads_its_new_settings_after_a_reload(discord: PretendDiscord) -> None:
     async with server_for(discord) as server:
+        await eventually(lambda: "presence" in server.plugins.running)
         before = server.plugins.plugins["presence"].settings.alert_cooldown
         reload(server, discord, plugin={"presence": {"alert_cooldown": before + 1}})
-        spy = server.plugins.running["presence"].spy
+        spy = server.plugins.runners["presence"].spy
         assert spy.settings.alert_cooldown == before + 1
 
 
@@ -307,6 +308,7 @@ async def test_a_plugin_that_is_not_at_work_reads_its_new_settings_once_it_is(
     discord: PretendDiscord,
 ) -> None:
     async with server_for(discord) as server:
+        await eventually(lambda: "presence" in server.plugins.running)
         before = server.plugins.plugins["presence"].settings.alert_cooldown
         await server.plugins.stop()  # as at a node that another one has taken the gateway from
         reload(server, discord, plugin={"presence": {"alert_cooldown": before + 1}})

@@ -302,7 +302,7 @@ async def test_keys_differ_by_plugin_and_purpose_and_stay_over_restarts(
     keys: list[dict[str, bytes]] = []
     for _ in range(2):
         async with watching(**plugin("")) as spy:
-            key = spy.server.plugins.spies["stats"].key
+            key = spy.server.plugins.runners["stats"].spy.key
             keys.append({purpose: key(purpose) for purpose in ("cookie", "state")})
     assert keys[0] == keys[1]
     assert len(set(keys[0].values())) == 2

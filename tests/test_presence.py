@@ -1,8 +1,13 @@
 """presence:update and alert:multiClient, from Discord's JSON to the page."""
 
+import asyncio
 import re
+import time
 
 import pytest
+from waiting import eventually
+
+from simulator import presence_json
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["websocket", "polling"])
 ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -74,11 +79,49 @@ async def test_bots_are_silent(watching, guild):
         await spy.nothing(dashboard)
 
 
-async def test_a_member_that_discord_has_not_sent_is_named_by_id(spy, guild):
+async def test_of_a_member_who_is_not_known_nothing_is_told_until_it_is(spy, guild, discord):
+    """The members of a large guild come in chunks, after the first changes of some of them."""
     dashboard = await spy.dashboard()
     stranger = guild.add_member("stranger")
-    await spy.discord.presence(guild, stranger, "online")
-    assert (await dashboard.next("presence:update"))["username"] == str(stranger.id)
+    await discord.presence(guild, stranger, "online", ["desktop", "mobile"])
+    await spy.nothing(dashboard)
+    await discord.dispatch("GUILD_MEMBERS_CHUNK", chunk(guild, stranger))
+    await discord.presence(guild, stranger, "idle")
+    assert (await dashboard.next("presence:update"))["username"] == "stranger"
+
+
+def chunk(guild, *members):
+    return {
+        "guild_id": str(guild.id),
+        "members": [member.to_json() for member in members],
+        "chunk_index": 0,
+        "chunk_count": 1,
+        "presences": [presence_json(guild, member) for member in members],
+    }
+
+
+async def test_of_who_left_nothing_is_told_or_kept(spy, guild, discord):
+    dashboard = await spy.dashboard()
+    cache = spy.server.gateway.bot.cache
+    before = len(cache.get_presences_view_for_guild(guild.id))
+    for _ in range(3):
+        ada = await discord.join(guild, "ada")
+        await discord.presence(guild, ada, "online", ["desktop", "mobile"])
+        assert (await dashboard.next("presence:update"))["status"] == "online"
+        await discord.leave(guild, ada)
+        await discord.presence(guild, ada, "idle")
+    await spy.nothing(dashboard, "presence:update")
+    assert len(cache.get_presences_view_for_guild(guild.id)) == before
+
+
+async def test_who_joins_again_comes_online_anew(spy, guild, discord):
+    dashboard = await spy.dashboard()
+    ada = await discord.join(guild, "ada")
+    for _ in range(2):
+        await discord.presence(guild, ada, "online")
+        assert (await dashboard.next("presence:update"))["status"] == "online"
+        await discord.leave(guild, ada)
+        ada = await discord.join(guild, "ada", user=ada.user)
 
 
 async def test_a_member_who_wrote_keeps_the_name(ada, spy):
@@ -164,6 +207,29 @@ async def test_a_member_cools_down_after_an_alert_others_do_not(ada, watching, g
         assert await alerts(dashboard, spy) == [["desktop", "mobile"]] * 2
 
 
+async def test_what_is_suppressed_prolongs_nothing(ada, watching, guild):
+    async with watching(plugin={"presence": {"alert_cooldown": 0.6}}) as spy:
+        dashboard = await spy.dashboard()
+        began = time.monotonic()
+        while time.monotonic() - began < 1.6:
+            await spy.discord.presence(guild, ada, "online", ["desktop", "mobile"])
+            await spy.discord.presence(guild, ada, "online", ["desktop"])
+            await spy.discord.caught_up()
+            await asyncio.sleep(0.05)
+        assert len(await alerts(dashboard, spy)) == 3  # at once, after 0.6 s, after 1.2 s
+
+
+async def test_who_left_and_joined_again_does_not_cool_down(spy, guild, discord):
+    dashboard = await spy.dashboard()
+    user = None
+    for _ in range(2):
+        ada = await discord.join(guild, "ada", user=user)
+        user = ada.user
+        await discord.presence(guild, ada, "online", ["desktop", "mobile"])
+        await discord.leave(guild, ada)
+    assert await alerts(dashboard, spy) == [["desktop", "mobile"]] * 2
+
+
 async def test_an_unknown_platform_is_no_device(ada, spy):
     dashboard = await spy.dashboard()
     await spy.discord.presence(spy.guild, ada, "online", ["desktop", "embedded"])
@@ -185,3 +251,72 @@ async def test_ids_arrive_as_strings(ada, spy):
         event = await dashboard.next(name)
         assert isinstance(event["userId"], str)
         assert isinstance(event["guildId"], str)
+
+
+# ---- presence:snapshot
+
+
+async def snapshot_of(spy, **viewer):
+    dashboard = await spy.connect(**viewer)
+    await dashboard.call("subscribe:guild", str(spy.guild.id))
+    return await dashboard.next("presence:snapshot")
+
+
+async def test_a_new_subscriber_is_told_who_is_there(ada, watching, guild):
+    guild.add_member("robot", bot=True).appear("online", ["web"], ())
+    guild.add_member("zoe").appear("dnd", {"mobile": "dnd", "desktop": "idle"}, ())
+    guild.add_member("Bob").appear("idle", ["web"], ())
+    async with watching() as spy:
+        snapshot = await snapshot_of(spy)
+        assert ISO.fullmatch(snapshot.pop("timestamp"))
+        members = snapshot.pop("members")
+        assert snapshot == {
+            "counts": {"online": 0, "idle": 1, "dnd": 1, "offline": 2},
+            "truncated": False,
+            "guildId": str(guild.id),
+        }
+        assert [member["username"] for member in members] == ["Bob", "zoe", "ada", "owner"]
+        assert members[1] == {
+            "userId": members[1]["userId"],
+            "username": "zoe",
+            "status": "dnd",
+            "platforms": ["desktop", "mobile"],
+        }
+        assert members[2]["platforms"] == []
+
+
+async def test_only_the_new_subscriber_is_told_and_by_the_guilds_room_alone(spy):
+    first = await spy.dashboard()
+    await spy.dashboard()
+    await spy.nothing(first)
+    other = await spy.connect()
+    await other.call("subscribe:analytics", str(spy.guild.id))
+    await spy.nothing(other, "presence:snapshot")
+
+
+async def test_a_later_snapshot_knows_all_that_happened_since(ada, spy, guild, discord):
+    assert (await snapshot_of(spy))["counts"]["online"] == 0
+    await discord.presence(guild, ada, "online", ["web"])
+    bob = await discord.join(guild, "bob")
+    eve = await discord.join(guild, "eve")
+    await discord.presence(guild, eve, "dnd")
+    await discord.rename(guild, bob, name="robert")
+    await discord.leave(guild, eve)
+    await discord.caught_up()
+    snapshot = await snapshot_of(spy)
+    assert snapshot["counts"] == {"online": 1, "idle": 0, "dnd": 0, "offline": 2}
+    assert [member["username"] for member in snapshot["members"]] == ["ada", "owner", "robert"]
+
+
+async def test_a_snapshot_counts_all_and_names_some(watching, guild):
+    for number in range(1200):
+        guild.add_member(f"member{number:04}")
+    guild.add_member("zoe").appear("online", ["web"], ())
+    async with watching(plugin={"presence": {"snapshot_members": 3}}) as spy:
+        await eventually(
+            lambda: len(spy.server.gateway.bot.cache.get_members_view_for_guild(guild.id)) > 1200
+        )
+        snapshot = await snapshot_of(spy)
+        assert snapshot["counts"] == {"online": 1, "idle": 0, "dnd": 0, "offline": 1201}
+        names = [member["username"] for member in snapshot["members"]]
+        assert (names, snapshot["truncated"]) == (["zoe", "member0000", "member0001"], True)

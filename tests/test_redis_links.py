@@ -70,7 +70,7 @@ class Pair:
     async def ready(self) -> None:
         await eventually(lambda: self.problems() == [None, None], timeout=15)
         for server in self.servers:
-            await eventually(lambda server=server: server.cluster.replica.complete)
+            await eventually(lambda server=server: server.node.known.complete)
 
     async def connect(self) -> None:
         """A dashboard at each node."""
@@ -84,7 +84,7 @@ class Pair:
         """Each node tells it to all."""
         for node, server in enumerate(self.servers):
             event = {"number": number, "node": node}
-            server.emit("test:event", str(self._guild.id), event, "guild")
+            server.node.deliver("test:event", str(self._guild.id), event, "guild")
 
     def heard(self) -> list[list[int]]:
         """What each dashboard has heard, each number from two nodes."""
@@ -462,7 +462,7 @@ class Watched:
 
     async def is_replaced(self) -> bool:
         """Whether the replica is the master."""
-        return await self.sentinel.master() == self.replica.port
+        return await self.sentinel.master() == self.known.port
 
 
 @pytest.fixture
@@ -509,19 +509,19 @@ async def test_what_a_replica_has_missed_it_gets_when_it_becomes_the_master(pair
     async with pair(url=watched.url) as nodes:
         await nodes.ready()
         await nodes.connect()
-        watched.replica.freeze()
+        watched.known.freeze()
         await watched.master.ask("CLIENT", "KILL", "TYPE", "replica")
         nodes.say(1)
         await eventually(lambda: nodes.heard() == [[1, 1], [1, 1]])
         await watched.master.kill()
-        watched.replica.thaw()
+        watched.known.thaw()
         await eventually(watched.is_replaced, timeout=20)
         await eventually(lambda: nodes.problems() == [None, None], timeout=10)
 
         async def everything_is_kept() -> bool:
-            kept = await watched.replica.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
+            kept = await watched.known.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
             notes = [msgspec.msgpack.decode(fields[b"n"], type=Note) for _, fields in kept]
-            assert {note.source for note in notes} == {s.cluster.source for s in nodes.servers}
+            assert {note.source for note in notes} == {s.node.source for s in nodes.servers}
             return True
 
         await eventually(everything_is_kept)

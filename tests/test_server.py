@@ -35,6 +35,20 @@ async def test_it_says_where_it_listens_and_serves_there(tmp_path, discord, guil
         assert (await dashboard.next("message:new"))["username"] == "owner"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
+async def test_localhost_is_both_loopbacks_and_the_default(spy, host):
+    url = f"http://{host}:{spy.server.port}"
+    assert await (await spy.js.connect(url, token=spy.token())).call("guilds:list")
+
+
+async def test_a_port_that_is_taken_on_either_loopback_is_a_fault():
+    with (
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as taken,
+        pytest.raises(OSError, match="in use"),
+    ):
+        spywatcher.listen("localhost", taken.getsockname()[1])
+
+
 @SIGNALS
 async def test_a_signal_stops_it_and_dashboards_come_back_to_the_next(
     tmp_path, discord, js, number

@@ -10,6 +10,7 @@ import pytest
 from service import ROOT, SECRET
 
 import spywatcher
+from simulator import make_token, snowflake
 from spywatcher import OperatorError, Settings, parse_settings, read_secret, read_settings
 
 DEFAULT_TOML = (ROOT / "config.toml").read_text("utf-8")
@@ -94,7 +95,9 @@ def test_the_readme_shows_the_same_table():
 
 def test_the_shipped_file_gives_the_defaults():
     shipped = read_settings(ROOT / "config.toml")
-    assert msgspec.structs.replace(shipped, plugin={}, folder=Path()) == Settings()
+    assert msgspec.structs.replace(shipped, plugin={}, folder=Path(), source="") == Settings(
+        source=""
+    )
 
 
 # ---- faults
@@ -108,7 +111,7 @@ def test_all_faults_are_told_at_once_with_key_path_and_expectation():
         sever={},
     )
     assert told == [
-        'server.port: got "http", expected `int`, got `str`',
+        'server.port: got "http", expected a whole number from 0 to 65535',
         "server.hots: unknown key, did you mean host?",
         "heartbeat: got 3, expected a table",
         "sever: unknown table, did you mean server?",
@@ -124,7 +127,6 @@ def test_all_faults_are_told_at_once_with_key_path_and_expectation():
         ("server", "port", 30.5),
         ("server", "host", 1),
         ("server", "cors_origins", "http://localhost"),
-        ("server", "cors_origins", ["localhost:5173"]),
         ("server", "transports", []),
         ("server", "transports", ["carrier pigeon"]),
         ("server", "max_message_bytes", 0),
@@ -153,13 +155,14 @@ def test_a_fault_never_shows_a_secret(table, key):
 def test_no_secret_is_printed(capsys, tmp_path):
     config = tmp_path / "config.toml"
     hush = "hush, " * 6
-    config.write_text(f'[auth]\nsecret = "{hush}"\n[discord]\ntoken = "quiet"\n')
+    quiet = make_token(snowflake())
+    config.write_text(f'[auth]\nsecret = "{hush}"\n[discord]\ntoken = "{quiet}"\n')
     (tmp_path / "plugins").mkdir()
-    assert spywatcher.main(["--config", str(config), "check"]) == 0
+    assert spywatcher.main(["--config", str(config), "check", "--settings"]) == 0
     shown = capsys.readouterr().out
     assert "auth.secret = (set, not shown)" in shown
     assert "hush" not in shown
-    assert "quiet" not in shown
+    assert quiet not in shown
 
 
 def test_a_whole_number_may_stand_for_seconds():
@@ -170,7 +173,206 @@ def test_a_table_of_a_plugin_must_be_a_table():
     assert faults(plugin={"presence": 3}) == ["plugin.presence: got 3, expected a table"]
 
 
+# ---- the likeliest mistakes, each answered by one line that says what to write instead
+
+MISTAKES = {
+    "curly quotes": ("[log]\nlevel = “info”", 'line 2.*write straight quotes: "'),
+    "no quotes": ("[server]\nhost = localhost", r'line 2.*write quotes around a text: "\.\.\."'),
+    "a quote too few": ('[log]\nlevel = "info', "write a quote at the end of the text"),
+    "a token with Bot": (
+        '[discord]\ntoken = "Bot x.y.z"',
+        'token: begins with "Bot ", expected only',
+    ),
+    "ids as numbers": (
+        "[discord]\nguilds = [123456789012345678]",
+        r"guilds: got \[123456789012345678\], expected a list in \[ \] of each a guild id in quotes",
+    ),
+    "a list of one without brackets": (
+        '[discord]\nguilds = "123456789012345678"',
+        r"guilds: got .* expected a list in \[ \]",
+    ),
+    "an origin with a path": (
+        '[server]\ncors_origins = ["https://dash.example/app"]',
+        'got "https://dash.example/app", expected it without .*: "https://dash.example"',
+    ),
+    "an origin with a slash": (
+        '[server]\ncors_origins = ["https://dash.example/"]',
+        'got "https://dash.example/", expected it without .*: "https://dash.example"',
+    ),
+    "an origin without scheme": (
+        '[server]\ncors_origins = ["dash.example"]',
+        'got "dash.example", expected a scheme: "http://dash.example" or "https://dash.example"',
+    ),
+    "a role in small letters": (
+        '[auth]\nadmin_roles = ["admin"]',
+        r'got \["admin"\], expected .*one of "USER", "ADMIN".*, did you mean ADMIN\?',
+    ),
+    "a permission in small letters": (
+        '[auth]\nviewer_permissions = ["manage guild"]',
+        'expected .* a Discord permission in capitals, such as "MANAGE_GUILD"',
+    ),
+    "a rate without unit": (
+        "[limits]\nattempts_per_ip = 60",
+        r'got 60, expected a rate in quotes, such as "60/minute"',
+    ),
+    "a rate of an unknown unit": (
+        '[limits]\nattempts_per_ip = "60/min"',
+        r'got "60/min", expected a rate in quotes, such as "60/minute" \(second, minute',
+    ),
+    "seconds with a unit": (
+        '[limits]\nblock_for = "10m"',
+        'got "10m", expected a number of seconds above 0, such as 5.0',
+    ),
+    "seconds with a unit and no quotes": (
+        "[limits]\nblock_for = 10m",
+        "line 2.*write a number without unit, or a text in quotes",
+    ),
+    "a number in quotes": (
+        '[server]\nport = "3001"',
+        'got "3001", expected a whole number from 0 to 65535',
+    ),
+    "a table twice": ("[log]\n[server]\n[log]", "Cannot declare .*this table is there twice"),
+    "a key twice": ("[log]\nlevel='info'\nlevel='debug'", "this key is there twice, leave one out"),
+    "no equals sign": ("[server]\nport 3001", "line 2.*write = between a key and its value"),
+    "a colon for it": ("[server]\nport: 3001", "line 2.*write = between a key and its value"),
+    "True": ("[auth]\nchannel_visibility = True", "line 2.*write true or false, in small letters"),
+    "yes": ("[auth]\nchannel_visibility = yes", "line 2.*write true or false"),
+    "true in quotes": (
+        '[auth]\nchannel_visibility = "true"',
+        'got "true", expected true or false',
+    ),
+    "a trailing comma": ("throttle = {a = 1.0,}", "line 1.*write no comma before }"),
+    "an event without quotes": (
+        "[throttle]\nanalytics:update = 10.0",
+        'line 2.*write quotes around a key with a colon: "a:b" = ...',
+    ),
+    "a path of Windows": (
+        '[plugins]\nfolders = ["C:\\Users\\me"]',
+        "write / instead of",
+    ),
+    "no value": ("[discord]\ntoken =", "line 2.*write a value after ="),
+    "a bracket too few": ("[discord\ntoken = 'x'", "line 1.*write ] after the name of a table"),
+    "a key misspelt": ('[discord]\ntokn = "x"', "discord.tokn: unknown key, did you mean token?"),
+    "a table misspelt": ("[disord]", "disord: unknown table, did you mean discord?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_by_one_line_that_says_what_to_write(tmp_path, capsys, mistake):
+    text, told = MISTAKES[mistake]
+    (tmp_path / "config.toml").write_text(text + "\n", "utf-8")
+    assert spywatcher.main(["--config", str(tmp_path / "config.toml"), "check"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(told, line), line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 5000 + "]" * 5000,
+        "a = " + "{a = " * 5000,
+        "a." * 5000 + "a = 1",
+        "[plugin." + "a." * 100 + "a]",
+        "server = " + "[" * 40 + "]" * 40,
+    ],
+)
+def test_what_is_nested_without_sense_is_one_line(tmp_path, capsys, text):
+    (tmp_path / "config.toml").write_text(text, "utf-8")
+    assert spywatcher.main(["--config", str(tmp_path / "config.toml"), "check"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("config.toml: nested more than 32 levels deep")
+
+
+# ---- origins
+
+
+@pytest.mark.parametrize(
+    ("written", "origin"),
+    [
+        ("capacitor://localhost", "capacitor://localhost"),
+        ("tauri://localhost", "tauri://localhost"),
+        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnop"),
+        ("app://-", "app://-"),
+        ("HTTPS://Dash.Example:443", "https://dash.example"),
+        ("http://dash.example:80", "http://dash.example"),
+        ("http://dash.example:443", "http://dash.example:443"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("https://straße.example:8443", "https://xn--strae-oqa.example:8443"),
+        ("https://*.bücher.example", "https://*.xn--bcher-kva.example"),
+        ("http://[::1]:8080", "http://[::1]:8080"),
+        ("http://localhost:*", "http://localhost:*"),
+        ("*", "*"),
+        ("null", "null"),
+    ],
+)
+def test_an_origin_is_any_scheme_host_and_port(written, origin):
+    settings = parse_settings({"server": {"cors_origins": [written]}}, Path())
+    assert settings.server.cors_origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "https://",
+        "https://a/b",
+        "https://a?b",
+        "https://u@a",
+        "https://a:99999",
+        "https://a:b",
+        "https://a*.b",
+        "https://*",
+        "https://a b",
+        "https://*.",
+        "http://[::1",
+        "https://a.example#x",
+    ],
+)
+def test_an_origin_that_no_page_has_is_shown_with_what_is_wrong(written):
+    [fault] = faults(server={"cors_origins": [written]})
+    assert fault.startswith(f"server.cors_origins: got {spywatcher.shown(written)}, expected ")
+    assert "regex" not in fault
+
+
 # ---- files
+
+
+TEXT = f'[auth]\nsecret = "{SECRET}"\n'
+WRITTEN = {
+    "with a BOM": b"\xef\xbb\xbf" + TEXT.encode(),
+    "by Windows": TEXT.replace("\n", "\r\n").encode(),
+    "as UTF-16": TEXT.encode("utf-16"),
+    "both": b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode(),
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+def test_a_file_is_read_however_an_editor_left_it(tmp_path, written):
+    (tmp_path / "config.toml").write_bytes(written)
+    assert read_settings(tmp_path / "config.toml").auth.secret == SECRET
+    (tmp_path / "key").write_bytes(b"\xef\xbb\xbf" + SECRET.encode() + b"\r\n")
+    assert read_secret("", "key", tmp_path, "auth.secret") == SECRET
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"x" * 2_000_000, "has more than 1048576 bytes"),
+        (b"\xff\xff hush", "no UTF-8 at byte 0"),
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf\r\n", "is empty"),
+    ],
+)
+def test_a_file_that_cannot_be_a_secret_is_named_and_not_shown(tmp_path, content, told):
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(OperatorError, match=rf"auth.secret_file: key .*{told}") as caught:
+        read_secret("", "key", tmp_path, "auth.secret")
+    assert "hush" not in str(caught.value)
+
+
+def test_a_device_without_end_is_not_read_to_its_end():
+    with pytest.raises(OperatorError, match="has more than"):
+        read_secret("", "/dev/zero", Path(), "auth.secret")
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):
@@ -202,7 +404,9 @@ def test_without_any_file_the_defaults_hold(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(spywatcher, "__file__", str(tmp_path / "bin" / "spywatcher.py"))
     (tmp_path / "bin" / "plugins").mkdir(parents=True)
-    assert read_settings(None) == Settings(folder=tmp_path / "bin")
+    folder = tmp_path / "bin"
+    source = f"no config.toml in {tmp_path} or {folder}"
+    assert read_settings(None) == Settings(folder=folder, source=source)
 
 
 def test_a_secret_may_lie_in_a_file_relative_to_the_settings(tmp_path):

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import tornado.web
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from jsclient import JavaScript
 from redisserver import RedisServer
-from service import fetch, run, server_of, write_settings
+from service import SECRET, fetch, run, server_of, write_settings
 from signing import Browser, signing_in, signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
+from spywatcher import Keys, parse_settings
 
 LISTED = "https://board.example"
 
@@ -145,13 +148,13 @@ async def test_the_banned_are_told_so_and_get_no_session(
 
 
 async def test_who_is_banned_while_signed_in_gets_no_further_token(
-    discord: PretendDiscord, ada: Member
+    discord: PretendDiscord, ada: Member, tmp_path: Path
 ) -> None:
     tables = signing_tables(discord)
     async with server_of(discord, tables) as server, Browser(public_url(tables)) as browser:
         await browser.sign_in(ada.id)
         tables["plugin"]["signin"]["banned"] = [str(ada.id)]
-        server.plugins.reconfigure(server.plugins.check(tables["plugin"]))
+        server.reload(parse_settings(tables, tmp_path), Keys((SECRET,)))
         refused = await browser.token()
         assert (refused.status, refused.json["code"]) == (403, "banned")
 
@@ -273,7 +276,7 @@ async def test_what_is_remembered_goes_when_the_session_would_have_ended(
 ) -> None:
     async with signing_in(discord) as (server, _):
         signin = server.plugins.plugins["signin"].module
-        marks = signin.FileMarks(server.plugins.spies["signin"].data_dir / "marks.db")
+        marks = signin.FileMarks(server.plugins.runners["signin"].spy.data_dir / "marks.db")
         assert await marks.put("short", 0.05)
         assert await marks.put("long", 60)
         assert not await marks.put("long", 60)
@@ -285,7 +288,7 @@ async def gone(marks: object) -> bool:
     return not await marks.has("short")  # type: ignore[attr-defined]  # of a module loaded by path
 
 
-@pytest.mark.logs(r"WARNING spywatcher.plugin.signin: cannot tell who has signed out")
+@pytest.mark.logs(r"WARNING spywatcher.plugin.signin: it cannot be told who")
 async def test_nobody_gets_in_while_nobody_knows_who_is_out(
     discord: PretendDiscord, ada: Member, tmp_path: Path
 ) -> None:
@@ -384,6 +387,23 @@ async def test_a_second_node_takes_the_first_ones_sessions(
             assert (await browser.post(f"{url}/signin/token", headers=copy)).status == 401
 
 
+@pytest.mark.logs("no connection to Redis", "it cannot be told who", required=False)
+async def test_while_redis_is_away_nobody_gets_a_token_and_afterwards_all_do(
+    discord: PretendDiscord, ada: Member, redis: RedisServer
+) -> None:
+    async with signing_in(discord, redis={"url": redis.url}) as (_, browser):
+        await browser.sign_in(ada.id)
+        await redis.kill()
+        refused = await browser.token()
+        assert (refused.status, refused.json["code"]) == (503, "storage")
+        await redis.start()
+
+        async def is_back() -> bool:
+            return (await browser.token()).status == 200
+
+        await eventually(is_back)
+
+
 # ---- what check says -------------------------------------------------------
 
 PORTAL = {"client_id": "123", "client_secret": "s", "public_url": "https://watch.example"}
@@ -433,3 +453,15 @@ async def test_check_takes_what_can_work(tmp_path: Path, url: str) -> None:
     status, out, log = await run(tmp_path, "check")
     assert status == 0, log
     assert "s3cret" not in "\n".join([*out, *log])
+
+
+async def test_check_says_that_a_public_key_signs_nothing(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    (tmp_path / "key.pem").write_bytes(key.public_bytes(*form))
+    auth = {"algorithms": ["ES256"], "public_key_file": "key.pem"}
+    for table, expected in ((PORTAL, 2), ({}, 0)):
+        write_settings(tmp_path, signin_only(table, **auth))
+        status, _, log = await run(tmp_path, "check")
+        assert status == expected
+        assert any("plugin.signin: needs [auth] secret" in line for line in log) is bool(expected)

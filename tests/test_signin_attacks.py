@@ -36,7 +36,7 @@ class Scene(NamedTuple):
     @property
     def spy(self) -> Spy:
         """What the plugin was handed."""
-        return self.server.plugins.spies["signin"]
+        return self.server.plugins.runners["signin"].spy
 
     def sign(self, name: str, value: str, *, age: float = 0.0, purpose: str = "") -> str:
         """A cookie's value as the plugin signs it."""
@@ -559,3 +559,55 @@ async def test_no_log_shows_a_secret_a_code_or_a_token(
     secrets += discord.oauth2.revoked
     assert len(secrets) > 5
     assert not [secret for secret in secrets if secret in caplog.text]
+
+
+def limited(**headers: str) -> Handler:
+    """429 as Discord says it of one user or one application."""
+    return saying(
+        429, WAIT % "false", X_RateLimit_Scope="user", X_RateLimit_Remaining="0", **headers
+    )
+
+
+@pytest.mark.logs(r"hikari", r"Discord did not say who", required=False)
+async def test_a_limit_of_one_application_is_no_flood_of_questions(
+    discord: PretendDiscord, people: Any
+) -> None:
+    """hikari asks again by itself for this one: it must wait in between."""
+    asked = 0
+    answer = limited(
+        X_RateLimit_Bucket="b", X_RateLimit_Limit="1", X_RateLimit_Reset_After="900",
+        X_RateLimit_Reset=str(time.time() + 900),
+    )  # fmt: skip
+
+    async def count(handler: tornado.web.RequestHandler) -> None:
+        nonlocal asked
+        asked += 1
+        await answer(handler)
+
+    discord.oauth2.instead["token"] = count
+
+    async def attack(scene: Scene) -> Page:
+        hurry(scene.server)
+        return await scene.ada.get((await scene.back()).location)
+
+    assert (await mounted(discord, people, attack)).status == 502
+    assert asked < 5
+
+
+@pytest.mark.faults
+@pytest.mark.logs(r"WARNING spywatcher.plugin.signin: Discord('s token was not| did not say)")
+@pytest.mark.parametrize("where", ["token", "me"])
+async def test_a_silent_discord_is_told_within_thirty_seconds(
+    discord: PretendDiscord, people: Any, where: str
+) -> None:
+    async def silent(handler: tornado.web.RequestHandler) -> None:
+        await asyncio.sleep(40)
+
+    discord.oauth2.instead = {where: silent, "revoke": silent}
+
+    async def attack(scene: Scene) -> Page:
+        place = (await scene.back()).location
+        async with asyncio.timeout(30):
+            return await scene.ada.get(place)
+
+    assert (await mounted(discord, people, attack)).status == 502

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 import signal
 import sys
@@ -675,9 +676,9 @@ async def test_resuming_from_the_future_is_refused_and_an_unknown_session_invali
 
 
 def test_the_map_at_the_top_lists_the_sections_in_their_order() -> None:
-    listed = " ".join((simulator.__doc__ or "").split()).partition("those above it: ")[2]
-    source = Path(simulator.__file__).read_text()
-    assert listed.rstrip(".").split(" · ") == re.findall(r"^# ---- (.+) ----$", source, re.M)
+    listed = (simulator.__doc__ or "").partition("those above it:\n")[2]
+    banners = re.findall(r"^# ---- (.+) ----$", Path(simulator.__file__).read_text(), re.M)
+    assert re.findall(r"^    (\S.*?)  ", listed, re.M) == banners
 
 
 def test_a_snowflake_carries_the_moment_it_was_made() -> None:
@@ -772,6 +773,16 @@ async def test_ghosts_never_write_and_lurkers_never_type() -> None:
     assert lurkers & diary.who("PRESENCE_UPDATE")
     assert not ghosts & diary.who("MESSAGE_CREATE")
     assert not lurkers & (diary.who("TYPING_START") | diary.who("MESSAGE_CREATE"))
+
+
+def test_the_past_of_a_lively_guild_is_plausible() -> None:
+    hours = list(simulator.past_hours(random.Random(1), members=60))
+    assert [one.hour for one in hours] == list(range(hours[0].hour, hours[0].hour + 4 * 7 * 24))
+    assert all(one.active <= one.online <= 60 and one.active <= one.messages for one in hours)
+    by_hour = [sum(one.messages for one in hours if one.hour % 24 == h) for h in range(24)]
+    assert by_hour.index(max(by_hour)) in (19, 20, 21)
+    assert sum(by_hour) > 10_000
+    assert sum(one.joins for one in hours) > sum(one.leaves for one in hours) > 0
 
 
 async def test_the_same_seed_tells_the_same_story() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from waiting import eventually
 
-from spywatcher import Metrics, Throttle
+import spywatcher
+from spywatcher import Metrics, Throttle, Topic, event_packet
 
 UPDATE = "stats:update"
 GUILD, OTHER = "1", "2"
@@ -48,17 +49,21 @@ class Wire:
         self.clock = Clock()
         self.sent: list[tuple[float, str, Any]] = []
         self.listening = True
+        self.told: list[tuple[float | None, Any]] = []
         self.metrics = Metrics()
         self.throttle = Throttle(
-            {UPDATE: 30.0},
-            self._send,
-            lambda guild, kind: self.listening,
-            self.metrics,
-            self.clock.call_later,
+            {UPDATE: 30.0}, self, self.metrics, call_later=self.clock.call_later, maker_timeout=0.2
         )
 
-    def _send(self, event: str, guild: str, fields: dict[str, Any], kind: str) -> None:
-        self.sent.append((self.clock.time, guild, fields["n"]))
+    def has_listeners(self, guild_id: str, kind: str) -> bool:
+        return self.listening
+
+    def deliver(self, event: str, guild_id: str, fields: dict[str, Any], kind: str) -> None:
+        event_packet(event, fields)
+        self.sent.append((self.clock.time, guild_id, fields["n"]))
+
+    def window_changed(self, topic: Topic, seconds: float | None, waiting: Any) -> None:
+        self.told.append((seconds, waiting))
 
     def change(self, n: int, guild: str = GUILD, event: str = UPDATE) -> None:
         self.throttle.emit(event, guild, {"n": n}, "guild")
@@ -120,6 +125,74 @@ async def test_windows_that_are_over_are_forgotten(wire: Wire) -> None:
         wire.change(2, str(guild))
     assert len(wire.throttle) == 1_000
     wire.clock.advance(60.0)
+    assert len(wire.throttle) == 0
+
+
+def present(wire: Wire, user: str, n: int) -> None:
+    wire.throttle.emit(UPDATE, GUILD, {"n": n, "userId": user}, "guild")
+
+
+async def test_each_member_that_an_event_is_about_has_a_window(wire: Wire) -> None:
+    for n in range(6):
+        present(wire, str(n), n)
+        present(wire, str(n), n + 10)
+    wire.clock.advance(30.0)
+    assert [n for _, _, n in wire.sent] == [*range(6), *range(10, 16)]
+
+
+async def test_members_beyond_the_bound_share_one_window(wire: Wire, monkeypatch) -> None:
+    monkeypatch.setattr(spywatcher, "MOST_MEMBER_WINDOWS", 2)
+    for n in range(100):
+        present(wire, str(n), n)
+    assert len(wire.throttle) == 3
+    wire.clock.advance(30.0)
+    assert [n for _, _, n in wire.sent] == [0, 1, 2, 99]
+    wire.clock.advance(30.0)
+    assert len(wire.throttle) == 0
+    present(wire, "200", 200)
+    present(wire, "201", 201)
+    assert len(wire.throttle) == 2
+
+
+async def test_a_window_ends_though_its_content_cannot_be_encoded(wire: Wire) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        wire.throttle.emit(UPDATE, GUILD, {"n": "\ud800"}, "guild")
+    wire.change(2)
+    wire.clock.advance(30.0)
+    assert [n for _, _, n in wire.sent] == [2]
+
+
+@pytest.mark.logs("stats:update could not be sent: UnicodeEncodeError")
+async def test_what_cannot_be_encoded_at_a_window_s_end_holds_up_nothing(wire: Wire) -> None:
+    wire.change(1)
+    wire.throttle.emit(UPDATE, GUILD, {"n": "\ud800"}, "guild")
+    wire.clock.advance(30.0)
+    wire.change(3)
+    wire.clock.advance(30.0)
+    assert [n for _, _, n in wire.sent] == [1, 3]
+
+
+@pytest.mark.logs("stats:update: not made within 0.2 s")
+async def test_a_maker_that_hangs_is_given_up_and_its_window_ends(wire: Wire) -> None:
+    async def make() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    wire.throttle.emit(UPDATE, GUILD, make, "guild")
+    wire.change(2)
+    await eventually(lambda: wire.told[-1][0] == 30.0)
+    wire.clock.advance(30.0)
+    assert [n for _, _, n in wire.sent] == [2]
+
+
+@pytest.mark.logs("stats:update could not be sent: ZeroDivisionError")
+async def test_a_maker_that_raises_leaves_no_window_open(wire: Wire) -> None:
+    async def make() -> dict[str, Any]:
+        return {"n": 1 // 0}
+
+    wire.throttle.emit(UPDATE, GUILD, make, "guild")
+    await eventually(lambda: wire.told[-1][0] == 30.0)
+    wire.clock.advance(30.0)
     assert len(wire.throttle) == 0
 
 
@@ -211,32 +284,28 @@ async def test_closing_ends_what_is_being_made(wire: Wire) -> None:
 
 async def test_closing_leaves_what_is_being_made_to_whoever_goes_on(wire: Wire) -> None:
     never = asyncio.Event()
-    told: list[tuple[float | None, Any]] = []
 
     async def make() -> dict[str, Any]:
         await never.wait()
         return {}
 
-    wire.throttle.on_change = lambda topic, seconds, waiting: told.append((seconds, waiting))
     wire.throttle.emit(UPDATE, GUILD, make, "guild")
     await wire.throttle.close()
-    assert told == [(0.0, make)]
+    assert wire.told == [(0.0, make)]
 
 
 async def test_a_window_is_told_as_it_opens_is_waited_for_and_ends(wire: Wire) -> None:
-    told: list[tuple[float | None, Any]] = []
-    wire.throttle.on_change = lambda topic, seconds, waiting: told.append((seconds, waiting))
     wire.change(1)
     wire.change(2)
     wire.clock.advance(60.0)
     first, second = {"n": 1}, {"n": 2}
-    assert told[:3] == [(0.0, first), (30.0, None), (None, second)]
-    assert told[3:] == [(0.0, second), (30.0, None), (0.0, None)]
+    assert wire.told[:3] == [(0.0, first), (30.0, None), (None, second)]
+    assert wire.told[3:] == [(0.0, second), (30.0, None), (0.0, None)]
 
 
 async def test_a_window_of_another_throttle_goes_on(wire: Wire) -> None:
-    wire.throttle.resume((UPDATE, GUILD, "guild"), 10.0, {"n": 1})
-    wire.throttle.resume((UPDATE, OTHER, "guild"), 5.0, None)
+    wire.throttle.resume(Topic(UPDATE, GUILD, "guild"), 10.0, {"n": 1})
+    wire.throttle.resume(Topic(UPDATE, OTHER, "guild"), 5.0, None)
     wire.change(2, OTHER)
     wire.clock.advance(100.0)
     assert wire.sent == [(5.0, OTHER, 2), (10.0, GUILD, 1)]

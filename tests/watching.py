@@ -81,7 +81,14 @@ class Watch:
         for kind in kinds:
             answer = await dashboard.call(f"subscribe:{kind}", str(self.guild.id))
             assert answer == {"ok": True, "room": f"{kind}:{self.guild.id}"}
+            if kind == "guild" and self._greets:
+                await dashboard.next("presence:snapshot")
         return dashboard
+
+    @property
+    def _greets(self) -> bool:
+        """Whether a subscriber is told who is there."""
+        return "presence" in self.server.plugins.plugins
 
     async def nothing(self, dashboard: Dashboard, *names: str) -> None:
         """Assert that what happened so far sends nothing of these names (of any) to `dashboard`."""

@@ -45,12 +45,13 @@ async def serve_from(storage: str) -> None:
             folder=Path(__file__).parents[2],
         )
         keys = spywatcher.read_keys(settings.auth, settings.folder)
-        async with Server(settings, keys=keys, token=discord.token) as server:
-            if server.cluster is None:
+        node = spywatcher.node_type(settings)
+        async with Server(settings, keys=keys, token=discord.token, make_node=node) as server:
+            if not settings.redis.url:
                 await discord.wait_for_bot()
             else:
-                while not server.cluster.replica.complete:
-                    await server.cluster.replica.wait()
+                while not server.node.known.complete:
+                    await server.node.known.wait()
             await control.obey(
                 server.port, emit_from(server), figures_of(server), elsewhere_from(server)
             )
@@ -58,14 +59,14 @@ async def serve_from(storage: str) -> None:
 
 def elsewhere_from(server: Server) -> control.Emit:
     def emit(number: int) -> None:
-        server.emit("message:new", event.elsewhere(number), event.message(number), "guild")
+        server.node.deliver("message:new", event.elsewhere(number), event.message(number), "guild")
 
     return emit
 
 
 def emit_from(server: Server) -> control.Emit:
     def emit(number: int) -> None:
-        server.emit("message:new", event.GUILD, event.message(number), "guild")
+        server.node.deliver("message:new", event.GUILD, event.message(number), "guild")
 
     return emit
 

@@ -31,10 +31,12 @@ export class Connection extends EventTarget {
   #discordAway = false;
   #lostAt = null;
   #timer = null;
+  #tabs = new BroadcastChannel("spywatcher"); // the same page in other tabs of this browser
 
   constructor(tokens) {
     super();
     this.#tokens = tokens;
+    this.#tabs.onmessage = () => this.#tokens.user && this.#leaveAll();
     this.#socket = io({
       auth: async (give) => give({ token: await tokens.current() }),
       autoConnect: false,
@@ -63,8 +65,15 @@ export class Connection extends EventTarget {
   }
 
   async signOut() {
-    this.#socket.disconnect();
+    const throughDiscord = this.#tokens.user !== null;
     await this.#tokens.signOut();
+    if (throughDiscord) this.#tabs.postMessage("signed out");
+    this.#leaveAll();
+  }
+
+  #leaveAll() {
+    this.#socket.disconnect();
+    this.#tokens.forget();
     this.guilds = [];
     this.listed = false;
     this.#signedOut();

@@ -31,4 +31,4 @@ def elsewhere(event):
 
 @on(hikari.GuildMessageCreateEvent)
 def listens_only(event):
-    return {"never": "sent"}
+    return None

@@ -1,0 +1,148 @@
+"""What the plugin host costs an event: a listener called by it, beside the function called by hand.
+
+    python bench/plugins.py [--quick]
+
+By the host is: from hikari's call of the one subscription for the type of event to the fields, checked,
+with guild and time, where the throttle takes them over. By hand is the function alone. hikari's own
+decoding and what comes after the plugin are in neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hikari  # noqa: E402  # of this checkout's environment
+from report import keep, parse_arguments, show  # noqa: E402
+
+from simulator import Guild, PretendDiscord  # noqa: E402
+from spywatcher import (  # noqa: E402
+    DiscordSettings,
+    Gateway,
+    HostContext,
+    Metrics,
+    PluginHost,
+    PluginsSettings,
+)
+
+PLUGINS = {
+    "a payload of five fields": """
+        from spywatcher import Payload
+
+        class Said(Payload):
+            user_id: str
+            username: str
+            channel_id: str
+            channel_name: str
+            timestamp: str
+
+        @on(hikari.GuildMessageCreateEvent, emit="said")
+        def said(event, spy):
+            return Said(
+                user_id=str(event.author_id), username=event.author.username,
+                channel_id=str(event.channel_id), channel_name="general", timestamp="now",
+            )
+    """,
+    "a dict of two fields": """
+        @on(hikari.GuildMessageCreateEvent, emit="said")
+        def said(event, spy):
+            return {"user_id": event.author_id, "length": 3}
+    """,
+    "nothing": """
+        @on(hikari.GuildMessageCreateEvent, emit="said")
+        def said(event, spy):
+            return None
+    """,
+}
+
+
+class Bench:
+    """One plugin in a host without a server, and an event for it."""
+
+    def __init__(self, source: str, folder: Path) -> None:
+        lines = ["import hikari", "from spywatcher import on", *source.splitlines()]
+        (folder / "said.py").write_text("\n".join(line.removeprefix(" " * 8) for line in lines))
+        self._folder = folder
+
+    async def start(self) -> None:
+        metrics = Metrics()
+        host = PluginHost(PluginsSettings(folders=(str(self._folder),)), {}, self._folder, metrics)
+        host.load()
+        discord = PretendDiscord()
+        guild = discord.add_guild()
+        bot = Gateway(DiscordSettings(), discord.token, host.event_types(), metrics).bot
+        self.sent: list[Any] = []
+        context = HostContext(
+            bot=bot,
+            emit=lambda *event: self.sent.append(event),
+            settled=lambda: True,
+            watches=frozenset({str(guild.id)}).__contains__,
+            storage=self._folder / "counts.db",
+        )
+        await host.start(context)
+        self.event = message_event(bot, guild)
+        [self.hear] = bot.event_manager.get_listeners(hikari.GuildMessageCreateEvent)
+        self._function = host.plugins["said"].module.said
+        self._spy = host.runners["said"].spy
+
+    def by_host(self, events: int) -> float:
+        """Microseconds of CPU for each event."""
+        began = time.process_time()
+        for _ in range(events):
+            try:
+                self.hear(self.event).send(None)
+            except StopIteration:
+                continue
+        seconds = time.process_time() - began
+        self.sent.clear()
+        return seconds / events * 1e6
+
+    def by_hand(self, events: int) -> float:
+        """Microseconds of CPU for each event."""
+        began = time.process_time()
+        for _ in range(events):
+            self._function(self.event, self._spy)
+        return (time.process_time() - began) / events * 1e6
+
+
+def message_event(bot: hikari.GatewayBot, guild: Guild) -> hikari.GuildMessageCreateEvent:
+    from simulator import message_json
+
+    factory = bot.event_factory
+    body = message_json(guild, guild.owner, guild.general)
+    event = factory.deserialize_message_create_event(None, body)  # type: ignore[arg-type]  # no shard is asked
+    assert isinstance(event, hikari.GuildMessageCreateEvent)
+    return event
+
+
+async def measure(source: str, events: int, rounds: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(source, Path(folder))
+        await bench.start()
+        bench.by_host(events // 10)
+        pairs = [(bench.by_host(events), bench.by_hand(events)) for _ in range(rounds)]
+    hosted, alone = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {"host": hosted, "hand": alone, "overhead": hosted - alone}
+
+
+def main() -> None:
+    quick = parse_arguments(__doc__ or "").quick
+    events, rounds = (2_000, 3) if quick else (20_000, 9)
+    figures = {
+        name: asyncio.run(measure(source, events, rounds)) for name, source in PLUGINS.items()
+    }
+    rows = [[name, one["host"], one["hand"], one["overhead"]] for name, one in figures.items()]
+    show("Microseconds an event", ["what it returns", "host", "by hand", "overhead"], rows)
+    keep("plugins", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Post to a webhook when an alert comes. Teaches: another plugin's events, and asking the network."""
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from msgspec import Meta
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError
+
+from spywatcher import PluginSettings, Spy, on
+
+#: Seconds of one attempt: all three have to fit into [plugins] handler_timeout.
+PATIENCE = 1.0
+
+
+class Settings(PluginSettings, frozen=True):
+    url: Annotated[str, Meta(description="Where to post; empty: nowhere.")] = ""
+
+
+@on("alert:multiClient")
+async def notify(alert: dict[str, Any], spy: Spy) -> None:
+    if not spy.settings.url:
+        return
+    text = f"{alert['username']} is on {', '.join(alert['platforms'])}"
+    for attempt in (1, 2, 3):
+        try:
+            await AsyncHTTPClient().fetch(
+                spy.settings.url,
+                method="POST",
+                headers={"Content-Type": "application/json"},
+                body=json.dumps({"content": text}),
+                request_timeout=PATIENCE,
+            )
+        except (OSError, HTTPClientError) as error:
+            spy.log.info("attempt %d: %s", attempt, error)
+            await asyncio.sleep(0.2 * attempt)
+        else:
+            return
+    spy.log.warning("nobody was told that %s", text)

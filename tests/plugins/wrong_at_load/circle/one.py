@@ -1,0 +1,3 @@
+from .two import TWO
+
+ONE = 1

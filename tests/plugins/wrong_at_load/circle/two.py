@@ -1,0 +1,3 @@
+from .one import ONE
+
+TWO = 2

@@ -1,0 +1,5 @@
+from spywatcher import every
+
+
+@every(60)
+def broken(): ...

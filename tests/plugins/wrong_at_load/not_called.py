@@ -1,0 +1,5 @@
+from spywatcher import every
+
+
+@every
+def tick(spy): ...

@@ -1,0 +1,5 @@
+from spywatcher import route
+
+
+@route("/page")
+def page(request): ...

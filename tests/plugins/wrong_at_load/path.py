@@ -1,0 +1,7 @@
+from tornado.web import RequestHandler
+
+from spywatcher import route
+
+
+@route("page")
+class Page(RequestHandler): ...

@@ -1,0 +1,5 @@
+from spywatcher import Payload
+
+
+class Broken(Payload):
+    who: "Somebody"

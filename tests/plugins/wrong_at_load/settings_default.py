@@ -1,0 +1,5 @@
+from spywatcher import PluginSettings
+
+
+class Settings(PluginSettings, frozen=True):
+    limit: int

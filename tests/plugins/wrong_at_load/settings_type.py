@@ -1,0 +1,2 @@
+class Settings:
+    limit = 1

@@ -1,0 +1,216 @@
+"""Ways to be wrong: each is told in one clear line, and the good plugin beside them works.
+
+The plugins are files, in tests/plugins/wrong_at_load and tests/plugins/wrong_at_work.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service import ROOT
+from waiting import eventually
+from watching import Watch, Watching
+
+import spywatcher
+from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
+
+FOLDER = ROOT / "tests" / "plugins"
+#: Why each plugin of tests/plugins/wrong_at_load is not loaded.
+WHY = {
+    "arguments": r"broken takes \(event, spy, more\), expected \(event\) or \(event, spy\) \(arguments.py, line 6\)",
+    "binary": "source code string cannot contain null bytes|invalid|codec can't decode",
+    "circle": r"cannot import name 'ONE' .*ImportError, two.py, line 1",
+    "duplicate": "plugins a_good and duplicate both claim the event good:message; disable one",
+    "event_of_old": r"on\(\"MessageCreate\"\) .* write on\(hikari.GuildMessageCreateEvent\).*line 10",
+    "exits": r"3 \(SystemExit, exits.py, line 3\)",
+    "greeter": r"broken takes \(guild_id\), expected \(guild_id, spy\) or \(guild_id, spy, viewer\)",
+    "import_error": r"No module named 'no_such_module_anywhere' .*import_error.py, line 1",
+    "link": "link.py is no file",
+    "need": "need is no hook, did you mean needs",
+    "needs_more": r"old_state stays empty without needs = \{\"voice\"\}",
+    "needs_what": "needs: got .*coffee.*, expected some of emojis, invites, messages, stickers, voice",
+    "no_arguments": r"broken takes \(\), expected \(spy\)",
+    "no_event": r"on\(Member\): expected a class of hikari's events.*no_event.py, line 6",
+    "not_called": r"every\(.*\): expected seconds.*not_called.py, line 4",
+    "page": r"route\(\"/page\"\) belongs on a RequestHandler",
+    "path": r"route\(\"page\"\): expected a path that begins with /",
+    "payload": "class Broken: name 'Somebody' is not defined",
+    "raises": r"boom at import \(RuntimeError, raises.py, line 1\)",
+    "reserved": "the event name connect is reserved",
+    "room": 'got "my room", expected a kind of room',
+    "set_up": "set_up is no hook, did you mean setup",
+    "setting": "class Setting is never read, did you mean Settings",
+    "settings_default": "Settings.limit: each key needs a default",
+    "settings_type": r"expected class Settings\(PluginSettings",
+    "setup_arguments": r"setup takes \(\), expected \(spy\)",
+    "syntax_error": r"invalid syntax \(syntax_error.py, line 1\)",
+}
+
+
+@pytest.mark.logs(*(f"ERROR spywatcher: plugin {name}: not loaded: " for name in WHY))
+def test_each_plugin_that_does_not_load_is_named_in_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = PluginHost(PluginsSettings(folders=("wrong_at_load",)), {}, FOLDER, Metrics())
+    host.load()
+    assert sorted(host.plugins) == ["a_good", "json"]
+    assert sorted(host.failures) == sorted(WHY)
+    for name, why in WHY.items():
+        [line] = [line for line in host.loader.faults() if line.startswith(f"plugin {name}: ")]
+        assert re.search(why, line), line
+        assert f"spywatcher_plugins.{name}" not in sys.modules
+    assert len([r for r in caplog.records if r.levelno >= logging.ERROR]) == len(WHY)
+
+
+def test_a_key_for_a_plugin_without_settings_is_refused() -> None:
+    tables = {"messages": {"foo": 1}}
+    host = PluginHost(PluginsSettings(), tables, ROOT, Metrics())
+    with pytest.raises(OperatorError, match=r"plugin.messages.foo: unknown key"):
+        host.load()
+
+
+# ---- at work ---------------------------------------------------------------
+
+
+def at_work(*names: str) -> dict[str, Any]:
+    """Settings with which these of tests/plugins/wrong_at_work run beside the good one."""
+    others = {path.stem for path in (FOLDER / "wrong_at_work").glob("*.py")}
+    disabled = sorted(others - {"a_good", *names})
+    return {"folders": [str(FOLDER / "wrong_at_work")], "disabled": disabled}
+
+
+async def still_here(spy: Watch) -> Any:
+    """Somebody writes, and the good plugin says so."""
+    dashboard = await spy.dashboard()
+    await spy.discord.message(spy.guild, spy.guild.owner, spy.guild.general)
+    assert (await dashboard.next("good:message"))["text"] == "still here"
+    return dashboard
+
+
+RUBBISH = {
+    "a_text": "returns:text: returned str 'text', expected a Payload, a dict or None",
+    "a_list": "returns:list: returned list, expected a Payload, a dict or None",
+    "an_object": "returns:object: inner.it: object cannot be sent as JSON",
+    "a_set": "returns:set: names: set cannot be sent as JSON",
+    "not_a_number": "returns:nan: share: JSON has no nan",
+    "huge": "returns:huge: user_id: JavaScript rounds a number so large: send it as a str",
+    "a_circle": "returns:circle: itself.*nested deeper than 16, or in a circle",
+    "half_a_character": "returns:half: name: half of a surrogate pair is no text",
+    "wrong_type": r"returns:typed: Typed.user_id: Expected `str`, got `int`",
+    "wrong_inside": r"returns:inner: Typed.names: Expected `str`, got `int`",
+    "without_emit": r"returned dict, but on\(\) has no emit= to send it as",
+}
+
+
+@pytest.mark.logs(
+    *(
+        f"plugin returns: {name} failed on GuildMessageCreateEvent: {why}"
+        for name, why in RUBBISH.items()
+    )
+)
+async def test_what_cannot_be_sent_is_told_with_its_reason(watching: Watching) -> None:
+    async with watching(plugins=at_work("returns")) as spy:
+        dashboard = await still_here(spy)
+        await spy.nothing(dashboard)
+
+
+@pytest.mark.logs(
+    "plugin raises: plain failed on GuildMessageCreateEvent: RuntimeError: boom",
+    "plugin raises: later failed on GuildMessageCreateEvent: RuntimeError: boom later",
+    "plugin raises: exits failed on GuildMessageCreateEvent: SystemExit: 0",
+    "plugin raises: cancels failed on GuildMessageCreateEvent: CancelledError",
+    "plugin raises: tick failed: RuntimeError: boom again",
+    "plugin raises: making raises:hello failed in hello: RuntimeError: boom at hello",
+    "plugin raises: teardown failed: RuntimeError: boom at the end",
+    r"plugin raises: tick failed 20 times in a row and is paused for 60 s",
+)
+async def test_what_is_raised_is_told_once_of_its_kind_and_counted_each_time(
+    watching: Watching, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with watching(plugins=at_work("raises")) as spy:
+        for _ in range(3):
+            await still_here(spy)
+        failures = spy.server.metrics.plugin_failures.labels("raises")
+        await eventually(lambda: failures._value.get() >= 3 * 4 + 3 + 20)
+        health = spy.server.plugins.health()
+        assert (health["problem"], health["paused"]) == (None, ["raises.tick"])
+    said = [record.getMessage() for record in caplog.records if "boom" in record.getMessage()]
+    assert len(said) == len(set(said))
+
+
+@pytest.mark.logs(
+    r"plugin hangs: forever failed on GuildMessageCreateEvent: took longer than 0.5 s",
+    r"plugin hangs: stubborn failed on GuildMessageCreateEvent: took longer than 0.5 s",
+    r"plugin hangs: making hangs:hello failed in hello: took longer than 0.5 s",
+    r"plugin hangs: teardown failed: took longer than 0.5 s",
+    r"WARNING spywatcher: plugin hangs: blocks held up the server for 1\d\d ms",
+    r"WARNING spywatcher: plugin hangs: blocks_later held up the server for 1\d\d ms",
+)
+async def test_what_hangs_or_blocks_is_named_and_holds_up_nobody(watching: Watching) -> None:
+    async with watching(plugins={**at_work("hangs"), "handler_timeout": 0.5}) as spy:
+        await still_here(spy)
+        failures = spy.server.metrics.plugin_failures.labels("hangs")
+        await eventually(lambda: failures._value.get() >= 3)
+        await still_here(spy)
+
+
+@pytest.mark.logs("plugin hangs_at_setup: setup failed: took longer than 0.3 s and was cancelled")
+async def test_a_setup_that_hangs_is_left_out_while_the_server_serves(
+    watching: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spywatcher.Runner, "setup_limit", 0.3)
+    async with watching(ready=False, plugins=at_work("hangs_at_setup")) as spy:
+        assert spy.server.port  # it listens already
+        await spy.discord.wait_for_bot()
+        await still_here(spy)
+        assert spy.server.plugins.health()["failed"] == ["hangs_at_setup"]
+
+
+@pytest.mark.logs(
+    "plugin emits: thief failed .*: plugin emits may not emit good:message, which belongs to plugin",
+    "plugin emits: impostor failed .*: plugin emits may not emit disconnect, which is reserved",
+    'plugin emits: lost failed .*: emits:lost: no plugin has rooms of the kind "gild", did you mean',
+    "plugin emits: no_guild failed on ShardReadyEvent: ShardReadyEvent has no guild_id",
+)
+async def test_what_is_not_a_plugins_own_is_not_sent(watching: Watching) -> None:
+    async with watching(plugins=at_work("emits")) as spy:
+        dashboard = await still_here(spy)
+        await spy.nothing(dashboard)
+
+
+@pytest.mark.logs("plugin echo: .* failed on echo:[ab]: echo:[ab] comes of itself")
+async def test_events_that_lead_to_each_other_come_to_an_end(watching: Watching) -> None:
+    async with watching(plugins=at_work("echo")) as spy:
+        await still_here(spy)
+
+
+async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spywatcher, "PAUSE", 0.0)
+    calls: list[object] = []
+    fence = spywatcher.Fence("any", Metrics())
+    monkeypatch.setattr(fence, "paused", lambda what: calls.append("paused"))
+    monkeypatch.setattr(fence, "failed", lambda what, error: None)
+
+    def fails(subject: object) -> None:
+        calls.append(subject)
+        raise ValueError
+
+    guarded = spywatcher.Guarded(fails, (), "fails", fence, 1.0)
+    for number in range(21):
+        guarded.call(number, lambda subject, result: None)
+    assert calls == [*range(20), "paused", 20]
+
+
+def test_reasons_never_show_more_than_the_beginning_of_a_value() -> None:
+    assert len(spywatcher.described("x" * 1000)) < 60
+
+
+@pytest.fixture(autouse=True)
+def _no_bytecode(tmp_path: Path) -> None:
+    """Loading leaves nothing beside the plugins' files."""
+    assert not list((FOLDER / "wrong_at_load").rglob("__pycache__"))

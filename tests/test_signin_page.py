@@ -1,0 +1,172 @@
+"""Sign in with Discord, as people do it: the page in the box, in a real browser."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import browser as chromium
+import pytest
+from browser import Browser, running_chromium
+from playwright.async_api import Page, async_playwright, expect
+from service import merged, running, server_of
+from signing import signing_tables
+
+from simulator import Guild, Member, Permission, PretendDiscord
+
+
+@pytest.fixture(scope="session")
+def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Chromium that takes no third-party cookies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            chromium, "SWITCHES", (*chromium.SWITCHES, "--test-third-party-cookie-phaseout")
+        )
+        with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
+            yield address
+
+
+@pytest.fixture
+async def browser(devtools: str) -> AsyncIterator[Browser]:
+    """Whose console says that a token was refused, before anybody has signed in."""
+    async with async_playwright() as playwright:
+        browser = Browser(await playwright.chromium.connect_over_cdp(devtools))
+        browser.expected += ["40[013].*signin", "favicon", "ERR_CONNECTION_REFUSED", "WebSocket"]
+        yield browser
+        await browser.close()
+    assert browser.unexpected() == []
+
+
+@pytest.fixture
+def mod(guild: Guild) -> Member:
+    staff = guild.add_role("Staff", Permission.MANAGE_GUILD)
+    return guild.add_member("mod", roles=[staff])
+
+
+def tables_of(discord: PretendDiscord) -> tuple[dict[str, Any], str]:
+    tables = signing_tables(discord)
+    return tables, tables["plugin"]["signin"]["public_url"]
+
+
+async def sign_in(page: Page, who: str) -> None:
+    """From this server's page, over Discord's, and back."""
+    await page.get_by_role("link", name="Sign in with Discord").click()
+    await page.get_by_role("button", name=who).click()
+
+
+def state(page: Page) -> Any:
+    return expect(page.locator("#state"))
+
+
+async def test_in_the_demo_each_of_four_people_sees_what_they_may(
+    browser: Browser, tmp_path: Path
+) -> None:
+    async with running(tmp_path, "demo", "--port", 0) as demo:
+        await demo.wrote(r"Open this address")
+        url = f"http://localhost:{demo.port}"
+        for who in ("who owns", "a moderator of"):
+            page = await browser.open(url)
+            await sign_in(page, who)
+            await state(page).to_have_text("Live")
+            await expect(page.locator("#guilds")).to_contain_text("Night Owls")
+            await expect(page.locator("#guilds")).not_to_contain_text("Book Club")
+        page = await browser.open(url)
+        await sign_in(page, "a plain member")
+        await expect(page.locator("#no-guild")).to_contain_text("no guild here that you may see")
+        page = await browser.open(url)
+        await sign_in(page, "who is banned here")
+        await expect(page.locator("body")).to_contain_text("You are banned here")
+
+
+async def test_who_cancels_may_try_again(
+    browser: Browser, discord: PretendDiscord, guild: Guild
+) -> None:
+    tables, url = tables_of(discord)
+    async with server_of(discord, tables):
+        page = await browser.open(url)
+        await sign_in(page, "Cancel")
+        await expect(page.locator("h1")).to_have_text("You are not signed in")
+        await page.get_by_role("link", name="Try again").click()
+        await page.get_by_role("button", name="owner").click()
+        await state(page).to_have_text("Live")
+        assert page.url.startswith(url)
+
+
+async def test_who_is_signed_in_stays_so_over_a_restart(
+    browser: Browser, discord: PretendDiscord, mod: Member
+) -> None:
+    tables, url = tables_of(discord)
+    async with server_of(discord, tables):
+        page = await browser.open(url)
+        await sign_in(page, "mod")
+        await state(page).to_have_text("Live")
+    await state(page).to_have_text("Reconnecting")
+    async with server_of(discord, tables):
+        await state(page).to_have_text("Live")
+        await page.reload()
+        await state(page).to_have_text("Live")
+
+
+async def test_a_token_is_renewed_without_a_gap(
+    browser: Browser, discord: PretendDiscord, guild: Guild, mod: Member
+) -> None:
+    """One that lasts 61 s is to be replaced at once, and again a second later."""
+    tables, url = tables_of(discord)
+    tables = merged(
+        tables, {"plugin": {"signin": tables["plugin"]["signin"] | {"token_ttl": 62.0}}}
+    )
+    async with server_of(discord, tables) as server:
+        page = await browser.open(url)
+        await sign_in(page, "mod")
+        await state(page).to_have_text("Live")
+        async with page.expect_response("**/signin/token") as renewed:
+            pass
+        assert (await renewed.value).status == 200
+        await state(page).to_have_text("Live")
+        assert len(server.socketio.eio.sockets) == 1
+
+
+async def test_signing_out_ends_the_second_tab_too(
+    browser: Browser, discord: PretendDiscord, mod: Member
+) -> None:
+    tables, url = tables_of(discord)
+    async with server_of(discord, tables):
+        page = await browser.open(url)
+        await sign_in(page, "mod")
+        await state(page).to_have_text("Live")
+        second = await page.context.new_page()
+        await second.goto(url)
+        await state(second).to_have_text("Live")
+        await page.get_by_role("button", name="Sign out").click()
+        await state(page).to_have_text("Signed out")
+        await state(second).to_have_text("Signed out")
+        await second.reload()
+        await expect(second.get_by_role("link", name="Sign in with Discord")).to_be_visible()
+
+
+async def test_who_loses_the_role_while_looking_is_told_so(
+    browser: Browser, discord: PretendDiscord, guild: Guild, mod: Member
+) -> None:
+    tables, url = tables_of(discord)
+    async with server_of(discord, tables):
+        page = await browser.open(url)
+        await sign_in(page, "mod")
+        await expect(page.locator("#guilds")).to_contain_text(guild.name)
+        await discord.remove_role(guild, mod, guild.roles[mod.role_ids[0]])
+        await expect(page.locator("#notice")).to_contain_text(
+            f"Access to guild {guild.id} was lost"
+        )
+
+
+async def test_two_browsers_are_two_people(
+    browser: Browser, discord: PretendDiscord, guild: Guild, mod: Member
+) -> None:
+    guild.add_member("ada")
+    tables, url = tables_of(discord)
+    async with server_of(discord, tables):
+        first, second = await browser.open(url), await browser.open(url)
+        await sign_in(first, "mod")
+        await sign_in(second, "ada")
+        await expect(first.locator("#guilds")).to_contain_text(guild.name)
+        await expect(second.locator("#no-guild")).to_be_visible()
