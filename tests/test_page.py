@@ -20,6 +20,7 @@ from waiting import eventually
 from watching import Watch, Watching
 
 from simulator import Guild, PretendDiscord
+from spywatcher import Settings
 
 #: Plugins of the tests stand before the shipped ones, and take the place of those of their name.
 OWN_PLUGINS = {"folders": [str(Path(__file__).parent / "page"), "plugins"]}
@@ -294,6 +295,20 @@ async def test_history_is_drawn_from_its_counts(browser: Browser, watching: Watc
         await expect(page.locator("#figures div", has_text="Members")).to_contain_text("1,234")
 
 
+async def test_where_nothing_has_been_counted_the_page_says_what_will_come(
+    browser: Browser, watching: Watching
+) -> None:
+    async with watching(plugins=OWN_PLUGINS) as spy:
+        page = await browser.open(address(spy, "time"))
+        await expect(page.locator("#no-history")).to_contain_text("Nothing has been counted yet")
+        await page.get_by_role("link", name="Now", exact=True).click()
+        await expect(page.locator("#figures")).to_contain_text("compared in 7 days")
+        await expect(page.locator("#no-events")).to_contain_text("Nothing has happened since")
+    async with watching(plugins={"disabled": ["history"]}) as spy:
+        page = await browser.open(address(spy, "time"))
+        await expect(page.locator("#no-history")).to_contain_text("keeps no history")
+
+
 async def test_scores_are_listed_with_what_they_mean(browser: Browser, spy: Watch) -> None:
     page = await browser.open(address(spy, "people"))
     ada = await spy.discord.join(spy.guild, "ada")
@@ -351,6 +366,25 @@ async def test_the_page_comes_back_after_a_restart(
         await spy.discord.message(guild, ada, guild.general)
         await expect(page.locator("#events li:not([data-kind=gap])")).to_have_count(2)
         await expect(page.locator("#events [data-kind=gap]")).to_contain_text("connection was lost")
+
+
+@pytest.mark.skipif(
+    "recovery" not in Settings.__struct_fields__, reason="this server has no [recovery]"
+)
+async def test_after_a_short_cut_not_a_row_is_missed(
+    browser: Browser, watching: Watching, guild: Guild
+) -> None:
+    ada = guild.add_member("ada")
+    async with watching() as spy:
+        page = await browser.open(address(spy))
+        await state(page).to_have_text("Live")
+        await spy.discord.message(guild, ada, guild.general)
+        await expect(page.locator("#events li")).to_have_count(1)
+        await page.context.set_offline(True)
+        await state(page).to_have_text("Reconnecting")
+        await spy.discord.message(guild, ada, guild.general)
+        await page.context.set_offline(False)
+        await expect(page.locator("#events li p")).to_have_text(["ada wrote in #general"] * 2)
 
 
 @pytest.mark.logs("not connected to Discord")

@@ -30,7 +30,12 @@ export class History {
   }
 
   get known() {
-    return this.changes > 0 && this.members !== null;
+    return this.members !== null;
+  }
+
+  /** Whether there is no hour yet: the server has begun to count just now. */
+  get empty() {
+    return this.#hours.size === 0;
   }
 
   at(hour) {

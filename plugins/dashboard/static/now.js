@@ -75,7 +75,7 @@ function change(way, ratio) {
 function whyNot(guild, now) {
   if (guild.historyError) return "no history here";
   if (!guild.history.known) return "";
-  const days = Math.ceil(7 - (now - guild.history.oldest) / 86_400_000);
+  const days = guild.history.empty ? 7 : Math.ceil(7 - (now - guild.history.oldest) / 86_400_000);
   return days > 0 && days < 8 ? `compared in ${count(days, "day")}` : "nothing from a week ago";
 }
 

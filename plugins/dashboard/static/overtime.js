@@ -161,9 +161,9 @@ export class OverTime {
   }
 
   paint(guild, now) {
-    $("#history").hidden = !guild.history.known;
-    $("#no-history").hidden = guild.history.known;
-    if (!guild.history.known) return say($("#no-history"), whyNoHistory(guild));
+    $("#history").hidden = guild.history.empty;
+    $("#no-history").hidden = !guild.history.empty;
+    if (guild.history.empty) return say($("#no-history"), whyNoHistory(guild));
     const state = [guild.id, guild.history.changes, Math.floor(now / 60_000), this.#days, this.#measure].join();
     if (state === this.#painted) return;
     this.#guild = guild;
@@ -202,5 +202,6 @@ export class OverTime {
 
 function whyNoHistory(guild) {
   if (guild.historyError) return "This server keeps no history: its plugin “history” is switched off.";
+  if (guild.history.known) return "Nothing has been counted yet. The first hour appears within a minute of something happening.";
   return "The days come within a minute: first those that are kept, then each minute what is new.";
 }
