@@ -5673,6 +5673,7 @@ class Shard(hikari.impl.GatewayShardImpl):
             await self._connect()
             if self._has_begun():
                 self._awaited = "events"
+                self._gateway.shard_up(self)
                 self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
                 await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
             if self._broken is not None:
@@ -5859,6 +5860,7 @@ class Gateway:
         self._brakes: dict[int, Brake] = {}
         self._up: set[int] = set()
         self._ended: Exception | None = None
+        self._how = ""  # of the newest session
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
@@ -6050,6 +6052,12 @@ class Gateway:
 
     # -- what shards tell
 
+    def shard_up(self, shard: hikari.api.GatewayShard) -> None:
+        """READY or RESUMED came, and the listeners of that have heard it."""
+        self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", self._how, connected=True)
+
     def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
         self._up.discard(shard.id)
         self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
@@ -6061,17 +6069,11 @@ class Gateway:
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back(event.shard, "session resumed, nothing missed")
-
-    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
-        if shard.is_connected:  # else the connection broke a moment ago
-            self._up.add(shard.id)
-        if self.connected:
-            self._report.say("connected", how, connected=True)
+        self._how = "session resumed, nothing missed"
 
     def _away(self, cause: str, why: str) -> None:
         if self._report.connected:
