@@ -7600,7 +7600,7 @@ class Server:
             return listen(server.host, server.port)
         except OSError as error:
             raise OperatorError(
-                f"server.port: cannot listen on {server.host}:{server.port}: {error.strerror}"
+                f"server.port: cannot listen on {server.host}:{server.port}: {os.strerror(error.errno or 0)}"
             ) from error
 
     async def wait_closed(self) -> None:
