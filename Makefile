@@ -4,6 +4,7 @@
 #   make demo                    the server against its built-in pretend Discord
 #   make test ARGS="-k rooms"    the tests, or those that ARGS choose
 #   make test-cluster            the tests that break Redis and nodes, and wait for the others to notice
+#   make test-vm                 the service in an emulated machine with a real systemd (Debian's debootstrap and qemu)
 #   make cluster-demo            three nodes, a Redis and the pretend Discord
 #   make lint                    what CI checks besides the tests
 #   make format                  lay the code out as `make lint` wants it
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cluster cluster-demo lint format bench bundle check-units clean
+.PHONY: demo test test-cluster test-vm cluster-demo lint format bench bundle check-units clean
 
 demo: .venv/.run
 	$(BIN)/python spywatcher.py demo $(ARGS)
@@ -33,6 +34,9 @@ test: .venv/.test tests/node_modules/.installed
 
 test-cluster: .venv/.test tests/node_modules/.installed
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+test-vm: .venv/.test .venv/.bundle
+	$(BIN)/python -m pytest -m vm tests/test_vm.py $(ARGS)
 
 cluster-demo: .venv/.test
 	$(BIN)/python bench/cluster_demo.py
@@ -69,7 +73,7 @@ bundle: .venv/.bundle
 
 # Debian's systemd, nginx-light, caddy and prometheus bring the programs.
 check-units: .venv/.run
-	systemd-analyze verify systemd/spywatcher.service systemd/spywatcher.socket
+	systemd-analyze verify systemd/*.service systemd/*.socket
 	mkdir -p build && systemd-analyze security --offline=true --threshold=20 \
 	  systemd/spywatcher.service >build/exposure.txt && tail -n 1 build/exposure.txt
 	promtool check rules docs/alerts.yml

@@ -4783,6 +4783,12 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
+def say_faults(*faults: str) -> None:
+    """One line each on stderr; in the journal each is an error (sd-daemon(3))."""
+    mark = "<3>" if logs_to_journal(os.environ) else ""
+    print("\n".join(f"{mark}spywatcher: {fault}" for fault in faults), file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check, build, run. Returns the exit status."""
     parsed = parse_arguments(arguments)
@@ -4791,10 +4797,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_up_logging(settings.log)
         parsed.command(settings, parsed)
     except OperatorError as error:
-        print("\n".join(f"spywatcher: {fault}" for fault in error.faults), file=sys.stderr)
+        say_faults(*error.faults)
         return EXIT_OPERATOR
     except UpstreamError as error:
-        print(f"spywatcher: {error}", file=sys.stderr)
+        say_faults(str(error))
         return EXIT_OPERATOR
     return 0
 
