@@ -10,8 +10,6 @@ from service import ROOT
 from waiting import eventually
 from watching import Watch
 
-import spywatcher
-
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -32,14 +30,6 @@ def test_the_packages_to_install_are_those_that_are_needed():
     shown = re.search(r"pip install (.+)", README)
     assert shown
     assert shown[1].split() == needed
-
-
-def test_the_events_shown_are_those_that_plugins_declare():
-    host = spywatcher.PluginHost(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
-    host.load()
-    declared = {event for plugin in host.plugins.values() for event in plugin.events}
-    table = README.split("### Events")[1].split("## Write")[0]
-    assert set(re.findall(r"^\| `([\w:]+)` ", table, re.MULTILINE)) == declared
 
 
 async def test_the_dashboard_shown_runs(spy: Watch):

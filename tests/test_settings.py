@@ -61,7 +61,7 @@ def as_lists(value: object) -> object:
 
 
 def rows() -> list[str]:
-    """The lines of the README's table."""
+    """The lines of the table in docs/settings.md."""
     return [
         f"| `{path}` | `{spywatcher.shown(as_lists(default))}` | {text} |"
         for path, (default, text) in known_settings().items()
@@ -87,9 +87,9 @@ def test_config_toml_is_the_table_of_defaults():
     assert told == expected
 
 
-def test_the_readme_shows_the_same_table():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    shown = [line for line in readme.splitlines() if re.match(r"\| `\w+\.[\w.:]+` ", line)]
+def test_the_page_of_settings_shows_the_same_table():
+    page = (ROOT / "docs" / "settings.md").read_text("utf-8")
+    shown = [line for line in page.splitlines() if re.match(r"\| `\w+\.[\w.:]+` ", line)]
     assert shown == rows()
 
 
