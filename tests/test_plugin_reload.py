@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,37 @@ def footprint() -> tuple[int, ...]:
     gc.collect()
     runners = sum(isinstance(one, spywatcher.Runner) for one in gc.get_objects())
     return len(sys.modules), len(asyncio.all_tasks()), threading.active_count(), runners
+
+
+async def test_counts_go_on_over_a_reload_of_what_keeps_them(
+    live: Callable[..., Any], folder: Path
+) -> None:
+    shipped = Path(__file__).parent.parent / "plugins"
+    shutil.copytree(shipped, folder, dirs_exist_ok=True)
+    async with live() as spy:
+        ada = await spy.discord.join(spy.guild, "ada")
+        for name in ("analytics/__init__.py", "history.py"):
+            before = spy.server.plugins.plugins[Path(name).parts[0].removesuffix(".py")].module
+            await spy.discord.message(spy.guild, ada, spy.guild.add_channel(name))
+            (folder / name).write_text((shipped / name).read_text("utf-8") + "#\n", "utf-8")
+            await spy.discord.message(spy.guild, ada, spy.guild.add_channel(f"{name} once more"))
+            await eventually(partial(is_replaced, spy, before), timeout=SOON)
+            await spy.discord.message(spy.guild, ada, spy.guild.general)
+        await spy.discord.caught_up()
+        await eventually(lambda: all(kept(spy)), timeout=SOON)
+        dashboard = await spy.dashboard(kinds=["analytics", "history"])
+        lists = (await dashboard.next("analytics:update"))["data"]
+        assert [row["channelCount"] for row in lists["channelDiversity"]] == [5]
+        hours = (await dashboard.next("history:update"))["hours"]
+        assert sum(hour["messages"] for hour in hours) == 6
+        assert sum(hour["joins"] for hour in hours) == 1
+
+
+def is_replaced(spy: Watch, module: Any) -> bool:
+    return all(runner.plugin.module is not module for runner in spy.server.plugins.running.values())
+
+
+def kept(spy: Watch) -> list[bool]:
+    """Of each plugin that counts, whether it has taken over what was counted before it."""
+    plugins = spy.server.plugins.plugins
+    return [getattr(plugins[name].module, name).keeper.loaded for name in ("analytics", "history")]
