@@ -407,7 +407,7 @@ class LogSettings(Section, frozen=True):
 
 
 #: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
-THROTTLE: Final = {"analytics:update": 30.0}
+THROTTLE: Final = {"analytics:update": 30.0, "history:update": 60.0}
 
 
 class Settings(Section, frozen=True):
@@ -3320,10 +3320,14 @@ class Spy:
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
         self.bot = context.bot
-        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
+        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps; `history`
+        #: has its own beside it.
         self.storage = context.storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
+        #: Held by one instance of the plugin at a time. On a reload the fresh one is set up before
+        #: the `teardown` of the old one: what must not be done by both is done under this.
+        self.alone = context.alone(name)
         self._name = name
         self._tokens = context.tokens
         self._emit = emit
@@ -3434,6 +3438,8 @@ class HostContext(NamedTuple):
     tokens: Tokens = Tokens(Keys(), ())
     #: Whether a viewer of a guild may see a channel of it.
     may_see: Callable[[Viewer, str, str], bool] = lambda viewer, guild_id, channel_id: True
+    #: The lock of all instances of a plugin of this name.
+    alone: Callable[[str], asyncio.Lock] = lambda name: asyncio.Lock()
 
 
 # -- what goes out
@@ -4521,7 +4527,7 @@ def load_module(name: str, path: Path) -> ModuleType:
     """Run a plugin's file as a fresh module, under a name that no other module can have.
 
     It stays in `sys.modules`, where dataclasses and postponed annotations look it up, whatever it
-    raises.
+    raises. Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
@@ -4529,6 +4535,9 @@ def load_module(name: str, path: Path) -> ModuleType:
         sys.meta_path.insert(0, PluginFinder())
     importlib.invalidate_caches()  # of folders whose files are new
     full_name = MODULE_PREFIX + name
+    package = MODULE_PREFIX.rstrip(".")
+    beside = path.parent.parent if path.name == "__init__.py" else path.parent
+    sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(beside)]
     folder = [str(path.parent)] if path.name == "__init__.py" else None
     loader = SourceLoader(full_name, str(path))
     spec = importlib.util.spec_from_file_location(
@@ -4686,6 +4695,8 @@ class PluginHost:
         #: Whether plugins are at work here, and what is held while that or they change.
         self.leading = False
         self.changing = asyncio.Lock()
+        #: What the instances of a plugin, by its name, take in turn.
+        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
     # -- what plugins ask for
 
@@ -7051,6 +7062,7 @@ class Server:
             share=self.node.share,
             tokens=self.tokens,
             may_see=self.access.may_see,
+            alone=self.plugins.locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:
