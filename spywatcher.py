@@ -5340,6 +5340,7 @@ class Shard(hikari.impl.GatewayShardImpl):
             await self._connect()
             if self._has_begun():
                 self._awaited = "events"
+                self._gateway.shard_up(self)
                 self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
                 await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
             if self._broken is not None:
@@ -5354,17 +5355,28 @@ class Shard(hikari.impl.GatewayShardImpl):
 
     async def _connect(self) -> tuple[asyncio.Task[None], ...]:
         self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        connecting = asyncio.create_task(super()._connect())
         try:
             async with asyncio.timeout(self._patience.step) as self._deadline:
-                tasks = await super()._connect()
+                tasks = await asyncio.shield(connecting)
         except TimeoutError as error:
             why = f"no {self._awaited} within {self._patience.step:g} s"
             raise AwayError(self._awaited, why) from error
+        finally:
+            await self._give_up(connecting)
         if self._broken is not None:
             raise self._broken
         if self._has_begun() and self._session_id is None:
             raise AwayError("READY", "RESUMED came instead of READY")
         return tasks
+
+    async def _give_up(self, connecting: asyncio.Task[Any]) -> None:
+        """End a step that is not over. hikari 2.7 leaks what it is cancelled in before its socket is there."""
+        patience = time.monotonic() + CLOSING_PATIENCE
+        while self._ws is None and not connecting.done() and time.monotonic() < patience:
+            await asyncio.wait([connecting], timeout=CLOSING_PATIENCE / 50)
+        connecting.cancel()
+        await asyncio.wait([connecting])
 
     async def _heartbeat(self, heartbeat_interval: float) -> None:
         """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
@@ -5443,6 +5455,8 @@ class Shard(hikari.impl.GatewayShardImpl):
         self._gateway.shard_away(self, cause, why)
 
 
+#: Seconds that a connection in the making gets to be made, when it is to end.
+CLOSING_PATIENCE: Final = 1.0
 #: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
 RESUME_LATER: Final = 3000
 
@@ -5513,6 +5527,7 @@ class Gateway:
         self._brakes: dict[int, Brake] = {}
         self._up: set[int] = set()
         self._ended: Exception | None = None
+        self._how = ""  # of the newest session
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
@@ -5704,6 +5719,12 @@ class Gateway:
 
     # -- what shards tell
 
+    def shard_up(self, shard: hikari.api.GatewayShard) -> None:
+        """READY or RESUMED came, and the listeners of that have heard it."""
+        self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", self._how, connected=True)
+
     def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
         self._up.discard(shard.id)
         self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
@@ -5715,17 +5736,11 @@ class Gateway:
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back(event.shard, "session resumed, nothing missed")
-
-    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
-        if shard.is_connected:  # else the connection broke a moment ago
-            self._up.add(shard.id)
-        if self.connected:
-            self._report.say("connected", how, connected=True)
+        self._how = "session resumed, nothing missed"
 
     def _away(self, cause: str, why: str) -> None:
         if self._report.connected:
