@@ -4,6 +4,16 @@ One process. In comes a Discord gateway session (hikari); out go Socket.IO event
 dashboards (Tornado, python-socketio). Nothing here knows an event by name: every event that a
 dashboard sees is made by a plugin.
 
+Who writes a plugin finds what it may import below the sections, in `help(spywatcher)`, and the way to
+it in docs/plugins.md:
+
+    import hikari
+    from spywatcher import on
+
+    @on(hikari.RoleCreateEvent, emit="role:create")
+    def role_create(event):
+        return {"name": event.role.name}
+
 The way of one event:
     hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
@@ -3501,6 +3511,8 @@ def check_kind(kind: object) -> None:
 def user_name(user: hikari.User) -> str:
     """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
 
+        user_name(event.author)
+
     Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
     usernames have 64 characters at most, other names 100.
     """
@@ -3510,6 +3522,8 @@ def user_name(user: hikari.User) -> str:
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     """A member's username as it is now; the id while Discord has not sent the member.
 
+        member_name(spy.bot.cache, event.guild_id, event.user_id)
+
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
@@ -3518,19 +3532,34 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
 
 
 def role_name(role: hikari.Role) -> str:
-    """A role's name as it may leave, or its id."""
+    """A role's name as it may leave.
+
+        [role_name(role) for role in event.member.get_roles()]
+
+    Where nothing of it can be seen, it is the id.
+    """
     return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
-    """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
+    """The name of a channel or thread.
+
+        channel_name(spy.bot.cache, event.channel_id)
+
+    Where Discord hides the name or has not sent it, it is the id.
+    """
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
+    """A moment as it goes out.
+
+        timestamp(event.message.created_at)  # "2026-01-02T03:04:05.678Z"
+
+    That is ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given.
+    """
     moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -3547,7 +3576,11 @@ class News(NamedTuple):
 
 
 class Shared(Protocol):
-    """What a plugin keeps of members for all nodes of a service, in Redis.
+    """What a plugin keeps of members for all nodes of a service, in Redis; `spy.shared`.
+
+        async for chunk in spy.shared.read():
+            counts.add(json.loads(chunk))
+        await spy.shared.write('{"5:2026-01": [86400, {"7": "3 messages"}]}')
 
     Tables of texts, one text a member. A table is named `GUILD_ID:ANYTHING`, a member by its id;
     so `spywatcher.py forget` finds what it has to remove. Chunks and changes are JSON, for a
@@ -4078,10 +4111,15 @@ class Guarded:
         started = time.perf_counter()
         try:
             result = self._function(subject, *self._arguments)
+        except FAULTS as error:
+            self._failed(error)
+            return
+        finally:
             self._took(time.perf_counter() - started)
-            if hasattr(result, "__await__"):
-                self._await(result, functools.partial(then, subject))
-                return
+        if hasattr(result, "__await__"):
+            self._await(result, functools.partial(then, subject))
+            return
+        try:
             then(subject, result)
         except FAULTS as error:
             self._failed(error)
@@ -4439,6 +4477,12 @@ class Runner:
         ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
+        own = {"spy": self.spy, "failed": self.fence.failed}
+        #: What the plugin serves: a pattern of the whole path, and what answers there.
+        self.routes: Routes = [
+            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, pattern in plugin.routes
+        ]
 
     def _guard(
         self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
@@ -4455,14 +4499,6 @@ class Runner:
         wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
         where = f" in {function.__name__}"
         return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
-
-    def routes(self) -> Routes:
-        """What the plugin serves: a pattern of the whole path, and what answers there."""
-        own = {"spy": self.spy, "failed": self.fence.failed}
-        return [
-            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, pattern in self.plugin.routes
-        ]
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
@@ -5106,7 +5142,7 @@ class PluginHost:
     def take_over(self) -> None:
         """Have all that happens go to those that are there now, in one step."""
         order = sorted(self.runners)
-        self._routes = [route for name in order for route in self.runners[name].routes()]
+        self._routes = [route for name in order for route in self.runners[name].routes]
         if self._dispatcher is not None:
             self._dispatcher.connect(self.running[name] for name in order if name in self.running)
 
