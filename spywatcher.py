@@ -7635,9 +7635,10 @@ class Server:
         try:
             return listen(server.host, server.port)
         except OSError as error:
-            raise OperatorError(
-                f"server.port: cannot listen on {server.host}:{server.port}: {os.strerror(error.errno or 0)}"
-            ) from error
+            unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
+            why = error.strerror if unknown else os.strerror(error.errno or 0)
+            place = f"{server.host}:{server.port}"
+            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -7965,7 +7966,9 @@ def reload_settings(server: Server, path: Path | None) -> None:
     try:
         settings = read_settings(path)
         with naming_source(settings):
-            keys, _ = credentials_of(settings)
+            keys = read_keys(settings.auth, settings.folder)
+            if keys == Keys():
+                raise OperatorError("auth.secret: not set any more")
             for_restart = server.reload(settings, keys)
     except OperatorError as error:
         log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))
