@@ -2106,14 +2106,10 @@ class Session:
         default_factory=lambda: ConnectionLog(log, {"connection": secrets.token_hex(4)})
     )
     state: State = State.POLLING
-    #: Whether the latest request that brought packets named a page's origin.
-    from_browser: bool = False
-    #: Whether room events come to it with their offsets (see "recovery").
-    tracks: bool = False
-    #: Its WebSocket, once that is the transport.
-    handler: SocketHandler | None = None
-    #: One POST is at work.
-    posting: bool = False
+    from_browser: bool = False  # the latest request that brought packets named a page's origin
+    tracks: bool = False  # room events come to it with their offsets (see "recovery")
+    handler: SocketHandler | None = None  # its WebSocket, once that is the transport
+    posting: bool = False  # one POST is at work
     #: By which TCP connections it comes: the latest of each kind of request.
     _carriers: dict[str, Connection] = dataclasses.field(default_factory=dict)
     _stream: IOStream | None = None
@@ -5868,6 +5864,55 @@ class Bot(hikari.GatewayBot):
         )
 
 
+def refuse_final(error: Exception | None) -> None:
+    """Raise what the end of a shard means, if not that REST is to be asked again."""
+    code = getattr(error, "code", None)
+    if code in FINAL_CODES:
+        raise UpstreamError(code)
+
+
+def final_refusal(
+    code: object,
+    token_key: str,
+    intents: hikari.Intents,
+    wanted: Mapping[type[hikari.Event], Sequence[str]],
+) -> UpstreamError:
+    """What an operator reads of a refusal: what to change, and where."""
+    if code == 4014:
+        switches = " and ".join(
+            f"{switch} (for {', '.join(wanted_by(intent, wanted))})"
+            for intent, switch in PRIVILEGED_SWITCHES.items()
+            if intent & intents
+        )
+        return UpstreamError(
+            f"Discord refused the intents: switch on {switches} at {PORTAL}"
+            " -> Privileged Gateway Intents"
+        )
+    if code in (4012, 4013):
+        return UpstreamError(
+            f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+            f" (this is {hikari.__version__}) and SpyWatcher"
+        )
+    table, _, key = token_key.partition(".")
+    return UpstreamError(
+        f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+        f" and put the new one into [{table}] {key}"
+    )
+
+
+def wanted_by(
+    intent: hikari.Intents, wanted: Mapping[type[hikari.Event], Sequence[str]]
+) -> list[str]:
+    """The plugins that need an intent."""
+    plugins = [
+        plugin
+        for event_type, names in wanted.items()
+        if intents_for([event_type]) & intent
+        for plugin in names
+    ]
+    return sorted(set(plugins))
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
@@ -5943,9 +5988,10 @@ class Gateway:
                     await self._turning(self._begin())
                     failures = 0
                     await self._turning(self.bot.join())
-                    self._refuse(self._ended)
+                    refuse_final(self._ended)
                 except UpstreamError as error:
-                    raise self._final(error) from error
+                    code = error.args[0]
+                    raise final_refusal(code, self.token_key, self.intents, self._wanted) from error
                 except AwayError as error:
                     self._away(error.cause, error.why)
                     asked = error.wait
@@ -6044,47 +6090,6 @@ class Gateway:
         self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
-
-    # -- refused for good
-
-    def _refuse(self, error: Exception | None) -> None:
-        """Raise what the end of a shard means, if not that REST is to be asked again."""
-        code = getattr(error, "code", None)
-        if code in FINAL_CODES:
-            raise UpstreamError(code)
-
-    def _final(self, error: UpstreamError) -> UpstreamError:
-        """What an operator reads of a refusal: what to change, and where."""
-        code = error.args[0]
-        if code == 4014:
-            switches = " and ".join(
-                f"{switch} (for {', '.join(self._wanted_by(intent))})"
-                for intent, switch in PRIVILEGED_SWITCHES.items()
-                if intent & self.intents
-            )
-            return UpstreamError(
-                f"Discord refused the intents: switch on {switches} at {PORTAL}"
-                " -> Privileged Gateway Intents"
-            )
-        if code in (4012, 4013):
-            return UpstreamError(
-                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
-                f" (this is {hikari.__version__}) and SpyWatcher"
-            )
-        table, _, key = self.token_key.partition(".")
-        return UpstreamError(
-            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-            f" and put the new one into [{table}] {key}"
-        )
-
-    def _wanted_by(self, intent: hikari.Intents) -> list[str]:
-        plugins = [
-            plugin
-            for event_type, names in self._wanted.items()
-            if intents_for([event_type]) & intent
-            for plugin in names
-        ]
-        return sorted(set(plugins))
 
     # -- what shards tell
 
