@@ -5864,53 +5864,23 @@ class Bot(hikari.GatewayBot):
         )
 
 
-def refuse_final(error: Exception | None) -> None:
-    """Raise what the end of a shard means, if not that REST is to be asked again."""
-    code = getattr(error, "code", None)
-    if code in FINAL_CODES:
-        raise UpstreamError(code)
-
-
-def final_refusal(
-    code: object,
-    token_key: str,
-    intents: hikari.Intents,
-    wanted: Mapping[type[hikari.Event], Sequence[str]],
-) -> UpstreamError:
-    """What an operator reads of a refusal: what to change, and where."""
+def refusal(code: object, switches: str, token_key: str) -> str:
+    """What an operator reads of the code with which Discord refused: what to change, and where."""
     if code == 4014:
-        switches = " and ".join(
-            f"{switch} (for {', '.join(wanted_by(intent, wanted))})"
-            for intent, switch in PRIVILEGED_SWITCHES.items()
-            if intent & intents
-        )
-        return UpstreamError(
+        return (
             f"Discord refused the intents: switch on {switches} at {PORTAL}"
             " -> Privileged Gateway Intents"
         )
     if code in (4012, 4013):
-        return UpstreamError(
+        return (
             f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
             f" (this is {hikari.__version__}) and SpyWatcher"
         )
     table, _, key = token_key.partition(".")
-    return UpstreamError(
+    return (
         f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
         f" and put the new one into [{table}] {key}"
     )
-
-
-def wanted_by(
-    intent: hikari.Intents, wanted: Mapping[type[hikari.Event], Sequence[str]]
-) -> list[str]:
-    """The plugins that need an intent."""
-    plugins = [
-        plugin
-        for event_type, names in wanted.items()
-        if intents_for([event_type]) & intent
-        for plugin in names
-    ]
-    return sorted(set(plugins))
 
 
 class Gateway:
@@ -5988,10 +5958,10 @@ class Gateway:
                     await self._turning(self._begin())
                     failures = 0
                     await self._turning(self.bot.join())
-                    refuse_final(self._ended)
+                    self._refuse(self._ended)
                 except UpstreamError as error:
-                    code = error.args[0]
-                    raise final_refusal(code, self.token_key, self.intents, self._wanted) from error
+                    text = refusal(error.args[0], self._switches(), self.token_key)
+                    raise UpstreamError(text) from error
                 except AwayError as error:
                     self._away(error.cause, error.why)
                     asked = error.wait
@@ -6090,6 +6060,31 @@ class Gateway:
         self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
+
+    # -- refused for good
+
+    def _refuse(self, error: Exception | None) -> None:
+        """Raise what the end of a shard means, if not that REST is to be asked again."""
+        code = getattr(error, "code", None)
+        if code in FINAL_CODES:
+            raise UpstreamError(code)
+
+    def _switches(self) -> str:
+        """The switches of the developer portal that are needed, and for what."""
+        return " and ".join(
+            f"{switch} (for {', '.join(self._wanted_by(intent))})"
+            for intent, switch in PRIVILEGED_SWITCHES.items()
+            if intent & self.intents
+        )
+
+    def _wanted_by(self, intent: hikari.Intents) -> list[str]:
+        plugins = [
+            plugin
+            for event_type, names in self._wanted.items()
+            if intents_for([event_type]) & intent
+            for plugin in names
+        ]
+        return sorted(set(plugins))
 
     # -- what shards tell
 
