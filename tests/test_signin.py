@@ -21,7 +21,7 @@ from signing import Browser, signing_in, signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
-from spywatcher import Keys, parse_settings
+from spywatcher import Keys, Metrics, OperatorError, PluginHost, parse_settings, read_settings
 
 LISTED = "https://board.example"
 
@@ -429,13 +429,20 @@ PORTAL = {"client_id": "123", "client_secret": "s", "public_url": "https://watch
         ({"admins": ["ada"]}, "plugin.signin.admins"),
     ],
 )
-async def test_check_names_what_cannot_work(
-    tmp_path: Path, wrong: dict[str, object], said: str
-) -> None:
-    write_settings(tmp_path, signin_only(PORTAL | wrong))
-    status, _, log = await run(tmp_path, "check")
-    assert status == 2
-    assert any(re.search(said, line) for line in log), log
+def test_what_cannot_work_is_named(tmp_path: Path, wrong: dict[str, object], said: str) -> None:
+    faults = faults_of(tmp_path, PORTAL | wrong)
+    assert any(re.search(said, fault) for fault in faults), faults
+
+
+def faults_of(folder: Path, table: dict[str, object]) -> list[str]:
+    """What `check` and `serve` say of this `[plugin.signin]`, in a folder of its own."""
+    settings = read_settings(write_settings(folder, signin_only(table)))
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    try:
+        host.load()
+    except OperatorError as error:
+        return list(error.faults)
+    return []
 
 
 def signin_only(table: dict[str, object], **auth: object) -> dict[str, dict[str, object]]:
@@ -446,12 +453,17 @@ def signin_only(table: dict[str, object], **auth: object) -> dict[str, dict[str,
 @pytest.mark.parametrize(
     "url", ["https://Watch.Example:443/", "http://localhost:3001", "http://[::1]"]
 )
-async def test_check_takes_what_can_work(tmp_path: Path, url: str) -> None:
+def test_what_can_work_is_taken(tmp_path: Path, url: str) -> None:
     (tmp_path / "client").write_bytes(b"\xef\xbb\xbfs3cret\n")
-    table = PORTAL | {"public_url": url, "client_secret": "", "client_secret_file": "client"}
-    write_settings(tmp_path, signin_only(table))
-    status, out, log = await run(tmp_path, "check")
+    more = {"public_url": url, "client_secret": "", "client_secret_file": "client"}
+    assert faults_of(tmp_path, PORTAL | more) == []
+
+
+async def test_check_shows_no_secret(tmp_path: Path) -> None:
+    write_settings(tmp_path, signin_only(PORTAL | {"client_secret": "s3cret"}))
+    status, out, log = await run(tmp_path, "check", "--settings")
     assert status == 0, log
+    assert "plugin.signin.client_secret = (set, not shown)" in out
     assert "s3cret" not in "\n".join([*out, *log])
 
 
@@ -460,8 +472,7 @@ async def test_check_says_that_a_public_key_signs_nothing(tmp_path: Path) -> Non
     form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     (tmp_path / "key.pem").write_bytes(key.public_bytes(*form))
     auth = {"algorithms": ["ES256"], "public_key_file": "key.pem"}
-    for table, expected in ((PORTAL, 2), ({}, 0)):
-        write_settings(tmp_path, signin_only(table, **auth))
-        status, _, log = await run(tmp_path, "check")
-        assert status == expected
-        assert any("plugin.signin: needs [auth] secret" in line for line in log) is bool(expected)
+    write_settings(tmp_path, signin_only(PORTAL, **auth))
+    status, _, log = await run(tmp_path, "check")
+    assert status == 2
+    assert any("plugin.signin: needs [auth] secret" in line for line in log)
