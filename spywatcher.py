@@ -473,8 +473,9 @@ def is_secret(key: str, value: object) -> bool:
 def expected(kind: Any) -> str:
     """What a setting of this type takes, in words; empty where the type says nothing in words."""
     if get_origin(kind) is Annotated:
-        titles = [meta.title for meta in kind.__metadata__ if getattr(meta, "title", None)]
-        return titles[0] if titles else expected(get_args(kind)[0])
+        titles = [meta.title for meta in kind.__metadata__ if meta.title]
+        limits = [meta for meta in kind.__metadata__ if meta != Meta(description=meta.description)]
+        return titles[0] if titles else "" if limits else expected(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
     if get_origin(kind) is tuple:
@@ -5508,6 +5509,25 @@ class Bot(hikari.GatewayBot):
         )
 
 
+def refusal(code: object, switches: str, token_key: str) -> str:
+    """What an operator reads of the code with which Discord refused: what to change, and where."""
+    if code == 4014:
+        return (
+            f"Discord refused the intents: switch on {switches} at {PORTAL}"
+            " -> Privileged Gateway Intents"
+        )
+    if code in (4012, 4013):
+        return (
+            f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+            f" (this is {hikari.__version__}) and SpyWatcher"
+        )
+    table, _, key = token_key.partition(".")
+    return (
+        f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+        f" and put the new one into [{table}] {key}"
+    )
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
@@ -5585,7 +5605,8 @@ class Gateway:
                     await self._turning(self.bot.join())
                     self._refuse(self._ended)
                 except UpstreamError as error:
-                    raise self._final(error) from error
+                    text = refusal(error.args[0], self._switches(), self.token_key)
+                    raise UpstreamError(text) from error
                 except AwayError as error:
                     self._away(error.cause, error.why)
                     asked = error.wait
@@ -5693,28 +5714,12 @@ class Gateway:
         if code in FINAL_CODES:
             raise UpstreamError(code)
 
-    def _final(self, error: UpstreamError) -> UpstreamError:
-        """What an operator reads of a refusal: what to change, and where."""
-        code = error.args[0]
-        if code == 4014:
-            switches = " and ".join(
-                f"{switch} (for {', '.join(self._wanted_by(intent))})"
-                for intent, switch in PRIVILEGED_SWITCHES.items()
-                if intent & self.intents
-            )
-            return UpstreamError(
-                f"Discord refused the intents: switch on {switches} at {PORTAL}"
-                " -> Privileged Gateway Intents"
-            )
-        if code in (4012, 4013):
-            return UpstreamError(
-                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
-                f" (this is {hikari.__version__}) and SpyWatcher"
-            )
-        table, _, key = self.token_key.partition(".")
-        return UpstreamError(
-            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-            f" and put the new one into [{table}] {key}"
+    def _switches(self) -> str:
+        """The switches of the developer portal that are needed, and for what."""
+        return " and ".join(
+            f"{switch} (for {', '.join(self._wanted_by(intent))})"
+            for intent, switch in PRIVILEGED_SWITCHES.items()
+            if intent & self.intents
         )
 
     def _wanted_by(self, intent: hikari.Intents) -> list[str]:
@@ -7094,9 +7099,10 @@ class Server:
         try:
             return listen(server.host, server.port)
         except OSError as error:
-            raise OperatorError(
-                f"server.port: cannot listen on {server.host}:{server.port}: {error.strerror}"
-            ) from error
+            unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
+            why = error.strerror if unknown else os.strerror(error.errno or 0)
+            place = f"{server.host}:{server.port}"
+            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -7424,7 +7430,9 @@ def reload_settings(server: Server, path: Path | None) -> None:
     try:
         settings = read_settings(path)
         with naming_source(settings):
-            keys, _ = credentials_of(settings)
+            keys = read_keys(settings.auth, settings.folder)
+            if keys == Keys():
+                raise OperatorError("auth.secret: not set any more")
             for_restart = server.reload(settings, keys)
     except OperatorError as error:
         log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))
