@@ -4734,8 +4734,8 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         places = [folder / name]
-        if name == OWN_PLUGINS and (shipped := shipped_plugins()):
-            places.append(shipped)
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
+            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
         found = [place for place in places if place.is_dir()]
         if not found:
             raise OperatorError(f"plugins.folders: {places[0]} is no folder")
