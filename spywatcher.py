@@ -4,6 +4,16 @@ One process. In comes a Discord gateway session (hikari); out go Socket.IO event
 dashboards (Tornado, python-socketio). Nothing here knows an event by name: every event that a
 dashboard sees is made by a plugin.
 
+Who writes a plugin finds what it may import below the sections, in `help(spywatcher)`, and the way to
+it in docs/plugins.md:
+
+    import hikari
+    from spywatcher import on
+
+    @on(hikari.RoleCreateEvent, emit="role:create")
+    def role_create(event):
+        return {"name": event.role.name}
+
 The way of one event:
     hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
@@ -398,7 +408,7 @@ class LogSettings(Section, frozen=True):
 
 
 #: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
-THROTTLE: Final = {"analytics:update": 30.0}
+THROTTLE: Final = {"analytics:update": 30.0, "history:update": 60.0}
 
 
 class Settings(Section, frozen=True):
@@ -3211,6 +3221,8 @@ def check_kind(kind: object) -> None:
 def user_name(user: hikari.User) -> str:
     """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
 
+        user_name(event.author)
+
     Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
     usernames have 64 characters at most, other names 100.
     """
@@ -3220,6 +3232,8 @@ def user_name(user: hikari.User) -> str:
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     """A member's username as it is now; the id while Discord has not sent the member.
 
+        member_name(spy.bot.cache, event.guild_id, event.user_id)
+
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
@@ -3228,19 +3242,34 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
 
 
 def role_name(role: hikari.Role) -> str:
-    """A role's name as it may leave, or its id."""
+    """A role's name as it may leave.
+
+        [role_name(role) for role in event.member.get_roles()]
+
+    Where nothing of it can be seen, it is the id.
+    """
     return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
-    """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
+    """The name of a channel or thread.
+
+        channel_name(spy.bot.cache, event.channel_id)
+
+    Where Discord hides the name or has not sent it, it is the id.
+    """
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
+    """A moment as it goes out.
+
+        timestamp(event.message.created_at)  # "2026-01-02T03:04:05.678Z"
+
+    That is ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given.
+    """
     moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -3257,7 +3286,11 @@ class News(NamedTuple):
 
 
 class Shared(Protocol):
-    """What a plugin keeps of members for all nodes of a service, in Redis.
+    """What a plugin keeps of members for all nodes of a service, in Redis; `spy.shared`.
+
+        async for chunk in spy.shared.read():
+            counts.add(json.loads(chunk))
+        await spy.shared.write('{"5:2026-01": [86400, {"7": "3 messages"}]}')
 
     Tables of texts, one text a member. A table is named `GUILD_ID:ANYTHING`, a member by its id;
     so `spywatcher.py forget` finds what it has to remove. Chunks and changes are JSON, for a
@@ -3334,7 +3367,8 @@ class Spy:
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
         self.bot = context.bot
-        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
+        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps; `history`
+        #: has its own beside it.
         self.storage = context.storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
@@ -3342,6 +3376,9 @@ class Spy:
         self.marks = context.marks(name)
         #: Where Discord's REST API answers: what `hikari.RESTApp` takes as `url`.
         self.rest_url = context.rest_url
+        #: Held by one instance of the plugin at a time. On a reload the fresh one is set up before
+        #: the `teardown` of the old one: what must not be done by both is done under this.
+        self.alone = context.alone(name)
         self._name = name
         self._tokens = context.tokens
         self._address = context.address
@@ -3469,6 +3506,8 @@ class HostContext(NamedTuple):
     address: Callable[[HTTPServerRequest], str] = lambda request: ""
     #: Whether a page of this origin is named in the settings.
     lists_origin: Callable[[str], bool] = lambda origin: False
+    #: The lock of all instances of a plugin of this name.
+    alone: Callable[[str], asyncio.Lock] = lambda name: asyncio.Lock()
 
 
 # -- what goes out
@@ -3542,7 +3581,7 @@ def as_json(value: Any, depth: int = 0) -> Any:
 def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
     fields = {}
     for key, value in members:
-        name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        name = key if type(key) is str and key.isascii() else str(as_json(key, MOST_NESTED))
         if type(value) is str and value.isascii():  # most are, and a call costs more than this
             fields[name] = value
             continue
@@ -3711,8 +3750,7 @@ class Fence:
 
     def failed(self, what: str, error: BaseException) -> None:
         self._failures.inc()
-        place = error.__traceback__ and traceback.extract_tb(error.__traceback__)[-1][:2]
-        kind = (what, type(error), str(error) if isinstance(error, SpyWatcherError) else place)
+        kind = (what, type(error), kind_of_fault(error))
         if kind in self._told or len(self._told) >= MOST_KINDS:
             return
         self._told.add(kind)
@@ -3736,6 +3774,16 @@ class Fence:
             MOST_FAILURES,
             PAUSE,
         )
+
+
+def kind_of_fault(error: BaseException) -> object:
+    """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
+    if isinstance(error, SpyWatcherError):
+        return re.sub(r"'.*'|\d+", "", str(error))
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -3782,10 +3830,15 @@ class Guarded:
         started = time.perf_counter()
         try:
             result = self._function(subject, *self._arguments)
+        except FAULTS as error:
+            self._failed(error)
+            return
+        finally:
             self._took(time.perf_counter() - started)
-            if hasattr(result, "__await__"):
-                self._await(result, functools.partial(then, subject))
-                return
+        if hasattr(result, "__await__"):
+            self._await(result, functools.partial(then, subject))
+            return
+        try:
             then(subject, result)
         except FAULTS as error:
             self._failed(error)
@@ -4143,6 +4196,12 @@ class Runner:
         ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
+        own = {"spy": self.spy, "failed": self.fence.failed}
+        #: What the plugin serves: a pattern of the whole path, and what answers there.
+        self.routes: Routes = [
+            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, pattern in plugin.routes
+        ]
 
     def _guard(
         self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
@@ -4159,14 +4218,6 @@ class Runner:
         wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
         where = f" in {function.__name__}"
         return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
-
-    def routes(self) -> Routes:
-        """What the plugin serves: a pattern of the whole path, and what answers there."""
-        own = {"spy": self.spy, "failed": self.fence.failed}
-        return [
-            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, pattern in self.plugin.routes
-        ]
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
@@ -4397,8 +4448,8 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         places = [folder / name]
-        if name == OWN_PLUGINS and (shipped := shipped_plugins()):
-            places.append(shipped)
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
+            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
         found = [place for place in places if place.is_dir()]
         if not found:
             raise OperatorError(f"plugins.folders: {places[0]} is no folder")
@@ -4553,7 +4604,7 @@ def load_module(name: str, path: Path) -> ModuleType:
     """Run a plugin's file as a fresh module, under a name that no other module can have.
 
     It stays in `sys.modules`, where dataclasses and postponed annotations look it up, whatever it
-    raises.
+    raises. Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
@@ -4561,6 +4612,9 @@ def load_module(name: str, path: Path) -> ModuleType:
         sys.meta_path.insert(0, PluginFinder())
     importlib.invalidate_caches()  # of folders whose files are new
     full_name = MODULE_PREFIX + name
+    package = MODULE_PREFIX.rstrip(".")
+    beside = path.parent.parent if path.name == "__init__.py" else path.parent
+    sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(beside)]
     folder = [str(path.parent)] if path.name == "__init__.py" else None
     loader = SourceLoader(full_name, str(path))
     spec = importlib.util.spec_from_file_location(
@@ -4725,6 +4779,8 @@ class PluginHost:
         #: Whether plugins are at work here, and what is held while that or they change.
         self.leading = False
         self.changing = asyncio.Lock()
+        #: What the instances of a plugin, by its name, take in turn.
+        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
     # -- what plugins ask for
 
@@ -4805,7 +4861,7 @@ class PluginHost:
     def take_over(self) -> None:
         """Have all that happens go to those that are there now, in one step."""
         order = sorted(self.runners)
-        self._routes = [route for name in order for route in self.runners[name].routes()]
+        self._routes = [route for name in order for route in self.runners[name].routes]
         if self._dispatcher is not None:
             self._dispatcher.connect(self.running[name] for name in order if name in self.running)
 
@@ -5372,6 +5428,7 @@ class Shard(hikari.impl.GatewayShardImpl):
             await self._connect()
             if self._has_begun():
                 self._awaited = "events"
+                self._gateway.shard_up(self)
                 self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
                 await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
             if self._broken is not None:
@@ -5386,17 +5443,28 @@ class Shard(hikari.impl.GatewayShardImpl):
 
     async def _connect(self) -> tuple[asyncio.Task[None], ...]:
         self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        connecting = asyncio.create_task(super()._connect())
         try:
             async with asyncio.timeout(self._patience.step) as self._deadline:
-                tasks = await super()._connect()
+                tasks = await asyncio.shield(connecting)
         except TimeoutError as error:
             why = f"no {self._awaited} within {self._patience.step:g} s"
             raise AwayError(self._awaited, why) from error
+        finally:
+            await self._give_up(connecting)
         if self._broken is not None:
             raise self._broken
         if self._has_begun() and self._session_id is None:
             raise AwayError("READY", "RESUMED came instead of READY")
         return tasks
+
+    async def _give_up(self, connecting: asyncio.Task[Any]) -> None:
+        """End a step that is not over. hikari 2.7 leaks what it is cancelled in before its socket is there."""
+        patience = time.monotonic() + CLOSING_PATIENCE
+        while self._ws is None and not connecting.done() and time.monotonic() < patience:
+            await asyncio.wait([connecting], timeout=CLOSING_PATIENCE / 50)
+        connecting.cancel()
+        await asyncio.wait([connecting])
 
     async def _heartbeat(self, heartbeat_interval: float) -> None:
         """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
@@ -5475,6 +5543,8 @@ class Shard(hikari.impl.GatewayShardImpl):
         self._gateway.shard_away(self, cause, why)
 
 
+#: Seconds that a connection in the making gets to be made, when it is to end.
+CLOSING_PATIENCE: Final = 1.0
 #: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
 RESUME_LATER: Final = 3000
 
@@ -5545,6 +5615,7 @@ class Gateway:
         self._brakes: dict[int, Brake] = {}
         self._up: set[int] = set()
         self._ended: Exception | None = None
+        self._how = ""  # of the newest session
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
@@ -5736,6 +5807,12 @@ class Gateway:
 
     # -- what shards tell
 
+    def shard_up(self, shard: hikari.api.GatewayShard) -> None:
+        """READY or RESUMED came, and the listeners of that have heard it."""
+        self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", self._how, connected=True)
+
     def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
         self._up.discard(shard.id)
         self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
@@ -5747,17 +5824,11 @@ class Gateway:
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back(event.shard, "session resumed, nothing missed")
-
-    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
-        if shard.is_connected:  # else the connection broke a moment ago
-            self._up.add(shard.id)
-        if self.connected:
-            self._report.say("connected", how, connected=True)
+        self._how = "session resumed, nothing missed"
 
     def _away(self, cause: str, why: str) -> None:
         if self._report.connected:
@@ -7114,6 +7185,7 @@ class Server:
             rest_url=self._settings.discord.rest_url,
             address=self.door.address,
             lists_origin=self.door.lists,
+            alone=self.plugins.locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:

@@ -171,12 +171,11 @@ def test_a_plugin_that_does_not_load_is_raised_to_its_author(plugin: Any) -> Non
         pass
 
 
-@pytest.mark.logs("ERROR asyncio: Exception occurred in raw event dispatch")
+@pytest.mark.logs("ERROR spywatcher: cannot read Discord.s TYPING_START")
 def test_json_that_hikari_cannot_read_is_raised_to_its_author(plugin: Any) -> None:
     path = plugin("""
         @on(hikari.GuildTypingEvent)
         def typing(event): pass
     """)
-    with Harness(path) as h, pytest.raises(spywatcher.PluginError) as raised:
+    with Harness(path) as h, pytest.raises(spywatcher.PluginError, match="KeyError: 'channel_id'"):
         h.feed("TYPING_START", {"guild_id": str(h.guild.id)})
-    assert isinstance(raised.value.__cause__, KeyError)

@@ -61,6 +61,14 @@ def test_a_plugin_may_be_called_as_a_module_of_the_standard_library():
     assert sys.modules["json"] is json
 
 
+def test_a_file_whose_name_begins_with_an_underscore_can_be_imported_by_those_beside_it() -> None:
+    plugins = loaded("beside").plugins
+    assert {name: plugin.module.SAID for name, plugin in plugins.items()} == {
+        "alone": "hello",
+        "folder": "hello world",
+    }
+
+
 def test_a_plugin_may_use_dataclasses_and_postponed_annotations():
     module = loaded("dataclass_named").plugins["modern"].module
     assert module.FIELDS == ["count"]
