@@ -256,13 +256,15 @@ async def test_signing_out_twice_is_harmless(discord: PretendDiscord) -> None:
 
 
 async def test_a_session_outlives_a_restart_and_its_end_does_too(
-    discord: PretendDiscord, guild: Guild, ada: Member, tmp_path: Path
+    discord: PretendDiscord, ada: Member
 ) -> None:
     tables = signing_tables(discord)
     async with Browser(public_url(tables)) as browser, Browser(browser.url) as thief:
         async with server_of(discord, tables):
+            await discord.wait_for_bot()
             await browser.sign_in(ada.id)
         async with server_of(discord, tables):
+            await discord.wait_for_bot()
             assert (await browser.token()).status == 200
             thief.keep("spywatcher_session", str(browser.cookie("spywatcher_session")))
             await browser.post("/signout")
