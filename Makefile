@@ -4,6 +4,8 @@
 #   make demo                    the server against its built-in pretend Discord
 #   make dashboard               fetch what the page at / uses of others (npm)
 #   make test ARGS="-k rooms"    the tests, or those that ARGS choose
+#   make test-quick              those that need no second process and no waiting: under a minute
+#   make upgrade-check           the tests on the newest releases, in an environment of their own
 #   make test-cluster            the tests that break Redis and nodes, and wait for the others to notice
 #   make test-vm                 the service in an emulated machine with a real systemd (Debian's debootstrap and qemu)
 #   make cluster-demo            three nodes, a Redis and the pretend Discord
@@ -21,12 +23,12 @@ ARGS ?=
 BUNDLE_PYTHONS ?= 3.11 3.12 3.13 3.14
 
 BIN := .venv/bin
-BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/cluster.py bench/analytics.py)
+BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/cluster.py bench/analytics.py bench/history.py bench/plugins.py)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: demo dashboard test test-cluster cluster-demo lint format bench bundle check-units pictures clean
+.PHONY: demo dashboard test test-cluster test-vm cluster-demo lint format bench bundle check-units pictures clean test-quick upgrade-check
 
 demo: .venv/.run
 	@$(MAKE) --no-print-directory dashboard || echo "Going on without the page at /." >&2
@@ -39,6 +41,20 @@ dashboard: | $(BIN)/python
 
 test: .venv/.test tests/node_modules/.installed dashboard
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+test-quick: .venv/.test tests/node_modules/.installed
+	$(BIN)/python -m pytest --numprocesses auto -m "not faults and not slow" $(ARGS)
+
+# What moved is told first, by test_private_names.py; the releases by the last line.
+upgrade-check: tests/node_modules/.installed
+	rm -rf build/upgrade && $(PYTHON) -m venv build/upgrade
+	sed -e 's/~=/>=/' setup.cfg >build/upgrade/setup.cfg && cp pyproject.toml build/upgrade
+	build/upgrade/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  $$($(PYTHON) -c 'import configparser; s = configparser.ConfigParser(); s.read("build/upgrade/setup.cfg"); \
+	    print(s["options"]["install_requires"], *(s["options.extras_require"][e] for e in ("test", "crypto")))')
+	build/upgrade/bin/python -m pytest tests/test_private_names.py
+	build/upgrade/bin/python -m pytest --numprocesses auto $(ARGS); status=$$?; \
+	  build/upgrade/bin/python -m pip --disable-pip-version-check list; exit $$status
 
 test-cluster: .venv/.test tests/node_modules/.installed
 	$(BIN)/python -m pytest -m faults $(ARGS)

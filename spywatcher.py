@@ -4,6 +4,16 @@ One process. In comes a Discord gateway session (hikari); out go Socket.IO event
 dashboards (Tornado, python-socketio). Nothing here knows an event by name: every event that a
 dashboard sees is made by a plugin.
 
+Who writes a plugin finds what it may import below the sections, in `help(spywatcher)`, and the way to
+it in docs/plugins.md:
+
+    import hikari
+    from spywatcher import on
+
+    @on(hikari.RoleCreateEvent, emit="role:create")
+    def role_create(event):
+        return {"name": event.role.name}
+
 The way of one event:
     hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
@@ -33,6 +43,7 @@ import collections
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import difflib
 import enum
 import errno
@@ -63,7 +74,7 @@ import time
 import tomllib
 import traceback
 import unicodedata
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -89,7 +100,6 @@ from typing import (
     Final,
     Literal,
     NamedTuple,
-    NoReturn,
     Protocol,
     Self,
     TypeVar,
@@ -101,8 +111,6 @@ import engineio
 import hikari
 import idna
 import jwt
-import limits
-import limits.aio
 import msgspec
 import socketio
 from engineio import packet as engineio_packet
@@ -116,10 +124,10 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from socketio.exceptions import ConnectionRefusedError as SocketIORefusal
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
+from tornado.ioloop import IOLoop
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.routing import PathMatches
@@ -400,7 +408,7 @@ class LogSettings(Section, frozen=True):
 
 
 #: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
-THROTTLE: Final = {"analytics:update": 30.0}
+THROTTLE: Final = {"analytics:update": 30.0, "history:update": 60.0}
 
 
 class Settings(Section, frozen=True):
@@ -1451,77 +1459,123 @@ def guild_name(guild: hikari.Guild) -> str:
 
 
 # ------------------------------------------------------------------------------- limits
-# How much of everything one address, one viewer and one connection may have. Counted with the
-# library `limits`, so that the same rules can be counted for several machines together. It
-# knows neither protocols nor tokens: it is asked before work is done, and told how it ended.
+# How much of everything one address, one viewer and one connection may have. It knows neither
+# protocols nor tokens: it is asked before work is done, and told how it ended.
+#
+# What a connection is: one `Connection` stands for a TCP connection from its first byte to its last.
+# It is a stranger's, and one of those that `Strangers` bounds, unless it carries the transport of
+# a session: its latest poll, its latest POST, or its WebSocket. A session that has not authenticated
+# is a stranger itself, in place of the connections that carry it. Nothing that a request merely
+# names changes any of this.
+#
+# What counts against what:
+#   connections_per_ip      sessions, by the address of the request that began them
+#   connections_per_viewer  sessions that have authenticated
+#   unauthenticated         strangers
+#   attempts_per_ip         each session that is begun, and each further CONNECT on it: 429, no block
+#   block_after             refused tokens in a row, whatever is wrong with them; but a well-signed one
+#                           that has expired counts nothing, for every valid viewer comes with one some day
+#   events_per_connection   what a transport sends, however often it says CONNECT on it
 
-#: Addresses remembered at once; beyond it the one whose window began first is forgotten.
+#: Keys remembered at once; beyond it the one whose window began first is forgotten.
 MOST_REMEMBERED: Final = 50_000
 #: Told to clients that are one connection too many: nobody knows when one will be free.
 RETRY_AFTER: Final = 10.0
-
-
 #: A browser polls on one connection and sends on another.
 CONNECTIONS_OF_A_POLLER: Final = 2
 #: Seconds between two lines of the log on one address.
 LOG_INTERVAL: Final = 60.0
+SECONDS_OF: Final = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86_400.0}
 
 
-class BoundedMemory(limits.aio.storage.Storage):
-    """Counters with an expiry, in memory. The library's own walks all of its keys at every hit."""
-
-    STORAGE_SCHEME = None
+class Counters:
+    """How often something happened within a window of seconds, which begins with the first time."""
 
     def __init__(self) -> None:
-        super().__init__()
-        # In the order in which they began.
-        self._counters: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        # How often, and when the window ends (time.monotonic); in the order in which they began.
+        self._counts: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        return LookupError
-
-    def count(self, key: str, expiry: float, amount: int = 1) -> int:
-        """What `incr` does, for those who cannot wait."""
-        now = time.time()
-        count, until = self._counters.get(key, (0, 0.0))
+    def count_here(self, key: str, seconds: float) -> int:
+        """Count one more in this process alone; returns how many there are by now."""
+        now = time.monotonic()
+        count, until = self._counts.get(key, (0, 0.0))
         if until <= now:
-            self._counters.pop(key, None)
+            self._counts.pop(key, None)
             self._forget_some(now)
-            count, until = 0, now + expiry
-        self._counters[key] = count + amount, until
-        return count + amount
+            count, until = 0, now + seconds
+        self._counts[key] = count + 1, until
+        return count + 1
 
     def _forget_some(self, now: float) -> None:
-        while self._counters:
-            oldest = next(iter(self._counters))
-            if len(self._counters) < MOST_REMEMBERED and self._counters[oldest][1] > now:
+        while self._counts:
+            oldest = next(iter(self._counts))
+            if len(self._counts) < MOST_REMEMBERED and self._counts[oldest][1] > now:
                 return
-            del self._counters[oldest]
+            del self._counts[oldest]
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        return self.count(key, expiry, amount)
+    async def count(self, key: str, seconds: float) -> int:
+        """Count one more; returns how many there are by now."""
+        return self.count_here(key, seconds)
 
-    async def get(self, key: str) -> int:
-        count, until = self._counters.get(key, (0, 0.0))
-        return count if until > time.time() else 0
+    async def read(self, key: str) -> int:
+        """How many there are; none once the window has ended."""
+        count, until = self._counts.get(key, (0, 0.0))
+        return count if until > time.monotonic() else 0
 
-    async def get_expiry(self, key: str) -> float:
-        return self._counters.get(key, (0, time.time()))[1]
-
-    async def check(self) -> bool:
-        return True
-
-    async def reset(self) -> int:
-        count = len(self._counters)
-        self._counters.clear()
-        return count
+    async def seconds_left(self, key: str) -> float:
+        """Until the window ends."""
+        return max(0.0, self._counts.get(key, (0, 0.0))[1] - time.monotonic())
 
     async def clear(self, key: str) -> None:
-        self._counters.pop(key, None)
+        """Count from the beginning again."""
+        self._counts.pop(key, None)
 
 
-class Lobby:
+class Quota(NamedTuple):
+    """So many in so many seconds."""
+
+    amount: int
+    seconds: float
+
+    @classmethod
+    def parse(cls, text: str) -> Quota:
+        """A rate as it is written in the settings: "60/minute"."""
+        count, _, unit = text.partition("/")
+        return cls(int(count), SECONDS_OF[unit])
+
+
+class Allowance:
+    """What one transport may still send: a burst at first, then as much as the rate gives back."""
+
+    __slots__ = ("_moment", "_used")
+
+    def __init__(self) -> None:
+        self._used = 0.0
+        self._moment = 0.0
+
+    def take(self, quota: Quota, burst: int) -> bool:
+        """Use one of it; False if there is none."""
+        now = time.monotonic()
+        given_back = (now - self._moment) * quota.amount / quota.seconds
+        self._used, self._moment = max(0.0, self._used - given_back), now
+        if self._used + 1 > burst:
+            return False
+        self._used += 1
+        return True
+
+
+class Stranger(Protocol):
+    """A connection or a session that has not authenticated."""
+
+    @property
+    def address(self) -> str:
+        """Whose share it takes; empty: nobody's."""
+
+    def drop(self, reason: str) -> None:
+        """Close it; the reason is counted."""
+
+
+class Strangers:
     """Whoever has not authenticated yet: each for `patience` seconds, and no more than `capacity`.
 
     Beyond that the longest silent one is dropped, so that a proper client, which authenticates
@@ -1530,11 +1584,9 @@ class Lobby:
 
     def __init__(self, capacity: int, share: int, patience: float) -> None:
         self.reconfigure(capacity, share, patience)
-        # Both with the longest silent one first; the deadlines with the first to come.
-        self._waiting: OrderedDict[object, tuple[str, Callable[[str], None]]] = OrderedDict()
-        self._of_address: dict[str, OrderedDict[object, None]] = {}
-        self._deadlines: OrderedDict[object, float] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        # Both with the longest silent one first.
+        self._deadlines: OrderedDict[Stranger, asyncio.TimerHandle | None] = OrderedDict()
+        self._of_address: dict[str, OrderedDict[Stranger, None]] = {}
 
     def reconfigure(self, capacity: int, share: int, patience: float) -> None:
         """For those who come from now on."""
@@ -1543,61 +1595,112 @@ class Lobby:
         self._patience = patience
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._deadlines)
 
     def __contains__(self, who: object) -> bool:
-        return who in self._waiting
+        return who in self._deadlines
 
-    def enter(self, who: object, drop: Callable[[str], None], address: str = "") -> None:
-        """Let `who` wait; `drop(reason)` is called if it waits too long. No address, no share."""
-        loop = asyncio.get_running_loop()
+    def enter(self, who: Stranger) -> None:
+        """Let it wait, from now on and behind all others."""
         self.leave(who)
-        self._waiting[who] = address, drop
-        self._deadlines[who] = loop.time() + self._patience
-        neighbours: OrderedDict[object, None] = OrderedDict()
-        if address:
-            neighbours = self._of_address.setdefault(address, neighbours)
+        late = "not authenticated in time"
+        loop = asyncio.get_running_loop()
+        self._deadlines[who] = loop.call_later(self._patience, self._drop, who, late)
+        neighbours: OrderedDict[Stranger, None] = OrderedDict()
+        if who.address:
+            neighbours = self._of_address.setdefault(who.address, neighbours)
             neighbours[who] = None
         if len(neighbours) > self._share:
-            self._drop_first(neighbours, "made room")
-        elif len(self._waiting) > self._capacity:
-            self._drop_first(self._waiting, "made room")
-        if self._timer is None:
-            self._timer = loop.call_later(self._patience, self._drop_late)
+            self._drop(next(iter(neighbours)), "made room")
+        elif len(self) > self._capacity:
+            self.make_room(1)
 
-    def leave(self, who: object) -> None:
+    def leave(self, who: Stranger) -> None:
         """It has authenticated, or it is gone."""
-        address, _ = self._waiting.pop(who, ("", None))
-        self._deadlines.pop(who, None)
-        if address:
-            del self._of_address[address][who]
-            if not self._of_address[address]:
-                del self._of_address[address]
+        if who not in self._deadlines:
+            return
+        deadline = self._deadlines.pop(who)
+        if deadline is not None:
+            deadline.cancel()
+        if who.address:
+            del self._of_address[who.address][who]
+            if not self._of_address[who.address]:
+                del self._of_address[who.address]
 
-    def stir(self, who: object) -> None:
+    def touch(self, who: Stranger) -> None:
         """It has said something, so others are silent for longer; it has no more time for that."""
-        if who in self._waiting:
-            self._waiting.move_to_end(who)
-            address, _ = self._waiting[who]
-            if address:
-                self._of_address[address].move_to_end(who)
+        if who in self._deadlines:
+            self._deadlines.move_to_end(who)
+            if who.address:
+                self._of_address[who.address].move_to_end(who)
 
-    def _drop_first(self, waiting: Iterable[object], reason: str) -> None:
-        who = next(iter(waiting))
-        _, drop = self._waiting[who]
+    def suspend(self, who: Stranger) -> None:
+        """It waits for us: no deadline until it enters again."""
+        self.touch(who)
+        if deadline := self._deadlines.get(who):
+            deadline.cancel()
+            self._deadlines[who] = None
+
+    def make_room(self, places: int) -> int:
+        """Drop the longest silent ones; returns how many there were."""
+        longest_silent = list(itertools.islice(self._deadlines, places))
+        for who in longest_silent:
+            self._drop(who, "made room")
+        return len(longest_silent)
+
+    def _drop(self, who: Stranger, reason: str) -> None:
         self.leave(who)
-        drop(reason)
+        who.drop(reason)
 
-    def _drop_late(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting and self._first_deadline() <= loop.time():
-            self._drop_first(self._deadlines, "not authenticated in time")
-        self._timer = (
-            loop.call_at(self._first_deadline(), self._drop_late) if self._waiting else None
-        )
 
-    def _first_deadline(self) -> float:
-        return next(iter(self._deadlines.values()))
+class Connection:
+    """One TCP connection, from its first byte to its last: a stranger's, unless it carries a session.
+
+    `address` is the peer's, known before it says a word; of a proxy, which speaks for many, empty.
+    """
+
+    def __init__(self, limits: Limits, stream: IOStream, address: str) -> None:
+        self._strangers = limits.strangers
+        self._cut = limits.metrics.cut
+        self._stream = stream
+        self._session: object | None = None
+        self.address = address
+        #: Its WebSocket has taken it from the web server, and tells of its end.
+        self.detached = False
+        self._strangers.enter(self)
+
+    def drop(self, reason: str) -> None:
+        self._cut.labels(reason).inc()
+        self._stream.close()
+
+    def carry(self, session: object) -> None:
+        """It is this session's from now on."""
+        self._session = session
+        self._strangers.leave(self)
+
+    def release(self, session: object) -> None:
+        """It is this session's no more."""
+        if self._session is session:
+            self._session = None
+            self.wait()
+
+    def touch(self) -> None:
+        """A request has come."""
+        self._strangers.touch(self)
+
+    def serve(self) -> None:
+        """A request that belongs to no session is being answered."""
+        self._strangers.suspend(self)
+
+    def wait(self) -> None:
+        """There is nothing to be answered."""
+        if self._session is None and not self._stream.closed():
+            self._strangers.enter(self)
+
+    def end(self) -> None:
+        """It is closed."""
+        self._session = None
+        self._strangers.leave(self)
 
 
 class OpenConnections(collections.Counter[str]):
@@ -1620,27 +1723,6 @@ def viewer_name(discord_id: str) -> str:
     return f"viewer/{discord_id}"
 
 
-class Visit:
-    """One connection as the limits see it, from its first packet to its last."""
-
-    def __init__(
-        self, limits: Limits, address: str, refusal: RefusedConnectionError | None
-    ) -> None:
-        self.address = address
-        #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
-        self.refusal = refusal
-        self._limits = limits
-
-    def log_once(self, what: str) -> bool:
-        """Whether to log this of it."""
-        return self._limits.log_once(self.address, what)
-
-    def end(self) -> None:
-        """Called once, when the connection is closed."""
-        self._limits.lobby.leave(self)
-        self._limits.open.leave(self.address)
-
-
 class Limits:
     """What addresses and connections may do, and who is blocked."""
 
@@ -1648,83 +1730,72 @@ class Limits:
         self,
         settings: LimitsSettings,
         patience: float,
-        storage: limits.aio.storage.Storage,
+        counters: Counters,
         connections: OpenConnections,
         metrics: Metrics,
     ) -> None:
-        self.lobby = Lobby(0, 0, patience)
-        self._storage = storage
+        self.strangers = Strangers(0, 0, patience)
         self.metrics = metrics
         self.reconfigure(settings, patience)
-        self._attempt_limiter = limits.aio.strategies.FixedWindowRateLimiter(storage)
-        # What one connection does never leaves this process.
-        self._event_limiter = limits.aio.strategies.FixedWindowRateLimiter(BoundedMemory())
-        self._told = BoundedMemory()
-        #: Connections open now, by address and, of those who have authenticated, by `viewer_name`.
+        self._counters = counters
+        self._logged = Counters()
+        #: Sessions open now, by address and, of those who have authenticated, by `viewer_name`.
         self.open = connections
 
     def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
         """Count by these from now on; who is in already stays in."""
         self.settings = settings
         share = CONNECTIONS_OF_A_POLLER * settings.connections_per_ip
-        self.lobby.reconfigure(settings.unauthenticated, share, patience)
-        self._attempts = limits.parse(settings.attempts_per_ip)
-        self._events = limits.parse(settings.events_per_connection)
-
-    def expect(self, who: object, close: Callable[[], None], address: str = "") -> None:
-        """Let a connection wait in the lobby; `close` is called if it waits too long."""
-
-        def drop(reason: str) -> None:
-            self.metrics.cut.labels(reason).inc()
-            close()
-
-        self.lobby.enter(who, drop, address)
+        self.strangers.reconfigure(settings.unauthenticated, share, patience)
+        self._attempts = Quota.parse(settings.attempts_per_ip)
+        self._events = Quota.parse(settings.events_per_connection)
 
     def log_once(self, address: str, what: str) -> bool:
         """Whether to log this of an address: a line a minute for each, however often it knocks."""
-        return self._told.count(f"{address}/{what}", LOG_INTERVAL) == 1
+        return self._logged.count_here(f"{address}/{what}", LOG_INTERVAL) == 1
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
         key = f"blocked/{address}"
-        if not await self._storage.get(key):
+        if not await self._counters.read(key):
             return 0.0
-        return max(1.0, await self._storage.get_expiry(key) - time.time())
+        return max(1.0, await self._counters.seconds_left(key))
 
-    async def visit(self, address: str) -> Visit:
-        """A new connection. One too many is let in far enough to be told so."""
-        refusal = None
-        if not await self._attempt_limiter.hit(self._attempts, address):
-            window = await self._attempt_limiter.get_window_stats(self._attempts, address)
-            refusal = too_many(max(1.0, window.reset_time - time.time()))
-            await self.refused(address, refusal)
+    async def attempt(self, address: str) -> float:
+        """Count one; returns the seconds to wait if it is one too many, else 0."""
+        key = f"attempts/{address}"
+        if await self._counters.count(key, self._attempts.seconds) <= self._attempts.amount:
+            return 0.0
+        return max(1.0, await self._counters.seconds_left(key))
+
+    async def begin(self, address: str) -> RefusedConnectionError | None:
+        """A session begins. One too many is let in far enough to be told what is returned."""
         before = await self.open.enter(address)
-        if refusal is None and before >= self.settings.connections_per_ip:
-            refusal = self.over("connections_per_ip")
-        return Visit(self, address, refusal)
+        return (
+            self.over("connections_per_ip") if before >= self.settings.connections_per_ip else None
+        )
 
     async def refused(self, address: str, refusal: RefusedConnectionError) -> None:
-        """An attempt was refused; enough of them in a row block the address."""
-        self.metrics.refused.labels(refusal.data.get("code") or refusal.message).inc()
-        key = f"refused/{address}"
-        seconds = math.ceil(self.settings.block_for)
-        if await self._storage.incr(key, seconds) >= self.settings.block_after:
-            await self._storage.clear(key)
-            await self._storage.incr(f"blocked/{address}", seconds)
+        """A token was refused; enough of them in a row block the address."""
+        code = refusal.data.get("code")
+        self.metrics.refused.labels(code or refusal.message).inc()
+        if code == "expired":
+            return
+        key, seconds = f"refused/{address}", self.settings.block_for
+        if await self._counters.count(key, seconds) >= self.settings.block_after:
+            await self._counters.clear(key)
+            await self._counters.count(f"blocked/{address}", seconds)
             self.metrics.blocked.inc()
-            log.warning("address %s blocked for %d s", address, seconds)
+            log.warning("address %s blocked for %g s", address, seconds)
 
-    async def let_try(self, visit: Visit) -> None:
+    async def let_try(self, address: str) -> None:
         """Before a token is looked at; raises RefusedConnectionError where it makes no difference."""
-        if visit.refusal is None and (seconds := await self.blocked_for(visit.address)):
-            self.metrics.refused.labels("blocked").inc()
-            visit.refusal = too_many(seconds)
-        if visit.refusal is not None:
-            raise visit.refusal
+        if seconds := await self.blocked_for(address):
+            raise self.over("blocked", seconds)
 
     async def accepted(self, address: str) -> None:
-        """An attempt succeeded: refusals are counted from the beginning again."""
-        await self._storage.clear(f"refused/{address}")
+        """A token was accepted: refusals are counted from the beginning again."""
+        await self._counters.clear(f"refused/{address}")
 
     async def enter(self, discord_id: str) -> None:
         """A viewer has one more connection; raises RefusedConnectionError if that is one too many."""
@@ -1733,19 +1804,16 @@ class Limits:
             self.open.leave(whose)
             raise self.over("connections_per_viewer")
 
-    async def may_send(self, sid: str) -> bool:
-        """Whether this connection may send one more event."""
-        return await self._event_limiter.hit(self._events, sid)
+    def may_send(self, allowance: Allowance) -> bool:
+        """Whether one more event may be sent. All rooms can be joined at once, at each reconnect."""
+        return allowance.take(
+            self._events, self._events.amount + self.settings.rooms_per_connection
+        )
 
-    def over(self, limit: str) -> RefusedConnectionError:
-        """The refusal of one connection too many; unlike a wrong token it leads to no block."""
+    def over(self, limit: str, seconds: float = RETRY_AFTER) -> RefusedConnectionError:
+        """The refusal of one too many; unlike a wrong token it leads to no block."""
         self.metrics.refused.labels(limit).inc()
-        return too_many(RETRY_AFTER)
-
-
-def too_many(retry_after: float) -> RefusedConnectionError:
-    """`retryAfter` goes out in whole seconds."""
-    return RefusedConnectionError("Too many connections", retryAfter=math.ceil(retry_after))
+        return RefusedConnectionError("Too many connections", retryAfter=math.ceil(seconds))
 
 
 # -------------------------------------------------------------------- rooms and fan-out
@@ -1801,7 +1869,7 @@ class Frame:
         encoded = packet.encode()
         return cls(encoded, binary=True) if packet.binary else cls(encoded.encode())
 
-    def encode(self, b64: bool = False) -> str:
+    def encode(self) -> str:
         """The packet as one part of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
         payload = self.bytes[{126: 4, 127: 10}.get(self.bytes[1], 2) :]
         return payload.decode() if self.bytes[0] == 0x81 else "b" + b64encode(payload).decode()
@@ -1818,9 +1886,11 @@ def event_frame(event: str, *arguments: object) -> Frame:
 
 PING: Final = Frame(b"2")
 NOOP: Final = Frame(b"6")
-CLOSE: Final = Frame(b"1")
 PROBED: Final = Frame(b"3probe")
+CLOSE: Final = "1"
+PONG: Final = "3"
 MESSAGE: Final = "4"
+BASE64: Final = "b"
 PROBE: Final = "2probe"
 UPGRADE: Final = "5"
 
@@ -1835,54 +1905,115 @@ class ConnectionLog(logging.LoggerAdapter[logging.Logger]):
         return f"connection {self.extra['connection']}: {msg}", {**kwargs, "extra": self.extra}
 
 
-class Direct:
-    """What is read of a session for every event, in the object itself and not in its dict.
+class State(enum.Enum):
+    """Where a session is; see `NEXT`."""
 
-    With a thousand clients in turn, each further piece of memory is one more cache miss, and
-    these add up to a tenth of what the system call takes.
-    """
-
-    __slots__ = ("_direct",)
-    #: The socket while it may be written to without a look at its stream.
-    _direct: socket.socket | None
+    POLLING = enum.auto()
+    PROBING = enum.auto()
+    WEBSOCKET = enum.auto()
+    ENDING = enum.auto()
+    CLOSED = enum.auto()
 
 
-class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc]  # python-engineio has no types
-    """One Engine.IO session: polls are answered by python-engineio, a WebSocket is written to at once.
+# How a session lives (Engine.IO protocol v4). It begins POLLING, with its OPEN packet in the queue.
+# If the request that began it was a WebSocket's, that is attached at once; else a second connection
+# may take over: the client probes it, polls are answered with NOOP meanwhile, and after the client's
+# "5" it is attached. A session that is told to end while something waits for its next poll is ENDING
+# until that has come. It is CLOSED at once by whatever goes wrong; what then is left to do for
+# others (Socket.IO's handlers, the limits) happens once, in `_finish`.
+#
+#   state      what is sent to it      what comes from it   the poll that comes or waits
+#   POLLING    waits in the queue      is heard             is answered once something waits
+#   PROBING    waits in the queue      is heard             NOOP
+#   WEBSOCKET  goes to the socket      is heard             NOOP
+#   ENDING     is dropped              only pongs, "1"      gets what waits, and CLOSED it is
+#   CLOSED     is dropped              is dropped           gets what waits, then 400
+#
+# An end by the server is never Engine.IO's CLOSE packet nor Socket.IO's DISCONNECT: stock clients
+# take those as final, while they come back by themselves after a 400 or a closed connection.
+NEXT: Final[Mapping[State, frozenset[State]]] = {
+    State.POLLING: frozenset({State.PROBING, State.WEBSOCKET, State.ENDING, State.CLOSED}),
+    State.PROBING: frozenset({State.POLLING, State.WEBSOCKET, State.ENDING, State.CLOSED}),
+    State.WEBSOCKET: frozenset({State.CLOSED}),
+    State.ENDING: frozenset({State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
 
-    While the client polls or upgrades, packets wait in `queue`; once its WebSocket is attached
+
+# Slots: with a thousand clients in turn, each further piece of memory is one more cache miss, and
+# these add up to a tenth of what the system call takes.
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
+class Session:
+    """One Engine.IO session, in the place of python-engineio's own.
+
+    While the client polls or upgrades, frames wait in a queue; once its WebSocket is attached
     they go straight to the socket, and what the kernel does not take waits in Tornado's stream.
     Either way no more than `max_queue_bytes` wait, or the client is cut off.
     """
 
-    upgrading: bool
+    server: Engine
+    sid: str
+    #: Whom it counts for.
+    address: str
+    #: Why its CONNECT will be refused, if it will; the client learns it as `connect_error`.
+    refusal: RefusedConnectionError | None = None
+    #: How often the client has said CONNECT, and what it may still send.
+    connects: int = 0
+    allowance: Allowance = dataclasses.field(default_factory=Allowance)
+    #: Names the connection in the log; the Engine.IO id would let a reader take it over.
+    log: ConnectionLog = dataclasses.field(
+        default_factory=lambda: ConnectionLog(log, {"connection": secrets.token_hex(4)})
+    )
+    state: State = State.POLLING
+    #: Its WebSocket, once that is the transport.
+    handler: SocketHandler | None = None
+    #: One POST is at work.
+    posting: bool = False
+    #: By which TCP connections it comes: the latest of each kind of request.
+    _carriers: dict[str, Connection] = dataclasses.field(default_factory=dict)
+    _stream: IOStream | None = None
+    _socket: socket.socket | None = None  # None under TLS: only its stream may write
+    _alone: bool = True  # nobody but `write` writes to the stream
+    _direct: socket.socket | None = None  # while it may be written to without a look at its stream
+    _queue: list[Frame] = dataclasses.field(default_factory=list)
+    _waiting: int = 0  # bytes in the queue, and in the latest poll's answer
+    _answered: int = 0  # bytes in that answer
+    _poller: SocketHandler | None = None  # the latest poll
+    _poll: asyncio.Future[None] | None = None  # done when it is to be answered
+    _prober: SocketHandler | None = None
+    _awaits_pong: bool = False
+    _timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, engine: Engine, sid: str, visit: Visit) -> None:
-        super().__init__(engine, sid)
-        self.visit = visit
-        #: Names the connection in the log; the Engine.IO id would let a reader take it over.
-        self.log = ConnectionLog(log, {"connection": secrets.token_hex(4)})
-        self.handler: WebSocketHandler | None = None
-        self._stream: IOStream | None = None
-        self._socket: socket.socket | None = None  # None under TLS: only its stream may write
-        self._alone = True  # nobody but `write` writes to the stream
-        self._direct = None
-        self._poller: WebSocketHandler | None = None  # the latest poll
-        self._polling = False  # it has no answer yet
-        self.posting = False  # one POST is at work
-        self._prober: WebSocketHandler | None = None
-        self._waiting = 0  # bytes in the queue, and in the latest poll's answer
-        self._answered = 0  # bytes in that answer
-        self._lost = False
-        self._ending = False  # closed as soon as a poll has fetched what waits
-        self._awaits_pong = False
-        self._timer: asyncio.TimerHandle | None = None
+    def _become(self, state: State) -> bool:
+        """Go over to the state, if that may follow; wakes the poll that waits."""
+        if state not in NEXT[self.state]:
+            return False
+        self.state, self._direct = state, None
+        self._wake()
+        return True
+
+    @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    @property
+    def polls(self) -> bool:
+        """Whether polls and POSTs are its transport."""
+        return self.state in (State.POLLING, State.PROBING, State.ENDING)
+
+    def carried_by(self, connection: Connection, kind: str) -> None:
+        """A request of this session has come: of its kind, no other connection is this session's."""
+        before = self._carriers.get(kind)
+        self._carriers[kind] = connection
+        connection.carry(self)
+        if before is not None and before not in self._carriers.values():
+            before.release(self)
 
     # -- to the client
 
     async def send(self, pkt: engineio_packet.Packet) -> None:
         """What the libraries call for each packet."""
-        frame = pkt if isinstance(pkt, Frame) else Frame.of(pkt)
+        frame = Frame.of(pkt)
         self.write((frame,), frame.bytes)
 
     def write(self, frames: Sequence[Frame], data: bytes) -> bool:
@@ -1904,7 +2035,7 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
 
     def _idle_socket(self) -> socket.socket | None:
         """The socket, if there is one and nothing waits to be written to it."""
-        if self._lost or self._socket is None or self._stream is None or self._stream.writing():
+        if self.closed or self._socket is None or self._stream is None or self._stream.writing():
             return None
         if self._alone:
             self._direct = self._socket
@@ -1915,7 +2046,7 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
         self._alone, self._direct = False, None
 
     def _write_later(self, frames: Sequence[Frame], data: memoryview) -> bool:
-        if self._lost or not data:
+        if not data or self.state in (State.ENDING, State.CLOSED):
             return True
         if self._stream is None:
             self._enqueue(frames, len(data))
@@ -1933,105 +2064,136 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
         if self._waiting > self.server.max_queue_bytes:
             self.cut("too slow")
             return
-        for frame in frames:
-            self.queue.put_nowait(frame)
+        self._queue += frames
+        self._wake()
 
     # -- polls
 
-    async def handle_get_request(self, environ: dict[str, Any]) -> list[Frame]:
-        """Answer a poll. Two at a time end the session, as they do in Node's: which is read first?"""
-        if self._polling or (self._poller is not None and stream_of(self._poller).writing()):
+    @property
+    def polling(self) -> bool:
+        """Whether a poll waits for its answer."""
+        return self._poll is not None
+
+    async def poll(self, handler: SocketHandler) -> list[Frame]:
+        """What a poll is answered with; returns once there is something, nothing when it is over.
+
+        Two polls at a time end the session, as they do in Node's: which is read first?
+        """
+        if self.polling or (self._poller is not None and stream_of(self._poller).writing()):
             self.cut("overlapping polls")
             return []
-        self._poller = environ["tornado.handler"]
+        self._poller = handler
+        self.carried_by(handler.connection, "GET")
         self._waiting -= self._answered  # the client asks for more: it has had that
         self._answered = 0
-        self._polling = True
-        try:
-            packets: list[Frame] = await super().handle_get_request(environ)
-        finally:
-            self._polling = False
-        return packets
+        if self.state is State.POLLING and not self._queue:
+            self._poll = asyncio.get_running_loop().create_future()
+            await self._poll
+            self._poll = None
+        if self.state in (State.PROBING, State.WEBSOCKET):
+            return [NOOP]
+        frames, self._queue = self._queue, []
+        self._answered = sum(len(frame.bytes) for frame in frames)
+        if self.state is State.ENDING:
+            self._lose(self.server.reason.SERVER_DISCONNECT)
+        return frames
 
-    async def poll(self) -> list[Frame]:
-        """All that waits for a polling client; returns once there is something."""
-        packets: list[Frame] = await super().poll()
-        self._answered = sum(len(packet.bytes) for packet in packets)
-        if CLOSE in packets:
-            self._lose()
-        elif self._ending:  # next time: the stock client closes before it acts on the rest
-            self.queue.put_nowait(CLOSE)
-        return packets
+    def _wake(self) -> None:
+        if self._poll is not None and not self._poll.done():
+            self._poll.set_result(None)
 
-    # -- from the client
-
-    async def feed(self, message: str | bytes) -> None:
-        """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
-        if self._lost or (self._ending and message[:1] == MESSAGE):
-            return
-        try:
-            await self.receive(engineio_packet.Packet(encoded_packet=message))
-        except (ValueError, IndexError, engineio.exceptions.UnknownPacketError):
-            self.cut("malformed packet")
-        await asyncio.sleep(0)  # however much one client sends, the others have their turn
-
-    async def handle_post_request(self, environ: dict[str, Any]) -> None:
+    async def post(self, handler: SocketHandler) -> None:
         """Take the packets of one poll's POST, however many fit into `max_message_bytes`."""
+        self.carried_by(handler.connection, "POST")
         try:
-            body = (await environ["wsgi.input"].read()).decode()
+            body = handler.request.body.decode()
         except UnicodeDecodeError:
             self.cut("malformed packet")
             return
         for message in body.split("\x1e"):
             await self.feed(message)
 
+    # -- from the client
+
+    async def feed(self, message: str | bytes) -> None:
+        """Take one Engine.IO packet; a malformed one ends the session, as it does in Node's."""
+        if self.closed:
+            return
+        kind = message[:1]
+        if isinstance(message, bytes):
+            await self._hear(message)
+        elif kind == MESSAGE:
+            await self._hear(message[1:])
+        elif kind == BASE64:
+            await self._hear_base64(message[1:])
+        elif kind == PONG:
+            self.schedule_ping()
+        elif kind == CLOSE:
+            self._queue = [NOOP]  # a poll that waits, as Node's answers it
+            self._lose(self.server.reason.CLIENT_DISCONNECT)
+        else:
+            self.cut("malformed packet")
+        await asyncio.sleep(0)  # however much one client sends, the others have their turn
+
+    async def _hear_base64(self, text: str) -> None:
+        try:
+            data = b64decode(text, validate=True)
+        except ValueError:
+            self.cut("malformed packet")
+        else:
+            await self._hear(data)
+
+    async def _hear(self, data: str | bytes) -> None:
+        if self.state is not State.ENDING:
+            await self.server.trigger("message", self.sid, data)
+
     # -- the upgrade from polling (Engine.IO protocol v4, Upgrade): 2probe, 3probe, 5
 
-    def begin_upgrade(self, handler: WebSocketHandler) -> None:
+    def begin_upgrade(self, handler: SocketHandler) -> None:
         """A WebSocket wants to take over from polling; one at a time."""
-        if self._prober is not None or self.upgraded:
+        if self._prober is not None or self.state is not State.POLLING:
             handler.close()
         else:
             self._prober = handler
 
-    def feed_probe(self, handler: WebSocketHandler, message: str | bytes) -> None:
+    def feed_probe(self, handler: SocketHandler, message: str | bytes) -> None:
         if handler is not self._prober:
             return
-        if message == PROBE and not self.upgrading:
-            self.upgrading = True  # polls are answered with NOOP from now on
+        if message == PROBE and self._become(State.PROBING):
             with contextlib.suppress(StreamClosedError):
                 websocket_stream(handler).write(PROBED.bytes)
-            self.queue.put_nowait(NOOP)  # ends the poll that waits
-        elif message == UPGRADE and self.upgrading:
+        elif message == UPGRADE and self.state is State.PROBING:
             self.attach(handler)
         else:
             handler.close()
 
-    def attach(self, handler: WebSocketHandler) -> None:
+    def attach(self, handler: SocketHandler) -> None:
         """From now on this WebSocket is the transport; what waited goes first."""
-        self.connected = self.upgraded = True
-        self.upgrading = False
+        if not self._become(State.WEBSOCKET):
+            handler.close()
+            return
         self.handler, self._prober, self._poller = handler, None, None
+        self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
-        while not self.queue.empty():
-            frame = self.queue.get_nowait()
+        frames, self._queue = self._queue, []
+        for frame in frames:
             self.write((frame,), frame.bytes)
-        if self._polling:
-            self.queue.put_nowait(NOOP)  # a poll that still waits
 
-    def detach(self, handler: WebSocketHandler) -> None:
+    def detach(self, handler: SocketHandler) -> None:
         """This connection is gone: with it the session, or only the attempt to upgrade."""
-        if handler is self.handler or (handler is self._poller and self._polling):
+        if handler is self.handler or (handler is self._poller and self.polling):
             self._lose()
         elif handler is self._prober:
-            self._prober, self.upgrading = None, False
+            self._prober = None
+            if self.state is State.PROBING:
+                self._become(State.POLLING)
 
     # -- heartbeat: one timer, no task
 
     def schedule_ping(self) -> None:
-        """Ping after the interval; the library calls this at the start and for each PONG."""
+        """Ping after the interval: at the start, and after each PONG."""
         if self._timer is not None and not self._awaits_pong:
             return  # a PONG that nobody asked for
         self._awaits_pong = False
@@ -2051,52 +2213,60 @@ class Session(engineio.async_socket.AsyncSocket, Direct):  # type: ignore[misc] 
 
     def end(self) -> None:
         """Close the transport once the client has had what was sent to it so far."""
-        if self._stream is not None:
-            self._lose(self.server.reason.SERVER_DISCONNECT)
-        elif not self._ending:
-            self._ending = True
-            if self.queue.empty():
-                self.queue.put_nowait(CLOSE)
+        if self._queue and self._become(State.ENDING):
             self._call_later(self.server.ending_timeout, self._lose)
+        elif self.state is not State.ENDING:
+            self._lose(self.server.reason.SERVER_DISCONNECT)
+
+    def end_soon(self) -> None:
+        """The same once this turn of the loop has sent what it has to say."""
+        asyncio.get_running_loop().call_soon(self.end)
+
+    def drop(self, reason: str) -> None:
+        """It has not authenticated. Strangers come by the thousand: counted, but hardly logged."""
+        self.cut(reason, logging.DEBUG)
 
     def cut(self, reason: str, level: int = logging.INFO) -> None:
         """Drop the client now, without waiting for it; the reason is logged and counted."""
-        if self._lost:
+        if self.closed:
             return
-        if self.visit.log_once(reason):
-            self.log.log(level, "%s cut off: %s", self.visit.address, reason)
+        if self.server.limits.log_once(self.address, reason):
+            self.log.log(level, "%s cut off: %s", self.address, reason)
         self.server.metrics.cut.labels(reason).inc()
+        self._queue.clear()
         self._lose()
         if self._stream is not None:
             self._stream.close()
-        elif self._poller is not None and not self._polling:
+        elif self._poller is not None and not self.polling:
             stream_of(self._poller).close()  # an answer that nobody reads
 
     def _lose(self, reason: str | None = None) -> None:
-        if not self._lost:
-            self._lost, self._direct = True, None
+        if self._become(State.CLOSED):
             reason = reason or self.server.reason.TRANSPORT_CLOSE
-            self.server.start_background_task(self.close, False, True, reason)
+            self.server.start_background_task(self._finish, reason)
 
     async def close(
         self, wait: bool = True, abort: bool = False, reason: str | None = None
     ) -> None:
-        """End the session and its transport; tells Socket.IO once."""
-        if self.closed or self.closing:
-            return
-        self._lost, self._direct = True, None
+        """End the session and its transport at once; the libraries' arguments change nothing."""
+        if self._become(State.CLOSED):
+            await self._finish(reason or self.server.reason.SERVER_DISCONNECT)
+
+    async def _finish(self, reason: str) -> None:
+        """Tell Socket.IO, once; then let go of everything."""
         if self._timer is not None:
             self._timer.cancel()
-        await super().close(wait=False, abort=True, reason=reason)
-        self.server.sockets.pop(self.sid, None)
-        self.visit.end()
-        self.queue.put_nowait(CLOSE)  # for a poll that still waits
+        await self.server.trigger("disconnect", self.sid, reason)
+        self.server.forget(self)
+        for connection in set(self._carriers.values()):
+            connection.release(self)
         for handler in (self.handler, self._prober):
             if handler is not None:
                 close_gently(handler, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self._poller = None
         self._stream = self._socket = self._timer = None
+        self._carriers = {}
 
 
 def close_gently(handler: WebSocketHandler, patience: float) -> None:
@@ -2131,46 +2301,80 @@ def stream_of(handler: RequestHandler) -> IOStream:
 
 
 class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has no types
-    """The Engine.IO server; its sessions are `Session`s."""
+    """The Engine.IO server; its sessions are `Session`s, and their requests `SocketHandler`'s."""
 
     #: Seconds that a client has to fetch its last packets or to close before it is forgotten.
     ending_timeout = 4.0
 
-    def __init__(self, *, max_queue_bytes: int, metrics: Metrics, **options: Any) -> None:
+    def __init__(self, *, max_queue_bytes: int, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
         self.max_queue_bytes = max_queue_bytes
-        self.metrics = metrics
+        self.limits = limits
+        self.metrics = limits.metrics
 
-    async def admit(self, visit: Visit, transport: str) -> Session:
-        """A new session, its OPEN packet already under way."""
-        session = Session(self, self.generate_id(), visit)
+    async def admit(self, address: str, transport: str) -> Session:
+        """A new session, which has to authenticate in time; its OPEN packet is already under way."""
+        session = Session(self, self.generate_id(), address)
+        session.refusal = await self.limits.begin(address)
+        self.limits.strangers.enter(session)
         self.sockets[session.sid] = session
+        may_upgrade = transport == "polling" and "websocket" in self.transports
         hello = {
             "sid": session.sid,
-            "upgrades": self._upgrades(session.sid, transport),
+            "upgrades": ["websocket"] if may_upgrade else [],
             "pingInterval": int(self.ping_interval * 1000),
             "pingTimeout": int(self.ping_timeout * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
-        await session.send(Frame(b"0" + msgspec.json.encode(hello)))
-        await self._trigger_event("connect", session.sid, {}, run_async=False)
+        frame = Frame(b"0" + msgspec.json.encode(hello))
+        session.write((frame,), frame.bytes)
+        await self.trigger("connect", session.sid, {})
         session.schedule_ping()
         return session
 
-    async def _handle_connect(
-        self, environ: dict[str, Any], transport: str, jsonp_index: int | None = None
-    ) -> Any:
-        """A first poll, by the library's `handle_request`."""
-        session: Session = await environ["tornado.handler"].admit(transport)
-        session.connected = True
-        return self._ok(await session.handle_get_request(environ), jsonp_index=jsonp_index)
+    async def trigger(self, event: str, *args: object) -> None:
+        """Tell Socket.IO, and wait until it is done with it."""
+        await self._trigger_event(event, *args, run_async=False)
+
+    def forget(self, session: Session) -> None:
+        """It is closed."""
+        self.sockets.pop(session.sid, None)
+        self.limits.strangers.leave(session)
+        self.limits.open.leave(session.address)
+
+
+class Clients(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has no types
+    """Who is connected, as python-socketio asks for it; the rooms are in `Rooms`.
+
+    The stock manager has one more room for each client, and walks all rooms whenever one leaves.
+    """
+
+    def __init__(self, rooms: Rooms) -> None:
+        super().__init__()
+        self._listeners = rooms
+
+    def basic_enter_room(
+        self, sid: Sid, namespace: str, room: str | None, eio_sid: str | None = None
+    ) -> None:
+        if room is None:
+            super().basic_enter_room(sid, namespace, room, eio_sid)
+
+    def basic_disconnect(self, sid: Sid, namespace: str, **kwargs: Any) -> None:
+        self._listeners.remove(sid)
+        self.basic_leave_room(sid, namespace, None)
+        for pending in (self.pending_connect, self.pending_disconnect):
+            if sid in pending.get(namespace, ()):
+                pending[namespace].remove(sid)
+                if not pending[namespace]:
+                    del pending[namespace]
 
 
 class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio has no types
     """The Socket.IO server. Bad packets end their session; `request` hears every client event."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, rooms: Rooms, **options: Any) -> None:
+        super().__init__(client_manager=Clients(rooms), **options)
+        self._rooms = rooms
         self.eio.on("message", self._take_packet)
 
     def session_of(self, sid: Sid) -> Session | None:
@@ -2201,17 +2405,41 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         if session is not None:
             session.cut("malformed packet")
 
-    async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
-        """Stock python-socketio keeps for ever whose connect handler failed or outlived it."""
-        namespace = namespace or NAMESPACE
+    async def _handle_connect(self, eio_sid: str, namespace: str | None, data: Any) -> None:
+        """Stock python-socketio calls a handler that fails once more, and keeps for ever who went
+        meanwhile; its refusals are no objects and leave the transport open.
+        """
         try:
-            await super()._handle_connect(eio_sid, namespace, data)
-        finally:
-            sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
-            if self.manager.is_pre_connected(sid, namespace):
-                await self.manager.disconnect(sid, namespace, ignore_queue=True)
-            elif eio_sid not in self.eio.sockets:
-                await self._handle_eio_disconnect(eio_sid, self.reason.TRANSPORT_CLOSE)
+            await self._connect(self.eio.sockets[eio_sid], namespace or NAMESPACE, data)
+        except RefusedConnectionError as refusal:
+            error: dict[str, object] = {"message": refusal.message}
+            if refusal.data:
+                error["data"] = refusal.data
+            kind = socketio.packet.CONNECT_ERROR
+            await self._send_packet(eio_sid, self.packet_class(kind, error, namespace=namespace))
+
+    async def _connect(self, session: Session, namespace: str, auth: Any) -> None:
+        if namespace != NAMESPACE:
+            raise RefusedConnectionError("Invalid namespace")
+        session.connects += 1
+        if session.connects > 1 and (seconds := await self.eio.limits.attempt(session.address)):
+            session.end_soon()
+            raise self.eio.limits.over("attempts_per_ip", seconds)
+        sid = await self.manager.pre_connect(session.sid, NAMESPACE)
+        if sid is None:
+            raise RefusedConnectionError("Already connected")
+        try:
+            await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
+        except Exception:
+            session.end_soon()
+            await self.manager.disconnect(sid, NAMESPACE)
+            raise
+        self._rooms.add(sid, session)
+        kind = socketio.packet.CONNECT
+        await self._send_packet(session.sid, self.packet_class(kind, {"sid": sid}))
+        await self.manager.connect(sid, NAMESPACE)
+        if session.closed:  # meanwhile
+            await self._handle_eio_disconnect(session.sid, self.reason.TRANSPORT_CLOSE)
 
     async def _handle_event(self, eio_sid: str, namespace: str, ack: int, data: Any) -> None:
         """Stock python-socketio would let a client name any handler: "connect", "disconnect", "*"."""
@@ -2221,7 +2449,7 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         """Call a handler; what goes wrong in one is never a client's fault."""
         try:
             return await super()._trigger_event(event, namespace, *args)
-        except SocketIORefusal:
+        except RefusedConnectionError:
             raise
         except Exception:
             log.exception("a Socket.IO handler failed")
@@ -2274,19 +2502,14 @@ class Outbox:
     rooms its events went to, each client gets them in the order in which they were sent.
     """
 
-    def __init__(self, max_delay: float, deliveries: Counter) -> None:
+    def __init__(self, max_delay: float, max_write: int, deliveries: Counter) -> None:
         self._max_delay = max_delay
-        self.max_write = MAX_WRITE_BYTES
+        self._max_write = max_write
         self._deliveries = deliveries
         self._numbers = itertools.count(1)
         self._busy: dict[Room, None] = {}  # those with something waiting, in order
         self._bytes = 0
         self._had: dict[Session, int] = {}  # up to which number who got ahead of its rooms
-
-    @property
-    def crowded(self) -> bool:
-        """Whether a producer that can wait should give the loop a turn."""
-        return self._bytes > self.max_write
 
     def send(self, room: Room, frame: Frame, hidden: Hidden) -> None:
         room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
@@ -2346,7 +2569,7 @@ class Outbox:
             room.rest = loop.call_later(seconds, self._flush, room)
 
     def _take_batch(self, room: Room) -> list[Outgoing]:
-        """What waits for a room, up to `max_write` bytes and at least one event.
+        """What waits for a room, up to `_max_write` bytes and at least one event.
 
         Where a member is in another room for which something waits, all that waits comes along.
         """
@@ -2359,7 +2582,7 @@ class Outbox:
         size = 0
         for out in in_order(self._busy if shared else [room]):
             size += len(out.frame.bytes)
-            if batch and size > self.max_write:
+            if batch and size > self._max_write:
                 break
             batch.append(out)
         for out in batch:
@@ -2416,26 +2639,22 @@ def audiences(
     return groups
 
 
-class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has no types
-    """Who is in which room. May sit under a pub/sub manager: `emit` is local delivery.
+class Rooms:
+    """Who is in which room, and the way of an event to them.
 
-    The stock manager keeps a two-way map per room and one more room per client, and walks all
-    of them whenever a client leaves; this one knows each client's rooms.
+    A client is added once it is connected; what it is in is forgotten when it is removed.
     """
 
-    def __init__(self, max_delay: float, metrics: Metrics) -> None:
-        super().__init__()
+    def __init__(self, max_delay: float, max_queue_bytes: int, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._outbox = Outbox(max_delay, metrics.deliveries)
+        max_write = min(MAX_WRITE_BYTES, max_queue_bytes // 4)
+        self._outbox = Outbox(max_delay, max_write, metrics.deliveries)
         self._rooms: dict[str, Room] = {}
         self._rooms_of: dict[Sid, set[str]] = {}
+        self._sessions: dict[Sid, Session] = {}
 
     def __len__(self) -> int:
         return len(self._rooms)
-
-    def set_server(self, server: SocketIO) -> None:
-        super().set_server(server)
-        self._outbox.max_write = min(MAX_WRITE_BYTES, server.eio.max_queue_bytes // 4)
 
     def members(self, room: str) -> tuple[Sid, ...]:
         """Who is in the room: the same tuple, not only an equal one, until that changes."""
@@ -2446,16 +2665,59 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
             target.sids = tuple(target.members)
         return target.sids
 
+    def has_listeners(self, room: str) -> bool:
+        """Whether anybody listens: where nobody does, no payload needs to be made."""
+        return room in self._rooms
+
     def names(self) -> Iterable[str]:
         """The rooms that anybody is in."""
         return tuple(self._rooms)
 
     def rooms_of(self, sid: Sid) -> frozenset[str]:
+        """The rooms that a client is in."""
         return frozenset(self._rooms_of.get(sid, ()))
 
-    def has_listeners(self, room: str) -> bool:
-        """Whether anybody listens: where nobody does, no payload needs to be made."""
-        return room in self._rooms
+    # -- coming and going
+
+    def add(self, sid: Sid, session: Session) -> None:
+        """A client is connected."""
+        self._sessions[sid] = session
+
+    def remove(self, sid: Sid) -> None:
+        """It is gone, and so is what waits for it."""
+        for room in self.rooms_of(sid):
+            self.expel(sid, room)
+        self._rooms_of.pop(sid, None)
+        self._sessions.pop(sid, None)
+
+    def enter(self, sid: Sid, room: str) -> None:
+        """The client gets what is sent from now on; harmless where it is in, or gone."""
+        session = self._sessions.get(sid)
+        if session is not None:
+            self._outbox.catch_up(sid, session)
+            target = self._rooms.setdefault(room, Room())
+            target.members[sid] = session
+            target.sids = None
+            self._rooms_of.setdefault(sid, set()).add(room)
+
+    def leave(self, sid: Sid, room: str) -> None:
+        """As a client wishes: it still gets what came before."""
+        if room in self._rooms_of.get(sid, ()):
+            self._outbox.catch_up(sid, self._sessions[sid])
+            self.expel(sid, room)
+
+    def expel(self, sid: Sid, room: str) -> None:
+        """Against its wish: not even what waits."""
+        self._rooms_of.get(sid, set()).discard(room)
+        target = self._rooms.get(room)
+        if target is not None:
+            target.members.pop(sid, None)
+            target.sids = None
+            if not target.members:
+                self._outbox.forget(target)
+                del self._rooms[room]
+
+    # -- events
 
     def broadcast(
         self, room: str, event: str, payload: object, hidden: Callable[[], Hidden] | None = None
@@ -2472,102 +2734,6 @@ class Rooms(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio has
         target = self._rooms.get(room)
         if target is not None:
             self._outbox.send(target, Frame(packet), hidden() if hidden else NOBODY)
-
-    async def emit(
-        self,
-        event: str,
-        data: Any,
-        namespace: str,
-        room: str | None = None,
-        skip_sid: Any = None,
-        callback: Any = None,
-        to: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """What python-socketio and its pub/sub managers call; whole rooms take the short way."""
-        room = to or room
-        target = None
-        if isinstance(room, str) and not self.is_sid_room(namespace, room):
-            target = self._rooms.get(room) if namespace == NAMESPACE else None
-            if target is None:
-                return
-        arguments = list(data) if isinstance(data, tuple) else [] if data is None else [data]
-        binary = self.server.packet_class.data_is_binary(arguments)
-        if target is None or callback is not None or binary:
-            for sid, _ in self.get_participants(namespace, room):
-                self._outbox.catch_up(sid, self.server.session_of(sid))
-            await super().emit(event, data, namespace, room, skip_sid, callback, **kwargs)
-            return
-        skipped = [skip_sid] if isinstance(skip_sid, str) else skip_sid or ()
-        self._outbox.send(target, event_frame(event, *arguments), frozenset(skipped))
-        if self._outbox.crowded:
-            await asyncio.sleep(0)
-
-    async def leave_room(self, sid: Sid, namespace: str, room: str) -> None:
-        """As a client wishes: it still gets what came before."""
-        if room in self._rooms_of.get(sid, ()):
-            self._outbox.catch_up(sid, self._rooms[room].members[sid])
-        await super().leave_room(sid, namespace, room)
-
-    def expel(self, sid: Sid, room: str) -> None:
-        """Against its wish: not even what waits."""
-        self.basic_leave_room(sid, NAMESPACE, room)
-
-    def basic_enter_room(
-        self, sid: Sid, namespace: str, room: str | None, eio_sid: str | None = None
-    ) -> None:
-        if room is None:
-            super().basic_enter_room(sid, namespace, room, eio_sid)
-        elif room != sid:
-            session = self.server.session_of(sid)
-            if session is not None:
-                self._outbox.catch_up(sid, session)
-                target = self._rooms.setdefault(room, Room())
-                target.members[sid] = session
-                target.sids = None
-                self._rooms_of.setdefault(sid, set()).add(room)
-
-    def basic_leave_room(self, sid: Sid, namespace: str, room: str | None) -> None:
-        if room is None:
-            super().basic_leave_room(sid, namespace, room)
-            return
-        self._rooms_of.get(sid, set()).discard(room)
-        target = self._rooms.get(room)
-        if target is not None:
-            target.members.pop(sid, None)
-            target.sids = None
-            if not target.members:
-                self._outbox.forget(target)
-                del self._rooms[room]
-
-    def basic_disconnect(self, sid: Sid, namespace: str, **kwargs: Any) -> None:
-        for room in self._rooms_of.pop(sid, ()):
-            self.basic_leave_room(sid, namespace, room)
-        self.basic_leave_room(sid, namespace, None)
-        self.callbacks.pop(sid, None)
-        for pending in (self.pending_connect, self.pending_disconnect):
-            if sid in pending.get(namespace, ()):
-                pending[namespace].remove(sid)
-                if not pending[namespace]:
-                    del pending[namespace]
-
-    def basic_close_room(self, room: str, namespace: str) -> None:
-        for sid in self.members(room):
-            self.basic_leave_room(sid, namespace, room)
-
-    def get_rooms(self, sid: Sid, namespace: str) -> list[str]:
-        return [sid, *self._rooms_of.get(sid, ())]
-
-    def get_participants(self, namespace: str, room: Any) -> Iterator[tuple[Sid, str]]:
-        everyone = self.rooms.get(namespace, {}).get(None, {})
-        if room is None:
-            sids: Iterable[Sid] = tuple(everyone)
-        elif isinstance(room, str):
-            sids = (room,) if room in everyone else self.members(room)
-        else:
-            sids = dict.fromkeys(sid for one in room for sid in self.members(one))
-        for sid in sids:
-            yield sid, everyone[sid]
 
 
 # ----------------------------------------------------------------------------- throttle
@@ -2881,23 +3047,37 @@ class Need(NamedTuple):
     """What hikari keeps only for plugins that say so."""
 
     components: hikari.api.CacheComponents
+    #: What Discord has to send for that.
+    event: type[hikari.Event]
     #: Attributes that are empty without it.
     attributes: frozenset[str]
 
 
 #: What a plugin may put into `needs`.
 NEEDS: Final = {
-    "emojis": Need(hikari.api.CacheComponents.EMOJIS, frozenset({"old_emojis", "get_emoji"})),
-    "invites": Need(hikari.api.CacheComponents.INVITES, frozenset({"old_invite", "get_invite"})),
+    "emojis": Need(
+        hikari.api.CacheComponents.EMOJIS,
+        hikari.EmojisUpdateEvent,
+        frozenset({"old_emojis", "get_emoji"}),
+    ),
+    "invites": Need(
+        hikari.api.CacheComponents.INVITES,
+        hikari.InviteCreateEvent,
+        frozenset({"old_invite", "get_invite"}),
+    ),
     "messages": Need(
         hikari.api.CacheComponents.MESSAGES,
+        hikari.GuildMessageCreateEvent,
         frozenset({"old_message", "old_messages", "get_message", "get_messages_view"}),
     ),
     "stickers": Need(
-        hikari.api.CacheComponents.GUILD_STICKERS, frozenset({"old_stickers", "get_sticker"})
+        hikari.api.CacheComponents.GUILD_STICKERS,
+        hikari.StickersUpdateEvent,
+        frozenset({"old_stickers", "get_sticker"}),
     ),
     "voice": Need(
         hikari.api.CacheComponents.VOICE_STATES,
+        hikari.VoiceStateUpdateEvent,
         frozenset(
             {
                 "old_state",
@@ -3041,6 +3221,8 @@ def check_kind(kind: object) -> None:
 def user_name(user: hikari.User) -> str:
     """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
 
+        user_name(event.author)
+
     Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
     usernames have 64 characters at most, other names 100.
     """
@@ -3050,6 +3232,8 @@ def user_name(user: hikari.User) -> str:
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     """A member's username as it is now; the id while Discord has not sent the member.
 
+        member_name(spy.bot.cache, event.guild_id, event.user_id)
+
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
@@ -3058,19 +3242,34 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
 
 
 def role_name(role: hikari.Role) -> str:
-    """A role's name as it may leave, or its id."""
+    """A role's name as it may leave.
+
+        [role_name(role) for role in event.member.get_roles()]
+
+    Where nothing of it can be seen, it is the id.
+    """
     return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
-    """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
+    """The name of a channel or thread.
+
+        channel_name(spy.bot.cache, event.channel_id)
+
+    Where Discord hides the name or has not sent it, it is the id.
+    """
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
+    """A moment as it goes out.
+
+        timestamp(event.message.created_at)  # "2026-01-02T03:04:05.678Z"
+
+    That is ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given.
+    """
     moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -3087,7 +3286,11 @@ class News(NamedTuple):
 
 
 class Shared(Protocol):
-    """What a plugin keeps of members for all nodes of a service, in Redis.
+    """What a plugin keeps of members for all nodes of a service, in Redis; `spy.shared`.
+
+        async for chunk in spy.shared.read():
+            counts.add(json.loads(chunk))
+        await spy.shared.write('{"5:2026-01": [86400, {"7": "3 messages"}]}')
 
     Tables of texts, one text a member. A table is named `GUILD_ID:ANYTHING`, a member by its id;
     so `spywatcher.py forget` finds what it has to remove. Chunks and changes are JSON, for a
@@ -3164,7 +3367,8 @@ class Spy:
         self.log = logging.getLogger(f"spywatcher.plugin.{name}")
         #: hikari's bot: cache and REST.
         self.bot = context.bot
-        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps.
+        #: The SQLite file of `[storage] path`, which the shipped plugin `analytics` keeps; `history`
+        #: has its own beside it.
         self.storage = context.storage
         #: What all nodes keep together; None in a single process.
         self.shared: Shared | None = None
@@ -3172,6 +3376,9 @@ class Spy:
         self.marks = context.marks(name)
         #: Where Discord's REST API answers: what `hikari.RESTApp` takes as `url`.
         self.rest_url = context.rest_url
+        #: Held by one instance of the plugin at a time. On a reload the fresh one is set up before
+        #: the `teardown` of the old one: what must not be done by both is done under this.
+        self.alone = context.alone(name)
         self._name = name
         self._tokens = context.tokens
         self._address = context.address
@@ -3299,6 +3506,8 @@ class HostContext(NamedTuple):
     address: Callable[[HTTPServerRequest], str] = lambda request: ""
     #: Whether a page of this origin is named in the settings.
     lists_origin: Callable[[str], bool] = lambda origin: False
+    #: The lock of all instances of a plugin of this name.
+    alone: Callable[[str], asyncio.Lock] = lambda name: asyncio.Lock()
 
 
 # -- what goes out
@@ -3372,7 +3581,7 @@ def as_json(value: Any, depth: int = 0) -> Any:
 def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
     fields = {}
     for key, value in members:
-        name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        name = key if type(key) is str and key.isascii() else str(as_json(key, MOST_NESTED))
         if type(value) is str and value.isascii():  # most are, and a call costs more than this
             fields[name] = value
             continue
@@ -3541,8 +3750,7 @@ class Fence:
 
     def failed(self, what: str, error: BaseException) -> None:
         self._failures.inc()
-        place = error.__traceback__ and traceback.extract_tb(error.__traceback__)[-1][:2]
-        kind = (what, type(error), str(error) if isinstance(error, SpyWatcherError) else place)
+        kind = (what, type(error), kind_of_fault(error))
         if kind in self._told or len(self._told) >= MOST_KINDS:
             return
         self._told.add(kind)
@@ -3566,6 +3774,16 @@ class Fence:
             MOST_FAILURES,
             PAUSE,
         )
+
+
+def kind_of_fault(error: BaseException) -> object:
+    """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
+    if isinstance(error, SpyWatcherError):
+        return re.sub(r"'.*'|\d+", "", str(error))
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -3612,10 +3830,15 @@ class Guarded:
         started = time.perf_counter()
         try:
             result = self._function(subject, *self._arguments)
+        except FAULTS as error:
+            self._failed(error)
+            return
+        finally:
             self._took(time.perf_counter() - started)
-            if hasattr(result, "__await__"):
-                self._await(result, functools.partial(then, subject))
-                return
+        if hasattr(result, "__await__"):
+            self._await(result, functools.partial(then, subject))
+            return
+        try:
             then(subject, result)
         except FAULTS as error:
             self._failed(error)
@@ -3773,8 +3996,9 @@ class Plugin:
             raise PluginError(f"the event name {min(reserved)} is reserved")
 
     def event_types(self) -> set[type[hikari.Event]]:
-        """The events of hikari's that it hears."""
-        return {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
+        """The events that Discord has to send for it."""
+        heard = {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
+        return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any]) -> Any:
         """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
@@ -3972,6 +4196,12 @@ class Runner:
         ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
+        own = {"spy": self.spy, "failed": self.fence.failed}
+        #: What the plugin serves: a pattern of the whole path, and what answers there.
+        self.routes: Routes = [
+            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, pattern in plugin.routes
+        ]
 
     def _guard(
         self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
@@ -3988,14 +4218,6 @@ class Runner:
         wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
         where = f" in {function.__name__}"
         return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
-
-    def routes(self) -> Routes:
-        """What the plugin serves: a pattern of the whole path, and what answers there."""
-        own = {"spy": self.spy, "failed": self.fence.failed}
-        return [
-            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, pattern in self.plugin.routes
-        ]
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
@@ -4191,6 +4413,9 @@ class Dispatcher:
                 return
             person = rule is None or rule(event, cache)
             self._count(event)
+            if event_type is hikari.MemberDeleteEvent and event.old_member is None:
+                # hikari 2.7 does not say who left as long as it keeps a message of theirs
+                event.old_member = cache.get_member(event.guild_id, event.user_id)
             for listener, guarded, send in self._hearers.get(event_type, ()):
                 if person or listener.bots:
                     guarded.call(event, send)
@@ -4223,8 +4448,8 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         places = [folder / name]
-        if name == OWN_PLUGINS and (shipped := shipped_plugins()):
-            places.append(shipped)
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
+            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
         found = [place for place in places if place.is_dir()]
         if not found:
             raise OperatorError(f"plugins.folders: {places[0]} is no folder")
@@ -4379,7 +4604,7 @@ def load_module(name: str, path: Path) -> ModuleType:
     """Run a plugin's file as a fresh module, under a name that no other module can have.
 
     It stays in `sys.modules`, where dataclasses and postponed annotations look it up, whatever it
-    raises.
+    raises. Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
@@ -4387,6 +4612,9 @@ def load_module(name: str, path: Path) -> ModuleType:
         sys.meta_path.insert(0, PluginFinder())
     importlib.invalidate_caches()  # of folders whose files are new
     full_name = MODULE_PREFIX + name
+    package = MODULE_PREFIX.rstrip(".")
+    beside = path.parent.parent if path.name == "__init__.py" else path.parent
+    sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(beside)]
     folder = [str(path.parent)] if path.name == "__init__.py" else None
     loader = SourceLoader(full_name, str(path))
     spec = importlib.util.spec_from_file_location(
@@ -4551,6 +4779,8 @@ class PluginHost:
         #: Whether plugins are at work here, and what is held while that or they change.
         self.leading = False
         self.changing = asyncio.Lock()
+        #: What the instances of a plugin, by its name, take in turn.
+        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
     # -- what plugins ask for
 
@@ -4572,8 +4802,8 @@ class PluginHost:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of room that the plugins name."""
-        return frozenset().union(*(plugin.kinds for plugin in self.plugins.values()))
+        """The kinds of room that there are: `guild`, and those that the plugins name."""
+        return frozenset({"guild"}).union(*(plugin.kinds for plugin in self.plugins.values()))
 
     # -- at work
 
@@ -4631,7 +4861,7 @@ class PluginHost:
     def take_over(self) -> None:
         """Have all that happens go to those that are there now, in one step."""
         order = sorted(self.runners)
-        self._routes = [route for name in order for route in self.runners[name].routes()]
+        self._routes = [route for name in order for route in self.runners[name].routes]
         if self._dispatcher is not None:
             self._dispatcher.connect(self.running[name] for name in order if name in self.running)
 
@@ -5198,6 +5428,7 @@ class Shard(hikari.impl.GatewayShardImpl):
             await self._connect()
             if self._has_begun():
                 self._awaited = "events"
+                self._gateway.shard_up(self)
                 self._event_manager.dispatch(self._event_factory.deserialize_connected_event(self))
                 await asyncio.wait(self._lifetime, return_when=asyncio.FIRST_COMPLETED)
             if self._broken is not None:
@@ -5212,17 +5443,28 @@ class Shard(hikari.impl.GatewayShardImpl):
 
     async def _connect(self) -> tuple[asyncio.Task[None], ...]:
         self._awaited, self._broken, self._lifetime = "HELLO", None, []
+        connecting = asyncio.create_task(super()._connect())
         try:
             async with asyncio.timeout(self._patience.step) as self._deadline:
-                tasks = await super()._connect()
+                tasks = await asyncio.shield(connecting)
         except TimeoutError as error:
             why = f"no {self._awaited} within {self._patience.step:g} s"
             raise AwayError(self._awaited, why) from error
+        finally:
+            await self._give_up(connecting)
         if self._broken is not None:
             raise self._broken
         if self._has_begun() and self._session_id is None:
             raise AwayError("READY", "RESUMED came instead of READY")
         return tasks
+
+    async def _give_up(self, connecting: asyncio.Task[Any]) -> None:
+        """End a step that is not over. hikari 2.7 leaks what it is cancelled in before its socket is there."""
+        patience = time.monotonic() + CLOSING_PATIENCE
+        while self._ws is None and not connecting.done() and time.monotonic() < patience:
+            await asyncio.wait([connecting], timeout=CLOSING_PATIENCE / 50)
+        connecting.cancel()
+        await asyncio.wait([connecting])
 
     async def _heartbeat(self, heartbeat_interval: float) -> None:
         """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
@@ -5301,6 +5543,8 @@ class Shard(hikari.impl.GatewayShardImpl):
         self._gateway.shard_away(self, cause, why)
 
 
+#: Seconds that a connection in the making gets to be made, when it is to end.
+CLOSING_PATIENCE: Final = 1.0
 #: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
 RESUME_LATER: Final = 3000
 
@@ -5371,6 +5615,7 @@ class Gateway:
         self._brakes: dict[int, Brake] = {}
         self._up: set[int] = set()
         self._ended: Exception | None = None
+        self._how = ""  # of the newest session
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
@@ -5562,6 +5807,12 @@ class Gateway:
 
     # -- what shards tell
 
+    def shard_up(self, shard: hikari.api.GatewayShard) -> None:
+        """READY or RESUMED came, and the listeners of that have heard it."""
+        self._up.add(shard.id)
+        if self.connected:
+            self._report.say("connected", self._how, connected=True)
+
     def shard_away(self, shard: hikari.api.GatewayShard, cause: str, why: str) -> None:
         self._up.discard(shard.id)
         self._away(cause, why if shard.shard_count == 1 else f"shard {shard.id}: {why}")
@@ -5573,17 +5824,11 @@ class Gateway:
     async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._back(event.shard, f"a new session, guilds: {len(event.unavailable_guilds)}")
+        self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
-        self._back(event.shard, "session resumed, nothing missed")
-
-    def _back(self, shard: hikari.api.GatewayShard, how: str) -> None:
-        if shard.is_connected:  # else the connection broke a moment ago
-            self._up.add(shard.id)
-        if self.connected:
-            self._report.say("connected", how, connected=True)
+        self._how = "session resumed, nothing missed"
 
     def _away(self, cause: str, why: str) -> None:
         if self._report.connected:
@@ -5671,9 +5916,9 @@ class Node:
         """Who judges."""
         return Access(self._settings.auth, self._settings.discord.guilds, self._bot.cache)
 
-    def make_counters(self) -> limits.aio.storage.Storage:
+    def make_counters(self) -> Counters:
         """Who counts attempts."""
-        return BoundedMemory()
+        return Counters()
 
     def make_connections(self) -> OpenConnections:
         """Who counts open connections."""
@@ -5760,6 +6005,7 @@ MAX_HEADER_BYTES: Final = 16_384
 #: A buffer of so many bytes is made and zeroed for every read; clients send little at a time.
 READ_BYTES: Final = 8_192
 SOCKET_PATH: Final = "/socket.io/"
+ORIGIN_SHOWN: Final = 100
 
 
 class Origins:
@@ -5798,16 +6044,19 @@ class Origins:
         return below or origin in self._exact
 
 
-#: Headers by which a request shows that a proxy passed it on.
-PASSED_ON: Final = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip")
+#: Headers by which a request shows that a proxy passed it on; of "X-…" there are too many to name.
+PASSED_ON: Final = re.compile(
+    r"forwarded|via|cdn-.*|cf-.*|.*-ip|x-(?!prometheus-).*", re.IGNORECASE
+)
 
 
 class OperatorNetworks:
     """Who may read what is the operator's alone: this host itself, and who is listed.
 
     The address is the one that the kernel names, never one from a header. A reverse proxy on this
-    host has a local address too while it speaks for the whole world: what it passed on shows by
-    its headers or by a `Host` that is no local one, and gets in only if that address is listed.
+    host has a local address too while it speaks for the whole world: what it may have passed on
+    shows by its headers, by HTTP/1.0 or by a `Host` that is missing or no local one, and gets in
+    only if that address is listed.
     """
 
     def __init__(self, networks: Sequence[str]) -> None:
@@ -5819,8 +6068,9 @@ class OperatorNetworks:
             return False
         if any(peer in network for network in self._networks):
             return True
-        passed_on = any(name in request.headers for name in PASSED_ON)
-        return peer.is_loopback and not passed_on and is_local(request.host_name)
+        passed_on = request.version == "HTTP/1.0" or any(map(PASSED_ON.fullmatch, request.headers))
+        named = is_local(request.host_name) and "Host" in request.headers
+        return peer.is_loopback and named and not passed_on
 
 
 def is_local(host: str) -> bool:
@@ -5832,10 +6082,13 @@ def is_local(host: str) -> bool:
 
 
 class FrontDoor:
-    """What is decided about a request before anything is spent on it."""
+    """What is decided about a request before anything is spent on it, and the connections that are open."""
 
     def __init__(self, settings: ServerSettings, limits: Limits) -> None:
         self.limits = limits
+        #: Nobody is let in any more; connections that are open may still ask.
+        self.closed = False
+        self._connections: dict[IOStream, Connection] = {}
         self.reconfigure(settings)
 
     def reconfigure(self, settings: ServerSettings) -> None:
@@ -5843,12 +6096,35 @@ class FrontDoor:
         self.operators = OperatorNetworks(settings.metrics_from)
         self._proxies = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
 
+    # -- connections
+
+    def open(self, stream: IOStream, peer: str) -> None:
+        """A TCP connection was accepted; of a proxy's it is not known yet whom it counts for."""
+        client = parse_address(peer)
+        of_proxy = client is None or self._is_proxy(client)
+        address = "" if client is None or of_proxy else address_key(client)
+        self._connections[stream] = Connection(self.limits, stream, address)
+
+    def connection(self, request: HTTPServerRequest) -> Connection | None:
+        """What a request comes by; None once its WebSocket has taken it."""
+        stream: IOStream | None = getattr(request.connection, "stream", None)
+        return None if stream is None else self._connections.get(stream)
+
+    def close(self, stream: IOStream) -> None:
+        """The connection was closed, or the web server is done with it."""
+        connection = self._connections.get(stream)
+        if connection is not None and (stream.closed() or not connection.detached):
+            del self._connections[stream]
+            connection.end()
+
+    # -- addresses
+
     def address(self, request: HTTPServerRequest) -> str:
         """Whom a request counts for: its peer or, of a trusted proxy, the right-most hop that is none."""
         hops = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
         client = parse_address(request.remote_ip or "")
         while hops and client is not None and self._is_proxy(client):
-            hop = parse_address(hops.pop().strip())
+            hop = parse_hop(hops.pop())
             if hop is None:
                 break
             client = hop
@@ -5857,11 +6133,6 @@ class FrontDoor:
     def lists(self, origin: str) -> bool:
         """Whether `cors_origins` names the page's origin."""
         return self.origins.lists(origin)
-
-    def peer(self, text: str) -> str:
-        """Whom a connection counts for before it says a word; of a proxy, nobody."""
-        client = parse_address(text)
-        return "" if client is None or self._is_proxy(client) else address_key(client)
 
     def _is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self._proxies)
@@ -5879,6 +6150,15 @@ def parse_address(text: str) -> Address | None:
     return (address.ipv4_mapped or address) if address.version == 6 else address
 
 
+def parse_hop(text: str) -> Address | None:
+    """An entry of X-Forwarded-For: some proxies add the port, and then brackets to IPv6."""
+    text = text.strip().strip('"')
+    if text.startswith("["):
+        return parse_address(text[1:].partition("]")[0])
+    host, colon, port = text.partition(":")
+    return parse_address(host if colon and port.isdecimal() else text)
+
+
 def address_key(address: Address) -> str:
     """What is counted as one address: of IPv6 the /64, since every household has one."""
     if address.version == 6:
@@ -5886,7 +6166,31 @@ def address_key(address: Address) -> str:
     return str(address)
 
 
-class SocketHandler(WebSocketHandler):
+def allowed_methods(handler: RequestHandler) -> str:
+    """What a handler answers, as RFC 9110 §10.2.1 has it."""
+    unknown = RequestHandler._unimplemented_method
+    return ", ".join(
+        method
+        for method in handler.SUPPORTED_METHODS
+        if getattr(type(handler), method.lower()) is not unknown
+    )
+
+
+class Handler(RequestHandler):
+    """Base of what is served: JSON without a banner, never from a cache."""
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        self.set_header("Cache-Control", "no-store")
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """What Tornado refuses by itself: above all other methods than those that there are."""
+        if status_code == 405:
+            self.set_header("Allow", allowed_methods(self))
+        self.finish({"message": self._reason})
+
+
+class SocketHandler(Handler, WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
 
     def initialize(self, engine: Engine, door: FrontDoor) -> None:
@@ -5895,50 +6199,28 @@ class SocketHandler(WebSocketHandler):
         self._address = door.address(self.request)
         self._sid = parse_sid(self.request)
         self._session: Session | None = None
-
-    def set_default_headers(self) -> None:
-        self.clear_header("Server")
-        self.set_header("Cache-Control", "no-store")
+        self._stream = stream_of(self)
+        connection = door.connection(self.request)
+        assert connection is not None
+        self.connection = connection
 
     async def prepare(self) -> None:
-        """Turn away blocked addresses and foreign pages."""
-        self._settle()
-        session = self._engine.sockets.get(self._sid)
+        """Turn away foreign pages and blocked addresses."""
+        self.connection.touch()
         origin = self.request.headers.get("Origin")
-        if session is None and (seconds := await self._door.limits.blocked_for(self._address)):
-            self.set_header("Retry-After", str(math.ceil(seconds)))
-            self._refuse(429, "blocked", "Too many refused attempts")
-        elif not self._door.origins.allow(origin, self.request.host):
-            self._refuse(403, "origin", "This origin is not allowed")
-        elif origin is not None:
+        session = self._engine.sockets.get(self._sid)
+        if session is not None:
+            self._engine.limits.strangers.touch(session)
+        if not self._door.origins.allow(origin, self.request.host):
+            self._refuse(403, "origin", "This origin is not allowed", unlisted(origin))
+            return
+        if origin is not None:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Allow-Credentials", "true")
             self.set_header("Vary", "Origin")
-
-    def on_finish(self) -> None:
-        self._settle()
-
-    def _settle(self) -> None:
-        """A connection is a stranger's until a request on it belongs to who has authenticated."""
-        limits, connection = self._door.limits, self.request.connection
-        stream: IOStream | None = getattr(connection, "stream", None)  # None: a WebSocket has it
-        session = self._engine.sockets.get(self._sid)
-        if session is not None and session.visit not in limits.lobby:
-            limits.lobby.leave(stream)
-            return
-        if stream is not None and stream not in limits.lobby:
-            limits.expect(stream, stream.close)
-        for who in (stream, session and session.visit):
-            limits.lobby.stir(who)
-
-    async def admit(self, transport: str) -> Session:
-        """A new session for this request, which has to authenticate in time."""
-        limits = self._door.limits
-        visit = await limits.visit(self._address)
-        session = await self._engine.admit(visit, transport)
-        # Strangers come by the thousand: metrics count them, the log is for what was somebody's.
-        limits.lobby.enter(visit, functools.partial(session.cut, level=logging.DEBUG))
-        return session
+        if session is None and (seconds := await self._door.limits.blocked_for(self._address)):
+            self.set_header("Retry-After", str(math.ceil(seconds)))
+            self._refuse(429, "blocked", "Too many refused attempts")
 
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has done it, for polls too
@@ -5947,63 +6229,80 @@ class SocketHandler(WebSocketHandler):
         """There are no cookies to forge with."""
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
-        if self.request.headers.get("Upgrade", "").lower() != "websocket":
-            self._session = self._engine.sockets.get(self._sid)
-            await self._engine.handle_request(self)
-        elif fault := self._websocket_fault():
+        websocket = self.request.headers.get("Upgrade", "").lower() == "websocket"
+        if fault := self._fault("websocket" if websocket else "polling"):
             self._refuse(400, "handshake", fault)
-        else:
+        elif self._sid is None and self._door.closed:
+            self._refuse(503, "draining", "The server is stopping")
+        elif self._sid is None and (seconds := await self._door.limits.attempt(self._address)):
+            self.set_header("Retry-After", str(math.ceil(seconds)))
+            self._refuse(429, "attempts_per_ip", "Too many connections")
+        elif websocket:
             await super().get(*args, **kwargs)
+        else:
+            await self._poll()
+
+    async def _poll(self) -> None:
+        session = self._engine.sockets.get(self._sid)
+        self._session = session or await self._engine.admit(self._address, "polling")
+        self._answer("\x1e".join([frame.encode() for frame in await self._session.poll(self)]))
 
     async def post(self) -> None:
         """Two at a time end the session, as they do in Node's: which is to be taken first?"""
         session = self._engine.sockets.get(self._sid)
-        if session is None or session.posting:
-            if session is not None:
+        if session is None or not session.polls or session.posting:
+            if session is not None and session.posting:
                 session.cut("overlapping posts")
             self._refuse(400, "handshake", "Unknown session")
             return
         session.posting = True
         try:
-            await self._engine.handle_request(self)
+            await session.post(self)
         finally:
             session.posting = False
+        self._answer("ok")
 
     def options(self) -> None:
         """CORS preflight (Fetch standard)."""
         self.set_header("Access-Control-Allow-Methods", "GET, POST")
-        self.set_header("Access-Control-Allow-Headers", "Content-Type")
+        asked = self.request.headers.get("Access-Control-Request-Headers", "Content-Type")
+        self.set_header("Access-Control-Allow-Headers", asked)
         self.set_status(204)
 
-    def _websocket_fault(self) -> str | None:
-        sid = self._sid
-        session = self._engine.sockets.get(sid)
-        if "websocket" not in self._engine.transports:
-            return "The websocket transport is switched off"
-        if self.get_query_argument("transport", "") != "websocket":
+    def _answer(self, body: str) -> None:
+        """Engine.IO's answer; none is the end of the session, which no client takes as final."""
+        self.set_header("Content-Type", "text/plain; charset=UTF-8")
+        if not body:
+            self.set_status(400)
+        self.finish(body)
+
+    def _fault(self, transport: str) -> str | None:
+        """What is wrong with a GET (Engine.IO protocol v4)."""
+        session = self._engine.sockets.get(self._sid)
+        if transport not in self._engine.transports:
+            return f"The {transport} transport is switched off"
+        if self.get_query_argument("transport", "") != transport:
             return "Invalid transport"
         if self.get_query_argument("EIO", "") != "4":
             return "Unsupported protocol version"
-        if sid is not None and (session is None or session.upgraded or session.closed):
+        if self._sid is not None and (session is None or not session.polls):
             return "Unknown session"
         return None
 
-    def _refuse(self, status: int, reason: str, message: str) -> None:
+    def _refuse(self, status: int, reason: str, message: str, detail: str = "") -> None:
+        """Answer with the message; the detail is for the log alone."""
         self._engine.metrics.refused.labels(reason).inc()
         if self._door.limits.log_once(self._address, reason):
-            log.info("%s refused: %s", self._address, message)
+            log.info("%s refused: %s%s", self._address, message, detail)
         self.set_status(status)
         self.finish({"message": message})
 
     async def open(self, *args: str, **kwargs: str) -> None:
-        limits = self._door.limits
+        self.connection.detached = True
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
-        stream = websocket_stream(self)
-        stream.max_write_buffer_size = self._engine.max_queue_bytes
+        self._stream.max_write_buffer_size = self._engine.max_queue_bytes
         if self._sid is None:
-            limits.expect(self, stream.close)
-            session = await self.admit("websocket")
-            limits.lobby.leave(self)
+            session = await self._engine.admit(self._address, "websocket")
             if self.ws_connection is None:
                 session.cut("gone")  # while the limits were asked
             else:
@@ -6012,7 +6311,6 @@ class SocketHandler(WebSocketHandler):
         elif self._sid in self._engine.sockets:
             self._session = self._engine.sockets[self._sid]
             self._session.begin_upgrade(self)
-            limits.expect(self, stream.close)
         else:
             self.close()
 
@@ -6020,19 +6318,18 @@ class SocketHandler(WebSocketHandler):
         session = self._session
         if session is None or session.closed:
             return
+        self.connection.touch()
         if session.handler is self:
             await session.feed(message)
         else:
             session.feed_probe(self, message)
-            if session.handler is self:
-                self._door.limits.lobby.leave(self)
 
     def on_ping(self, data: bytes) -> None:
         if self._session is not None:
             self._session.share_stream()
 
     def on_close(self) -> None:
-        self._door.limits.lobby.leave(self)
+        self._door.close(self._stream)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -6043,22 +6340,28 @@ class SocketHandler(WebSocketHandler):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
 
 
+def unlisted(origin: str | None) -> str:
+    """Which origin that is, and what would let it in."""
+    shown = clean_text(origin or "")[:ORIGIN_SHOWN]
+    return f"; {shown!r} is not in [server] cors_origins"
+
+
 def parse_sid(request: HTTPServerRequest) -> str | None:
-    """The session that a request names, as python-engineio reads it."""
+    """The session that a request names."""
     sids = request.query_arguments.get("sid")
     return sids[0].decode("utf-8", "replace") if sids else None
 
 
-class OperatorHandler(RequestHandler):
+class OperatorHandler(Handler):
     """Base of what is there for operators and their tools; `read` gets what a GET is answered with."""
 
     def initialize(self, door: FrontDoor, read: Callable[[], Any] = dict) -> None:
         self.inside = door.operators.include(self.request)
         self.read = read
 
-    def set_default_headers(self) -> None:
-        self.clear_header("Server")
-        self.set_header("Cache-Control", "no-store")
+    def head(self) -> None:
+        """As GET without a body (RFC 9110 §9.3.2); Tornado leaves that out."""
+        self.get()
 
 
 class LiveHandler(OperatorHandler):
@@ -6092,11 +6395,8 @@ class MetricsHandler(OperatorHandler):
             self.finish({"message": "Only for this host and for [server] metrics_from"})
 
 
-class NotFoundHandler(RequestHandler):
+class NotFoundHandler(Handler):
     """Everything that is not served."""
-
-    def set_default_headers(self) -> None:
-        self.clear_header("Server")
 
     def prepare(self) -> None:
         self.set_status(404)
@@ -6104,14 +6404,15 @@ class NotFoundHandler(RequestHandler):
 
 
 class Site(Application):
-    """All that is served. Who is served waits in no lobby meanwhile, but for `SocketHandler`'s."""
+    """All that is served. Who is served has its time for that, but not by naming a session."""
 
-    limits: Limits
+    door: FrontDoor
     plugins: PluginHost
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
-        if request.path != SOCKET_PATH:
-            self.limits.lobby.leave(getattr(request.connection, "stream", None))
+        connection = self.door.connection(request)
+        if connection is not None and request.path != SOCKET_PATH:
+            connection.serve()
         own = super().find_handler(request, **kwargs)
         found = self.plugins.handler_for(request)
         if own.handler_class is not NotFoundHandler or found is None:
@@ -6121,20 +6422,80 @@ class Site(Application):
 
     def log_request(self, handler: RequestHandler) -> None:
         """Called when a request is done with; nothing is logged."""
-        stream = getattr(handler.request.connection, "stream", None)
-        if handler.request.path != SOCKET_PATH and stream is not None:
-            self.limits.expect(stream, stream.close)
+        connection = self.door.connection(handler.request)
+        if connection is not None and handler.request.path != SOCKET_PATH:
+            connection.wait()
+
+
+class Acceptor:
+    """A socket that Tornado accepts connections on; it pauses while there is no file descriptor left.
+
+    Tornado would ask again at once, for ever, and log each time.
+    """
+
+    #: What accept(2) fails with when the process or the host has no room for one more.
+    FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+    #: Seconds of a pause after room was made, and where there were no strangers to make it.
+    PAUSE: Final = (0.05, 1.0)
+    #: Strangers that go then: enough for who waits, and fewer than usually are there.
+    STRANGERS: Final = 100
+
+    def __init__(self, listening: socket.socket, limits: Limits) -> None:
+        self._socket = listening
+        self._limits = limits
+        self._full_until = 0.0
+        self.fileno = listening.fileno
+        self.close = listening.close
+
+    @property
+    def problem(self) -> str | None:
+        """A sentence while it pauses, and for a little longer."""
+        full = time.monotonic() < self._full_until
+        return "no file descriptor is left for one more connection" if full else None
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """socket.accept; raises BlockingIOError where that would not help."""
+        try:
+            return self._socket.accept()
+        except OSError as error:
+            if error.errno not in self.FULL:
+                raise
+            self._pause(error)
+            raise BlockingIOError(error.errno, error.strerror) from error
+
+    def _pause(self, error: OSError) -> None:
+        made_room = self._limits.strangers.make_room(self.STRANGERS)
+        seconds = self.PAUSE[0 if made_room else 1]
+        self._full_until = time.monotonic() + self.PAUSE[1] + seconds
+        if self._limits.log_once("", "full"):
+            log.error("no connection can be accepted: %s; raise LimitNOFILE", error.strerror)
+        IOLoop.current().update_handler(self, 0)
+        asyncio.get_running_loop().call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        if self.fileno() >= 0:  # else it is listened on no more
+            IOLoop.current().update_handler(self, IOLoop.READ)
 
 
 class WebServer(HTTPServer):
     """Tornado's, with TCP_NODELAY (without it two small writes in a row stall for 40 ms), an end
-    for clients that take nothing, and a lobby for connections that have not sent a whole request yet.
+    for clients that take nothing, and an entry at the door for each connection.
     """
 
     #: Set by whoever makes the server: Tornado's has no constructor of its own to extend.
     door: FrontDoor
     #: Seconds that a client may leave what it is sent unread or unacknowledged.
     patience: float
+    acceptors: Sequence[Acceptor] = ()
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        self.acceptors = [Acceptor(listening, self.door.limits) for listening in sockets]
+        super().add_sockets(self.acceptors)  # type: ignore[arg-type]  # all that it asks of a socket
+
+    @property
+    def problem(self) -> str | None:
+        """A sentence while connections cannot be accepted."""
+        return next((one.problem for one in self.acceptors if one.problem), None)
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
         with contextlib.suppress(OSError, StreamClosedError):  # it may have gone already
@@ -6142,12 +6503,11 @@ class WebServer(HTTPServer):
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: tcp(7)
                 milliseconds = math.ceil(self.patience * 1000)
                 stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        peer = self.door.peer(address[0]) if address else ""
-        self.door.limits.expect(stream, stream.close, peer)
+        self.door.open(stream, address[0] if address else "")
         super().handle_stream(stream, address)
 
     def on_close(self, server_conn: Any) -> None:
-        self.door.limits.lobby.leave(server_conn.stream)
+        self.door.close(server_conn.stream)
         super().on_close(server_conn)
 
 
@@ -6156,6 +6516,8 @@ class WebServer(HTTPServer):
 # them all: the dashboards' requests, the way of an event to its room, start and stop.
 
 EVENT_SHOWN: Final = 40
+#: How `Tokens` refuses who is banned.
+BANNED: Final = "Access denied"
 #: Seconds before a token ends that its dashboard is warned (design: identity and access).
 EXPIRY_WARNING: Final = 60.0
 #: Seconds that a subscription waits for guilds that Discord is still sending.
@@ -6202,7 +6564,6 @@ class Dashboards:
         sio.on("connect", self._connect)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
-        sio.on("connect", self._refuse_namespace, namespace="*")
 
     def viewer(self, sid: Sid) -> Viewer:
         return self._connected[sid].viewer
@@ -6216,38 +6577,35 @@ class Dashboards:
     async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
         session = self._sio.session_of(sid)
         if session is None:
-            raise SocketIORefusal("Gone")  # to nobody: it has left right after it sent CONNECT
+            raise RefusedConnectionError(
+                "Gone"
+            )  # to nobody: it has left right after it sent CONNECT
         try:
-            viewer = await self._identify(session.visit, auth)
+            viewer = await self._identify(session, auth)
         except RefusedConnectionError as refusal:
-            if session.visit.log_once(refusal.message):
-                address = session.visit.address
+            if self._limits.log_once(session.address, refusal.message):
+                address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
-            # The library sends the refusal in this turn of the loop; then the transport goes too.
-            asyncio.get_running_loop().call_soon(session.end)
-            raise SocketIORefusal(refusal.message, refusal.data or None) from refusal
-        self._limits.lobby.leave(session.visit)
+            raise
+        self._limits.strangers.leave(session)
         self._connected[sid] = Dashboard(viewer, session)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._node.viewer_entered(viewer.discord_id)
         self._watch_expiry(sid)
 
-    async def _identify(self, visit: Visit, auth: object) -> Viewer:
-        await self._limits.let_try(visit)
+    async def _identify(self, session: Session, auth: object) -> Viewer:
+        if session.refusal is not None:
+            raise session.refusal
+        await self._limits.let_try(session.address)
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
             viewer = self._tokens.verify(token)
         except RefusedConnectionError as refusal:
-            await self._limits.refused(visit.address, refusal)
+            await self._limits.refused(session.address, refusal)
             raise
-        await self._limits.accepted(visit.address)
+        await self._limits.accepted(session.address)
         await self._limits.enter(viewer.discord_id)
         return viewer
-
-    async def _refuse_namespace(
-        self, namespace: str, sid: Sid, environ: dict[str, Any], auth: object
-    ) -> NoReturn:
-        raise SocketIORefusal("Invalid namespace")
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._connected.pop(sid)
@@ -6256,20 +6614,12 @@ class Dashboards:
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
         self._node.viewer_left(dashboard.viewer.discord_id)
         session = dashboard.session
-        if not session.closing:  # it left Socket.IO, and its transport is a stranger's again
-            self._limits.lobby.enter(session.visit, session.cut)
+        if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
+            self._limits.strangers.enter(session)
         session.log.info("viewer is gone: %s", reason)
 
     def __len__(self) -> int:
         return len(self._connected)
-
-    async def _kick(self, sid: Sid, message: str) -> None:
-        """Disconnect for good: a stock client does not come back by itself after this."""
-        dashboard = self._connected.get(sid)
-        if dashboard is not None:
-            dashboard.tell("error", {"message": message})
-            await self._sio.disconnect(sid)
-            dashboard.session.end()
 
     # -- the life of a token
 
@@ -6291,7 +6641,10 @@ class Dashboards:
         dashboard.expiry = loop.call_later(expires - time.time(), self._expire, sid)
 
     def _expire(self, sid: Sid) -> None:
-        self._sio.start_background_task(self._kick, sid, "Token expired")
+        """Only the transport ends: a stock client comes back with what its `auth` gives then."""
+        dashboard = self._connected[sid]
+        dashboard.tell("error", {"message": "Token expired", "code": "expired"})
+        dashboard.session.end()
 
     async def _refresh(self, sid: Sid, args: tuple[object, ...]) -> dict[str, Any]:
         """A new token for the same viewer; what it no longer allows is left."""
@@ -6299,6 +6652,8 @@ class Dashboards:
         try:
             viewer = self._tokens.verify(args[0] if len(args) == 1 else None)
         except RefusedConnectionError as refusal:
+            if refusal.message == BANNED:  # out, once it has been told
+                dashboard.session.end_soon()
             raise ClientError("forbidden", refusal.message) from refusal
         if viewer.discord_id != dashboard.viewer.discord_id:
             raise ClientError("forbidden", "The token is another viewer's")
@@ -6321,7 +6676,7 @@ class Dashboards:
 
     async def _request(self, sid: Sid, event: object, *args: object) -> dict[str, Any]:
         try:
-            if not await self._limits.may_send(sid):
+            if not self._limits.may_send(self._connected[sid].session.allowance):
                 raise ClientError("rate_limited", "Too many events; slow down")
             return {"ok": True, **await self._answer(event, sid, args)}
         except ClientError as error:
@@ -6340,7 +6695,7 @@ class Dashboards:
             return {"room": await self._subscribe(sid, kind, guild_argument(args))}
         if kind in self._plugins.kinds and verb == "unsubscribe":
             room = f"{kind}:{guild_argument(args)}"
-            await self._rooms.leave_room(sid, NAMESPACE, room)
+            self._rooms.leave(sid, room)
             return {"room": room}
         raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
 
@@ -6353,8 +6708,10 @@ class Dashboards:
         if not await self._access.wait_until_sure(viewer, guild_id, SUBSCRIBE_PATIENCE):
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         await self._node.follow(guild_id)
-        if sid in self._connected:  # it may have left meanwhile
-            await self._rooms.enter_room(sid, NAMESPACE, room)
+        if sid in self._connected:  # it may have left meanwhile, or lost its right
+            if self._access.may_view(self.viewer(sid), guild_id) is False:
+                raise ClientError("forbidden", f"No access to guild {guild_id}")
+            self._rooms.enter(sid, room)
             if room not in rooms:
                 self._greet_soon(sid, kind, guild_id)
         return room
@@ -6592,10 +6949,9 @@ GOODBYE_PACE: Final = 0.01
 GOING_AWAY: Final = 1001  # RFC 6455 §7.4.1
 
 
-def make_socketio(settings: Settings, rooms: Rooms, metrics: Metrics) -> SocketIO:
+def make_socketio(settings: Settings, rooms: Rooms, limits: Limits) -> SocketIO:
     return SocketIO(
-        client_manager=rooms,
-        namespaces="*",
+        rooms,
         async_mode="tornado",
         async_handlers=False,  # one request of a client at a time, in their order
         monitor_clients=False,  # each session has its own timer
@@ -6606,7 +6962,7 @@ def make_socketio(settings: Settings, rooms: Rooms, metrics: Metrics) -> SocketI
         ping_timeout=settings.heartbeat.timeout,
         max_http_buffer_size=settings.server.max_message_bytes,
         max_queue_bytes=settings.server.max_queue_bytes,
-        metrics=metrics,
+        limits=limits,
         logger=library_log("socketio"),
         engineio_logger=library_log("engineio"),
     )
@@ -6650,7 +7006,7 @@ def make_web(server: Server, settings: Settings) -> WebServer:
         default_handler_class=NotFoundHandler,
         websocket_max_message_size=limit,
     )
-    application.limits = server.limits
+    application.door = server.door
     application.plugins = server.plugins
     patience = settings.heartbeat.interval + settings.heartbeat.timeout
     web = WebServer(
@@ -6723,8 +7079,9 @@ class Server:
             self.node.make_connections(),
             self.metrics,
         )
-        self.rooms = Rooms(settings.fanout.max_delay, self.metrics)
-        self.socketio = make_socketio(settings, self.rooms, self.metrics)
+        fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
+        self.rooms = Rooms(*fanout, self.metrics)
+        self.socketio = make_socketio(settings, self.rooms, self.limits)
         self.throttle = Throttle(settings.throttle, self.node, self.metrics)
         self.dashboards = Dashboards(
             self.socketio,
@@ -6759,7 +7116,7 @@ class Server:
         """Each part's `problem`, None or a sentence, with its figures."""
         stopping = "draining: the server is stopping" if self.draining else None
         return {
-            "server": {"problem": stopping},
+            "server": {"problem": stopping or self.web.problem},
             "loop": self.pulse.health(),
             "gateway": self.gateway.health() if self.node.leading else {"problem": None},
             "plugins": self.plugins.health(),
@@ -6828,6 +7185,7 @@ class Server:
             rest_url=self._settings.discord.rest_url,
             address=self.door.address,
             lists_origin=self.door.lists,
+            alone=self.plugins.locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:
@@ -6868,7 +7226,7 @@ class Server:
 
         Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
         """
-        self.draining = True
+        self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         work = [

@@ -23,7 +23,6 @@ import ssl
 import time
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -36,15 +35,13 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import hikari
-import limits
-import limits.aio
 import msgspec
 
 from spywatcher import (
     MOST_REMEMBERED,
     Access,
     AuthSettings,
-    BoundedMemory,
+    Counters,
     DataOrMaker,
     Destination,
     EventData,
@@ -118,6 +115,8 @@ BUSY_REST: Final = 0.005
 LINGER: Final = 15.0
 PROBE_INTERVAL: Final = 5.0
 BEAT_INTERVAL: Final = 1.0
+#: Seconds that what the last holder was to send waits for Discord to send its guild.
+FILL_PATIENCE: Final = 30.0
 #: Milliseconds by which another holder may be behind this node's own gateway: for so long after
 #: this node has lost the gateway its clients hear nothing of the next holder, so as to hear
 #: nothing twice.
@@ -1642,17 +1641,10 @@ class Snapshots:
 class Windows:
     """The throttle's open windows, kept in Redis for whoever holds the gateway next."""
 
-    def __init__(
-        self,
-        link: Link,
-        lease: Lease,
-        throttle: Throttle,
-        remake: Callable[[Topic], Awaitable[EventData | None]],
-    ) -> None:
+    def __init__(self, link: Link, lease: Lease, throttle: Throttle) -> None:
         self._link = link
         self._lease = lease
         self._throttle = throttle
-        self._remake = remake
         self._keep = link.redis.register_script(KEEP_WINDOWS)
         self._open: dict[Topic, tuple[float, DataOrMaker | None]] = {}  # until when, and what waits
         self._news: set[Topic] = set()
@@ -1709,8 +1701,11 @@ class Windows:
             return name, "", b""
         return name, left, msgspec.json.encode(True if callable(waiting) else waiting)
 
-    async def load(self) -> None:
-        """Go on where the last holder was, if Redis can say where."""
+    async def load(self) -> list[Topic]:
+        """Go on where the last holder was, if Redis can say where.
+
+        Returns the topics of what plugins were to make at the end of the window.
+        """
         self._open.clear()
         self._news.clear()
         pipe = self._link.redis.pipeline()
@@ -1719,10 +1714,11 @@ class Windows:
         with contextlib.suppress(*self._link.errors):
             found, (seconds, microseconds) = await pipe.execute()
             now = seconds * 1000 + microseconds // 1000
-            for name, value in found.items():
-                self._resume(name, value, now)
+            resumed = [self._resume(name, value, now) for name, value in found.items()]
+            return [topic for topic in resumed if topic]
+        return []
 
-    def _resume(self, name: bytes, value: bytes, now: int) -> None:
+    def _resume(self, name: bytes, value: bytes, now: int) -> Topic | None:
         ends, _, encoded = value.partition(b" ")
         try:
             topic = msgspec.json.decode(name, type=Topic)
@@ -1730,11 +1726,13 @@ class Windows:
             left = max(0, int(ends) - now) / 1000
         except ValueError:  # of a node of another version, perhaps
             log.error("a window of the throttle cannot be taken over: %s", shown(name))
-            return
-        if waiting is True:  # made by a plugin; that of the last holder is gone
-            waiting = functools.partial(self._remake, topic)
+            return None
+        remake = waiting is True  # made by a plugin; that of the last holder is gone
+        if remake:
+            waiting = None
         self._open[topic] = boot_clock() + left, waiting
         self._throttle.resume(topic, left, waiting)
+        return topic if remake else None
 
 
 class ClusterNode(Node):
@@ -1766,7 +1764,7 @@ class ClusterNode(Node):
         self.follower = GuildFollower(self.link, self.known, self.reporter, parts)
         self.peers = Peers(parts.rooms, self.lease, self.tell)
         self.snapshots = Snapshots(parts.plugins, self)
-        self.windows = Windows(self.link, self.lease, parts.throttle, self._remake)
+        self.windows = Windows(self.link, self.lease, parts.throttle)
         self._topics: dict[str, Callable[[Note], None]] = {
             "beat": self.follower.on_beat,
             CHANGE: self.follower.on_change,
@@ -1797,8 +1795,8 @@ class ClusterNode(Node):
     def make_access(self) -> Access:
         return self.access
 
-    def make_counters(self) -> limits.aio.storage.Storage:
-        return SharedCounters(self.link, BoundedMemory())
+    def make_counters(self) -> Counters:
+        return SharedCounters(self.link)
 
     def make_connections(self) -> OpenConnections:
         return self.connections
@@ -1849,7 +1847,7 @@ class ClusterNode(Node):
     def health(self) -> dict[str, Any]:
         return {
             "problem": self.problem,
-            "gateway": "held" if self.lease.holds() else "standby",
+            "gateway": self.lease.state.name.lower(),
             "waiting": len(self.publisher),
             "lost": self.publisher.dropped,
         }
@@ -1881,15 +1879,23 @@ class ClusterNode(Node):
                 self.reader.missed = True
 
     async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        await self.windows.load()
-        if not being_cancelled():
-            await run()
+        topics = await self.windows.load()
+        remaking = [asyncio.create_task(self._remake(topic)) for topic in topics]
+        try:
+            if not being_cancelled():
+                await run()
+        finally:
+            for task in remaking:
+                task.cancel()
 
-    async def _remake(self, topic: Topic) -> EventData | None:
+    async def _remake(self, topic: Topic) -> None:
         """What was to be sent by the last holder; names are there once Discord has sent the guild."""
-        while not self.access.is_whole(int(topic.guild_id)):
-            await self.known.wait()
-        return await self.snapshots.make(topic)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FILL_PATIENCE):
+                while not self.access.is_whole(int(topic.guild_id)):
+                    await self.known.wait()
+        make = functools.partial(self.snapshots.make, topic)
+        self._parts.throttle.emit(topic.event, topic.guild_id, make, topic.kind)
 
     async def _beat(self) -> None:
         """The holder says that it is there; all say who watches here, for it to tell of them."""
@@ -2113,19 +2119,12 @@ async def forget_shared(settings: Settings, member_id: int, guild_id: int | None
     return removed
 
 
-class SharedCounters(limits.aio.storage.Storage):
+class SharedCounters(Counters):
     """The limits' counters in Redis; in this process's memory while Redis takes too long."""
 
-    STORAGE_SCHEME = None
-
-    def __init__(self, link: Link, memory: BoundedMemory) -> None:
+    def __init__(self, link: Link) -> None:
         super().__init__()
         self._link = link
-        self._memory = memory
-
-    @property
-    def base_exceptions(self) -> tuple[type[Exception], ...]:
-        return self._link.errors
 
     async def _ask(self, *commands: tuple[Any, ...]) -> list[Any] | None:
         """The answers to some commands; None when Redis is not there in time."""
@@ -2138,30 +2137,24 @@ class SharedCounters(limits.aio.storage.Storage):
         except self._link.errors:
             return None
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+    async def count(self, key: str, seconds: float) -> int:
         name = f"spywatcher:limits:{key}"
         counted = await self._ask(
-            ("SET", name, 0, "PX", math.ceil(expiry * 1000), "NX"), ("INCRBY", name, amount)
+            ("SET", name, 0, "PX", math.ceil(seconds * 1000), "NX"), ("INCR", name)
         )
-        return int(counted[1]) if counted else await self._memory.incr(key, expiry, amount)
+        return int(counted[1]) if counted else await super().count(key, seconds)
 
-    async def get(self, key: str) -> int:
+    async def read(self, key: str) -> int:
         counted = await self._ask(("GET", f"spywatcher:limits:{key}"))
-        return int(counted[0] or 0) if counted else await self._memory.get(key)
+        return int(counted[0] or 0) if counted else await super().read(key)
 
-    async def get_expiry(self, key: str) -> float:
+    async def seconds_left(self, key: str) -> float:
         left = await self._ask(("PTTL", f"spywatcher:limits:{key}"))
-        return time.time() + max(0, left[0]) / 1000 if left else await self._memory.get_expiry(key)
-
-    async def check(self) -> bool:
-        return self._link.up
-
-    async def reset(self) -> int:
-        return await self._memory.reset()
+        return max(0.0, left[0] / 1000) if left else await super().seconds_left(key)
 
     async def clear(self, key: str) -> None:
         await self._ask(("DEL", f"spywatcher:limits:{key}"))
-        await self._memory.clear(key)
+        await super().clear(key)
 
 
 class SharedConnections(OpenConnections):

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import logging
 import random
 import sqlite3
 import statistics
@@ -113,13 +114,34 @@ def prepare(module: Any, event: Event, online: dict[int, bool], spy: Any) -> Cal
     return lambda: module.presence(about, spy)
 
 
-async def ingest(module: Any, events: Iterator[Event]) -> tuple[float, int]:
+def load_plugin() -> Any:
+    return load_module("analytics", ROOT / "plugins" / "analytics" / "__init__.py")
+
+
+def pretend_spy(module: Any, storage: Path, shared: Any = None) -> Any:
+    """What a server hands to the plugin."""
+    cache = SimpleNamespace(get_guilds_view=dict, get_members_view_for_guild=lambda guild: {})
+    return SimpleNamespace(
+        settings=module.Settings(),
+        storage=storage,
+        log=logging.getLogger("analytics"),
+        bot=SimpleNamespace(cache=cache),
+        shared=shared,
+        alone=asyncio.Lock(),
+        emit=lambda *event, room: None,
+        count=lambda what, amount=1: None,
+    )
+
+
+async def ingest(
+    module: Any, events: Iterator[Event], hand_over: Callable[[], Awaitable[object]]
+) -> tuple[float, int]:
     """Seconds that the listeners and the store took for all events, and how many those were."""
     cache = SimpleNamespace(get_member=lambda guild, user: SimpleNamespace(is_bot=False))
     spy = SimpleNamespace(bot=SimpleNamespace(cache=cache))
     online: dict[int, bool] = {}
     spent, count, moment = 0.0, 0, 0.0
-    module.now = lambda: moment
+    module.now = module.elapsed = lambda: moment
     while chunk := list(zip(range(50_000), events)):  # noqa: B905  # ends with the shorter
         calls = [(event[0], prepare(module, event, online, spy)) for _, event in chunk]
         started = time.perf_counter()
@@ -127,7 +149,7 @@ async def ingest(module: Any, events: Iterator[Event]) -> tuple[float, int]:
             for moment, call in calls[number : number + SLICE]:  # noqa: B007  # `now` reads it
                 call()
             await asyncio.sleep(0)
-        await module.analytics.flush()
+        await hand_over()
         spent += time.perf_counter() - started
         count += len(calls)
     return spent, count
@@ -264,22 +286,15 @@ class Sharing:
         self.redis = redis
         self.folder = folder
         self.link = Link(RedisSettings(url=redis.url), "")
-        self.module: Any = load_module("analytics", ROOT / "plugins" / "analytics.py")
+        self.module: Any = load_plugin()
         self.term = 0
 
-    async def begin(self, shared: bool) -> Any:
+    async def begin(self, is_shared: bool) -> Any:
         self.term += 1
         await self.redis.ask("SET", TERM, self.term)
-        cache = SimpleNamespace(get_guilds_view=dict, get_members_view_for_guild=lambda guild: {})
-        spy = SimpleNamespace(
-            settings=self.module.Settings(),
-            storage=self.folder / f"{self.term}.db",
-            bot=SimpleNamespace(cache=cache),
-            shared=SharedTables(self.link, self.term, "analytics") if shared else None,
-            emit=lambda *event, room: None,
-            count=lambda what, amount=1: None,
-        )
-        self.module.analytics = self.module.Analytics(spy)
+        shared = SharedTables(self.link, self.term, "analytics") if is_shared else None
+        spy = pretend_spy(self.module, self.folder / f"{self.term}.db", shared)
+        await self.module.setup(spy)
         return self.module.analytics
 
     @contextlib.asynccontextmanager
@@ -306,25 +321,26 @@ class Sharing:
         await self.redis.ask("FLUSHDB")
         await self.redis.ask("SET", TERM, self.term)
         empty = await self.memory()
-        step = analytics.sharing.step if shared else asyncio.Lock  # a word that does nothing
+        step = analytics.keeper.step
 
-        async def share() -> None:
+        async def keep() -> None:
             while True:
                 await asyncio.sleep(0.5)
                 await step()
 
-        sharing = asyncio.create_task(share()) if shared else None
+        keeping = asyncio.create_task(keep())
         async with self.watched() as (lags, answers):
-            spent, count = await ingest(self.module, events)
+            hand_over = analytics.flush if shared else step  # Redis takes its time beside it
+            spent, count = await ingest(self.module, events, hand_over)
             started = time.perf_counter()
-            if sharing is not None:
-                await step()
-                sharing.cancel()
+            await step()
+            keeping.cancel()
             after = time.perf_counter() - started
-        rows = await analytics._in_thread(
-            lambda store: store._db.execute("SELECT count(*) FROM disk.counts").fetchone()[0]
+        select = analytics._store.rows.db.execute
+        (rows,) = await analytics.keeper.run(
+            lambda: select("SELECT count(*) FROM work.counts").fetchone()
         )
-        await analytics.close()
+        await self.module.teardown(None)
         return {
             "rate": count / spent,
             "after": after,
@@ -336,14 +352,13 @@ class Sharing:
 
     async def load(self) -> dict[str, float]:
         """As another node does that takes over."""
-        analytics = await self.begin(True)
-        await analytics.flush()
         async with self.watched() as (lags, answers):
             started = time.perf_counter()
-            await analytics.sharing.step()
+            analytics = await self.begin(True)
+            await analytics.keeper.started()
             spent = time.perf_counter() - started
-        assert analytics.sharing.loaded
-        await analytics.close()
+        assert analytics.keeper.loaded
+        await self.module.teardown(None)
         return {"spent": spent, "lag": percentile(lags, 99), "answers": percentile(answers, 99)}
 
     async def memory(self) -> int:
@@ -419,7 +434,8 @@ async def run(members: int, events: int, seed: int, rounds: int, folder: Path) -
             await discord.caught_up(timeout=120.0)
             lags: list[float] = []
             watcher = asyncio.create_task(watch_lag(lags))
-            spent, count = await ingest(module, make_events(members, events, seed, end))
+            events_made = make_events(members, events, seed, end)
+            spent, count = await ingest(module, events_made, module.analytics.keeper.step)
             watcher.cancel()
             compute = lambda: module.analytics.compute(GUILD)  # noqa: E731  # a load
             since = (end // 3600 - DAYS * 24 + 1) * 3600
@@ -441,10 +457,11 @@ async def run(members: int, events: int, seed: int, rounds: int, folder: Path) -
                         for values, more in zip(phase, await live.measure(5.0, load), strict=True):
                             values.extend(more)
     started = time.perf_counter()
-    store = module.Store(folder / "plugin.db")
-    store.take([], int(end // 3600), module.Settings())
+    plugin: Any = load_plugin()
+    await plugin.setup(pretend_spy(plugin, folder / "plugin.db"))
+    await plugin.analytics.keeper.started()
     loaded = time.perf_counter() - started
-    store.close()
+    await plugin.teardown(None)
     report(members, count, spent, lags, mine, theirs, quiet, busy, loaded, folder)
 
 

@@ -1,4 +1,4 @@
-"""The analytics plugin behind a real hikari, fed with raw gateway JSON; no network, own clock.
+"""A plugin that counts behind a real hikari, fed with raw gateway JSON; no network, own clock.
 
 async with Counting(folder) as counting:
     await counting.feed("TYPING_START", typing_json(guild, ada, guild.general))
@@ -46,18 +46,25 @@ class Counting:
         clock: Clock | None = None,
         path: str = "counts.db",
         share: Callable[[str], Shared | None] = lambda plugin: None,
+        alone: Callable[[str], asyncio.Lock] | None = None,
+        plugin: str = "analytics",
         **settings: Any,
     ) -> None:
         tables = {
-            "plugins": {"folders": [str(ROOT / "plugins")]},
+            "plugins": {
+                "folders": [str(ROOT / "plugins")],
+                "disabled": sorted({"analytics", "history"} - {plugin}),
+            },
             "storage": {"path": path},
-            "plugin": {"analytics": settings},
+            "plugin": {plugin: settings},
         }
+        self.plugin = plugin
         self.path = folder / path
         self.clock = clock or Clock()
         self.emitted: list[tuple[str, str]] = []
         self._guilds = guilds
         self._share = share
+        self._alone = alone
         self._metrics = Metrics()
         self._settings = parse_settings(tables, folder)
         self._host = PluginHost(
@@ -73,8 +80,8 @@ class Counting:
             logs=None,
             suppress_optimization_warning=True,
         )
-        self.module: Any = self._host.plugins["analytics"].module
-        self.module.now = self.clock
+        self.module: Any = self._host.plugins[self.plugin].module
+        self.module.now = self.module.elapsed = self.clock
         place = HostContext(
             bot=self._bot,
             emit=lambda event, guild_id, content, room: self.emitted.append((event, guild_id)),
@@ -82,6 +89,7 @@ class Counting:
             watches=lambda guild_id: True,
             storage=self.path,
             share=self._share,
+            alone=self._alone or self._host.locks.__getitem__,
         )
         await self._host.start(place)
         for guild in self._guilds:
@@ -100,16 +108,27 @@ class Counting:
 
     def reconfigure(self, **settings: Any) -> None:
         """New settings, as a reload brings them."""
-        tables = {"analytics": settings}
+        tables = {self.plugin: settings}
         self._host.reconfigure(self._host.check(tables))
 
     async def flush(self) -> None:
-        """Hand all counts to the disk and to Redis, as happens twice a second."""
-        analytics = self.module.analytics
-        await analytics.flush()
-        if analytics.sharing is not None:
-            await analytics.sharing.step()
-            await analytics.flush()
+        """Hand all counts to the disk or to Redis, as happens twice a second."""
+        await self.counter.keeper.step()
+
+    async def abandon(self) -> None:
+        """End as a killed process does: nothing more is written."""
+        self.counter.keeper.idle = True
+        await self._host.stop()
+
+    @property
+    def counter(self) -> Any:
+        """The plugin's instance."""
+        return getattr(self.module, self.plugin)
+
+    async def update(self, guild: Guild) -> Json:
+        """What a new subscriber to history gets."""
+        update: Json = msgspec.to_builtins(await self.counter.newest(guild.id))
+        return update
 
     async def lists(self, guild: Guild) -> Json:
         """The data of an update made now, without its timestamp."""
@@ -120,7 +139,7 @@ class Counting:
 
     async def in_store(self, work: Any) -> Any:
         """Do something with the SQLite connection, in its thread."""
-        return await self.module.analytics._in_thread(lambda store: work(store._db))
+        return await self.counter.keeper.run(lambda: work(self.counter._store.rows.db))
 
     @property
     def problem(self) -> str | None:
@@ -130,9 +149,9 @@ class Counting:
 
     def counted(self, what: str) -> float:
         """What the plugin counted for the operator."""
-        return self._metrics.plugin_counts.labels("analytics", what)._value.get()
+        return self._metrics.plugin_counts.labels(self.plugin, what)._value.get()
 
     @property
     def faults(self) -> float:
         """How often anything went wrong."""
-        return self._metrics.plugin_failures.labels("analytics")._value.get()
+        return self._metrics.plugin_failures.labels(self.plugin)._value.get()

@@ -124,4 +124,5 @@ async def signing_in(
     tables = signing_tables(discord, **more)
     url = tables["plugin"]["signin"]["public_url"]
     async with server_of(discord, tables) as server, Browser(url) as browser:
+        await discord.wait_for_bot()
         yield server, browser

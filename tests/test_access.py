@@ -32,7 +32,7 @@ from simulator import (
     hidden_except,
     iso,
 )
-from spywatcher import HostContext, Keys, Server, Visit, parse_settings
+from spywatcher import HostContext, Keys, Server, parse_settings
 
 VIEW = Permission.VIEW_CHANNEL
 MANAGE = Permission.MANAGE_GUILD
@@ -478,34 +478,27 @@ async def settle() -> None:
 
 
 class Ear:
-    """A viewer on a session that writes to a list instead of a socket."""
+    """A viewer who polls: what is sent to it waits until it is taken."""
 
     def __init__(self, server: Server, viewer_id: int, role: str, guilds: list[str]) -> None:
         self.server, self.id = server, viewer_id
         self.token = server.tokens.issue(str(viewer_id), role, guilds)
         self.role, self.guilds = role, guilds
         self.inside = False
-        self.heard: list[Any] = []
 
     async def connect(self) -> None:
-        visit = Visit(self.server.limits, "127.0.0.1", None)
-        self.session = await self.server.socketio.eio.admit(visit, "websocket")
-        self.session.write = self._write
+        self.session = await self.server.socketio.eio.admit("127.0.0.1", "polling")
         await self.session.feed("40" + json.dumps({"token": self.token}))
-
-    def _write(self, frames: Any, data: bytes) -> bool:
-        for frame in frames:
-            packet = frame.encode()
-            if packet.startswith("42"):
-                self.heard.append(json.loads(packet[2:]))
-        return True
 
     async def say(self, event: str, guild: Guild) -> None:
         await self.session.feed("42" + json.dumps([event, str(guild.id)]))
 
     def take(self) -> list[Any]:
-        heard, self.heard = self.heard, []
-        return heard
+        """What has come since, without an answer to a poll."""
+        packets = [frame.encode() for frame in self.session._queue]
+        self.session._queue.clear()
+        self.session._waiting = 0
+        return [json.loads(packet[2:]) for packet in packets if packet.startswith("42")]
 
 
 class Oracle:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import os
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +245,8 @@ async def test_a_full_disk_stops_nothing_and_is_caught_up_with(
     await counting.in_store(lambda db: db.execute("PRAGMA disk.max_page_count = 1"))
     for number in range(300):
         await types(counting, owls, ada, 1_000_000 + number)
-    await counting.flush()
+    for _ in range(2):
+        await counting.flush()
     assert "full" in str(counting.problem)
     assert await score(counting, owls) == [("ada", 300.0)]
     assert counting.faults == counting.counted("failed writes") > 1
@@ -288,18 +291,54 @@ async def test_who_leaves_while_the_file_is_away_is_not_in_it_later(
 
 @pytest.mark.logs(r"WARNING .*cannot be written", required=False)
 async def test_what_waits_for_a_broken_disk_is_bounded(
-    tmp_path: Path, owls: Guild, ada: Member
+    tmp_path: Path, owls: Guild, ada: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Counting(tmp_path, [owls], path="never/counts.db") as counting:
-        counting.module.MOST_UNWRITTEN = 100
+        monkeypatch.setattr("spywatcher_plugins._counts.MOST_WAITING", 100)
         for number in range(150):
             await types(counting, owls, ada, 1_000_000 + number)
             await counting.flush()
         waiting = await counting.in_store(
-            lambda db: db.execute("SELECT count(*) FROM unwritten").fetchone()
+            lambda db: db.execute("SELECT count(*) FROM waiting").fetchone()
         )
         assert waiting == (100,)
         assert "new counts are dropped" in str(counting.problem)
+
+
+@pytest.mark.logs(r"WARNING .*counts\.db is used by another server: this one does not count")
+async def test_a_second_server_on_a_file_says_so_and_does_not_count(
+    counting: Counting, owls: Guild, ada: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = Counting(counting.path.parent, [owls], clock=counting.clock)
+    async with second:
+        for _ in range(3):
+            await types(counting, owls, ada)
+            await second.feed("TYPING_START", typing_json(owls, ada, owls.general))
+            await counting.flush()
+            await second.flush()
+        assert "another server" in str(second.problem)
+        assert counting.problem is None
+        assert sum("another server" in line for line in caplog.messages) == 1
+        assert await score(second, owls) == []
+        assert second.emitted == []
+    assert await score(counting, owls) == [("ada", 3.0)]
+    assert rows(counting.path, "SELECT sum(typing) FROM counts") == [(3,)]
+
+
+@pytest.mark.logs(r"WARNING .*another server")
+async def test_a_second_server_counts_on_once_the_first_has_ended(
+    tmp_path: Path, owls: Guild, ada: Member
+) -> None:
+    second = Counting(tmp_path, [owls])
+    async with AsyncExitStack() as stack:
+        async with Counting(tmp_path, [owls]) as first:
+            await stack.enter_async_context(second)
+            await types(first, owls, ada)
+            await types(second, owls, ada)
+        await second.flush()
+        await types(second, owls, ada)
+        assert second.problem is None
+        assert await score(second, owls) == [("ada", 2.0)]
 
 
 @pytest.mark.logs(r"ERROR .*counts\.db is damaged \(.*\): put aside as counts\.db\.damaged-")
@@ -376,6 +415,41 @@ async def test_the_totals_are_those_of_the_hours(
     assert counted[0] == counted[1] != []
 
 
+# ---- reloads ---------------------------------------------------------------
+
+
+async def test_a_fresh_instance_counts_on_where_the_old_one_ends(
+    tmp_path: Path, owls: Guild, ada: Member
+) -> None:
+    locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
+    alone = locks.__getitem__
+    async with AsyncExitStack() as stack:
+        fresh = Counting(tmp_path, [owls], alone=alone)
+        async with Counting(tmp_path, [owls], alone=alone) as old:
+            await types(old, owls, ada)
+            await old.flush()
+            await stack.enter_async_context(fresh)
+            await types(old, owls, ada)
+            await types(fresh, owls, ada, 1_001)
+            await fresh.flush()
+            assert fresh.problem is None
+            assert await fresh.module.analytics.newest(owls.id) is None
+        await fresh.flush()
+        assert await score(fresh, owls) == [("ada", 3.0)]
+    assert rows(fresh.path, "SELECT sum(typing) FROM counts") == [(3,)]
+
+
+async def test_a_clock_that_jumps_makes_no_repeat_of_typing_a_start(
+    counting: Counting, owls: Guild, ada: Member
+) -> None:
+    elapsed = iter([0.0, 5.0, 9.0, 10.0])
+    counting.module.elapsed = lambda: next(elapsed)
+    for jump in (0.0, HOUR, -HOUR, -HOUR):
+        counting.clock.time += jump
+        await counting.feed("TYPING_START", typing_json(owls, ada, owls.general))
+    assert await score(counting, owls) == [("ada", 2.0)]
+
+
 # ---- forgetting ------------------------------------------------------------
 
 
@@ -404,7 +478,7 @@ async def test_a_running_server_follows_a_forget(
         await types(counting, owls, member)
     await counting.flush()
     answer = await forget(counting.path, "--member", str(ada.id))
-    assert answer == (0, "plugin analytics: 1 removed\n")
+    assert answer == (0, "plugin analytics: 1 removed\nplugin history: 0 removed\n")
 
     async def followed() -> bool:
         return await score(counting, owls) == [(str(bob.id), 1.0)]
@@ -424,13 +498,19 @@ async def test_forgetting_can_be_for_one_guild_and_without_a_server(
         await types(counting, owls, ada)
         await types(counting, other, ada)
     options = ("--member", str(ada.id), "--guild", str(owls.id))
-    assert await forget(counting.path, *options) == (0, "plugin analytics: 1 removed\n")
+    assert await forget(counting.path, *options) == (
+        0,
+        "plugin analytics: 1 removed\nplugin history: 0 removed\n",
+    )
     assert [row[1] for row in rows(counting.path)] == [other.id]
 
 
 async def test_forgetting_where_nothing_was_counted_makes_no_file(tmp_path: Path) -> None:
     path = tmp_path / "counts.db"
-    assert await forget(path, "--member", "5") == (0, "plugin analytics: 0 removed\n")
+    assert await forget(path, "--member", "5") == (
+        0,
+        "plugin analytics: 0 removed\nplugin history: 0 removed\n",
+    )
     assert os.listdir(tmp_path) == ["counts.toml"]
 
 
@@ -493,10 +573,10 @@ async def test_nothing_is_computed_while_nobody_listens(watching: Watching, guil
 
 def computations(spy: Watch) -> list[int]:
     """The guilds whose lists are computed from now on."""
-    store = spy.server.plugins.plugins["analytics"].module.Store
+    store = spy.server.plugins.plugins["analytics"].module.analytics._store
     computed: list[int] = []
     lists = store.lists
-    store.lists = lambda self, guild: computed.append(guild) or lists(self, guild)
+    store.lists = lambda guild: computed.append(guild) or lists(guild)
     return computed
 
 

@@ -234,6 +234,28 @@ async def test_nobody_writes_without_a_term_even_if_redis_knows_of_none(machines
         await SharedTables(machines.link, 0, "analytics").write("{}")
 
 
+async def test_a_fresh_instance_counts_on_where_the_old_one_ends(
+    machines: Machines, owls: Guild, ada: Member
+) -> None:
+    lock = asyncio.Lock()
+    async with AsyncExitStack() as stack:
+        old = await machines.next(alone=lambda plugin: lock)
+        fresh = Counting(
+            machines.redis.folder,
+            machines.guilds,
+            share=partial(SharedTables, machines.link, machines.term),
+            alone=lambda plugin: lock,
+        )
+        async with old:
+            await types(old, owls, ada)
+            await old.flush()
+            await stack.enter_async_context(fresh)
+            await types(old, owls, ada)
+            await types(fresh, owls, ada)
+            await fresh.flush()
+        assert await ghosts(fresh, owls) == {"ada": 3.0}
+
+
 # ---- faults of Redis -------------------------------------------------------
 
 
@@ -307,12 +329,12 @@ async def test_without_room_for_a_copy_counting_goes_on(
 ) -> None:
     async with await machines.next() as counting:
         await counting.flush()
-        await counting.in_store(lambda db: db.execute("PRAGMA disk.max_page_count = 1"))
+        await counting.in_store(lambda db: db.execute("PRAGMA work.max_page_count = 1"))
         for number in range(300):
             counting.module.analytics.count(counting.module.TYPING, owls.id, ada.id, 1_000 + number)
         assert await ghosts(counting, owls) == {"ada": 300.0}
         assert "full" in str(counting.problem)
-        await counting.in_store(lambda db: db.execute("PRAGMA disk.max_page_count = 1000000"))
+        await counting.in_store(lambda db: db.execute("PRAGMA work.max_page_count = 1000000"))
         await counting.flush()
         assert counting.problem is None
     assert [len(texts[str(ada.id)]) for texts in (await machines.texts()).values()] == [300]
@@ -346,7 +368,10 @@ async def test_a_holder_at_another_machine_follows_a_forget(
         await types(counting, owls, ada, bob)
         await counting.flush()
         answer = await forget(machines.redis.folder, machines.redis.url, "--member", str(ada.id))
-        assert answer == (0, "Redis: 1 removed\nplugin analytics: 0 removed\n")
+        assert answer == (
+            0,
+            "Redis: 1 removed\nplugin analytics: 0 removed\nplugin history: 0 removed\n",
+        )
         assert await ghosts(counting, owls) == {"bob": 1.0}
         await types(counting, owls, ada)
         assert await ghosts(counting, owls) == {"bob": 1.0, "ada": 1.0}
@@ -483,6 +508,27 @@ async def test_the_lists_go_on_at_another_machine_after_a_kill(
     await asyncio.sleep(1.5)  # the promise itself: more than a second ago
     nodes[0].process.kill()
     assert await told_since(dashboard, timestamp()) == {"ada": 10}
+
+
+@pytest.mark.faults
+async def test_the_hours_go_on_at_another_machine_after_a_kill(
+    nodes: list[Service], discord: PretendDiscord, guild: Guild, js: JavaScript
+) -> None:
+    ada = await discord.join(guild, "ada")
+    await discord.message(guild, ada, guild.general)
+    await discord.caught_up()
+    await asyncio.sleep(1.5)  # the promise itself: more than a second ago
+    nodes[0].process.kill()
+    await nodes[1].wrote("connected to Discord")
+    await discord.wait_for_bot()
+    await discord.message(guild, ada, guild.general)
+    await discord.caught_up()
+    dashboard = await js.connect(nodes[1].url, token=viewer_token(), transports=["websocket"])
+    await dashboard.call("subscribe:history", str(guild.id))
+    hours = (await dashboard.next("history:update"))["hours"]
+    assert sum(hour["messages"] for hour in hours) == 2
+    assert sum(hour["joins"] for hour in hours) == 1
+    assert sum(hour["active"] for hour in hours) == len(hours)  # 2 if a new hour has begun
 
 
 @pytest.mark.faults

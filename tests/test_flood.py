@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import resource
+import sys
 import time
 from collections.abc import AsyncIterator
 
 import pytest
-from service import Service, running, tables_for, viewer_token, write_settings
+from service import ROOT, Service, running, tables_for, viewer_token, write_settings
 from waiting import eventually
 
 STRANGERS = 10_000
@@ -155,3 +157,39 @@ async def test_strangers_cost_little_and_keep_nobody_out(service, js):
     assert most - memory < 50
     assert slowest < 1
     assert len(os.listdir(f"/proc/{process}/fd")) <= files + 5
+
+
+#: What `ulimit -n` does between fork and exec.
+FEW_DESCRIPTORS = (
+    "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150));"
+    " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+async def test_out_of_file_descriptors_it_pauses_and_lets_the_oldest_strangers_go(
+    tmp_path, discord, guild, js
+):
+    write_settings(tmp_path, tables_for(discord, plugins={"folders": [str(tmp_path)]}))
+    command = (sys.executable, "-c", FEW_DESCRIPTORS, str(ROOT / "spywatcher.py"))
+    async with running(tmp_path, command=command) as service:
+        await discord.wait_for_bot()
+        inside = await js.connect(service.url, token=viewer_token())
+        strangers = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(400)]
+        started = time.monotonic()
+        dashboard = await js.connect(service.url, token=viewer_token())
+        assert time.monotonic() - started < 2
+        answer = await service.get("/health/ready")
+        assert answer.code == 503
+        assert "no file descriptor" in json.loads(answer.body)["parts"]["server"]["problem"]
+        for _, writer in strangers:
+            writer.close()
+        for one in (inside, dashboard):
+            assert (await one.call("guilds:list"))["ok"]
+
+        async def is_ready():
+            return (await service.get("/health/ready")).code == 200
+
+        await eventually(is_ready)
+        told = [line for line in service.log if "descriptor" in line or "Too many open" in line]
+        assert len(told) == 1
+        assert "LimitNOFILE" in told[0]

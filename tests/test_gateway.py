@@ -124,7 +124,7 @@ async def test_refused_intents_end_the_process_naming_switches_and_plugins(tmp_p
     assert (status, out) == (2, [])
     assert log[-1] == (
         "spywatcher: Discord refused the intents: switch on Server Members Intent (for access, analytics,"
-        " members, presence) and Presence Intent (for analytics, presence) at https://discord.com/developers/applications"
+        " history, members, presence) and Presence Intent (for analytics, history, presence) at https://discord.com/developers/applications"
         " -> your application -> Bot -> Privileged Gateway Intents"
     )
     assert "Traceback" not in "".join(log)

@@ -127,6 +127,31 @@ def test_async_handlers_and_makers_have_ended_when_feed_returns(plugin: Any) -> 
         assert [(one.event, one.fields["made"]) for one in h.emitted] == [("typing:start", True)]
 
 
+def test_what_is_repeated_can_be_called_at_once(plugin: Any) -> None:
+    path = plugin("""
+        @on_subscribe("guild", emit="tick")
+        def nothing(guild_id, spy): pass
+
+        @every(3600)
+        async def look(spy):
+            for guild_id in spy.bot.cache.get_guilds_view():
+                spy.emit("tick", guild_id, {})
+    """)
+    with Harness(path) as h:
+        h.tick()
+        assert [one.event for one in h.emitted] == ["tick"]
+
+
+@pytest.mark.logs("ERROR spywatcher: plugin mine: teardown failed")
+def test_what_teardown_raises_is_raised_at_the_end(plugin: Any) -> None:
+    path = plugin("""
+        def teardown(spy):
+            raise LookupError("as planned")
+    """)
+    with pytest.raises(spywatcher.PluginError, match="teardown failed"), Harness(path):
+        pass
+
+
 @pytest.mark.logs("ERROR spywatcher: plugin mine: .* failed")
 def test_what_a_plugin_raises_is_raised_to_its_author(plugin: Any) -> None:
     path = plugin("""
@@ -146,12 +171,11 @@ def test_a_plugin_that_does_not_load_is_raised_to_its_author(plugin: Any) -> Non
         pass
 
 
-@pytest.mark.logs("ERROR asyncio: Exception occurred in raw event dispatch")
+@pytest.mark.logs("ERROR spywatcher: cannot read Discord.s TYPING_START")
 def test_json_that_hikari_cannot_read_is_raised_to_its_author(plugin: Any) -> None:
     path = plugin("""
         @on(hikari.GuildTypingEvent)
         def typing(event): pass
     """)
-    with Harness(path) as h, pytest.raises(spywatcher.PluginError) as raised:
+    with Harness(path) as h, pytest.raises(spywatcher.PluginError, match="KeyError: 'channel_id'"):
         h.feed("TYPING_START", {"guild_id": str(h.guild.id)})
-    assert isinstance(raised.value.__cause__, KeyError)

@@ -318,7 +318,11 @@ async def test_a_plugin_that_is_not_at_work_reads_its_new_settings_once_it_is(
 async def test_a_reload_changes_throttle_windows(discord: PretendDiscord) -> None:
     async with server_for(discord) as server:
         reload(server, discord, throttle={"message:new": 2.0})
-        assert server.throttle.windows == {"analytics:update": 30.0, "message:new": 2.0}
+        assert server.throttle.windows == {
+            "analytics:update": 30.0,
+            "history:update": 60.0,
+            "message:new": 2.0,
+        }
 
 
 async def test_a_reload_that_takes_a_right_away_takes_dashboards_out_of_the_room(

@@ -17,7 +17,7 @@ from tornado.httputil import HTTPHeaders
 from waiting import eventually
 
 import spywatcher
-from spywatcher import BoundedMemory, FrontDoor, Lobby, ServerSettings
+from spywatcher import Allowance, Counters, FrontDoor, Quota, ServerSettings, Strangers
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["websocket", "polling"])
 BLOCKED = r"address \S+ blocked for 600 s"
@@ -94,6 +94,11 @@ ADDRESSES = {
     "a proxy as IPv4 in IPv6": ("::ffff:10.0.0.1", ["1.2.3.4"], "1.2.3.4"),
     "a unix socket": ("0.0.0.0", [], "0.0.0.0"),
     "no address": ("", ["1.2.3.4"], "unknown"),
+    "a port": ("10.0.0.1", ["1.2.3.4:4711"], "1.2.3.4"),
+    "IPv6 in brackets": ("10.0.0.1", ["[2001:db8:0:1::77]"], "2001:db8:0:1::/64"),
+    "IPv6 with a port": ("10.0.0.1", ["[2001:db8:0:1::77]:4711"], "2001:db8:0:1::/64"),
+    "a proxy with a port": ("10.0.0.1", ["1.2.3.4:1, 10.9.9.9:2"], "1.2.3.4"),
+    "a port that is none": ("10.0.0.1", ["1.2.3.4:x"], "10.0.0.1"),
 }
 
 
@@ -148,6 +153,25 @@ async def test_an_address_is_blocked_after_refusals_in_a_row(spy, transport):
     assert count(spy, "refused", "malformed") == 5
     assert count(spy, "refused", "blocked") >= 2
     assert spy.server.metrics.blocked._value.get() == 1
+
+
+async def test_tokens_that_have_run_out_are_refused_and_block_nobody(spy):
+    """A page that was left open over night tries again and again with what it has."""
+    expired = spy.token(ttl=-60)
+    for _ in range(6):
+        refused = await spy.js.refused(spy.url, token=expired)
+        assert (refused.message, refused.data) == ("Invalid token", {"code": "expired"})
+    assert (await spy.connect()).id
+    assert count(spy, "refused", "expired") == 6
+
+
+@pytest.mark.logs(BLOCKED)
+async def test_wrong_signatures_still_block_among_tokens_that_have_run_out(spy):
+    forged, expired = spy.token()[:-4] + "AAAA", spy.token(ttl=-60)
+    for _ in range(5):
+        await spy.js.refused(spy.url, token=expired)
+        assert (await spy.js.refused(spy.url, token=forged)).data == {"code": "signature"}
+    assert (await fetch(spy)).code == 429
 
 
 async def test_a_success_ends_the_row_of_refusals(spy):
@@ -222,23 +246,107 @@ async def test_a_viewer_has_so_many_connections(watching):
 
 
 @TRANSPORTS
-async def test_an_address_begins_so_many_connections(watching, transport):
+async def test_attempts_beyond_the_limit_are_answered_at_the_handshake(watching, transport):
     async with watching(limits={"attempts_per_ip": "3/minute"}) as spy:
         for _ in range(3):
             await (await spy.connect()).disconnect()
+        headers = {"Origin": "http://localhost:5173"}
+        answer = await fetch(spy, headers=headers)
+        assert answer.code == 429
+        assert 1 <= int(answer.headers["Retry-After"]) <= 60
+        assert answer.headers["Access-Control-Allow-Origin"] == "http://localhost:5173"
         refused = await spy.js.refused(spy.url, token=spy.token(), transports=[transport])
-        assert refused.message == "Too many connections"
-        assert 1 <= refused.data["retryAfter"] <= 60
+        assert refused.message in ("websocket error", "xhr poll error")
+        assert count(spy, "refused", "attempts_per_ip") == 2
+        assert not spy.server.metrics.blocked._value.get()
+
+
+async def test_valid_viewers_behind_one_address_all_come_back_by_themselves(watching):
+    """However often all of their connections break: attempts are put off, nobody is blocked."""
+    async with watching(limits={"attempts_per_ip": "10/second"}) as spy:
+        dashboards = []
+        for transport in ["websocket", "polling"] * 4:
+            dashboards.append(await spy.connect(transports=[transport]))
+        for _ in range(3):
+            for dashboard in dashboards:
+                await dashboard.drop()
+            for dashboard in dashboards:
+                await dashboard.reconnected(timeout=20)
+        assert count(spy, "refused", "attempts_per_ip") > 0
+        assert not spy.server.metrics.blocked._value.get()
+
+
+async def test_each_connect_on_one_transport_is_an_attempt(watching):
+    async with watching(limits={"attempts_per_ip": "5/minute"}) as spy:
+        raw = await spy.raw(spy.token())
+        for _ in range(4):
+            await raw.send("41", "40" + json.dumps({"token": spy.token()}))
+            assert (await raw.read()).startswith('40{"sid"')
+        await raw.send("41", "40" + json.dumps({"token": spy.token()}))
+        [refusal] = await raw.closed()
+        assert refusal.startswith('44{"message":"Too many connections","data":{"retryAfter":')
+        assert not spy.server.metrics.blocked._value.get()
+
+
+async def test_a_connect_on_a_transport_that_is_in_is_refused_with_a_message(spy):
+    raw = await spy.raw(spy.token())
+    await raw.send("40" + json.dumps({"token": spy.token()}))
+    assert await raw.read() == '44{"message":"Already connected"}'
+    await raw.send('421["guilds:list"]')
+    assert (await raw.read()).startswith('431[{"ok":true')
+
+
+TIGHT = {"events_per_connection": "3/minute", "rooms_per_connection": 1}
 
 
 async def test_a_connection_sends_so_many_events(watching):
-    async with watching(limits={"events_per_connection": "3/minute"}) as spy:
+    """As many as it may join rooms, at once, besides what the rate allows."""
+    async with watching(limits=TIGHT) as spy:
         dashboard, other = await spy.connect(), await spy.connect()
-        answers = [await dashboard.call("guilds:list") for _ in range(4)]
-        assert [answer["ok"] for answer in answers] == [True, True, True, False]
-        assert answers[3]["error"]["code"] == "rate_limited"
+        answers = [await dashboard.call("guilds:list") for _ in range(5)]
+        assert [answer["ok"] for answer in answers] == [True] * 4 + [False]
+        assert answers[4]["error"]["code"] == "rate_limited"
         assert (await other.call("guilds:list"))["ok"]
         assert count(spy, "refused_requests", "rate_limited") == 1
+
+
+async def test_a_transport_sends_so_many_events_however_often_it_says_connect(watching):
+    async with watching(limits=TIGHT) as spy:
+        raw, said = await spy.raw(spy.token()), []
+        for _ in range(3):
+            await raw.send('421["guilds:list"]', '422["guilds:list"]', "41")
+            await raw.send("40" + json.dumps({"token": spy.token()}))
+            while not (packet := await raw.read()).startswith("40"):
+                said.append(packet)
+        assert len([packet for packet in said if '"ok":true' in packet]) == 4
+
+
+async def test_all_rooms_can_be_joined_at_once_and_again_after_a_reconnect(watching, discord):
+    for number in range(59):
+        discord.add_guild(f"g{number}")
+    async with watching() as spy:
+        dashboard = await spy.connect()
+        for _ in range(2):
+            guilds = (await dashboard.call("guilds:list"))["guilds"]
+            calls = [
+                dashboard.call(f"subscribe:{kind}", guild["id"])
+                for guild in guilds
+                for kind in ("guild", "analytics")
+            ]
+            answers = await asyncio.gather(*calls)
+            assert [answer["ok"] for answer in answers] == [True] * 120
+            await dashboard.drop()
+            await dashboard.reconnected()
+
+
+async def test_the_rate_holds_in_the_long_run(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    allowance, sent = Allowance(), 0
+    for tick in range(1_000):
+        now = tick / 100
+        sent += allowance.take(Quota(20, 1.0), burst=220)
+    assert sent == pytest.approx(220 + 20 * 10, abs=2)
 
 
 async def test_a_connection_is_in_so_many_rooms(watching, discord, guild):
@@ -384,6 +492,43 @@ async def test_who_does_not_authenticate_is_closed_in_time(watching, begin):
         assert count(spy, "cut", "not authenticated in time") >= 1
 
 
+async def one_session(spy, token):
+    """The path of a polling session that has authenticated."""
+    path = await open_poll(spy)
+    assert (
+        await fetch(spy, path, method="POST", body="40" + json.dumps({"token": token}))
+    ).code == 200
+    assert (await fetch(spy, path)).body.startswith(b'40{"sid"')
+    return path
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD", "PUT"])
+async def test_naming_a_session_lifts_no_connection_out_of_the_limits(watching, method):
+    limits = {"unauthenticated": 20}
+    async with watching(auth={"connect_timeout": 1.0}, limits=limits) as spy:
+        path = await one_session(spy, spy.token())
+        text = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        lines = [await dial(spy, text) for _ in range(30)]
+        await eventually(lambda: count(spy, "cut", "made room") >= 10)
+        for reader, _ in lines:
+            assert await seconds_until_closed(reader) < 3
+        assert (await fetch(spy, path, method="POST", body="3")).code == 200
+
+
+async def test_of_many_connections_that_post_for_one_session_only_the_latest_is_its_own(watching):
+    async with watching(auth={"connect_timeout": 0.5}) as spy:
+        path = await one_session(spy, spy.token())
+        text = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n3"
+        lines = []
+        for _ in range(5):
+            lines.append(await dial(spy, text))
+            assert b" 200 " in await lines[-1][0].readline()
+        for reader, _ in lines[:-1]:
+            assert await seconds_until_closed(reader) < 2
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(lines[-1][0].read(), 1.0)
+
+
 async def test_asking_again_and_again_does_not_prolong_it(watching):
     async with watching(auth={"connect_timeout": 0.6}) as spy:
         reader, writer = await dial(spy)
@@ -410,7 +555,7 @@ async def test_who_has_authenticated_stays(watching, transport):
         with pytest.raises(AssertionError):
             await dashboard.disconnected(timeout=1.0)
         assert (await dashboard.call("guilds:list"))["ok"]
-        assert len(spy.server.limits.lobby) <= 1  # a spare connection of the poller
+        assert len(spy.server.limits.strangers) <= 1  # a spare connection of the poller
 
 
 async def test_the_longest_silent_one_makes_room(watching):
@@ -429,7 +574,7 @@ async def test_the_silent_of_one_address_make_room_among_themselves(watching):
         neighbour, other = await dial(spy, local="127.0.0.2")
         lines = [await dial(spy, local="127.0.0.3") for _ in range(7)]
         await eventually(lambda: count(spy, "cut", "made room") == 3)
-        assert len(spy.server.limits.lobby) == 5
+        assert len(spy.server.limits.strangers) == 5
         assert not neighbour.at_eof()
         for writer in [other, *(writer for _, writer in lines)]:
             writer.close()
@@ -496,7 +641,7 @@ async def test_a_flood_of_one_client_leaves_the_loop_to_others(spy):
 
 async def test_namespaces_leave_nothing_behind(spy):
     raw = await spy.raw(spy.token())
-    manager = spy.server.rooms
+    manager = spy.server.socketio.manager
     for n in range(200):
         await raw.send(f"40/n{n},")
         assert "Invalid namespace" in await raw.read()
@@ -569,7 +714,7 @@ async def test_no_log_line_can_be_forged_or_shows_a_token(watching, caplog):
     evil = "x\r\nERROR spywatcher: forged"
     async with watching() as spy:
         await spy.js.refused(spy.url, token=evil)
-        await fetch(spy, headers={"Origin": "https://evil.example/forged"})
+        await fetch(spy, headers={"Origin": "https://evil.example"})
         raw = await spy.raw(spy.token("forged\n\u202e" + "x" * 100))
         await raw.send(json.dumps([evil]), f"42{json.dumps([evil])}")
         await eventually(lambda: not spy.server.socketio.eio.sockets)
@@ -595,44 +740,78 @@ async def test_refusals_of_one_address_are_a_line_a_minute(watching, caplog):
 # ---- the parts by themselves
 
 
-def test_memory_is_bounded_and_forgets_what_is_over(monkeypatch):
+async def test_memory_is_bounded_and_forgets_what_is_over(monkeypatch):
     monkeypatch.setattr(spywatcher, "MOST_REMEMBERED", 10)
-    memory = BoundedMemory()
+    counters = Counters()
     for n in range(100):
-        memory.count(f"k{n}", 60)
-    assert len(memory._counters) == 10
+        await counters.count(f"k{n}", 60)
+    assert len(counters._counts) == 10
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert await counters.read("k99") == 0
+    assert await counters.count("k99", 60) == 1
+    assert len(counters._counts) == 1
+
+
+async def test_windows_do_not_follow_the_clock_on_the_wall(monkeypatch):
+    counters = Counters()
+    await counters.count("k", 60)
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 61)
-    assert memory.count("k99", 60) == 1
-    assert len(memory._counters) == 1
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    assert 59 < await counters.seconds_left("k") <= 60
 
 
-async def test_a_lobby_forgets_who_left():
-    lobby = Lobby(10, 2, 60)
-    for n in range(2):
-        lobby.enter(n, lambda reason: None, "a")
-        lobby.leave(n)
-    assert len(lobby) == 0
-    assert not lobby._of_address
-    lobby._timer.cancel()
+class Silent:
+    """A stranger that notes why it was dropped."""
+
+    address = "a"
+
+    def __init__(self, name, dropped):
+        self.name, self._dropped = name, dropped
+
+    def drop(self, reason):
+        self._dropped.append((self.name, reason))
+
+
+def silent_ones(*names):
+    dropped = []
+    return [Silent(name, dropped) for name in names], dropped
+
+
+async def test_of_strangers_who_left_nothing_is_kept():
+    strangers, (two, _) = Strangers(10, 2, 60), silent_ones("a", "b")
+    for who in two:
+        strangers.enter(who)
+        strangers.leave(who)
+    assert len(strangers) == 0
+    assert not strangers._of_address
 
 
 async def test_entering_again_begins_anew_at_the_end():
-    dropped = []
-    lobby = Lobby(2, 9, 60)
-    for who in ("a", "b", "a", "c"):
-        lobby.enter(who, lambda reason, who=who: dropped.append(who))
-    assert dropped == ["b"]
-    lobby._timer.cancel()
+    strangers, ((a, b, c), dropped) = Strangers(2, 9, 60), silent_ones("a", "b", "c")
+    for who in (a, b, a, c):
+        strangers.enter(who)
+    assert dropped == [("b", "made room")]
 
 
 async def test_who_speaks_is_not_the_longest_silent_one_and_has_no_more_time():
-    dropped = []
-    lobby = Lobby(3, 9, 0.2)
-    for who in ("a", "b", "c"):
-        lobby.enter(who, lambda reason, who=who: dropped.append((who, reason)))
-    lobby.stir("a")
-    lobby.enter("d", lambda reason: None)
+    strangers, ((a, b, c, d), dropped) = Strangers(3, 9, 0.2), silent_ones(*"abcd")
+    for who in (a, b, c):
+        strangers.enter(who)
+    strangers.touch(a)
+    strangers.enter(d)
     assert dropped == [("b", "made room")]
-    await eventually(lambda: not len(lobby), timeout=1)
-    assert dropped[1:] == [(who, "not authenticated in time") for who in ("a", "c")]
+    await eventually(lambda: not len(strangers), timeout=1)
+    late = "not authenticated in time"
+    assert sorted(dropped[1:]) == [(name, late) for name in "acd"]
+
+
+async def test_who_is_being_served_has_its_time_and_still_takes_a_place():
+    strangers, ((a, b), dropped) = Strangers(1, 9, 0.05), silent_ones("a", "b")
+    strangers.enter(a)
+    strangers.suspend(a)
+    await asyncio.sleep(0.1)
+    assert not dropped
+    strangers.enter(b)
+    assert dropped == [("a", "made room")]
+    strangers.leave(b)

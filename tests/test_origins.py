@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 
 import pytest
 from tornado.httpclient import AsyncHTTPClient
@@ -111,3 +112,33 @@ def test_what_is_allowed_does_not_depend_on_the_order_of_the_list():
     for patterns in itertools.permutations(LISTED):
         assert Origins(patterns).allow("https://x.pages.example", "host")
         assert not Origins(patterns).allow("https://pages.example", "host")
+
+
+async def test_who_is_turned_away_is_named_with_the_setting_once(watching, caplog):
+    caplog.set_level(logging.INFO, "spywatcher")
+    async with watching() as spy:
+        for _ in range(3):
+            assert await status_of(spy, "websocket", "http://localhost:8080") == 403
+    told = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
+    assert len(told) == 1
+    assert "'http://localhost:8080'" in told[0]
+    assert "[server] cors_origins" in told[0]
+
+
+def test_a_host_may_be_listed_with_any_port():
+    origins = Origins(["http://localhost:*", "http://[::1]:*"])
+    for origin in (
+        "http://localhost",
+        "http://localhost:8080",
+        "HTTP://LOCALHOST:1",
+        "http://[::1]:3",
+    ):
+        assert origins.allow(origin, "host"), origin
+    for origin in (
+        "https://localhost:8080",
+        "http://localhost:8080.evil.example",
+        "http://localhost:",
+        "http://localhost:x",
+        "http://localhost.evil.example:80",
+    ):
+        assert not origins.allow(origin, "host"), origin

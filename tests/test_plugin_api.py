@@ -9,13 +9,14 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import hikari
 import pytest
 from redisserver import RedisServer
 from service import fetch, server_for
 from waiting import eventually
-from watching import Watching
+from watching import Watch, Watching
 
-from simulator import Guild, PretendDiscord
+from simulator import Guild, Overwrite, PretendDiscord, presence_json
 from spywatcher_cluster import GATEWAY, TERM
 
 HEAD = "import hikari\nfrom spywatcher import every, on, on_subscribe\n"
@@ -307,6 +308,138 @@ async def test_keys_differ_by_plugin_and_purpose_and_stay_over_restarts(
     assert keys[0] == keys[1]
     assert len(set(keys[0].values())) == 2
     assert [len(key) for key in keys[0].values()] == [32, 32]
+
+
+# ---- what goes out ---------------------------------------------------------
+
+
+async def test_nested_fields_go_out_in_camel_case_and_ids_as_strings(
+    watching: Watching, plugin: Any, guild: Guild
+) -> None:
+    tables = plugin("""
+        import datetime
+        from spywatcher import Payload
+
+        class Inner(Payload):
+            channel_ids: list[str]
+            first_seen: datetime.datetime
+
+        class Outer(Payload):
+            user_id: str
+            inner_one: Inner
+            more: dict
+
+        @on(hikari.GuildMessageCreateEvent, emit="nested")
+        def nested(event):
+            moment = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+            inner = Inner(channel_ids=[event.channel_id], first_seen=moment)
+            more = {"message_id": event.message_id, "list_of": [{"is_new": True}]}
+            return Outer(user_id=event.author_id, inner_one=inner, more=more)
+    """)
+    async with watching(**tables) as spy:
+        dashboard = await spy.dashboard()
+        message = await spy.discord.message(guild, guild.owner, guild.general)
+        fields = await dashboard.next("nested")
+    assert fields["userId"] == message["author"]["id"]
+    assert fields["innerOne"] == {
+        "channelIds": [message["channel_id"]],
+        "firstSeen": "2026-01-02T00:00:00.000Z",
+    }
+    assert fields["more"] == {"messageId": message["id"], "listOf": [{"isNew": True}]}
+
+
+# ---- who acts --------------------------------------------------------------
+
+EVERYTHING = """
+    @on(hikari.MemberCreateEvent, emit="heard")
+    @on(hikari.MemberUpdateEvent, emit="heard")
+    @on(hikari.MemberDeleteEvent, emit="heard")
+    @on(hikari.GuildMessageCreateEvent, emit="heard")
+    @on(hikari.GuildReactionAddEvent, emit="heard")
+    @on(hikari.GuildTypingEvent, emit="heard")
+    @on(hikari.PresenceUpdateEvent, emit="heard")
+    @on(hikari.VoiceStateUpdateEvent, emit="heard")
+    def heard(event): return {"event": type(event).__name__}
+"""
+
+
+async def do_everything(spy: Watch, name: str, *, bot: bool) -> None:
+    discord, guild = spy.discord, spy.guild
+    role = await discord.role_create(guild, "managed")
+    member = await discord.join(guild, name, bot=bot)
+    await discord.add_role(guild, member, role)
+    message = await discord.message(guild, member, guild.general, bot=bot)
+    await discord.reaction(guild, member, guild.general, message)
+    await discord.typing(guild, member, guild.general)
+    await discord.presence(guild, member, "online", ["desktop"])
+    await discord.voice(guild, member, guild.general)
+    await discord.leave(guild, member)
+
+
+async def test_what_bots_and_webhooks_do_is_no_event(watching: Watching, plugin: Any) -> None:
+    async with watching(**plugin(EVERYTHING)) as spy:
+        dashboard = await spy.dashboard()
+        await do_everything(spy, "robot", bot=True)
+        await spy.discord.message(spy.guild, spy.guild.owner, spy.guild.general, webhook_id=5)
+        await spy.nothing(dashboard)
+        await do_everything(spy, "ada", bot=False)
+        heard = [(await dashboard.next("heard"))["event"] for _ in range(8)]
+        assert len(set(heard)) == 8
+
+
+async def test_a_plugin_that_asks_for_bots_hears_them(watching: Watching, plugin: Any) -> None:
+    async with watching(**plugin(EVERYTHING.replace('"heard")', '"heard", bots=True)'))) as spy:
+        dashboard = await spy.dashboard()
+        await do_everything(spy, "robot", bot=True)
+        for _ in range(8):
+            await dashboard.next("heard")
+
+
+async def test_who_has_left_causes_no_event(watching: Watching, plugin: Any) -> None:
+    async with watching(**plugin(EVERYTHING)) as spy:
+        dashboard = await spy.dashboard()
+        ada = await spy.discord.join(spy.guild, "ada")
+        await spy.discord.leave(spy.guild, ada)
+        assert (await dashboard.next("heard"))["event"] == "MemberCreateEvent"
+        assert (await dashboard.next("heard"))["event"] == "MemberDeleteEvent"
+        await spy.discord.dispatch("PRESENCE_UPDATE", presence_json(spy.guild, ada))
+        await spy.nothing(dashboard)
+
+
+# ---- who subscribes --------------------------------------------------------
+
+OF_A_CHANNEL = """
+    @on_subscribe("guild", emit="hello")
+    def hello(guild_id, spy, viewer):
+        return {"viewer": viewer.discord_id, "role": viewer.role}
+
+    @on_subscribe("guild", emit="secret")
+    def secret(guild_id, spy):
+        return {"channel_id": spy.settings["channel"]}
+
+    @on_subscribe("guild", emit="seen")
+    def seen(guild_id, spy, viewer):
+        return {"seen": viewer.may_see(spy.settings["channel"])}
+"""
+
+
+async def test_a_greeting_of_a_channel_reaches_only_who_may_see_it(
+    watching: Watching, plugin: Any, guild: Guild
+) -> None:
+    manage = guild.add_role("manager", hikari.Permissions.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manage])
+    view = int(hikari.Permissions.VIEW_CHANNEL)
+    hidden = guild.add_channel("hidden", overwrites=[Overwrite(guild.id, deny=view)])
+    settings = {"stats": {"channel": str(hidden.id)}}
+    async with watching(**plugin(OF_A_CHANNEL, plugin=settings)) as spy:
+        dashboard = await spy.dashboard(ada)
+        hello = await dashboard.next("hello")
+        assert (hello["viewer"], hello["role"]) == (str(ada.id), "USER")
+        assert (await dashboard.next("seen"))["seen"] is False
+        await spy.nothing(dashboard, "secret")
+        admin = await spy.dashboard()
+        assert (await admin.next("secret"))["channelId"] == str(hidden.id)
+        assert (await admin.next("seen"))["seen"] is True
 
 
 # ---- several nodes ---------------------------------------------------------

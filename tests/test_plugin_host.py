@@ -3,9 +3,10 @@
 import sys
 
 import pytest
-from service import ROOT, run, write_settings
+from service import ROOT, SECRET, run, write_settings
 
 import spywatcher
+from simulator import make_token, snowflake
 from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
@@ -60,6 +61,14 @@ def test_a_plugin_may_be_called_as_a_module_of_the_standard_library():
     assert sys.modules["json"] is json
 
 
+def test_a_file_whose_name_begins_with_an_underscore_can_be_imported_by_those_beside_it() -> None:
+    plugins = loaded("beside").plugins
+    assert {name: plugin.module.SAID for name, plugin in plugins.items()} == {
+        "alone": "hello",
+        "folder": "hello world",
+    }
+
+
 def test_a_plugin_may_use_dataclasses_and_postponed_annotations():
     module = loaded("dataclass_named").plugins["modern"].module
     assert module.FIELDS == ["count"]
@@ -103,7 +112,7 @@ def test_faults_in_a_plugins_table_are_told_with_their_key_path():
     with pytest.raises(OperatorError) as caught:
         loaded("bad_settings", tables={"strict": {"limit": 0, "nmes": []}})
     assert list(caught.value.faults) == [
-        "plugin.strict.limit: got 0, expected `int` >= 1",
+        "plugin.strict.limit: got 0, expected a whole number",
         "plugin.strict.nmes: unknown key, did you mean names?",
     ]
 
@@ -208,7 +217,8 @@ async def test_run_as_a_script_plugins_get_the_module_that_runs(tmp_path):
         "assert spywatcher is sys.modules['__main__']\n"
         "assert spywatcher.Payload is sys.modules['__main__'].Payload\n"
     )
-    write_settings(tmp_path, {"plugins": {"folders": ["plugins"]}})
+    sound = {"auth": {"secret": SECRET}, "discord": {"token": make_token(snowflake())}}
+    write_settings(tmp_path, sound | {"plugins": {"folders": ["plugins"]}})
     status, out, log = await run(tmp_path, "check")
     assert (status, log) == (0, [])
     assert "plugin same: no events" in out

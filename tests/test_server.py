@@ -5,7 +5,9 @@ import json
 import signal
 import socket
 
+import aiohttp
 import pytest
+import socketio
 from service import SECRET, run, running, tables_for, write_settings
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 from waiting import eventually
@@ -74,6 +76,38 @@ async def test_a_signal_stops_it_and_dashboards_come_back_to_the_next(
             assert (await dashboard.call("guilds:list"))["ok"]
 
 
+async def test_python_socketios_polling_client_comes_back_after_a_stop(tmp_path, discord):
+    """It takes Engine.IO's CLOSE packet as final."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    write_settings(tmp_path, tables_for(discord, server={"port": port}))
+    connects = []
+    async with aiohttp.ClientSession() as http:  # its own sessions it does not close
+        client = socketio.AsyncClient(http_session=http, reconnection_delay=0.1)
+        client.on("connect", lambda: connects.append(client.sid))
+        async with running(tmp_path) as first:
+            await client.connect(first.url, auth={"token": TOKEN}, transports=["polling"])
+            first.process.send_signal(signal.SIGTERM)
+            assert await first.exit_status(timeout=5) == 0
+        async with running(tmp_path):
+            await eventually(lambda: len(connects) == 2, timeout=10)
+            assert (await client.call("guilds:list"))["ok"]
+            await client.shutdown()
+
+
+async def test_nobody_is_let_in_during_a_stop_on_a_connection_that_is_open(spy):
+    reader, writer = await asyncio.open_connection("127.0.0.1", spy.server.port)
+    writer.write(b"GET /socket.io/?EIO=4&transport=polling&sid=x HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b"}")
+    spy.server.door.closed = True  # the first thing that a stop does
+    writer.write(b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 503 " in await reader.readline()
+    assert not spy.server.socketio.eio.sockets
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_a_client_that_does_not_read_cannot_hold_up_a_stop(watching):
     async with watching(server={"shutdown_grace": 0.5}) as spy:
         raw = await spy.raw(spy.token(role="ADMIN"))
@@ -124,6 +158,14 @@ async def test_a_listed_page_may_ask_first(spy):
     assert answer.code == 204
     assert answer.headers["Access-Control-Allow-Methods"] == "GET, POST"
     assert answer.headers["Access-Control-Allow-Headers"] == "Content-Type"
+
+
+async def test_a_listed_page_may_send_the_headers_that_it_asks_for(spy):
+    headers = {"Origin": GOOD, "Access-Control-Request-Headers": "authorization,x-trace"}
+    answer = await request(spy, method="OPTIONS", headers=headers)
+    assert answer.headers["Access-Control-Allow-Headers"] == "authorization,x-trace"
+    answer = await request(spy, method="OPTIONS", headers=headers | {"Origin": EVIL})
+    assert "Access-Control-Allow-Headers" not in answer.headers
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
@@ -193,8 +235,47 @@ async def test_no_answer_names_the_server_software(spy):
 
 
 async def test_a_post_beyond_the_limit_is_refused_before_it_is_read(spy):
-    answer = await request(spy, method="POST", body="x" * 20_000)
-    assert answer.code in (400, 413)
+    opened = await request(spy)
+    path = "/socket.io/?EIO=4&transport=polling&sid=" + json.loads(opened.body[1:])["sid"]
+    for size, code in ((16_000, 200), (20_000, 400)):
+        answer = await request(spy, path, method="POST", body="4" + "x" * (size - 1))
+        assert answer.code == code
+        if code == 200:  # it was heard: no packet of Socket.IO ends the session
+            assert not spy.server.socketio.eio.sockets
+            opened = await request(spy)
+            path = path.partition("&sid=")[0] + "&sid=" + json.loads(opened.body[1:])["sid"]
+    assert len(spy.server.socketio.eio.sockets) == 1
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/nowhere"])
+async def test_head_is_answered_as_get_without_a_body(spy, path):
+    get, head = await request(spy, path), await request(spy, path, method="HEAD")
+    assert (head.code, head.body) == (get.code, b"")
+    assert head.headers["Content-Type"] == get.headers["Content-Type"]
+
+
+METHODS = {
+    "/health/live": "GET, HEAD",
+    "/metrics": "GET, HEAD",
+    "/socket.io/?EIO=4&transport=polling": "GET, POST, OPTIONS",
+}
+
+
+@pytest.mark.parametrize(("path", "allowed"), METHODS.items())
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE"])
+async def test_other_methods_are_named_in_the_answer(spy, path, allowed, method):
+    """RFC 9110 §15.5.6."""
+    options = {"body": "x"} if method in ("PUT", "PATCH") else {}
+    answer = await request(spy, path, method=method, allow_nonstandard_methods=True, **options)
+    assert (answer.code, answer.headers["Allow"]) == (405, allowed)
+    assert "Server" not in answer.headers
+    assert json.loads(answer.body) == {"message": "Method Not Allowed"}
+
+
+async def test_a_head_opens_no_session(spy):
+    answer = await request(spy, method="HEAD")
+    assert (answer.code, answer.headers["Allow"]) == (405, "GET, POST, OPTIONS")
+    assert not spy.server.socketio.eio.sockets
 
 
 async def test_servers_on_all_addresses_say_so(tmp_path):

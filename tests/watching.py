@@ -81,8 +81,8 @@ class Watch:
         for kind in kinds:
             answer = await dashboard.call(f"subscribe:{kind}", str(self.guild.id))
             assert answer == {"ok": True, "room": f"{kind}:{self.guild.id}"}
-            if kind == "guild" and self._greets:
-                await dashboard.next("presence:snapshot")
+        if "guild" in kinds and self._greets:
+            await dashboard.next("presence:snapshot")
         return dashboard
 
     @property

@@ -80,11 +80,12 @@ def figures_of(server: Server) -> Callable[[], dict[str, int]]:
             "environ": len(server.socketio.environ),
             "viewers": len(server.dashboards),
             "addresses": len(server.limits.open),
-            "strangers": len(server.limits.lobby),
+            "strangers": len(server.limits.strangers),
             "rooms": len(rooms),
             "members": len(rooms.members(event.ROOM)),
-            "namespaces": len(rooms.rooms),
-            "pending": len(rooms.pending_connect) + len(rooms.pending_disconnect),
+            "namespaces": len(server.socketio.manager.rooms),
+            "pending": len(server.socketio.manager.pending_connect)
+            + len(server.socketio.manager.pending_disconnect),
         }
 
     return figures

@@ -2,7 +2,7 @@
 
 import hikari
 
-from spywatcher import Payload, clean_name, on
+from spywatcher import Payload, on, user_name
 
 needs = {"messages"}  # Discord says which message was deleted, not whose it was
 
@@ -24,7 +24,7 @@ def message_deleted(event: hikari.GuildMessageDeleteEvent) -> MessageDeleted:
     return MessageDeleted(
         message_id=str(event.message_id),
         channel_id=str(event.channel_id),
-        username=clean_name(author.username) if author else None,
+        username=user_name(author) if author else None,
     )
 
 

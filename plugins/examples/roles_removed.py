@@ -2,7 +2,7 @@
 
 import hikari
 
-from spywatcher import Payload, Spy, clean_name, on
+from spywatcher import Payload, Spy, on, role_name, user_name
 
 
 class RoleRemoved(Payload):
@@ -21,6 +21,6 @@ def role_removed(event: hikari.MemberUpdateEvent, spy: Spy) -> RoleRemoved | Non
         return None
     return RoleRemoved(
         user_id=str(event.user_id),
-        username=clean_name(event.user.username),
-        removed_roles=sorted(clean_name(role.name) for role in roles),
+        username=user_name(event.user),
+        removed_roles=sorted(role_name(role) for role in roles),
     )

@@ -1,0 +1,3 @@
+"""No plugin: what two plugins share."""
+
+HELLO = "hello"

@@ -1,0 +1,3 @@
+"""A part of a plugin."""
+
+WORLD = "world"

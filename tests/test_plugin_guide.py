@@ -1,0 +1,123 @@
+"""docs/plugins.md: every piece of code in it does what the page says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+from service import ROOT
+from watching import Watching
+
+import spywatcher
+from simulator import ChannelType, Guild, Harness
+
+GUIDE = (ROOT / "docs" / "plugins.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The pieces of code in this language."""
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", GUIDE, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
+
+
+PLUGINS = {block.split('"""')[1]: block for block in blocks("python") if block.startswith('"""')}
+
+
+@pytest.fixture
+def harness(tmp_path: Path, request: pytest.FixtureRequest) -> Harness:
+    """The plugin of the page whose first line is the test's parameter."""
+    path = tmp_path / "mine.py"
+    path.write_text(PLUGINS[request.param], "utf-8")
+    return Harness(path)
+
+
+def plugin(first_line: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("harness", [first_line], indirect=True)
+
+
+def test_every_language_of_the_page_is_run() -> None:
+    assert set(re.findall(r"^ *```(\w+)$", GUIDE, re.MULTILINE)) == {"sh", "python", "js", "toml"}
+
+
+@plugin("Tell dashboards each minute how many members are in voice channels.")
+def test_voice_states_are_counted(harness: Harness) -> None:
+    ada = harness.guild.add_member("ada")
+    harness.guild.voice[ada.id] = harness.guild.add_channel("x", kind=ChannelType.VOICE).id
+    with harness as h:
+        h.tick()
+        assert h.emitted[0].fields["count"] == 1
+
+
+@plugin("Tell dashboards for how long somebody was there who leaves.")
+def test_days_stayed_are_told(harness: Harness) -> None:
+    ada = harness.guild.add_member("ada")
+    ada.joined_at = "2020-01-01T00:00:00+00:00"
+    with harness as h:
+        h.run(h.discord.leave(h.guild, ada))
+        assert h.emitted[0].fields["daysStayed"] > 2000
+
+
+@plugin("Count reactions by minute, and tell a new subscriber at once.")
+def test_reactions_are_counted(harness: Harness) -> None:
+    with harness as h:
+        ada = h.guild.add_member("ada")
+        h.run(h.discord.reaction(h.guild, ada, h.guild.general))
+        h.tick()
+        assert [one.fields["count"] for one in h.emitted] == [1]
+
+
+async def test_the_other_plugins_of_the_page_run_in_a_server(
+    watching: Watching, guild: Guild, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    names = {line: f"plugin{number}" for number, line in enumerate(PLUGINS)}
+    for line, name in names.items():
+        (folder / f"{name}.py").write_text(PLUGINS[line], "utf-8")
+    (folder / "plugin4.py").rename(folder / "rich.py")
+    table = tomllib.loads("".join(blocks("toml")))
+    ada = guild.add_member("ada")
+    async with watching(
+        plugins={"folders": ["plugins", str(folder)]}, plugin=table["plugin"]
+    ) as spy:
+        own = {"rich", *names.values()} - {"plugin4"}
+        assert spy.server.plugins.running.keys() > own
+        assert spy.server.plugins.running["rich"].spy.settings.least == 5
+        dashboard = await spy.dashboard()
+        devices = ["desktop", "mobile", "web"]
+        await spy.discord.presence(guild, ada, "online", devices)
+        assert (await dashboard.next("alert:threeDevices"))["username"] == "ada"
+
+
+def test_the_settings_of_the_page_are_sound() -> None:
+    for block in blocks("toml"):
+        spywatcher.parse_settings(tomllib.loads(block), ROOT)
+
+
+def test_the_test_of_the_page_passes(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "deletes.py").write_text(
+        PLUGINS["Tell dashboards when a message is deleted."]
+    )
+    [test] = [block for block in blocks("python") if not block.startswith('"""')]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", test], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_name_that_may_be_imported_is_in_the_guide_or_is_for_few() -> None:
+    few = {"Shared", "timestamp"}
+    for name in set(spywatcher.__all__) - few - {"Spy", "Subscriber"}:
+        assert name in GUIDE, name
+    for hook in spywatcher.HOOKS:
+        assert not isinstance(hook, str) or f"`{hook}`" in GUIDE
+    for need in spywatcher.NEEDS:
+        assert f'"{need}"' in GUIDE
