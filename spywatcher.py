@@ -1147,13 +1147,15 @@ class CacheReader:
         self._cache = cache
 
     def guild_ids(self) -> Collection[int]:
-        entries = self._cache._guild_entries
+        entries = self._cache._guild_entries.freeze()
         return [guild_id for guild_id, record in entries.items() if record.guild is not None]
 
     def guilds_of(self, user_id: int) -> Collection[int]:
         """Those of which this user is a member."""
-        entries = self._cache._guild_entries.items()
-        return [one for one, record in entries if record.members and user_id in record.members]
+        entries = self._cache._guild_entries.freeze().items()
+        return [
+            one for one, record in entries if record.members and user_id in record.members._data
+        ]
 
     def get_guild(self, guild_id: int) -> Any:
         record = self._cache._guild_entries.get(guild_id)
@@ -1446,6 +1448,8 @@ class Access:
 
     def timed_out_until(self, viewer: Viewer, guild_id: int) -> float | None:
         """When the viewer's time-out in the guild ends; in seconds since 1970."""
+        if viewer.role in self._admin_roles:
+            return None
         until = timeout_end(self._member(viewer, guild_id))
         return until if until and until > time.time() else None
 
@@ -1563,6 +1567,7 @@ def clean_text(text: str) -> str:
     return SEEN.sub(lambda found: found[1] or "", text)
 
 
+@functools.lru_cache(maxsize=8192)
 def shown_name(name: str | None, own_id: int, longest: int) -> str:
     """A name as it may leave; the id where nothing of it can be seen."""
     text = clean_text(name or "").strip()
