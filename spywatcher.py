@@ -2775,8 +2775,12 @@ class Rooms:
     def leave(self, sid: Sid, room: str) -> None:
         """As a client wishes: it still gets what came before."""
         if room in self._rooms_of.get(sid, ()):
-            self._outbox.catch_up(sid, self._sessions[sid])
+            self.catch_up(sid)
             self.expel(sid, room)
+
+    def catch_up(self, sid: Sid) -> None:
+        """What a client is due from before goes out now."""
+        self._outbox.catch_up(sid, self._sessions[sid])
 
     def expel(self, sid: Sid, room: str) -> None:
         """Against its wish: not even what waits."""
@@ -2871,11 +2875,14 @@ class GuildLog:
 class Ticket:
     """What a client that can recover is known by, and the rooms that it is in."""
 
-    def __init__(self, pid: str, discord_id: str) -> None:
+    def __init__(self, pid: str, viewer: Viewer) -> None:
         self.pid = pid
-        self.discord_id = discord_id
+        #: By its latest token.
+        self.viewer = viewer
         #: By room, the position at which the client entered it: nothing from before is owed.
         self.rooms: dict[str, int] = {}
+        #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
+        self.greeted: dict[str, float] = {}
         self.until = math.inf  # awaited until then, by the monotonic clock
 
 
@@ -2891,6 +2898,7 @@ class Recovery:
         self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
         self._in_guild: collections.Counter[str] = collections.Counter()
+        self._of_viewer: collections.Counter[str] = collections.Counter()
         self._logs: dict[str, GuildLog] = {}
 
     @property
@@ -2928,11 +2936,12 @@ class Recovery:
 
     # -- tickets
 
-    def issue(self, discord_id: str) -> Ticket:
+    def issue(self, viewer: Viewer) -> Ticket:
         """A ticket for a new session of this viewer."""
         nonce = secrets.token_urlsafe(12)
-        ticket = Ticket(f"{nonce}.{self._signature(nonce, discord_id)}", discord_id)
+        ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
         self._tickets[ticket.pid] = ticket
+        self._of_viewer[viewer.discord_id] += 1
         return ticket
 
     def _signature(self, nonce: str, discord_id: str) -> str:
@@ -2943,7 +2952,7 @@ class Recovery:
     def find(self, pid: object, discord_id: str) -> Ticket | None:
         """The ticket that this viewer was given."""
         self._forget_late()
-        if not isinstance(pid, str) or len(pid) > 64:
+        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
             return None
         nonce, _, signature = pid.partition(".")
         expected = self._signature(nonce, discord_id)
@@ -2965,9 +2974,24 @@ class Recovery:
     def forget(self, ticket: Ticket) -> None:
         """Its client will not come back with it."""
         self._awaited.pop(ticket.pid, None)
-        self._tickets.pop(ticket.pid, None)
+        if self._tickets.pop(ticket.pid, None) is not None:
+            remove_one(self._of_viewer, ticket.viewer.discord_id)
         for room in tuple(ticket.rooms):
             self.leave(ticket, room)
+
+    def has_ticket(self, discord_id: str) -> bool:
+        """Whether a client of this viewer's is there, or awaited, that can recover."""
+        return discord_id in self._of_viewer
+
+    def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
+        """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
+        self._forget_late()
+        return [
+            ticket
+            for ticket in (self._awaited.values() if guild_id in self._in_guild else ())
+            if discord_id in (None, ticket.viewer.discord_id)
+            and any(room_guild(room) == guild_id for room in ticket.rooms)
+        ]
 
     def _forget_late(self) -> None:
         now = time.monotonic()
@@ -2978,7 +3002,7 @@ class Recovery:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
             ticket.rooms[room] = self._position
-            guild_id = room.partition(":")[2]
+            guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
             self._logs.setdefault(guild_id, GuildLog(self._position))
@@ -2986,11 +3010,10 @@ class Recovery:
     def leave(self, ticket: Ticket, room: str) -> None:
         """Its client is owed nothing more of the room."""
         if ticket.rooms.pop(room, None) is not None:
-            guild_id = room.partition(":")[2]
-            for counter, key in ((self._in_room, room), (self._in_guild, guild_id)):
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
+            guild_id = room_guild(room)
+            ticket.greeted.pop(room, None)
+            remove_one(self._in_room, room)
+            remove_one(self._in_guild, guild_id)
             if guild_id not in self._in_guild:
                 del self._logs[guild_id]
 
@@ -2998,10 +3021,13 @@ class Recovery:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
             return None
-        position = int(offset)
+        entered: dict[str, int] = {}  # by guild, where the client came into the first of its rooms
+        for room, position in ticket.rooms.items():
+            guild_id = room_guild(room)
+            entered[guild_id] = min(position, entered.get(guild_id, position))
         missed: list[Logged] = []
-        for guild_id in {room.partition(":")[2] for room in ticket.rooms}:
-            events = self._logs[guild_id].since(position)
+        for guild_id, position in entered.items():
+            events = self._logs[guild_id].since(max(int(offset), position))
             if events is None:
                 return None
             missed += [
@@ -3010,6 +3036,28 @@ class Recovery:
                 if event.position > ticket.rooms.get(event.to.room, math.inf)
             ]
         return sorted(missed)
+
+    def greet(self, ticket: Ticket, room: str) -> str:
+        """The offset of what its client is sent now as a new subscriber of the room."""
+        self._position += 1
+        ticket.greeted[room] = self._position
+        return self.offset
+
+    @staticmethod
+    def not_greeted(ticket: Ticket, offset: object) -> list[str]:
+        """The rooms for which what its client was sent as a new subscriber has not reached it."""
+        return [room for room, sent in ticket.greeted.items() if sent > int(str(offset))]
+
+
+def room_guild(room: str) -> str:
+    return room.partition(":")[2]
+
+
+def remove_one(counter: collections.Counter[str], key: str) -> None:
+    """One fewer; what has none takes no memory."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 #: An offset as this server makes them.
@@ -6822,7 +6870,8 @@ class Comebacks:
             return None
         ticket = self._recovery.find(comeback.pid, viewer.discord_id)
         obstacle = self._obstacle(ticket, viewer, comeback)
-        if obstacle is None:
+        if ticket is not None and obstacle is None:
+            ticket.viewer = viewer
             return ticket
         self._metrics.not_recovered.labels(obstacle).inc()
         if ticket is not None:
@@ -6834,7 +6883,7 @@ class Comebacks:
         if ticket is None:
             return "unknown or too late"
         for room in tuple(ticket.rooms):
-            may_view = self._access.may_view(viewer, room.partition(":")[2])
+            may_view = self._access.may_view(viewer, room_guild(room))
             if may_view is None:
                 return "rights not known"
             if not may_view:
@@ -6898,6 +6947,10 @@ class Dashboards:
         """Whether this Discord user has a dashboard open."""
         return viewer_name(discord_id) in self._limits.open
 
+    def is_awaited(self, discord_id: str) -> bool:
+        """Whether a dashboard of this user's is there, or may come back to its rooms."""
+        return self.is_connected(discord_id) or self._recovery.has_ticket(discord_id)
+
     # -- coming and going
 
     async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> Mapping[str, str]:
@@ -6959,9 +7012,10 @@ class Dashboards:
         wanted = session.from_browser if comeback.recover is None else comeback.recover
         if not wanted or not self._recovery.enabled:
             return None
-        ticket = self._returns.take_back(viewer, comeback)
+        held = comeback.pid in self._holders if isinstance(comeback.pid, str) else False
+        ticket = None if held else self._returns.take_back(viewer, comeback)
         if ticket is None:
-            return self._recovery.issue(viewer.discord_id)
+            return self._recovery.issue(viewer)
         self._recovery.hold(ticket)
         self._comebacks[sid] = comeback
         return ticket
@@ -6974,19 +7028,27 @@ class Dashboards:
         comeback, ticket = self._comebacks.pop(sid, None), dashboard.ticket
         if ticket is None:
             dashboard.tell("session", {"recovered": False, "rooms": []})
+        elif comeback is None:
+            state = {"recovered": False, "rooms": []}
+            dashboard.tell("session", state, self._recovery.offset)
+        else:
+            self._make_up(sid, ticket, comeback)
+
+    def _make_up(self, sid: Sid, ticket: Ticket, comeback: Comeback) -> None:
+        """Give a client what it missed, and its rooms."""
+        dashboard = self._connected[sid]
+        due = self._returns.due(ticket, dashboard.viewer, comeback)
+        if due is None:
+            dashboard.session.cut("recovery was overtaken")
             return
-        if comeback is not None:
-            due = self._returns.due(ticket, dashboard.viewer, comeback)
-            if due is None:
-                dashboard.session.cut("recovery was overtaken")
-                return
-            dashboard.write(due)
-            self._limits.metrics.recovered.inc()
-            for room in ticket.rooms:
-                self._rooms.enter(sid, room)
+        dashboard.write(due)
+        self._limits.metrics.recovered.inc()
         rooms = sorted(ticket.rooms)
-        state = {"recovered": comeback is not None, "rooms": rooms}
-        dashboard.tell("session", state, self._recovery.offset)
+        for room in rooms:
+            self._rooms.enter(sid, room)
+        dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
+        for room in self._recovery.not_greeted(ticket, comeback.offset):
+            self._greet_soon(sid, *room.split(":"))
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._connected.pop(sid)
@@ -7046,6 +7108,8 @@ class Dashboards:
         if viewer.discord_id != dashboard.viewer.discord_id:
             raise ClientError("forbidden", "The token is another viewer's")
         dashboard.viewer = viewer
+        if dashboard.ticket is not None:
+            dashboard.ticket.viewer = viewer
         self._watch_expiry(sid)
         self._check_rights(sid)
         return {}
@@ -7056,7 +7120,7 @@ class Dashboards:
             self._check_rights(sid)
 
     def _check_rights(self, sid: Sid) -> None:
-        for guild_id in {room.partition(":")[2] for room in self._rooms.rooms_of(sid)}:
+        for guild_id in {room_guild(room) for room in self._rooms.rooms_of(sid)}:
             self.on_audience_change(guild_id)
             self.check_right(sid, guild_id)
 
@@ -7120,14 +7184,34 @@ class Dashboards:
     def _greet_soon(self, sid: Sid, kind: str, guild_id: str) -> None:
         """What plugins have for a new subscriber; in a task, so that the answer comes first."""
 
-        def tell(event: str, payload: EventData) -> None:
-            if f"{kind}:{guild_id}" in self._rooms.rooms_of(sid):
-                self._connected[sid].tell(event, payload)
+        room, viewer, ticket = f"{kind}:{guild_id}", self.viewer(sid), self._connected[sid].ticket
 
-        viewer = self.viewer(sid)
+        def tell(event: str, payload: EventData) -> None:
+            if room not in self._rooms.rooms_of(sid):
+                return
+            offset: tuple[str, ...] = ()
+            if ticket is not None:
+                self._rooms.catch_up(sid)  # its offset says that all before it has come
+                offset = (self._recovery.greet(ticket, room),)
+            self._connected[sid].tell(event, payload, *offset)
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._greetings.discard(task)
+            if ticket is not None and ticket.greeted.get(room) == math.inf:
+                del ticket.greeted[room]  # nobody had anything
+
+        if ticket is not None:
+            ticket.greeted[room] = math.inf
         task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
         self._greetings.add(task)
-        task.add_done_callback(self._greetings.discard)
+        task.add_done_callback(end)
+
+    def check_awaited(self, guild_id: str, discord_id: str | None = None) -> None:
+        """Of a guild that they may not view any more, who comes back is owed nothing."""
+        for ticket in self._recovery.awaited(guild_id, discord_id):
+            if self._access.may_view(ticket.viewer, guild_id) is False:
+                for room in [room for room in ticket.rooms if room_guild(room) == guild_id]:
+                    self._recovery.leave(ticket, room)
 
     def check_right(self, sid: Sid, guild_id: str) -> None:
         """Take a dashboard that may not view this guild any more out of its rooms."""
@@ -7232,6 +7316,7 @@ class RightsWatcher:
         for sid in {sid for room in rooms for sid in self._rooms.members(room)}:
             if discord_id in (None, self._dashboards.viewer(sid).discord_id):
                 self._dashboards.check_right(sid, guild_id)
+        self._dashboards.check_awaited(guild_id, discord_id)
 
     async def _on_channel_change(self, event: Any) -> None:
         self._forget(str(event.guild_id))
@@ -7243,7 +7328,7 @@ class RightsWatcher:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
-        if self._dashboards.is_connected(discord_id):
+        if self._dashboards.is_awaited(discord_id):
             self.check(str(event.guild_id), discord_id)
 
     # -- while the cache is refilled

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsclient import QUICK, Dashboard
 from waiting import eventually
-from watching import Watch, Watching
+from watching import RawClient, Watch, Watching
 
 import spywatcher
 from simulator import Guild, Member, Permission, Role, hidden_except
@@ -37,6 +37,25 @@ def broadcast(spy: Watch, *numbers: int, channel: str = "", kind: str = "guild")
 
 async def numbers(dashboard: Dashboard, count: int) -> list[int]:
     return [(await dashboard.next("x"))["number"] for _ in range(count)]
+
+
+async def bare_page(spy: Watch, **auth: Any) -> tuple[dict[str, Any], RawClient, Any]:
+    """A browser's bare connection: what it says when it comes back, itself, what `session` said."""
+    raw = await spy.raw(headers=PAGE)
+    said = {"token": spy.token(role="ADMIN"), **auth}
+    await raw.send("40" + json.dumps(said))
+    pid = json.loads(str(await raw.read())[2:])["pid"]
+    packet = ""
+    while not packet.startswith('42["session"'):
+        packet = str(await raw.read())
+    _, session, offset = json.loads(packet[2:])
+    return said | {"pid": pid, "offset": offset}, raw, session
+
+
+async def lose(spy: Watch, raw: RawClient) -> None:
+    """It has read nothing of late, and its connection is gone."""
+    raw.socket.stream.close()
+    await eventually(lambda: not len(spy.server.dashboards))
 
 
 async def away(spy: Watch, dashboard: Dashboard) -> None:
@@ -193,6 +212,7 @@ async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: o
         lambda pid: "x" * 10_000,
         lambda pid: ".",
         lambda pid: "é.é",
+        lambda pid: "\ud800" + pid[1:],  # JSON can say what no text can
     ],
 )
 async def test_a_pid_that_was_not_given_out_is_a_fresh_start(spy: Watch, change: Any) -> None:
@@ -217,6 +237,17 @@ async def test_a_stolen_pid_is_of_no_use_to_another_viewer(spy: Watch) -> None:
     await thief.send("40" + json.dumps(said))
     assert json.loads(str(await thief.read())[2:])["pid"] != pid
     assert (await victim.state()).connected
+
+
+async def test_a_pid_that_is_taken_back_by_two_at_once_is_one_connections_alone(spy: Watch) -> None:
+    said, _, _ = await bare_page(spy)
+    raws = [await spy.raw(headers=PAGE) for _ in range(3)]
+    await asyncio.gather(*(raw.send("40" + json.dumps(said)) for raw in raws))
+    await eventually(lambda: len(spy.server.dashboards) >= 1)
+    await raws[-1].send("40" + json.dumps(said))
+    for raw in raws:
+        raw.socket.stream.close()
+    await eventually(lambda: not len(spy.server.dashboards))
 
 
 async def test_who_leaves_on_purpose_is_not_waited_for(spy: Watch) -> None:
@@ -251,6 +282,22 @@ async def test_of_a_guild_that_may_no_longer_be_seen_nothing_comes(
     await dashboard.reconnected()
     assert await dashboard.next("session") == {"recovered": True, "rooms": []}
     broadcast(spy, 2)
+    await dashboard.quiet("x")
+
+
+async def test_a_right_that_was_lost_and_won_again_while_away_brings_nothing(
+    ada: Member, staff: Role, spy: Watch
+) -> None:
+    dashboard = await page(spy, ada, reconnection=False)
+    await away(spy, dashboard)
+    await spy.discord.remove_role(spy.guild, ada, staff)
+    await spy.discord.caught_up()
+    broadcast(spy, 1)
+    await spy.discord.add_role(spy.guild, ada, staff)
+    await spy.discord.caught_up()
+    await dashboard.reconnect()
+    await dashboard.reconnected()
+    assert await dashboard.next("session") == {"recovered": True, "rooms": []}
     await dashboard.quiet("x")
 
 
@@ -300,20 +347,36 @@ async def test_nothing_from_before_a_room_was_entered_is_owed(spy: Watch) -> Non
     await dashboard.quiet("x")
 
 
+# ---- what a new subscriber gets
+
+
+async def test_a_snapshot_that_never_arrived_comes_after_the_return(spy: Watch) -> None:
+    said, raw, _ = await bare_page(spy)
+    await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+    await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
+    await lose(spy, raw)
+    _, back, session = await bare_page(spy, **said)
+    assert session == {"recovered": True, "rooms": [f"guild:{spy.guild.id}"]}
+    assert str(await back.read()).startswith('42["presence:snapshot"')
+
+
+async def test_who_had_its_snapshot_gets_it_once(spy: Watch) -> None:
+    dashboard = await page(spy)
+    await away(spy, dashboard)
+    await dashboard.reconnected()
+    await dashboard.next("session")
+    await dashboard.quiet("presence:snapshot")
+
+
 # ---- limits
 
 
 async def test_a_return_replaces_its_half_open_connection(watching: Watching) -> None:
     limits = {"connections_per_ip": 1, "connections_per_viewer": 1}
     async with watching(limits=limits) as spy:
-        raw = await spy.raw(headers=PAGE)
-        said = {"token": spy.token(role="ADMIN")}
-        await raw.send("40" + json.dumps(said))
-        pid = json.loads(str(await raw.read())[2:])["pid"]
-        offset = json.loads(str(await raw.read())[2:])[-1]
-        back = await spy.raw(headers=PAGE)
-        await back.send("40" + json.dumps(said | {"pid": pid, "offset": offset}))
-        assert json.loads(str(await back.read())[2:])["pid"] == pid
+        said, _, _ = await bare_page(spy)
+        again, _, _ = await bare_page(spy, **said)
+        assert again["pid"] == said["pid"]
         assert len(spy.server.dashboards) == 1
 
 
