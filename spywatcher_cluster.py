@@ -651,7 +651,7 @@ class Publisher:
         self._recent.extend(self._batch)
         self._batch = []
         oldest = time.monotonic() - RECENT_AGE
-        while len(self._recent) > MOST_RECENT or self._recent[0].since < oldest:
+        while self._recent and (len(self._recent) > MOST_RECENT or self._recent[0].since < oldest):
             self._recent.popleft()
 
 
