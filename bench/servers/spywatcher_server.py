@@ -26,6 +26,10 @@ OPEN_TO_ALL = spywatcher.LimitsSettings(
 )
 
 
+#: Offsets of ten digits from here on, so that all events are equally long.
+FIRST_OFFSET = 10**9
+
+
 async def serve() -> None:
     with tempfile.TemporaryDirectory() as folder:
         await serve_from(f"{folder}/counts.db")
@@ -40,6 +44,8 @@ async def serve_from(storage: str) -> None:
             auth=spywatcher.AuthSettings(secret=event.SECRET),
             discord=spywatcher.DiscordSettings(token=discord.token, rest_url=discord.rest_url),
             limits=OPEN_TO_ALL,
+            # It greets each new subscriber; the other servers greet nobody.
+            plugins=spywatcher.PluginsSettings(disabled=("presence",)),
             storage=spywatcher.StorageSettings(path=storage),
             redis=spywatcher.RedisSettings(url=os.environ.get("BENCH_REDIS", "")),
             folder=Path(__file__).parents[2],
@@ -47,6 +53,7 @@ async def serve_from(storage: str) -> None:
         keys = spywatcher.read_keys(settings.auth, settings.folder)
         node = spywatcher.node_type(settings)
         async with Server(settings, keys=keys, token=discord.token, make_node=node) as server:
+            server.recovery._position = FIRST_OFFSET
             if not settings.redis.url:
                 await discord.wait_for_bot()
             else:
@@ -83,6 +90,7 @@ def figures_of(server: Server) -> Callable[[], dict[str, int]]:
             "strangers": len(server.limits.strangers),
             "rooms": len(rooms),
             "members": len(rooms.members(event.ROOM)),
+            "offset": int(server.recovery.offset),
             "namespaces": len(server.socketio.manager.rooms),
             "pending": len(server.socketio.manager.pending_connect)
             + len(server.socketio.manager.pending_disconnect),
