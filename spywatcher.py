@@ -4,6 +4,16 @@ One process. In comes a Discord gateway session (hikari); out go Socket.IO event
 dashboards (Tornado, python-socketio). Nothing here knows an event by name: every event that a
 dashboard sees is made by a plugin.
 
+Who writes a plugin finds what it may import below the sections, in `help(spywatcher)`, and the way to
+it in docs/plugins.md:
+
+    import hikari
+    from spywatcher import on
+
+    @on(hikari.RoleCreateEvent, emit="role:create")
+    def role_create(event):
+        return {"name": event.role.name}
+
 The way of one event:
     hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
@@ -2096,14 +2106,10 @@ class Session:
         default_factory=lambda: ConnectionLog(log, {"connection": secrets.token_hex(4)})
     )
     state: State = State.POLLING
-    #: Whether the latest request that brought packets named a page's origin.
-    from_browser: bool = False
-    #: Whether room events come to it with their offsets (see "recovery").
-    tracks: bool = False
-    #: Its WebSocket, once that is the transport.
-    handler: SocketHandler | None = None
-    #: One POST is at work.
-    posting: bool = False
+    from_browser: bool = False  # the latest request that brought packets named a page's origin
+    tracks: bool = False  # room events come to it with their offsets (see "recovery")
+    handler: SocketHandler | None = None  # its WebSocket, once that is the transport
+    posting: bool = False  # one POST is at work
     #: By which TCP connections it comes: the latest of each kind of request.
     _carriers: dict[str, Connection] = dataclasses.field(default_factory=dict)
     _stream: IOStream | None = None
@@ -3549,6 +3555,8 @@ def check_kind(kind: object) -> None:
 def user_name(user: hikari.User) -> str:
     """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
 
+        user_name(event.author)
+
     Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
     usernames have 64 characters at most, other names 100.
     """
@@ -3558,6 +3566,8 @@ def user_name(user: hikari.User) -> str:
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     """A member's username as it is now; the id while Discord has not sent the member.
 
+        member_name(spy.bot.cache, event.guild_id, event.user_id)
+
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
@@ -3566,19 +3576,34 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
 
 
 def role_name(role: hikari.Role) -> str:
-    """A role's name as it may leave, or its id."""
+    """A role's name as it may leave.
+
+        [role_name(role) for role in event.member.get_roles()]
+
+    Where nothing of it can be seen, it is the id.
+    """
     return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
-    """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
+    """The name of a channel or thread.
+
+        channel_name(spy.bot.cache, event.channel_id)
+
+    Where Discord hides the name or has not sent it, it is the id.
+    """
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
+    """A moment as it goes out.
+
+        timestamp(event.message.created_at)  # "2026-01-02T03:04:05.678Z"
+
+    That is ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given.
+    """
     moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -3595,7 +3620,11 @@ class News(NamedTuple):
 
 
 class Shared(Protocol):
-    """What a plugin keeps of members for all nodes of a service, in Redis.
+    """What a plugin keeps of members for all nodes of a service, in Redis; `spy.shared`.
+
+        async for chunk in spy.shared.read():
+            counts.add(json.loads(chunk))
+        await spy.shared.write('{"5:2026-01": [86400, {"7": "3 messages"}]}')
 
     Tables of texts, one text a member. A table is named `GUILD_ID:ANYTHING`, a member by its id;
     so `spywatcher.py forget` finds what it has to remove. Chunks and changes are JSON, for a
@@ -3886,7 +3915,7 @@ def as_json(value: Any, depth: int = 0) -> Any:
 def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
     fields = {}
     for key, value in members:
-        name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        name = key if type(key) is str and key.isascii() else str(as_json(key, MOST_NESTED))
         if type(value) is str and value.isascii():  # most are, and a call costs more than this
             fields[name] = value
             continue
@@ -4055,8 +4084,7 @@ class Fence:
 
     def failed(self, what: str, error: BaseException) -> None:
         self._failures.inc()
-        place = error.__traceback__ and traceback.extract_tb(error.__traceback__)[-1][:2]
-        kind = (what, type(error), str(error) if isinstance(error, SpyWatcherError) else place)
+        kind = (what, type(error), kind_of_fault(error))
         if kind in self._told or len(self._told) >= MOST_KINDS:
             return
         self._told.add(kind)
@@ -4080,6 +4108,16 @@ class Fence:
             MOST_FAILURES,
             PAUSE,
         )
+
+
+def kind_of_fault(error: BaseException) -> object:
+    """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
+    if isinstance(error, SpyWatcherError):
+        return re.sub(r"'.*'|\d+", "", str(error))
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -4126,10 +4164,15 @@ class Guarded:
         started = time.perf_counter()
         try:
             result = self._function(subject, *self._arguments)
+        except FAULTS as error:
+            self._failed(error)
+            return
+        finally:
             self._took(time.perf_counter() - started)
-            if hasattr(result, "__await__"):
-                self._await(result, functools.partial(then, subject))
-                return
+        if hasattr(result, "__await__"):
+            self._await(result, functools.partial(then, subject))
+            return
+        try:
             then(subject, result)
         except FAULTS as error:
             self._failed(error)
@@ -4487,6 +4530,12 @@ class Runner:
         ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
+        own = {"spy": self.spy, "failed": self.fence.failed}
+        #: What the plugin serves: a pattern of the whole path, and what answers there.
+        self.routes: Routes = [
+            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, pattern in plugin.routes
+        ]
 
     def _guard(
         self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
@@ -4503,14 +4552,6 @@ class Runner:
         wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
         where = f" in {function.__name__}"
         return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
-
-    def routes(self) -> Routes:
-        """What the plugin serves: a pattern of the whole path, and what answers there."""
-        own = {"spy": self.spy, "failed": self.fence.failed}
-        return [
-            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, pattern in self.plugin.routes
-        ]
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
@@ -4741,8 +4782,8 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         places = [folder / name]
-        if name == OWN_PLUGINS and (shipped := shipped_plugins()):
-            places.append(shipped)
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
+            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
         found = [place for place in places if place.is_dir()]
         if not found:
             raise OperatorError(f"plugins.folders: {places[0]} is no folder")
@@ -5154,7 +5195,7 @@ class PluginHost:
     def take_over(self) -> None:
         """Have all that happens go to those that are there now, in one step."""
         order = sorted(self.runners)
-        self._routes = [route for name in order for route in self.runners[name].routes()]
+        self._routes = [route for name in order for route in self.runners[name].routes]
         if self._dispatcher is not None:
             self._dispatcher.connect(self.running[name] for name in order if name in self.running)
 
@@ -5880,6 +5921,25 @@ class Bot(hikari.GatewayBot):
         )
 
 
+def refusal(code: object, switches: str, token_key: str) -> str:
+    """What an operator reads of the code with which Discord refused: what to change, and where."""
+    if code == 4014:
+        return (
+            f"Discord refused the intents: switch on {switches} at {PORTAL}"
+            " -> Privileged Gateway Intents"
+        )
+    if code in (4012, 4013):
+        return (
+            f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+            f" (this is {hikari.__version__}) and SpyWatcher"
+        )
+    table, _, key = token_key.partition(".")
+    return (
+        f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+        f" and put the new one into [{table}] {key}"
+    )
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
@@ -5957,7 +6017,8 @@ class Gateway:
                     await self._turning(self.bot.join())
                     self._refuse(self._ended)
                 except UpstreamError as error:
-                    raise self._final(error) from error
+                    text = refusal(error.args[0], self._switches(), self.token_key)
+                    raise UpstreamError(text) from error
                 except AwayError as error:
                     self._away(error.cause, error.why)
                     asked = error.wait
@@ -6065,28 +6126,12 @@ class Gateway:
         if code in FINAL_CODES:
             raise UpstreamError(code)
 
-    def _final(self, error: UpstreamError) -> UpstreamError:
-        """What an operator reads of a refusal: what to change, and where."""
-        code = error.args[0]
-        if code == 4014:
-            switches = " and ".join(
-                f"{switch} (for {', '.join(self._wanted_by(intent))})"
-                for intent, switch in PRIVILEGED_SWITCHES.items()
-                if intent & self.intents
-            )
-            return UpstreamError(
-                f"Discord refused the intents: switch on {switches} at {PORTAL}"
-                " -> Privileged Gateway Intents"
-            )
-        if code in (4012, 4013):
-            return UpstreamError(
-                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
-                f" (this is {hikari.__version__}) and SpyWatcher"
-            )
-        table, _, key = self.token_key.partition(".")
-        return UpstreamError(
-            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-            f" and put the new one into [{table}] {key}"
+    def _switches(self) -> str:
+        """The switches of the developer portal that are needed, and for what."""
+        return " and ".join(
+            f"{switch} (for {', '.join(self._wanted_by(intent))})"
+            for intent, switch in PRIVILEGED_SWITCHES.items()
+            if intent & self.intents
         )
 
     def _wanted_by(self, intent: hikari.Intents) -> list[str]:
@@ -7684,9 +7729,10 @@ class Server:
         try:
             return listen(server.host, server.port)
         except OSError as error:
-            raise OperatorError(
-                f"server.port: cannot listen on {server.host}:{server.port}: {os.strerror(error.errno or 0)}"
-            ) from error
+            unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
+            why = error.strerror if unknown else os.strerror(error.errno or 0)
+            place = f"{server.host}:{server.port}"
+            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -8014,7 +8060,9 @@ def reload_settings(server: Server, path: Path | None) -> None:
     try:
         settings = read_settings(path)
         with naming_source(settings):
-            keys, _ = credentials_of(settings)
+            keys = read_keys(settings.auth, settings.folder)
+            if keys == Keys():
+                raise OperatorError("auth.secret: not set any more")
             for_restart = server.reload(settings, keys)
     except OperatorError as error:
         log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 from jsclient import node
 from service import ROOT
 
 import spywatcher
+import spywatcher_types
 
 PAGE = (ROOT / "docs" / "websocket-api.md").read_text("utf-8")
 SECRET = "a key of thirty-two bytes or more, as HS256 wants it"
@@ -97,12 +97,13 @@ def test_a_token_made_in_python_as_shown_gets_in() -> None:
 def test_an_example_has_the_fields_that_its_plugin_sends(
     event: str, host: spywatcher.PluginHost
 ) -> None:
-    [payload] = [
-        made
-        for plugin in host.plugins.values()
-        for function, emitted in plugin.emitters
-        if emitted == event and (made := spywatcher.payload_of(function)) is not None
-    ]
-    names = {field.encode_name for field in msgspec.structs.fields(payload)}
-    assert set(examples()[event]) == names | {"guildId", "timestamp"}
-    msgspec.convert(examples()[event], payload)
+    declared = spywatcher_types.declarations(host)
+    [schema] = [one.schema for one in declared.events if one.name == event]
+    while "$ref" in schema:
+        schema = declared.schemas[schema["$ref"].rpartition("/")[2]]
+    assert set(examples()[event]) == set(schema["properties"])
+
+
+@pytest.mark.parametrize("name", ["session", "guilds:update", "auth:expiring", "error"])
+def test_each_event_to_one_connection_is_described(name: str) -> None:
+    assert name in first_column("### To one connection")
