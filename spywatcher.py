@@ -2870,7 +2870,9 @@ class GuildLog:
 
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
-# count of all events of this process, so one of them says how far a client is in every guild.
+# count of all events of this process, so one of them says how far a client is in every guild. The count
+# begins at the microseconds of the clock: a stock client may still say an offset from before a restart,
+# which is then before all that its new ticket is owed.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -2899,7 +2901,7 @@ class Recovery:
         self._settings = settings
         self._metrics = metrics
         self._key = secrets.token_bytes(32)
-        self._position = 0
+        self._position = time.time_ns() // 1000
         self._tickets: dict[str, Ticket] = {}
         self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
@@ -3026,6 +3028,8 @@ class Recovery:
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
+            return None
+        if int(offset) > self._position:  # of a process whose clock was ahead
             return None
         entered: dict[str, int] = {}  # by guild, where the client came into the first of its rooms
         for room, position in ticket.rooms.items():

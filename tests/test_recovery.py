@@ -13,6 +13,15 @@ from watching import RawClient, Watch, Watching
 
 import spywatcher
 from simulator import Guild, Member, Permission, Role, hidden_except
+from spywatcher import (
+    MAX_LOG_BYTES,
+    Destination,
+    Metrics,
+    Recovery,
+    RecoverySettings,
+    Viewer,
+    event_packet,
+)
 
 #: What a page's client sends, and so is known for one that can recover.
 PAGE = {"Origin": "http://localhost:5173"}
@@ -107,6 +116,35 @@ async def test_a_client_recovers_again_and_again(spy: Watch) -> None:
     await dashboard.quiet("x")
 
 
+async def test_an_offset_from_before_a_restart_hides_nothing(watching: Watching) -> None:
+    async with watching() as spy:
+        before, _, _ = await bare_page(spy)
+    async with watching() as spy:
+        said, raw, _ = await bare_page(spy)
+        await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+        await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
+        await lose(spy, raw)
+        broadcast(spy, 1)
+        back = await spy.raw(headers=PAGE)
+        await back.send("40" + json.dumps(said | {"offset": before["offset"]}))
+        assert json.loads(str(await back.read())[2:])["pid"] == said["pid"]
+        assert str(await back.read()).startswith('42["x",{"number":1}')
+
+
+async def test_what_the_throttle_held_back_meanwhile_is_not_lost(watching: Watching) -> None:
+    async with watching(throttle={"x": 0.3}) as spy:
+        dashboard = await page(spy)
+        for number in (1, 2):
+            spy.server.throttle.emit("x", str(spy.guild.id), {"number": number}, "guild")
+        assert await numbers(dashboard, 1) == [1]
+        await away(spy, dashboard)
+        before = spy.server.recovery.offset
+        await eventually(lambda: spy.server.recovery.offset != before)
+        await dashboard.reconnected()
+        assert await numbers(dashboard, 1) == [2]
+        await dashboard.quiet("x")
+
+
 # ---- who gets it
 
 
@@ -191,7 +229,7 @@ async def test_nobody_recovers_where_it_is_switched_off(watching: Watching) -> N
 
 
 @pytest.mark.parametrize(
-    "offset", [None, "", "x", "-1", "1e3", "9" * 40, 5, ["1"], {}, True, "\u0661", "0x1"]
+    "offset", [None, "", "x", "-1", "1e3", "9" * 18, "9" * 40, 5, ["1"], {}, True, "\u0661", "0x1"]
 )
 async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: object) -> None:
     first = await page(spy, reconnection=False)
@@ -301,6 +339,20 @@ async def test_a_right_that_was_lost_and_won_again_while_away_brings_nothing(
     await dashboard.quiet("x")
 
 
+async def test_who_was_kicked_from_the_guild_while_away_is_owed_nothing(
+    ada: Member, spy: Watch
+) -> None:
+    dashboard = await page(spy, ada)
+    await away(spy, dashboard)
+    broadcast(spy, 1)
+    await spy.discord.kick(spy.guild, ada)
+    await spy.discord.caught_up()
+    assert spy.server.recovery.size == 0
+    await dashboard.reconnected()
+    assert await dashboard.next("session") == {"recovered": True, "rooms": []}
+    await dashboard.quiet("x")
+
+
 async def test_of_a_hidden_channel_nothing_comes_and_the_rest_recovers(
     ada: Member, spy: Watch
 ) -> None:
@@ -369,6 +421,21 @@ async def test_who_had_its_snapshot_gets_it_once(spy: Watch) -> None:
 
 
 # ---- limits
+
+
+def test_twenty_busy_guilds_keep_no_more_than_their_bounds() -> None:
+    recovery = Recovery(RecoverySettings(), Metrics())
+    ticket = recovery.issue(Viewer("1", "ADMIN"))
+    guilds = [str(number) for number in range(20)]
+    for guild_id in guilds:
+        recovery.enter(ticket, f"guild:{guild_id}")
+    for size in (100, 5_000):
+        packet = event_packet("x", {"text": "x" * size})
+        for guild_id in guilds * 2_000:
+            recovery.add(Destination(guild_id, "guild"), packet)
+        assert recovery.size <= 20 * min(MAX_LOG_BYTES, 1_000 * (len(packet) + 40))
+    recovery.forget(ticket)
+    assert recovery.size == 0
 
 
 async def test_a_return_replaces_its_half_open_connection(watching: Watching) -> None:

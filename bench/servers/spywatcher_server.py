@@ -26,10 +26,6 @@ OPEN_TO_ALL = spywatcher.LimitsSettings(
 )
 
 
-#: Offsets of ten digits from here on, so that all events are equally long.
-FIRST_OFFSET = 10**9
-
-
 async def serve() -> None:
     with tempfile.TemporaryDirectory() as folder:
         await serve_from(f"{folder}/counts.db")
@@ -53,7 +49,6 @@ async def serve_from(storage: str) -> None:
         keys = spywatcher.read_keys(settings.auth, settings.folder)
         node = spywatcher.node_type(settings)
         async with Server(settings, keys=keys, token=discord.token, make_node=node) as server:
-            server.recovery._position = FIRST_OFFSET
             if not settings.redis.url:
                 await discord.wait_for_bot()
             else:
