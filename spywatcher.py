@@ -2930,6 +2930,11 @@ class Recovery:
         self._forget_late()
         return room in self._in_room
 
+    def rooms(self) -> Iterable[str]:
+        """Those of which somebody is owed what goes to them."""
+        self._forget_late()
+        return tuple(self._in_room)
+
     def add(self, to: Destination, packet: bytes) -> RoomFrame:
         """The event as it goes out; it is kept where somebody may recover it."""
         guild_log = self._logs.get(to.guild_id)
@@ -2990,6 +2995,10 @@ class Recovery:
     def has_ticket(self, discord_id: str) -> bool:
         """Whether a client of this viewer's is there, or awaited, that can recover."""
         return discord_id in self._of_viewer
+
+    def viewers(self) -> Iterable[str]:
+        """Whose clients these are, by Discord id."""
+        return tuple(self._of_viewer)
 
     def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
         """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
@@ -6255,10 +6264,6 @@ class Node:
         """Who counts open connections."""
         return OpenConnections()
 
-    def make_recovery(self, metrics: Metrics) -> Recovery:
-        """Who keeps what clients that come back have missed."""
-        return Recovery(self._settings.recovery, metrics)
-
     # -- start, stop, how things stand
 
     def attach(self, parts: Parts) -> None:
@@ -7618,7 +7623,7 @@ class Server:
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
         self.rooms = Rooms(*fanout, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
-        self.recovery = self.node.make_recovery(self.metrics)
+        self.recovery = Recovery(settings.recovery, self.metrics)
         self.throttle = Throttle(settings.throttle, self.node, self.metrics)
         self.dashboards = Dashboards(
             self.socketio,
