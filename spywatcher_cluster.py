@@ -47,7 +47,6 @@ from spywatcher import (
     Destination,
     EventData,
     Marks,
-    Metrics,
     News,
     Node,
     OpenConnections,
@@ -55,10 +54,7 @@ from spywatcher import (
     Parts,
     PluginHost,
     Recovery,
-    RecoverySettings,
     RedisSettings,
-    RoomFrame,
-    Rooms,
     SectionT,
     Settings,
     ShardRange,
@@ -73,6 +69,7 @@ from spywatcher import (
     is_snowflake,
     log,
     read_secret,
+    room_guild,
     shown,
     without_login,
 )
@@ -652,7 +649,7 @@ class Publisher:
         self._recent.extend(self._batch)
         self._batch = []
         oldest = time.monotonic() - RECENT_AGE
-        while len(self._recent) > MOST_RECENT or self._recent[0].since < oldest:
+        while self._recent and (len(self._recent) > MOST_RECENT or self._recent[0].since < oldest):
             self._recent.popleft()
 
 
@@ -1502,13 +1499,25 @@ class GuildFollower:
                 self._parts.clients.check(str(guild_id), note.detail)
 
 
-class Viewers:
-    """Who has a dashboard open here, said to all nodes: of no others does the holder tell."""
+def rooms_of(parts: Parts) -> frozenset[str]:
+    """Those that this node's clients are in, or may come back to."""
+    return frozenset({*parts.rooms.names(), *parts.recovery.rooms()})
 
-    def __init__(self, reporter: GuildReporter, known: KnownGuilds, node: ClusterNode) -> None:
+
+def guilds_of(parts: Parts) -> set[str]:
+    return {room_guild(room) for room in rooms_of(parts)}
+
+
+class Viewers:
+    """Who has a dashboard here, or may come back, said to all nodes: of no others does the holder tell."""
+
+    def __init__(
+        self, reporter: GuildReporter, known: KnownGuilds, node: ClusterNode, recovery: Recovery
+    ) -> None:
         self._reporter = reporter
         self._known = known
         self._node = node
+        self._recovery = recovery
         self._dashboards: collections.Counter[int] = collections.Counter()
 
     def enter(self, discord_id: str) -> None:
@@ -1527,7 +1536,8 @@ class Viewers:
 
     def call_roll(self) -> None:
         """Say who looks on from here, and ask again for whom nothing was told."""
-        viewers = list(self._dashboards)
+        awaited = map(int, filter(is_snowflake, self._recovery.viewers()))
+        viewers = list({*self._dashboards, *awaited})
         self._reporter.want(viewers)
         self._node.tell("viewers", body=msgspec.msgpack.encode(viewers))
         for user_id in viewers:
@@ -1553,8 +1563,8 @@ class Viewers:
 class Peers:
     """The other nodes: what their clients listen to, and the latest term that any of them knows."""
 
-    def __init__(self, rooms: Rooms, lease: Lease, tell: Callable[..., None]) -> None:
-        self._rooms = rooms
+    def __init__(self, parts: Parts, lease: Lease, tell: Callable[..., None]) -> None:
+        self._parts = parts
         self._lease = lease
         self._tell = tell
         self._until: dict[str, float] = {}
@@ -1566,7 +1576,7 @@ class Peers:
         self._tell("node", body=msgspec.msgpack.encode(self._lease.known))
 
     def tell_rooms(self, again: bool) -> None:
-        rooms = frozenset(self._rooms.names())
+        rooms = rooms_of(self._parts)
         if again or rooms != self._told:
             self._told = rooms
             self._tell("rooms", body=msgspec.msgpack.encode(list(rooms)))
@@ -1764,13 +1774,13 @@ class ClusterNode(Node):
         self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell)
         self.reader = Reader(self.link, self.source, self)
         self.connections = SharedConnections(self.link, self.source)
-        self.viewers = Viewers(self.reporter, self.known, self)
         self._tasks: list[asyncio.Task[Any]] = []
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
         self.follower = GuildFollower(self.link, self.known, self.reporter, parts)
-        self.peers = Peers(parts.rooms, self.lease, self.tell)
+        self.viewers = Viewers(self.reporter, self.known, self, parts.recovery)
+        self.peers = Peers(parts, self.lease, self.tell)
         self.snapshots = Snapshots(parts.plugins, self)
         self.windows = Windows(self.link, self.lease, parts.throttle)
         self._topics: dict[str, Callable[[Note], None]] = {
@@ -1808,10 +1818,6 @@ class ClusterNode(Node):
 
     def make_connections(self) -> OpenConnections:
         return self.connections
-
-    def make_recovery(self, metrics: Metrics) -> Recovery:
-        """None yet: a client that comes back to another node would find nothing there."""
-        return Recovery(RecoverySettings(window=0.0), metrics)
 
     # -- start, stop, how things stand
 
@@ -1919,8 +1925,7 @@ class ClusterNode(Node):
             self.reporter.forget()
             self.peers.forget()
             self.peers.tell_rooms(count % ROLL_CALL == 0)
-            guilds = {room.partition(":")[2] for room in self._parts.rooms.names()}
-            self.reader.leave_all_but(set(map(guild_stream, guilds)))
+            self.reader.leave_all_but(set(map(guild_stream, guilds_of(self._parts))))
             if count % ROLL_CALL == 0:
                 self.viewers.call_roll()
                 self.connections.tell_all()
@@ -1954,7 +1959,7 @@ class ClusterNode(Node):
             return  # this node has lost the gateway: another one is its clients' source now
         self._parts.metrics.sent.labels(event).inc()
         to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
-        self._parts.clients.send(to, RoomFrame(packet))
+        self._parts.clients.send(to, self._parts.recovery.add(to, packet))
         self.publisher.put(guild_stream(guild_id), kind, to.channel_id, packet, term=self.term)
 
     def take_event(self, stream: str, entry: Entry) -> None:
@@ -1964,7 +1969,7 @@ class ClusterNode(Node):
                 self.follower.on_change(note)
         elif self._counts(note) and not self._may_have_been_had(entry):
             to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
-            self._parts.clients.send(to, RoomFrame(note.body))
+            self._parts.clients.send(to, self._parts.recovery.add(to, note.body))
 
     def _counts(self, note: Note) -> bool:
         """Whether to hear another holder: not beside this node's own gateway."""
