@@ -6802,6 +6802,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def open(self, *args: str, **kwargs: str) -> None:
         self.connection.detached = True
+        self.set_nodelay(True)  # Tornado takes it back after each answer, that of the upgrade too
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
         self._stream.max_write_buffer_size = self._engine.max_queue_bytes
         if self._sid is None:
@@ -8102,24 +8103,10 @@ class Server:
         self.rooms = Rooms(*fanout, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
         self.recovery = Recovery(settings.recovery, self.metrics)
-        self.throttle = Throttle(settings.throttle, self.node, self.metrics)
-        self.rights = RightsWatcher(
-            self.access,
-            Subscriptions(
-                self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
-            ),
-            GuildLists(self.access),
-            self.rooms,
-        )
-        self.dashboards = Dashboards(
-            self.socketio,
-            self.tokens,
-            self.access,
-            self.limits,
-            self.node,
-            self.recovery,
-            self.rights,
-        )
+        timeout = settings.plugins.handler_timeout
+        self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
+        self.rights = self._make_rights()
+        self.dashboards = self._make_dashboards()
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
@@ -8131,6 +8118,23 @@ class Server:
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _make_rights(self) -> RightsWatcher:
+        subscriptions = Subscriptions(
+            self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+        )
+        return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
+
+    def _make_dashboards(self) -> Dashboards:
+        return Dashboards(
+            self.socketio,
+            self.tokens,
+            self.access,
+            self.limits,
+            self.node,
+            self.recovery,
+            self.rights,
+        )
 
     def _wanted(self) -> dict[type[hikari.Event], list[str]]:
         """Which events are needed, and by whom."""
