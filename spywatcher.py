@@ -92,6 +92,7 @@ from collections.abc import (
 )
 from datetime import UTC, datetime
 from importlib.machinery import ModuleSpec
+from operator import itemgetter
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import (
@@ -925,8 +926,16 @@ JWT_CHECKS: Final = jwt.types.Options(
 LAST_MOMENT: Final = 253_402_300_799
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
-LEFT_IN_TIMEOUT: Final = hikari.Permissions.VIEW_CHANNEL | hikari.Permissions.READ_MESSAGE_HISTORY
-ALL_PERMISSIONS: Final = hikari.Permissions.all_permissions()
+#: Permissions are plain ints here: combining hikari's flags costs ten times as much.
+VIEW_CHANNEL: Final = int(hikari.Permissions.VIEW_CHANNEL)
+CONNECT: Final = int(hikari.Permissions.CONNECT)
+MANAGE_THREADS: Final = int(hikari.Permissions.MANAGE_THREADS)
+ADMINISTRATOR: Final = int(hikari.Permissions.ADMINISTRATOR)
+ALL_PERMISSIONS: Final = int(hikari.Permissions.all_permissions())
+#: What a time-out leaves (Discord documentation: Permissions), and what it does not end for who
+#: only reads: a voice channel's text.
+LEFT_IN_TIMEOUT: Final = VIEW_CHANNEL | CONNECT | int(hikari.Permissions.READ_MESSAGE_HISTORY)
+VOICE_TYPES: Final = (hikari.ChannelType.GUILD_VOICE, hikari.ChannelType.GUILD_STAGE)
 
 
 class Viewer(msgspec.Struct, frozen=True):
@@ -1127,14 +1136,52 @@ def is_list_of_strings(value: object) -> bool:
 
 
 class Directory(Protocol):
-    """What access is decided by; hikari's cache is one."""
+    """What access is decided by; what it gives has the attributes of hikari's entities."""
 
-    def get_guild(self, guild_id: Any, /) -> Any: ...
-    def get_guilds_view(self) -> Mapping[Any, Any]: ...
-    def get_member(self, guild_id: Any, user_id: Any, /) -> Any: ...
-    def get_role(self, role_id: Any, /) -> Any: ...
-    def get_guild_channel(self, channel_id: Any, /) -> Any: ...
-    def get_thread(self, thread_id: Any, /) -> Any: ...
+    def guild_ids(self) -> Collection[int]: ...
+    def guilds_of(self, user_id: int, /) -> Collection[int]: ...
+    def get_guild(self, guild_id: int, /) -> Any: ...
+    def get_member(self, guild_id: int, user_id: int, /) -> Any: ...
+    def get_role(self, role_id: int, /) -> Any: ...
+    def get_guild_channel(self, channel_id: int, /) -> Any: ...
+    def get_thread(self, thread_id: int, /) -> Any: ...
+
+
+class CacheReader:
+    """hikari's cache, read without the copy that its public methods make of each entity.
+
+    Rights are judged of every viewer at each change, and a copy costs more than the judgement.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def guild_ids(self) -> Collection[int]:
+        entries = self._cache._guild_entries
+        return [guild_id for guild_id, record in entries.items() if record.guild is not None]
+
+    def guilds_of(self, user_id: int) -> Collection[int]:
+        """Those of which this user is a member."""
+        entries = self._cache._guild_entries.items()
+        return [one for one, record in entries if record.members and user_id in record.members]
+
+    def get_guild(self, guild_id: int) -> Any:
+        record = self._cache._guild_entries.get(guild_id)
+        return record and record.guild
+
+    def get_member(self, guild_id: int, user_id: int) -> Any:
+        record = self._cache._guild_entries.get(guild_id)
+        cell = record.members.get(user_id) if record and record.members else None
+        return cell and cell.object
+
+    def get_role(self, role_id: int) -> Any:
+        return self._cache._role_entries.get(role_id)
+
+    def get_guild_channel(self, channel_id: int) -> Any:
+        return self._cache._guild_channel_entries.get(channel_id)
+
+    def get_thread(self, thread_id: int) -> Any:
+        return self._cache._guild_thread_entries.get(thread_id)
 
 
 class ShardRange(NamedTuple):
@@ -1171,10 +1218,83 @@ class Cached(enum.Enum):
     WHOLE = "what is not there does not exist"
 
 
+class ChannelRights:
+    """Who may read one channel or thread (Discord documentation: Permissions, Overwrites).
+
+    A role that does not exist grants and denies nothing, whoever still carries its id.
+    """
+
+    def __init__(self, directory: Directory, channel_id: int) -> None:
+        self.needed = VIEW_CHANNEL
+        thread = directory.get_thread(channel_id)
+        if thread is not None:
+            channel_id = thread.parent_id
+            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
+                # Who else was invited to a private thread, hikari's cache cannot say.
+                self.needed |= MANAGE_THREADS
+        channel = directory.get_guild_channel(channel_id)
+        if getattr(channel, "type", None) in VOICE_TYPES:
+            self.needed |= CONNECT
+        overwrites = getattr(channel, "permission_overwrites", None)
+        self._is_known = overwrites is not None
+        #: (allow, deny) by id of a role or member.
+        self._overwrites = {
+            int(key): (int(one.allow), int(one.deny)) for key, one in (overwrites or {}).items()
+        }
+        self._directory = directory
+
+    def granted(self, base: int, guild_id: int, role_ids: Iterable[int], user_id: int) -> int:
+        """What is left here of what a member holds in the guild, `base`."""
+        if not self._is_known:
+            return 0
+        allow = deny = 0
+        for role_id in role_ids:
+            if role_id != guild_id and self._directory.get_role(role_id) is not None:
+                allowed, denied = self._overwrites.get(role_id, (0, 0))
+                allow, deny = allow | allowed, deny | denied
+        none = (0, 0)
+        everyone, own = self._overwrites.get(guild_id, none), self._overwrites.get(user_id, none)
+        for allowed, denied in (everyone, (allow, deny), own):
+            base = base & ~denied | allowed
+        return base
+
+
+class GuildRights:
+    """What follows from roles and channels of one guild, kept until one of them changes.
+
+    Members who hold the same roles are granted the same.
+    """
+
+    def __init__(self, directory: Directory, guild_id: int) -> None:
+        self._directory = directory
+        self._guild_id = guild_id
+        self._granted: dict[tuple[int, ...], int] = {}
+        self._channels: dict[int, ChannelRights] = {}
+
+    def granted(self, role_ids: Sequence[int]) -> int:
+        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
+        key = tuple(role_ids)
+        granted = self._granted.get(key)
+        if granted is None:
+            granted = 0
+            for role_id in (self._guild_id, *key):  # the guild's own id is @everyone
+                role = self._directory.get_role(role_id)
+                granted |= int(role.permissions) if role is not None else 0
+            granted = self._granted[key] = ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
+        return granted
+
+    def channel(self, channel_id: int) -> ChannelRights:
+        rights = self._channels.get(channel_id)
+        if rights is None:
+            rights = self._channels[channel_id] = ChannelRights(self._directory, channel_id)
+        return rights
+
+
 class Access:
     """Decides which guilds and channels a viewer may see, by hikari's cache as it is now.
 
     Where a missing entry proves nothing (`Cached`), `may_view` answers None instead of False.
+    Whatever is on its way to a dashboard passes `may_have`.
     """
 
     def __init__(self, auth: AuthSettings, watched: Sequence[str], cache: Directory) -> None:
@@ -1184,13 +1304,13 @@ class Access:
         self._begun: set[ShardRange] = set()  # shards whose READY came
         self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
-        self._filled = asyncio.Event()
+        self._rights: dict[int, GuildRights] = {}
 
     def reconfigure(self, auth: AuthSettings) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
-        self._needed = hikari.Permissions.ADMINISTRATOR
+        self._needed = ADMINISTRATOR
         for name in auth.viewer_permissions:
-            self._needed |= hikari.Permissions[name]
+            self._needed |= int(hikari.Permissions[name])
         self._channel_visibility = auth.channel_visibility
 
     # -- how sure the cache is
@@ -1199,7 +1319,7 @@ class Access:
         """A new gateway session is about to send these guilds: all that the bot has of its shard."""
         coming = frozenset(guild_ids)
         self._begun.add(shard_range)
-        for guild_id in filter(shard_range.has, self._cache.get_guilds_view()):
+        for guild_id in filter(shard_range.has, self._cache.guild_ids()):
             self._set(guild_id, Cached.LOST)
         for guild_id in coming:
             self._set(guild_id, Cached.COMING)
@@ -1224,11 +1344,17 @@ class Access:
         filling = (Cached.COMING, Cached.MEMBERS_COMING)
         return self.all_begun and not any(state in filling for state in self._states.values())
 
+    @property
+    def complete(self) -> bool:
+        """Whether it is known which guilds each viewer may see."""
+        return self.all_whole
+
     def end(self) -> None:
         """The bot goes, and with it all that the cache holds."""
         self._begun.clear()
         self._states.clear()
         self._gone_meanwhile.clear()
+        self._rights.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
@@ -1238,10 +1364,9 @@ class Access:
     def fill(self, guild_id: int) -> None:
         """All of this guild is in the cache, or it is gone."""
         self._set(guild_id, Cached.WHOLE)
-        self._filled.set()
-        self._filled = asyncio.Event()
 
     def _set(self, guild_id: int, state: Cached) -> None:
+        self.forget(guild_id)
         self._gone_meanwhile.pop(guild_id, None)
         self._states[guild_id] = state
         if state is Cached.WHOLE:
@@ -1255,17 +1380,12 @@ class Access:
         """This member has left, so it is not among those who are coming."""
         self._gone_meanwhile.get(guild_id, set()).add(user_id)
 
-    async def wait_until_sure(self, viewer: Viewer, guild_id: str, timeout: float) -> bool:
-        """`may_view`, but an answer of None is waited for; after `timeout` seconds it is no."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while self.may_view(viewer, guild_id) is None:
-                    await self._news()
-        return bool(self.may_view(viewer, guild_id))
+    def forget(self, guild_id: int) -> None:
+        """Its roles or channels have changed: nothing that was worked out from them holds."""
+        self._rights.pop(guild_id, None)
 
-    async def _news(self) -> None:
-        """Returns once more is known than before."""
-        await self._filled.wait()
+    def forget_all(self) -> None:
+        self._rights.clear()
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
@@ -1274,6 +1394,15 @@ class Access:
             gone = self._gone_meanwhile[guild_id]
             return self._member(viewer, guild_id) is not None or viewer.discord_id in map(str, gone)
         return state in (Cached.LOST, Cached.WHOLE)
+
+    def may_have(self, viewer: Viewer, guild_id: str, channel_id: str = "") -> bool:
+        """The judge of all ways out: whether who is in a room of the guild may have this now.
+
+        Who is in stays in while it is not known whether that is right.
+        """
+        if self.may_view(viewer, guild_id) is False:
+            return False
+        return not channel_id or self.may_see(viewer, guild_id, channel_id)
 
     # -- guilds
 
@@ -1285,32 +1414,50 @@ class Access:
         """Whether the bot watches this guild and the viewer may see it; None: not known yet."""
         if not self.watches(guild_id):
             return False
-        number = hikari.Snowflake(guild_id)
+        number = int(guild_id)
         guild = self._cache.get_guild(number)
-        lost = self._states.get(number) is Cached.LOST
-        if guild is not None and not lost and self._may_view(viewer, guild):
+        is_there = guild is not None and self._states.get(number) is not Cached.LOST
+        if is_there and self._may_view(viewer, guild):
             return True
         return False if self._is_sure(viewer, number) else None
 
-    def _may_view(self, viewer: Viewer, guild: hikari.Guild) -> bool:
+    def _may_view(self, viewer: Viewer, guild: Any) -> bool:
         if viewer.role in self._admin_roles:
             return True
         if viewer.guilds is not None:
-            return str(guild.id) in viewer.guilds
+            return str(int(guild.id)) in viewer.guilds
         member = self._member(viewer, guild.id)
         if member is None:
             return False
-        granted = without_timed_out(member, self._permissions(member, guild))
-        return bool(granted & self._needed)
+        return bool(left_by_timeout(member, self._granted(viewer, guild, member)) & self._needed)
 
-    def guilds_of(self, viewer: Viewer) -> list[dict[str, str | None]]:
-        """`{id, name, icon}` of each guild that the viewer may see, by name."""
-        guilds = [
-            {"id": str(guild.id), "name": guild_name(guild), "icon": guild.icon_hash}
-            for guild in self._cache.get_guilds_view().values()
-            if self.may_view(viewer, str(guild.id))
-        ]
-        return sorted(guilds, key=lambda guild: (guild["name"] or "", guild["id"] or ""))
+    def guilds_to_judge(self, viewer: Viewer) -> Collection[int]:
+        """Of all others `may_view` is not true."""
+        if viewer.role in self._admin_roles:
+            return self._cache.guild_ids()
+        if viewer.guilds is not None:
+            return [int(guild_id) for guild_id in viewer.guilds if is_snowflake(guild_id)]
+        is_user = is_snowflake(viewer.discord_id)
+        return self._cache.guilds_of(int(viewer.discord_id)) if is_user else ()
+
+    def summary(self, viewer: Viewer, guild_id: int) -> GuildSummary | None:
+        """What `guilds:list` says of a guild; None where this viewer may not see it."""
+        if not self.may_view(viewer, str(int(guild_id))):
+            return None
+        guild = self._cache.get_guild(guild_id)
+        return {"id": str(int(guild_id)), "name": guild_name(guild), "icon": guild.icon_hash}
+
+    def list_key(self, viewer: Viewer) -> object:
+        """The same for viewers who may see the same guilds, whatever those are."""
+        if viewer.role in self._admin_roles:
+            return ("admin",)
+        named = viewer.guilds is not None
+        return ("claim", viewer.guilds) if named else ("member", viewer.discord_id)
+
+    def timed_out_until(self, viewer: Viewer, guild_id: int) -> float | None:
+        """When the viewer's time-out in the guild ends; in seconds since 1970."""
+        until = timeout_end(self._member(viewer, guild_id))
+        return until if until and until > time.time() else None
 
     # -- channels
 
@@ -1318,72 +1465,54 @@ class Access:
         """Whether a viewer of the guild may see this channel or thread in it."""
         if not self._channel_visibility or viewer.role in self._admin_roles:
             return True
-        guild = self._cache.get_guild(hikari.Snowflake(guild_id))
+        guild = self._cache.get_guild(int(guild_id))
         if guild is None:
             return False
         member = self._member(viewer, guild.id)
         if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
             return viewer.guilds is not None and self._is_sure(viewer, guild.id)
-        needed = hikari.Permissions.VIEW_CHANNEL
-        number = hikari.Snowflake(channel_id)
-        thread = self._cache.get_thread(number)
-        if thread is not None:
-            number = thread.parent_id
-            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
-                # Who else was invited to a private thread, hikari's cache cannot say.
-                needed |= hikari.Permissions.MANAGE_THREADS
-        granted = self._channel_permissions(member, guild, number)
-        return without_timed_out(member, granted) & needed == needed
-
-    def _channel_permissions(
-        self, member: hikari.Member, guild: hikari.Guild, channel_id: hikari.Snowflake
-    ) -> hikari.Permissions:
-        """Discord documentation: Permissions, Permission Overwrites."""
-        granted = self._permissions(member, guild)
-        if granted == ALL_PERMISSIONS:
-            return granted
-        channel = self._cache.get_guild_channel(channel_id)
-        overwrites = getattr(channel, "permission_overwrites", None)
-        if overwrites is None:
-            return hikari.Permissions.NONE
-        everyone = overwrites.get(guild.id)
-        if everyone is not None:
-            granted = granted & ~everyone.deny | everyone.allow
-        allow = deny = hikari.Permissions.NONE
-        for role_id in set(member.role_ids) - {guild.id}:
-            if role_id in overwrites:
-                allow |= overwrites[role_id].allow
-                deny |= overwrites[role_id].deny
-        granted = granted & ~deny | allow
-        own = overwrites.get(member.id)
-        return granted if own is None else granted & ~own.deny | own.allow
+        granted = self._granted(viewer, guild, member)
+        channel = self._rights_in(guild.id).channel(int(channel_id))
+        if granted != ALL_PERMISSIONS:
+            roles = member.role_ids
+            granted = channel.granted(granted, guild.id, roles, int(viewer.discord_id))
+            granted = left_by_timeout(member, granted)
+        return granted & channel.needed == channel.needed
 
     # -- members
 
     def _member(self, viewer: Viewer, guild_id: int) -> Any:
         if not is_snowflake(viewer.discord_id):
             return None
-        return self._cache.get_member(guild_id, hikari.Snowflake(viewer.discord_id))
+        return self._cache.get_member(guild_id, int(viewer.discord_id))
 
-    def _permissions(self, member: hikari.Member, guild: hikari.Guild) -> hikari.Permissions:
-        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
-        if guild.owner_id == member.id:
+    def _granted(self, viewer: Viewer, guild: Any, member: Any) -> int:
+        if guild.owner_id == int(viewer.discord_id):
             return ALL_PERMISSIONS
-        granted = hikari.Permissions.NONE
-        for role_id in {guild.id, *member.role_ids}:  # the guild's own id is @everyone
-            role = self._cache.get_role(role_id)
-            if role is not None:
-                granted |= role.permissions
-        if granted & hikari.Permissions.ADMINISTRATOR:
-            return ALL_PERMISSIONS
-        return granted
+        return self._rights_in(guild.id).granted(member.role_ids)
+
+    def _rights_in(self, guild_id: int) -> GuildRights:
+        rights = self._rights.get(guild_id)
+        if rights is None:
+            rights = self._rights[guild_id] = GuildRights(self._cache, guild_id)
+        return rights
 
 
-def without_timed_out(member: hikari.Member, granted: hikari.Permissions) -> hikari.Permissions:
+#: An entry of `guilds:list`.
+GuildSummary = dict[str, str | None]
+
+
+def left_by_timeout(member: Any, granted: int) -> int:
     """What a time-out leaves of permissions, after all else (Discord documentation: Permissions)."""
-    if granted == ALL_PERMISSIONS or not member.communication_disabled_until():
+    if granted == ALL_PERMISSIONS or timeout_end(member) <= time.time():
         return granted
     return granted & LEFT_IN_TIMEOUT
+
+
+def timeout_end(member: Any) -> float:
+    """When the time-out of a member ends or ended, in seconds since 1970; 0: there is none."""
+    until = member.raw_communication_disabled_until if member is not None else None
+    return until.timestamp() if until is not None else 0.0
 
 
 def is_snowflake(text: str) -> bool:
@@ -2436,11 +2565,27 @@ class Clients(socketio.AsyncManager):  # type: ignore[misc]  # python-socketio h
                     del pending[namespace]
 
 
+class PacketJson:
+    """JSON of Socket.IO packets, which may hold what is encoded already (`msgspec.Raw`)."""
+
+    loads = staticmethod(engineio.json.loads)
+
+    @staticmethod
+    def dumps(data: object, separators: object = None) -> str:
+        return msgspec.json.encode(data).decode()
+
+
+class JsonPacket(socketio.packet.Packet):  # type: ignore[misc]  # python-socketio has no types
+    """A Socket.IO packet with that."""
+
+    json = PacketJson
+
+
 class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio has no types
     """The Socket.IO server. Bad packets end their session; `request` hears every client event."""
 
     def __init__(self, rooms: Rooms, **options: Any) -> None:
-        super().__init__(client_manager=Clients(rooms), **options)
+        super().__init__(client_manager=Clients(rooms), serializer=JsonPacket, **options)
         self._rooms = rooms
         self.eio.on("message", self._take_packet)
 
@@ -2826,6 +2971,11 @@ class Destination(NamedTuple):
     kind: str
     channel_id: str = ""
 
+    @classmethod
+    def of(cls, room: str) -> Destination:
+        kind, _, guild_id = room.partition(":")
+        return cls(guild_id, kind)
+
     @property
     def room(self) -> str:
         return f"{self.kind}:{self.guild_id}"
@@ -2889,6 +3039,8 @@ class Ticket:
         self.viewer = viewer
         #: By room, the position at which the client entered it: nothing from before is owed.
         self.rooms: dict[str, int] = {}
+        #: Rooms that it is to be in once it is known that it may.
+        self.pending: set[str] = set()
         #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
         self.greeted: dict[str, float] = {}
         self.until = math.inf  # awaited until then, by the monotonic clock
@@ -2934,6 +3086,11 @@ class Recovery:
         """Those of which somebody is owed what goes to them."""
         self._forget_late()
         return tuple(self._in_room)
+
+    def guilds(self) -> Iterable[str]:
+        """The guilds of these rooms."""
+        self._forget_late()
+        return tuple(self._in_guild)
 
     def add(self, to: Destination, packet: bytes) -> RoomFrame:
         """The event as it goes out; it is kept where somebody may recover it."""
@@ -3000,14 +3157,13 @@ class Recovery:
         """Whose clients these are, by Discord id."""
         return tuple(self._of_viewer)
 
-    def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
-        """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
+    def awaited(self, guild_id: str) -> list[Ticket]:
+        """Those of clients that have lost their connection in a room of this guild."""
         self._forget_late()
         return [
             ticket
             for ticket in (self._awaited.values() if guild_id in self._in_guild else ())
-            if discord_id in (None, ticket.viewer.discord_id)
-            and any(room_guild(room) == guild_id for room in ticket.rooms)
+            if any(room_guild(room) == guild_id for room in ticket.rooms)
         ]
 
     def _forget_late(self) -> None:
@@ -6229,6 +6385,9 @@ class Audience(Protocol):
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
         """Judge anew who may be in the guild's rooms: all of them, or one viewer."""
 
+    def check_all(self) -> None:
+        """Judge everybody anew, everywhere."""
+
 
 class Parts(NamedTuple):
     """What of its own process a node works with."""
@@ -6254,7 +6413,8 @@ class Node:
 
     def make_access(self) -> Access:
         """Who judges."""
-        return Access(self._settings.auth, self._settings.discord.guilds, self._bot.cache)
+        guilds = self._settings.discord.guilds
+        return Access(self._settings.auth, guilds, CacheReader(self._bot.cache))
 
     def make_counters(self) -> Counters:
         """Who counts attempts."""
@@ -6328,8 +6488,9 @@ class Node:
     def viewer_left(self, discord_id: str) -> None:
         """A viewer has one dashboard fewer here."""
 
-    async def follow(self, guild_id: str) -> None:
-        """Returns when what other nodes send to the guild's rooms is heard here."""
+    def follow(self, guild_id: str) -> asyncio.Task[None] | None:
+        """Done when what other nodes send to the guild's rooms is heard here; None: it is."""
+        return None
 
     async def send_snapshots(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
         """`tell` a viewer who is a new subscriber of the room what plugins have for it."""
@@ -6870,8 +7031,15 @@ EVENT_SHOWN: Final = 40
 BANNED: Final = "Access denied"
 #: Seconds before a token ends that its dashboard is warned (design: identity and access).
 EXPIRY_WARNING: Final = 60.0
-#: Seconds that a subscription waits for guilds that Discord is still sending.
-SUBSCRIBE_PATIENCE: Final = 5.0
+#: Seconds after which a subscription is answered, though other nodes' events are not heard yet.
+SUBSCRIBE_PATIENCE: Final = 0.8
+#: Seconds between two `guilds:update` to one dashboard (design: rooms).
+LIST_INTERVAL: Final = 1.0
+#: Seconds that changes of rights are collected before rooms are looked through; what is sent to a
+#: guild's rooms meanwhile has those looked through first.
+CHECK_DELAY: Final = 0.05
+#: Seconds that the loop is held at a time by judging rooms and lists.
+SLICE: Final = 0.01
 
 
 class Comeback(NamedTuple):
@@ -6898,6 +7066,8 @@ class Dashboard:
         self.session = session
         self.ticket = ticket
         self.expiry: asyncio.TimerHandle | None = None
+        #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
+        self.pending: set[str] = set() if ticket is None else ticket.pending
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -6952,26 +7122,578 @@ class Comebacks:
         frames = [
             event.frame
             for event in missed
-            if not event.to.channel_id
-            or self._access.may_see(viewer, event.to.guild_id, event.to.channel_id)
+            if self._access.may_have(viewer, event.to.guild_id, event.to.channel_id)
         ]
         size = sum(len(frame.bytes) for frame in frames)
         return frames if size <= self._most_bytes else None
 
 
-class Dashboards:
-    """Answers what dashboards say: who comes in, and what they subscribe to (design: identity, rooms)."""
+class Subscriptions:
+    """Who is in which guild's rooms, or waits to be (design: rooms).
+
+    a room is   from                                      until
+    pending     it was asked for and may_view was None,   may_view is not None,
+                or other nodes are not heard yet          or they are heard
+    entered     may_view was True                         may_view is False
+    left        may_view is False: with an `error`        it is asked for again
+    """
 
     def __init__(
         self,
-        sio: SocketIO,
         rooms: Rooms,
-        tokens: Tokens,
         access: Access,
         limits: Limits,
         plugins: PluginHost,
         node: Node,
         recovery: Recovery,
+    ) -> None:
+        self._rooms = rooms
+        self._access = access
+        self._limits = limits
+        self._plugins = plugins
+        self._node = node
+        self._recovery = recovery
+        self.connected: dict[Sid, Dashboard] = {}
+        #: By guild, those who are in a room of it or wait to be: nobody else is judged.
+        self._in_guild: dict[str, dict[Sid, None]] = {}
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    @property
+    def kinds(self) -> Collection[str]:
+        return self._plugins.kinds
+
+    def viewer(self, sid: Sid) -> Viewer:
+        return self.connected[sid].viewer
+
+    def is_connected(self, discord_id: str) -> bool:
+        """Whether this Discord user has a dashboard open, or one that may come back."""
+        by_ticket = self._recovery.has_ticket(discord_id)
+        return by_ticket or viewer_name(discord_id) in self._limits.open
+
+    def guilds(self) -> Iterable[str]:
+        """Those that anybody is in a room of, waits to be, or may come back to."""
+        return {*self._in_guild, *self._recovery.guilds()}
+
+    def guilds_of(self, sid: Sid) -> set[str]:
+        rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
+        return {room_guild(room) for room in rooms}
+
+    def dashboards_of(self, guild_id: str) -> list[Sid]:
+        return list(self._in_guild.get(guild_id, ()))
+
+    # -- as clients ask
+
+    async def subscribe(self, sid: Sid, kind: str, guild_id: str) -> dict[str, Any]:
+        """The answer, within a second; what is still to be decided is `pending`."""
+        room, dashboard = f"{kind}:{guild_id}", self.connected[sid]
+        rooms = self._rooms.rooms_of(sid) | dashboard.pending
+        if room not in rooms and len(rooms) >= self._limits.settings.rooms_per_connection:
+            raise ClientError("too_many_rooms", f"Already in {len(rooms)} rooms")
+        if self._access.may_view(dashboard.viewer, guild_id) is False:
+            self._leave(sid, room)
+            raise ClientError("forbidden", f"No access to guild {guild_id}")
+        if room not in self._rooms.rooms_of(sid):
+            dashboard.pending.add(room)
+            self._in_guild.setdefault(guild_id, {})[sid] = None
+            if (following := self.judge(sid, guild_id)) is not None:
+                await asyncio.wait({following}, timeout=SUBSCRIBE_PATIENCE)
+        return {"room": room, "pending": True} if room in dashboard.pending else {"room": room}
+
+    def unsubscribe(self, sid: Sid, room: str) -> dict[str, Any]:
+        self._leave(sid, room)
+        return {"room": room}
+
+    # -- as rights are
+
+    def judge(self, sid: Sid, guild_id: str) -> asyncio.Task[None] | None:
+        """Put a dashboard into the guild's rooms that it waits for, or out of all of them.
+
+        Returns what it waits for, besides Discord: other nodes' events of the guild.
+        """
+        if sid not in self.connected:
+            return None
+        may_view = self._access.may_view(self.viewer(sid), guild_id)
+        if may_view is False:
+            self._expel(sid, guild_id)
+        pending = [one for one in self.connected[sid].pending if one.endswith(f":{guild_id}")]
+        if not may_view or not pending:
+            return None
+        following = self._node.follow(guild_id)
+        if following is None:
+            for room in pending:
+                self.enter(sid, room)
+                self.send_snapshots_soon(sid, Destination.of(room))
+        else:
+            following.add_done_callback(lambda _: self.judge(sid, guild_id))
+        return following
+
+    def wait_again(self, sid: Sid) -> None:
+        """A dashboard is back that was pending somewhere."""
+        for guild_id in {room_guild(room) for room in self.connected[sid].pending}:
+            self._in_guild.setdefault(guild_id, {})[sid] = None
+            self.judge(sid, guild_id)
+
+    def judge_awaited(self, guild_id: str, viewers: set[str] | None) -> None:
+        """Of a guild that they may not view any more, who comes back is owed nothing."""
+        for ticket in self._recovery.awaited(guild_id):
+            if (viewers is None or ticket.viewer.discord_id in viewers) and self._access.may_view(
+                ticket.viewer, guild_id
+            ) is False:
+                for room in [one for one in ticket.rooms if room_guild(one) == guild_id]:
+                    self._recovery.leave(ticket, room)
+
+    def enter(self, sid: Sid, room: str) -> None:
+        dashboard = self.connected[sid]
+        dashboard.pending.discard(room)
+        self._in_guild.setdefault(room_guild(room), {})[sid] = None
+        self._rooms.enter(sid, room)
+        if dashboard.ticket is not None:
+            self._recovery.enter(dashboard.ticket, room)
+
+    def _expel(self, sid: Sid, guild_id: str) -> None:
+        """Once it is sure that a viewer may not, it is not even given what waits for it."""
+        dashboard = self.connected[sid]
+        rooms = [one for one in self._rooms.rooms_of(sid) if one.endswith(f":{guild_id}")]
+        pending = [one for one in dashboard.pending if one.endswith(f":{guild_id}")]
+        for room in rooms:
+            self._rooms.expel(sid, room)
+        for room in rooms + pending:
+            self._leave(sid, room)
+        if rooms or pending:
+            text = (
+                f"Access to guild {guild_id} was lost"
+                if rooms
+                else f"No access to guild {guild_id}"
+            )
+            self._limits.metrics.refused_requests.labels(
+                "right_lost" if rooms else "forbidden"
+            ).inc()
+            dashboard.tell("error", ClientError("forbidden", text).to_wire())
+
+    def _leave(self, sid: Sid, room: str) -> None:
+        dashboard = self.connected[sid]
+        self._rooms.leave(sid, room)
+        dashboard.pending.discard(room)
+        if dashboard.ticket is not None:
+            self._recovery.leave(dashboard.ticket, room)
+        guild_id = room_guild(room)
+        if guild_id not in self.guilds_of(sid):
+            self._forget(sid, guild_id)
+
+    def _forget(self, sid: Sid, guild_id: str) -> None:
+        dashboards = self._in_guild.get(guild_id, {})
+        dashboards.pop(sid, None)
+        if not dashboards:
+            self._in_guild.pop(guild_id, None)
+
+    def remove(self, sid: Sid) -> Dashboard:
+        """Its client is gone; its ticket stays in its rooms."""
+        for guild_id in self.guilds_of(sid):
+            self._forget(sid, guild_id)
+        return self.connected.pop(sid)
+
+    # -- snapshots
+
+    def send_snapshots_soon(self, sid: Sid, to: Destination) -> None:
+        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
+        ticket = self.connected[sid].ticket
+
+        def tell(event: str, payload: EventData) -> None:
+            channel_id = destination_of(to.guild_id, to.kind, payload).channel_id
+            if to.room not in self._rooms.rooms_of(sid) or not self._access.may_have(
+                self.viewer(sid), to.guild_id, channel_id
+            ):
+                return
+            offset: tuple[str, ...] = ()
+            if ticket is not None:
+                self._rooms.catch_up(sid)  # its offset says that all before it has come
+                offset = (self._recovery.greet(ticket, to.room),)
+            self.connected[sid].tell(event, payload, *offset)
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._under_way.discard(task)
+            if ticket is not None and ticket.greeted.get(to.room) == math.inf:
+                del ticket.greeted[to.room]  # nobody had anything
+
+        if ticket is not None:
+            ticket.greeted[to.room] = math.inf
+        sending = self._node.send_snapshots(to.kind, to.guild_id, tell, self.viewer(sid))
+        task = asyncio.create_task(sending)
+        self._under_way.add(task)
+        task.add_done_callback(end)
+
+
+class Told(NamedTuple):
+    """What `guilds:list` or `guilds:update` told a dashboard last."""
+
+    guilds: msgspec.Raw
+    complete: bool
+    #: When it may be told again, by the monotonic clock.
+    until: float
+
+
+class GuildList:
+    """The guilds that viewers of one kind may see, and which dashboards have been told what of it."""
+
+    def __init__(self, viewer: Viewer) -> None:
+        self.viewer = viewer
+        #: Guilds to judge anew; None: all.
+        self.stale: set[int] | None = None
+        self.summaries: dict[int, GuildSummary] = {}
+        self.encoded = msgspec.Raw(b"[]")
+        self.told: dict[Dashboard, Told] = {}  # who has asked
+        self.timeouts: dict[int, asyncio.TimerHandle] = {}
+
+
+class GuildLists:
+    """Answers `guilds:list`, and tells of each change whoever has asked (design: rooms).
+
+    A list is made once for all who may see the same, and again only of what has changed since.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._lists: dict[object, GuildList] = {}
+        self._telling: asyncio.TimerHandle | None = None
+
+    def ask(self, dashboard: Dashboard) -> dict[str, Any]:
+        guild_list = self._list_of(dashboard)
+        self._refresh(guild_list)
+        self._note(guild_list, dashboard)
+        return {"guilds": guild_list.encoded, "complete": self._access.complete}
+
+    def _list_of(self, dashboard: Dashboard) -> GuildList:
+        key = self._access.list_key(dashboard.viewer)
+        return self._lists.setdefault(key, GuildList(dashboard.viewer))
+
+    def remove(self, dashboard: Dashboard) -> Told | None:
+        """What it was told, if it has asked."""
+        for key, guild_list in self._lists.items():
+            if (told := guild_list.told.pop(dashboard, None)) is not None:
+                if not guild_list.told:
+                    for timer in self._lists.pop(key).timeouts.values():
+                        timer.cancel()
+                return told
+        return None
+
+    def change_viewer(self, dashboard: Dashboard) -> None:
+        """It has another token."""
+        told = self.remove(dashboard)
+        if told is not None:
+            self._list_of(dashboard).told[dashboard] = told
+            self._tell_soon()
+
+    def change_guild(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
+        """Something has changed in a guild, for these viewers or (None) for all."""
+        for guild_list in self._lists.values():
+            if guild_list.stale is not None and (
+                discord_ids is None or guild_list.viewer.discord_id in discord_ids
+            ):
+                guild_list.stale.add(int(guild_id))
+        self._tell_soon()
+
+    def change_all(self) -> None:
+        for guild_list in tuple(self._lists.values()):
+            guild_list.stale = None
+            for dashboard in tuple(guild_list.told):
+                self.change_viewer(dashboard)  # what makes an admin may have changed
+        self._tell_soon()
+
+    # -- what is in it
+
+    def _refresh(self, guild_list: GuildList) -> None:
+        stale, guild_list.stale = guild_list.stale, set()
+        summaries = guild_list.summaries
+        if stale is None:
+            stale = {*summaries, *self._access.guilds_to_judge(guild_list.viewer)}
+        changed = False
+        for guild_id in stale:
+            summary = self._access.summary(guild_list.viewer, guild_id)
+            changed |= summary != summaries.get(guild_id)
+            if summary is None:
+                summaries.pop(guild_id, None)
+            else:
+                summaries[guild_id] = summary
+            self._watch_timeout(guild_list, guild_id)
+        if changed:
+            ordered = sorted(summaries.values(), key=itemgetter("name", "id"))
+            guild_list.encoded = msgspec.Raw(msgspec.json.encode(ordered))
+
+    def _watch_timeout(self, guild_list: GuildList, guild_id: int) -> None:
+        """Discord says nothing when a time-out ends."""
+        until = self._access.timed_out_until(guild_list.viewer, guild_id)
+        timer = guild_list.timeouts.pop(guild_id, None)
+        if timer is not None:
+            timer.cancel()
+        if until is not None:
+            viewers = (guild_list.viewer.discord_id,)
+            later = asyncio.get_running_loop().call_later
+            guild_list.timeouts[guild_id] = later(
+                until - time.time(), self.change_guild, str(guild_id), viewers
+            )
+
+    # -- who is told
+
+    def _tell_soon(self, seconds: float = 0.0) -> None:
+        if self._telling is None and self._lists:
+            self._telling = asyncio.get_running_loop().call_later(seconds, self._tell)
+
+    def _tell(self) -> None:
+        """Tell whoever may be told now; come again for the others."""
+        self._telling = None
+        began, again = time.monotonic(), math.inf
+        for guild_list in tuple(self._lists.values()):
+            self._refresh(guild_list)
+            again = min(again, self._tell_changes(guild_list))
+            if time.monotonic() - began > SLICE:
+                again = 0.0
+                break
+        if again < math.inf:
+            self._tell_soon(again)
+
+    def _tell_changes(self, guild_list: GuildList) -> float:
+        """Returns in how many seconds somebody is to be told who was told too lately."""
+        now, complete, again = time.monotonic(), self._access.complete, math.inf
+        for dashboard, told in tuple(guild_list.told.items()):
+            if told.guilds == guild_list.encoded and told.complete >= complete:
+                continue
+            if told.until > now:
+                again = min(again, told.until - now)
+            else:
+                dashboard.tell("guilds:update", {"guilds": guild_list.encoded})
+                self._note(guild_list, dashboard)
+        return again
+
+    def _note(self, guild_list: GuildList, dashboard: Dashboard) -> None:
+        until = time.monotonic() + LIST_INTERVAL
+        guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete, until)
+
+
+class RightsWatcher:
+    """Keeps rooms in line with all that decides rights; the one place where a judgement is forgotten.
+
+    hikari runs listeners in the order of the gateway's packets, and these are subscribed before
+    any plugin's: whatever comes after a change is judged by it. Rooms are looked through a little
+    later, in slices, or when something is about to be sent to them.
+
+        what decides                       is heard by                   what is judged anew
+        roles, channels, overwrites        CHANNEL_CHANGES               channels of the guild
+        roles, owner, name of the guild    GUILD_CHANGES                 all in the guild
+        roles and time-out of a member     MEMBER_CHANGES                that viewer in the guild
+        the end of a time-out              the clock, at each judgement  channels of the guild
+        guilds that come, go or are lost   the gateway's sessions        all in the guild
+        the token                          `auth:refresh`                that dashboard
+        settings, another gateway holder   `check_all`                   all
+        who is in a room                   `Rooms.members`               channels of the room
+    """
+
+    def __init__(
+        self, access: Access, subscriptions: Subscriptions, lists: GuildLists, rooms: Rooms
+    ) -> None:
+        self._access = access
+        self.subscriptions = subscriptions
+        self.lists = lists
+        self._rooms = rooms
+        #: By guild, then by room and channel: who was judged, who of them may not see the channel,
+        #: and until when (in seconds since 1970) that holds.
+        self._judged: dict[str, dict[tuple[str, str], tuple[tuple[Sid, ...], Hidden, float]]] = {}
+        #: Guilds whose rooms are to be looked through: for these viewers, or (None) for all.
+        self._stale: dict[str, set[str] | None] = {}
+        self._checking: asyncio.TimerHandle | None = None
+        self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
+
+    #: What of a guild can change which channels its viewers may see,
+    CHANNEL_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+        hikari.GuildChannelCreateEvent,
+        hikari.GuildChannelUpdateEvent,
+        hikari.GuildChannelDeleteEvent,
+        hikari.GuildThreadCreateEvent,
+        hikari.GuildThreadUpdateEvent,
+        hikari.GuildThreadDeleteEvent,
+        hikari.ThreadListSyncEvent,
+    )
+    #: and what can change besides whether they may see anything of it.
+    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+        hikari.RoleCreateEvent,
+        hikari.RoleUpdateEvent,
+        hikari.RoleDeleteEvent,
+        hikari.GuildUpdateEvent,
+    )
+    MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+        hikari.MemberCreateEvent,
+        hikari.MemberUpdateEvent,
+        hikari.MemberDeleteEvent,
+    )
+
+    @classmethod
+    def event_types(cls) -> tuple[type[hikari.Event], ...]:
+        """What it has to hear: intents follow from it."""
+        return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
+
+    def subscribe(self, events: hikari.api.EventManager) -> None:
+        for change in self.CHANNEL_CHANGES:
+            events.subscribe(change, self._on_channel_change)
+        for change in self.GUILD_CHANGES:
+            events.subscribe(change, self._on_guild_change)
+        for change in self.MEMBER_CHANGES:
+            events.subscribe(change, self._on_member_change)
+        events.subscribe(hikari.ShardReadyEvent, self._on_new_session)
+        events.subscribe(hikari.StoppingEvent, self._on_stopping)
+        events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
+        events.subscribe(hikari.GuildAvailableEvent, self._on_guild)
+        events.subscribe(hikari.GuildJoinEvent, self._on_guild)
+        events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
+        events.subscribe(hikari.MemberChunkEvent, self._on_members)
+
+    def send(self, to: Destination, frame: RoomFrame) -> None:
+        """An event to those in a room who may see it."""
+        if to.guild_id in self._stale:
+            self._look_through(to.guild_id)
+        hidden = functools.partial(self.hidden, to.room, to.guild_id, to.channel_id)
+        self._rooms.send(to.room, frame, hidden if to.channel_id else None)
+
+    def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
+        """Who in the room may not see the channel; each is judged once until something changes."""
+        channels = self._judged.setdefault(guild_id, {})
+        members = self._rooms.members(room)
+        judged, hidden, until = channels.get((room, channel_id), (None, NOBODY, 0.0))
+        if judged is not members or until <= time.time():
+            viewers = {sid: self.subscriptions.viewer(sid) for sid in members}
+            hidden = frozenset(
+                sid
+                for sid, viewer in viewers.items()
+                if not self._access.may_have(viewer, guild_id, channel_id)
+            )
+            ends = [self._access.timed_out_until(viewers[sid], int(guild_id)) for sid in hidden]
+            until = min(filter(None, ends), default=math.inf)
+            channels[room, channel_id] = members, hidden, until
+        return hidden
+
+    # -- what is judged anew
+
+    def check(self, guild_id: str, discord_id: str | None = None) -> None:
+        """Something has changed in a guild: for all of its viewers, or for one."""
+        self._forget(guild_id)
+        viewers = self._stale.setdefault(guild_id, set())
+        if discord_id is None:
+            self._stale[guild_id] = None
+        elif viewers is not None:
+            viewers.add(discord_id)
+        self._check_soon(CHECK_DELAY)
+
+    def check_all(self) -> None:
+        """Something has changed that decides everywhere."""
+        self._judged.clear()
+        self._access.forget_all()
+        self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
+        self.lists.change_all()
+        self._check_soon(0.0)
+
+    def check_viewer(self, sid: Sid) -> None:
+        """A dashboard has another token."""
+        for guild_id in self.subscriptions.guilds_of(sid):
+            self._judged.pop(guild_id, None)
+            self.subscriptions.judge(sid, guild_id)
+        self.lists.change_viewer(self.subscriptions.connected[sid])
+
+    def remove(self, sid: Sid) -> Dashboard:
+        """A dashboard is gone."""
+        dashboard = self.subscriptions.remove(sid)
+        self.lists.remove(dashboard)
+        return dashboard
+
+    def _forget(self, guild_id: str) -> None:
+        self._judged.pop(guild_id, None)
+        self._access.forget(int(guild_id))
+
+    def _check_soon(self, seconds: float) -> None:
+        if self._checking is None:
+            self._checking = asyncio.get_running_loop().call_later(seconds, self.look_through)
+
+    def look_through(self, seconds: float = SLICE) -> None:
+        """Look through rooms where something has changed, for so long at most."""
+        self._checking = None
+        began = time.monotonic()
+        while self._stale and time.monotonic() - began < seconds:
+            self._look_through(next(iter(self._stale)))
+        if self._stale:
+            self._check_soon(0.0)
+
+    def _look_through(self, guild_id: str) -> None:
+        viewers = self._stale.pop(guild_id)
+        for sid in self.subscriptions.dashboards_of(guild_id):
+            if viewers is None or self.subscriptions.viewer(sid).discord_id in viewers:
+                self.subscriptions.judge(sid, guild_id)
+        self.subscriptions.judge_awaited(guild_id, viewers)
+        self.lists.change_guild(guild_id, viewers)
+
+    async def _on_channel_change(self, event: Any) -> None:
+        self._forget(str(event.guild_id))
+
+    async def _on_guild_change(self, event: Any) -> None:
+        self.check(str(event.guild_id))
+
+    async def _on_member_change(self, event: Any) -> None:
+        if isinstance(event, hikari.MemberDeleteEvent):
+            self._access.leave(event.guild_id, event.user_id)
+        discord_id = str(event.user_id)
+        if self.subscriptions.is_connected(discord_id):
+            self.check(str(event.guild_id), discord_id)
+
+    # -- while the cache is refilled
+
+    async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
+        shard_range = shard_range_of(event.shard)
+        self._access.begin(event.unavailable_guilds, shard_range)
+        asked_for = filter(shard_range.has, map(int, self.subscriptions.guilds()))
+        for guild_id in {*self._access.lost, *asked_for}:
+            self.check(str(guild_id))
+
+    async def _on_stopping(self, event: hikari.StoppingEvent) -> None:
+        self._access.end()
+
+    async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
+        """What was asked for on the connection that broke may never have been heard."""
+        for guild_id, nonce in tuple(self._awaited.items()):
+            if shard_range_of(event.shard).has(guild_id):
+                await event.shard.request_guild_members(guild_id, nonce=nonce)
+
+    async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
+        if event.chunk_nonce is None:
+            self._fill(event.guild_id)
+        else:  # hikari has asked for the rest of the members
+            self._awaited[event.guild_id] = event.chunk_nonce
+            self._access.expect_members(event.guild_id)
+            self.check(str(event.guild_id))
+
+    async def _on_members(self, event: hikari.MemberChunkEvent) -> None:
+        awaited = event.nonce == self._awaited.get(event.guild_id)
+        if awaited and event.chunk_index == event.chunk_count - 1:
+            self._fill(event.guild_id)
+        else:
+            self.check(str(event.guild_id))
+
+    async def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
+        self._fill(event.guild_id)
+
+    def _fill(self, guild_id: int) -> None:
+        self._awaited.pop(guild_id, None)
+        self._access.fill(guild_id)
+        self.check(str(guild_id))
+
+
+class Dashboards:
+    """Lets dashboards in and sees them go, and hears what they ask (design: identity)."""
+
+    def __init__(
+        self,
+        sio: SocketIO,
+        tokens: Tokens,
+        access: Access,
+        limits: Limits,
+        node: Node,
+        recovery: Recovery,
+        rights: RightsWatcher,
     ) -> None:
         self._sio = sio
         self._recovery = recovery
@@ -6979,31 +7701,16 @@ class Dashboards:
         self._returns = Comebacks(recovery, access, most_bytes, limits.metrics)
         self._holders: dict[str, Dashboard] = {}  # by pid
         self._comebacks: dict[Sid, Comeback] = {}  # of those who are about to get what they missed
-        self._rooms = rooms
         self._tokens = tokens
-        self._access = access
         self._limits = limits
-        self._plugins = plugins
         self._node = node
-        self._greetings: set[asyncio.Task[None]] = set()
-        self._connected: dict[Sid, Dashboard] = {}
-        #: Called with a guild id when one in its rooms is there with another token.
-        self.on_audience_change: Callable[[str], None] = lambda guild_id: None
+        self._rights = rights
+        self._subscriptions = rights.subscriptions
+        self._connected = rights.subscriptions.connected
         sio.on("connect", self._connect)
         sio.on(CONNECTED, self._welcome)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
-
-    def viewer(self, sid: Sid) -> Viewer:
-        return self._connected[sid].viewer
-
-    def is_connected(self, discord_id: str) -> bool:
-        """Whether this Discord user has a dashboard open."""
-        return viewer_name(discord_id) in self._limits.open
-
-    def is_awaited(self, discord_id: str) -> bool:
-        """Whether a dashboard of this user's is there, or may come back to its rooms."""
-        return self.is_connected(discord_id) or self._recovery.has_ticket(discord_id)
 
     # -- coming and going
 
@@ -7099,13 +7806,14 @@ class Dashboards:
         self._limits.metrics.recovered.inc()
         rooms = sorted(ticket.rooms)
         for room in rooms:
-            self._rooms.enter(sid, room)
+            self._subscriptions.enter(sid, room)
         dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
         for room in self._recovery.not_greeted(ticket, comeback.offset):
-            self._greet_soon(sid, *room.split(":"))
+            self._subscriptions.send_snapshots_soon(sid, Destination.of(room))
+        self._subscriptions.wait_again(sid)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
-        dashboard = self._connected.pop(sid)
+        dashboard = self._rights.remove(sid)
         self._comebacks.pop(sid, None)
         if dashboard.ticket is not None:
             del self._holders[dashboard.ticket.pid]
@@ -7165,18 +7873,8 @@ class Dashboards:
         if dashboard.ticket is not None:
             dashboard.ticket.viewer = viewer
         self._watch_expiry(sid)
-        self._check_rights(sid)
+        self._rights.check_viewer(sid)
         return {}
-
-    def check_all_rights(self) -> None:
-        """After a change of what decides them."""
-        for sid in tuple(self._connected):
-            self._check_rights(sid)
-
-    def _check_rights(self, sid: Sid) -> None:
-        for guild_id in {room_guild(room) for room in self._rooms.rooms_of(sid)}:
-            self.on_audience_change(guild_id)
-            self.check_right(sid, guild_id)
 
     # -- requests
 
@@ -7193,233 +7891,15 @@ class Dashboards:
 
     async def _answer(self, event: object, sid: Sid, args: tuple[object, ...]) -> dict[str, Any]:
         if event == "guilds:list":
-            return {"guilds": self._access.guilds_of(self.viewer(sid))}
+            return self._rights.lists.ask(self._connected[sid])
         if event == "auth:refresh":
             return await self._refresh(sid, args)
         verb, _, kind = event.partition(":") if isinstance(event, str) else ("", "", "")
-        if kind in self._plugins.kinds and verb == "subscribe":
-            return {"room": await self._subscribe(sid, kind, guild_argument(args))}
-        if kind in self._plugins.kinds and verb == "unsubscribe":
-            room = f"{kind}:{guild_argument(args)}"
-            self._leave(sid, room)
-            return {"room": room}
+        if kind in self._subscriptions.kinds and verb == "subscribe":
+            return await self._subscriptions.subscribe(sid, kind, guild_argument(args))
+        if kind in self._subscriptions.kinds and verb == "unsubscribe":
+            return self._subscriptions.unsubscribe(sid, f"{kind}:{guild_argument(args)}")
         raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
-
-    async def _subscribe(self, sid: Sid, kind: str, guild_id: str) -> str:
-        room = f"{kind}:{guild_id}"
-        rooms = self._rooms.rooms_of(sid)
-        if room not in rooms and len(rooms) >= self._limits.settings.rooms_per_connection:
-            raise ClientError("too_many_rooms", f"Already in {len(rooms)} rooms")
-        viewer = self.viewer(sid)
-        if not await self._access.wait_until_sure(viewer, guild_id, SUBSCRIBE_PATIENCE):
-            raise ClientError("forbidden", f"No access to guild {guild_id}")
-        await self._node.follow(guild_id)
-        if sid in self._connected:  # it may have left meanwhile, or lost its right
-            if self._access.may_view(self.viewer(sid), guild_id) is False:
-                raise ClientError("forbidden", f"No access to guild {guild_id}")
-            self._enter(sid, room)
-            if room not in rooms:
-                self._greet_soon(sid, kind, guild_id)
-        return room
-
-    def _enter(self, sid: Sid, room: str) -> None:
-        self._rooms.enter(sid, room)
-        if (ticket := self._connected[sid].ticket) is not None:
-            self._recovery.enter(ticket, room)
-
-    def _leave(self, sid: Sid, room: str, *, expelled: bool = False) -> None:
-        if expelled:
-            self._rooms.expel(sid, room)
-        else:
-            self._rooms.leave(sid, room)
-        if (ticket := self._connected[sid].ticket) is not None:
-            self._recovery.leave(ticket, room)
-
-    def _greet_soon(self, sid: Sid, kind: str, guild_id: str) -> None:
-        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
-
-        room, viewer, ticket = f"{kind}:{guild_id}", self.viewer(sid), self._connected[sid].ticket
-
-        def tell(event: str, payload: EventData) -> None:
-            if room not in self._rooms.rooms_of(sid):
-                return
-            offset: tuple[str, ...] = ()
-            if ticket is not None:
-                self._rooms.catch_up(sid)  # its offset says that all before it has come
-                offset = (self._recovery.greet(ticket, room),)
-            self._connected[sid].tell(event, payload, *offset)
-
-        def end(task: asyncio.Task[None]) -> None:
-            self._greetings.discard(task)
-            if ticket is not None and ticket.greeted.get(room) == math.inf:
-                del ticket.greeted[room]  # nobody had anything
-
-        if ticket is not None:
-            ticket.greeted[room] = math.inf
-        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
-        self._greetings.add(task)
-        task.add_done_callback(end)
-
-    def check_awaited(self, guild_id: str, discord_id: str | None = None) -> None:
-        """Of a guild that they may not view any more, who comes back is owed nothing."""
-        for ticket in self._recovery.awaited(guild_id, discord_id):
-            if self._access.may_view(ticket.viewer, guild_id) is False:
-                for room in [room for room in ticket.rooms if room_guild(room) == guild_id]:
-                    self._recovery.leave(ticket, room)
-
-    def check_right(self, sid: Sid, guild_id: str) -> None:
-        """Take a dashboard that may not view this guild any more out of its rooms."""
-        if self._access.may_view(self.viewer(sid), guild_id) is not False:
-            return
-        rooms = [room for room in self._rooms.rooms_of(sid) if room.endswith(f":{guild_id}")]
-        for room in rooms:
-            self._leave(sid, room, expelled=True)
-        if rooms:
-            lost = ClientError("forbidden", f"Access to guild {guild_id} was lost")
-            self._limits.metrics.refused_requests.labels("right_lost").inc()
-            self._connected[sid].tell("error", lost.to_wire())
-
-
-class RightsWatcher:
-    """Keeps rooms in line with Discord's permissions, as the gateway tells of each change.
-
-    hikari runs listeners in the order of the gateway's packets, and these are subscribed before
-    any plugin's: whatever comes after a change is already judged by it.
-    """
-
-    def __init__(self, access: Access, dashboards: Dashboards, rooms: Rooms) -> None:
-        self._access = access
-        self._dashboards = dashboards
-        self._rooms = rooms
-        #: Who has been judged and who of them may not see a channel, until anything changes: by
-        #: guild, then by room and channel.
-        self._judged: dict[str, dict[tuple[str, str], tuple[tuple[Sid, ...], Hidden]]] = {}
-        self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
-        dashboards.on_audience_change = self._forget
-
-    #: What of a guild can change which channels its viewers may see,
-    CHANNEL_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.GuildChannelCreateEvent,
-        hikari.GuildChannelUpdateEvent,
-        hikari.GuildChannelDeleteEvent,
-        hikari.GuildThreadCreateEvent,
-        hikari.GuildThreadUpdateEvent,
-        hikari.GuildThreadDeleteEvent,
-        hikari.ThreadListSyncEvent,
-    )
-    #: and what can change besides whether they may see anything of it.
-    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.RoleUpdateEvent,
-        hikari.RoleDeleteEvent,
-        hikari.GuildUpdateEvent,
-    )
-    MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.MemberCreateEvent,
-        hikari.MemberUpdateEvent,
-        hikari.MemberDeleteEvent,
-    )
-
-    @classmethod
-    def event_types(cls) -> tuple[type[hikari.Event], ...]:
-        """What it has to hear: intents follow from it."""
-        return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
-
-    def subscribe(self, events: hikari.api.EventManager) -> None:
-        for change in self.CHANNEL_CHANGES:
-            events.subscribe(change, self._on_channel_change)
-        for change in self.GUILD_CHANGES:
-            events.subscribe(change, self._on_guild_change)
-        for change in self.MEMBER_CHANGES:
-            events.subscribe(change, self._on_member_change)
-        events.subscribe(hikari.ShardReadyEvent, self._on_new_session)
-        events.subscribe(hikari.StoppingEvent, self._on_stopping)
-        events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
-        events.subscribe(hikari.GuildAvailableEvent, self._on_guild)
-        events.subscribe(hikari.GuildJoinEvent, self._on_guild)
-        events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
-        events.subscribe(hikari.MemberChunkEvent, self._on_members)
-
-    def send(self, to: Destination, frame: RoomFrame) -> None:
-        """An event to those in a room who may see it."""
-        hidden = functools.partial(self.hidden, to.room, to.guild_id, to.channel_id)
-        self._rooms.send(to.room, frame, hidden if to.channel_id else None)
-
-    def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
-        """Who in the room may not see the channel; each is judged once until something changes."""
-        channels = self._judged.setdefault(guild_id, {})
-        members = self._rooms.members(room)
-        judged, hidden = channels.get((room, channel_id), ((), NOBODY))
-        if judged is not members:
-            blind = [
-                sid
-                for sid in set(members).difference(judged)
-                if not self._access.may_see(self._dashboards.viewer(sid), guild_id, channel_id)
-            ]
-            # Those who are in the room no more are forgotten on the way.
-            hidden = hidden.intersection(members).union(blind)
-            channels[room, channel_id] = members, hidden
-        return hidden
-
-    def _forget(self, guild_id: str) -> None:
-        self._judged.pop(guild_id, None)
-
-    def check(self, guild_id: str, discord_id: str | None = None) -> None:
-        """Judge anew those in the guild's rooms, or only one of them."""
-        self._forget(guild_id)
-        rooms = [room for room in self._rooms.names() if room.endswith(f":{guild_id}")]
-        for sid in {sid for room in rooms for sid in self._rooms.members(room)}:
-            if discord_id in (None, self._dashboards.viewer(sid).discord_id):
-                self._dashboards.check_right(sid, guild_id)
-        self._dashboards.check_awaited(guild_id, discord_id)
-
-    async def _on_channel_change(self, event: Any) -> None:
-        self._forget(str(event.guild_id))
-
-    async def _on_guild_change(self, event: Any) -> None:
-        self.check(str(event.guild_id))
-
-    async def _on_member_change(self, event: Any) -> None:
-        if isinstance(event, hikari.MemberDeleteEvent):
-            self._access.leave(event.guild_id, event.user_id)
-        discord_id = str(event.user_id)
-        if self._dashboards.is_awaited(discord_id):
-            self.check(str(event.guild_id), discord_id)
-
-    # -- while the cache is refilled
-
-    async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
-        self._access.begin(event.unavailable_guilds, shard_range_of(event.shard))
-        for guild_id in self._access.lost:
-            self.check(str(guild_id))
-
-    async def _on_stopping(self, event: hikari.StoppingEvent) -> None:
-        self._access.end()
-
-    async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
-        """What was asked for on the connection that broke may never have been heard."""
-        for guild_id, nonce in tuple(self._awaited.items()):
-            if shard_range_of(event.shard).has(guild_id):
-                await event.shard.request_guild_members(guild_id, nonce=nonce)
-
-    async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
-        if event.chunk_nonce is None:
-            self._fill(event.guild_id)
-        else:  # hikari has asked for the rest of the members
-            self._awaited[event.guild_id] = event.chunk_nonce
-            self._access.expect_members(event.guild_id)
-
-    async def _on_members(self, event: hikari.MemberChunkEvent) -> None:
-        awaited = event.nonce == self._awaited.get(event.guild_id)
-        if awaited and event.chunk_index == event.chunk_count - 1:
-            self._fill(event.guild_id)
-
-    async def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
-        self._fill(event.guild_id)
-
-    def _fill(self, guild_id: int) -> None:
-        self._awaited.pop(guild_id, None)
-        self._access.fill(guild_id)
-        self.check(str(guild_id))
 
 
 def shard_range_of(shard: hikari.api.GatewayShard) -> ShardRange:
@@ -7625,17 +8105,23 @@ class Server:
         self.socketio = make_socketio(settings, self.rooms, self.limits)
         self.recovery = Recovery(settings.recovery, self.metrics)
         self.throttle = Throttle(settings.throttle, self.node, self.metrics)
+        self.rights = RightsWatcher(
+            self.access,
+            Subscriptions(
+                self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+            ),
+            GuildLists(self.access),
+            self.rooms,
+        )
         self.dashboards = Dashboards(
             self.socketio,
-            self.rooms,
             self.tokens,
             self.access,
             self.limits,
-            self.plugins,
             self.node,
             self.recovery,
+            self.rights,
         )
-        self.rights = RightsWatcher(self.access, self.dashboards, self.rooms)
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
@@ -7762,7 +8248,7 @@ class Server:
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
         self.door.reconfigure(settings.server)
         self.throttle.windows = settings.throttle
-        self.dashboards.check_all_rights()
+        self.rights.check_all()
         self._settings = settings
         self.plugin_watcher.look()
         return [key for key in changed if not key.startswith(LIVE)]

@@ -24,6 +24,7 @@ import time
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -31,7 +32,7 @@ from collections.abc import (
     Sequence,
     Set,
 )
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import hikari
@@ -718,6 +719,11 @@ class Reader:
 
     # -- which streams
 
+    def follows(self, stream: str) -> bool:
+        """Whether it is read; it is needed from now on."""
+        self._idle.pop(stream, None)
+        return stream in self._tails
+
     async def follow(self, stream: str) -> None:
         """Read a stream from now on; returns when that is so, or when Redis takes too long to say."""
         self._idle.pop(stream, None)
@@ -1034,6 +1040,7 @@ class OverwriteState(msgspec.Struct, array_like=True, frozen=True):
 
 class ChannelState(msgspec.Struct, array_like=True, frozen=True):
     permission_overwrites: dict[int, OverwriteState]
+    type: hikari.ChannelType = hikari.ChannelType.GUILD_TEXT
 
 
 class ThreadState(msgspec.Struct, array_like=True, frozen=True):
@@ -1044,12 +1051,7 @@ class ThreadState(msgspec.Struct, array_like=True, frozen=True):
 class MemberState(msgspec.Struct, array_like=True, frozen=True):
     id: int
     role_ids: list[int]
-    disabled_until: datetime | None
-
-    def communication_disabled_until(self) -> datetime | None:
-        """As hikari's: None once it is over."""
-        until = self.disabled_until
-        return until if until is not None and until > datetime.now(UTC) else None
+    raw_communication_disabled_until: datetime | None
 
 
 class GuildState(msgspec.Struct, array_like=True, frozen=True):
@@ -1132,9 +1134,10 @@ class KnownGuilds:
         return boot_clock() - self._heard < LOCK_TIME
 
     def beat(self, complete: bool) -> bool:
-        """A holder is there. Returns whether only now everything is known."""
+        """A holder is there. Returns whether only now everything is known, or again."""
+        known = self.fresh and self.complete
         self._heard = boot_clock()
-        news, self.complete = complete and not self.complete, complete
+        news, self.complete = complete and not known, complete
         if news:
             self._wake()
         return news
@@ -1203,13 +1206,16 @@ class KnownGuilds:
         self.members.pop(user_id, None)
         self.whole.discard(user_id)
 
-    # -- as hikari.api.Cache
+    # -- as Directory
 
     def get_guild(self, guild_id: int) -> GuildState | None:
         return self.guilds.get(guild_id)
 
-    def get_guilds_view(self) -> Mapping[int, GuildState]:
-        return self.guilds
+    def guild_ids(self) -> Collection[int]:
+        return tuple(self.guilds)
+
+    def guilds_of(self, user_id: int) -> Collection[int]:
+        return tuple(self.members.get(user_id, ()))
 
     def get_member(self, guild_id: int, user_id: int) -> MemberState | None:
         return self.members.get(user_id, {}).get(guild_id)
@@ -1260,8 +1266,9 @@ class SharedAccess(Access):
             return None
         return super().may_view(viewer, guild_id)
 
-    async def _news(self) -> None:
-        await self._known.wait()
+    @property
+    def complete(self) -> bool:
+        return self._known.fresh and self._known.complete
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         by_claim = viewer.role in self._admin_roles or viewer.guilds is not None
@@ -1439,7 +1446,8 @@ def thread_state(thread: hikari.GuildThreadChannel) -> ThreadState:
 
 def channel_state(channel: hikari.PermissibleGuildChannel) -> ChannelState:
     overwrites = channel.permission_overwrites.values()
-    return ChannelState({int(one.id): OverwriteState(one.allow, one.deny) for one in overwrites})
+    states = {int(one.id): OverwriteState(one.allow, one.deny) for one in overwrites}
+    return ChannelState(states, hikari.ChannelType(channel.type))
 
 
 class GuildFollower:
@@ -1471,8 +1479,7 @@ class GuildFollower:
 
     def on_beat(self, note: Note) -> None:
         if self._known.beat(note.detail == "complete"):
-            for guild_id in guilds_of(self._parts):
-                self._parts.clients.check(guild_id)
+            self._parts.clients.check_all()
 
     def on_guild(self, guild_id: str, data: bytes | None) -> None:
         state = decode_state(data, GuildState) if data is not None else None
@@ -1487,8 +1494,8 @@ class GuildFollower:
         if self._reporter.wants(int(note.detail)):
             whole, members = decode_state(note.body, tuple[bool, Memberships])
             changed = self._known.put_members(int(note.detail), members, whole)
-            for guild_id in guilds_of(self._parts) & set(map(str, changed)):
-                self._parts.clients.check(guild_id, note.detail)
+            for guild_id in changed:
+                self._parts.clients.check(str(guild_id), note.detail)
 
 
 def rooms_of(parts: Parts) -> frozenset[str]:
@@ -1910,8 +1917,8 @@ class ClusterNode(Node):
     async def _beat(self) -> None:
         """The holder says that it is there; all say who watches here, for it to tell of them."""
         for count in itertools.count():
-            if self.leading:
-                self.known.beat(self.reporter.complete)
+            if self.leading and self.known.beat(self.reporter.complete):
+                self._parts.clients.check_all()
             if self.lease.holds():
                 self.tell_as_holder("beat", "complete" if self.reporter.complete else "")
             self.reporter.forget()
@@ -1980,8 +1987,11 @@ class ClusterNode(Node):
     def viewer_left(self, discord_id: str) -> None:
         self.viewers.leave(discord_id)
 
-    async def follow(self, guild_id: str) -> None:
-        await self.reader.follow(guild_stream(guild_id))
+    def follow(self, guild_id: str) -> asyncio.Task[None] | None:
+        stream = guild_stream(guild_id)
+        if self.reader.follows(stream):
+            return None
+        return asyncio.create_task(self.reader.follow(stream))
 
     async def send_snapshots(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
         await self.snapshots.send(kind, guild_id, tell, viewer)

@@ -31,6 +31,9 @@ FOLDER = Path(__file__).parent
 DEADLINE = 5.0
 """Seconds that a wait may take unless it says otherwise."""
 
+BESIDES = {"session", "guilds:update"}
+"""What a page may be told at any time, whatever it listens to."""
+
 LINE_LIMIT = 64 * 1024 * 1024
 """Longest report in bytes. Larger than any payload that a test sends."""
 
@@ -259,14 +262,14 @@ class Dashboard:
     async def quiet(
         self, *names: str, barrier: str | Callable[[], Awaitable[object]] = "guilds:list"
     ) -> None:
-        """Assert that no event of these names (of any but `session`, if none is given) is waiting.
+        """Assert that no event of these names (if none is given: of any but BESIDES) is waiting.
 
         There is no pause to guess at: an acknowledged round trip (`barrier` is the event that makes
         it, or a function to await instead) proves it, since what the server sent before its answer
         arrives before its answer. Make sure that the server is done before you call this.
         """
         await (self.call(barrier) if isinstance(barrier, str) else barrier())
-        waiting = {name: self._events.unread(name) for name in names or self._names() - {"session"}}
+        waiting = {name: self._events.unread(name) for name in names or self._names() - BESIDES}
         unwanted = {
             name: [event.args for event in found] for name, found in waiting.items() if found
         }

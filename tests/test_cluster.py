@@ -866,7 +866,7 @@ async def test_nodes_that_start_without_redis_serve_and_say_so(nodes, redis):
         f"http://127.0.0.1:{server.port}",
         token=Tokens(Keys((SECRET,)), ["HS256"]).issue("1", "ADMIN"),
     )
-    assert await dashboard.call("guilds:list") == {"ok": True, "guilds": []}
+    assert (await dashboard.call("guilds:list"))["guilds"] == []
     await redis.start()
     await nodes.ready()
     assert len((await dashboard.call("guilds:list"))["guilds"]) == 1

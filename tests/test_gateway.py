@@ -32,7 +32,11 @@ async def test_the_server_is_up_before_discord_is(watching, discord, monkeypatch
     await discord.refuse()
     async with watching(ready=False) as spy:
         dashboard = await spy.connect()
-        assert await dashboard.call("guilds:list") == {"ok": True, "guilds": []}
+        assert await dashboard.call("guilds:list") == {
+            "ok": True,
+            "guilds": [],
+            "complete": False,
+        }
         await eventually(told, timeout=10)
         await discord.accept()
         await discord.wait_for_bot()

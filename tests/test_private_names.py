@@ -9,12 +9,15 @@ import ast
 import inspect
 from pathlib import Path
 
+import attrs
 import engineio
 import pytest
 import redis.asyncio
 import redis.asyncio.sentinel
 import socketio
 import tornado.web
+from hikari.impl import CacheImpl, CacheSettings
+from hikari.internal.cache import GuildRecord, MemberData
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.iostream import BaseIOStream, IOStream
@@ -79,6 +82,15 @@ def test_tornado_is_as_fan_out_needs_it() -> None:
     assert "except BlockingIOError" in accept  # what `Acceptor` tells it with
 
 
+def test_the_cache_of_hikari_holds_what_rights_are_read_from() -> None:
+    cache = CacheImpl(object(), CacheSettings())  # type: ignore[arg-type]  # asked for nothing here
+    for kind in ("guild", "guild_channel", "guild_thread", "role"):
+        assert not getattr(cache, f"_{kind}_entries")
+    assert {"guild", "members"} <= {field.name for field in attrs.fields(GuildRecord)}
+    needed = {"role_ids", "raw_communication_disabled_until"}
+    assert needed <= {field.name for field in attrs.fields(MemberData)}
+
+
 async def test_redis_is_as_the_part_for_several_nodes_needs_it() -> None:
     sentinel = redis.asyncio.Sentinel([("127.0.0.1", 1)])
     manager = sentinel.master_for("x").connection_pool.sentinel_manager
@@ -89,7 +101,11 @@ async def test_redis_is_as_the_part_for_several_nodes_needs_it() -> None:
 #: `spywatcher.py` and `spywatcher_cluster.py` belong to the object that uses them.
 KNOWN = {
     "_binary_packet",
+    "_guild_channel_entries",
+    "_guild_entries",
+    "_guild_thread_entries",
     "_last_heartbeat_ack_received",
+    "_role_entries",
     "_unimplemented_method",
 }
 OWN = {"self", "cls"}
