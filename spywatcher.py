@@ -75,7 +75,7 @@ import time
 import tomllib
 import traceback
 import unicodedata
-from base64 import b64decode, b64encode, urlsafe_b64encode
+from base64 import b64decode, b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -2802,7 +2802,7 @@ class Outbox:
         batch: list[Outgoing] = []
         size = 0
         for out in in_order(self._busy if shared else [room]):
-            size += len(out.frame.bytes)
+            size += len(out.frame.tracked.bytes)
             if batch and size > self._max_write:
                 break
             batch.append(out)
@@ -3021,8 +3021,8 @@ class GuildLog:
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
 # count of all events of this process, so one of them says how far a client is in every guild. The count
-# begins at the microseconds of the clock: a stock client may still say an offset from before a restart,
-# which is then before all that its new ticket is owed.
+# begins at what the clock says: a stock client may still say an offset from before a restart, which is
+# then before all that its new ticket is owed.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -3053,7 +3053,7 @@ class Recovery:
         self._settings = settings
         self._metrics = metrics
         self._key = secrets.token_bytes(32)
-        self._position = time.time_ns() // 1000
+        self._position = time.time_ns() // POSITION_NS
         self._tickets: dict[str, Ticket] = {}
         self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
@@ -3073,7 +3073,7 @@ class Recovery:
     @property
     def offset(self) -> str:
         """Where all logs are now."""
-        return str(self._position)
+        return encode_offset(self._position)
 
     # -- events
 
@@ -3192,9 +3192,8 @@ class Recovery:
 
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
-        if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
-            return None
-        if int(offset) > self._position:  # of a process whose clock was ahead
+        seen = decode_offset(offset)
+        if seen is None or seen > self._position:  # of a process whose clock was ahead
             return None
         entered: dict[str, int] = {}  # by guild, where the client came into the first of its rooms
         for room, position in ticket.rooms.items():
@@ -3202,7 +3201,7 @@ class Recovery:
             entered[guild_id] = min(position, entered.get(guild_id, position))
         missed: list[Logged] = []
         for guild_id, position in entered.items():
-            events = self._logs[guild_id].since(max(int(offset), position))
+            events = self._logs[guild_id].since(max(seen, position))
             if events is None:
                 return None
             missed += [
@@ -3221,7 +3220,8 @@ class Recovery:
     @staticmethod
     def not_greeted(ticket: Ticket, offset: object) -> list[str]:
         """The rooms for which what its client was sent as a new subscriber has not reached it."""
-        return [room for room, sent in ticket.greeted.items() if sent > int(str(offset))]
+        seen = decode_offset(offset) or 0
+        return [room for room, sent in ticket.greeted.items() if sent > seen]
 
 
 def room_guild(room: str) -> str:
@@ -3235,8 +3235,23 @@ def remove_one(counter: collections.Counter[str], key: str) -> None:
         del counter[key]
 
 
+#: Nanoseconds of the clock for each position: no process has had more events than that since it began.
+POSITION_NS: Final = 10_000
+#: Bytes of a position, enough until 2059. They go out with every event, so they are few.
+POSITION_BYTES: Final = 6
 #: An offset as this server makes them.
-OFFSET: Final = re.compile(r"[0-9]{1,18}")
+OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}")
+
+
+def encode_offset(position: int) -> str:
+    return urlsafe_b64encode(position.to_bytes(POSITION_BYTES, "big")).decode()
+
+
+def decode_offset(offset: object) -> int | None:
+    """The position; None for what is no offset."""
+    if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
+        return None
+    return int.from_bytes(urlsafe_b64decode(offset), "big")
 
 
 # ----------------------------------------------------------------------------- throttle
