@@ -69,7 +69,6 @@ from spywatcher import (
     is_snowflake,
     log,
     read_secret,
-    room_guild,
     shown,
     without_login,
 )
@@ -1528,7 +1527,7 @@ def rooms_of(parts: Parts) -> frozenset[str]:
 
 
 def guilds_of(parts: Parts) -> set[str]:
-    return {room_guild(room) for room in rooms_of(parts)}
+    return {room.partition(":")[2] for room in rooms_of(parts)}
 
 
 class Viewers:
