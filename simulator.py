@@ -55,6 +55,7 @@ import secrets
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -2894,6 +2895,7 @@ That token is for dashboards of your own, too. Ctrl+C stops it all. Here you see
 each kind{and_more}:
 """
 DEMO_FILE = "demo.db"
+LONGEST = 600  # characters of an event that the terminal shows; weeks of history have 60,000
 LOOPBACK_ORIGINS = tuple(
     f"{scheme}://{host}:*"
     for scheme in ("http", "https")
@@ -3045,7 +3047,8 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
 
     def note(event: str, data: object) -> None:
         if event not in seen or (plugins and is_of(plugins, server.plugins, event)):
-            print(f"{event:18} {json.dumps(data, ensure_ascii=False)}", flush=True)
+            text = json.dumps(data, ensure_ascii=False)
+            print(f"{event:18} {textwrap.shorten(text, LONGEST, placeholder=' …')}", flush=True)
         seen.add(event)
 
     client.on("*", note)

@@ -4,6 +4,16 @@ One process. In comes a Discord gateway session (hikari); out go Socket.IO event
 dashboards (Tornado, python-socketio). Nothing here knows an event by name: every event that a
 dashboard sees is made by a plugin.
 
+Who writes a plugin finds what it may import below the sections, in `help(spywatcher)`, and the way to
+it in docs/plugins.md:
+
+    import hikari
+    from spywatcher import on
+
+    @on(hikari.RoleCreateEvent, emit="role:create")
+    def role_create(event):
+        return {"name": event.role.name}
+
 The way of one event:
     hikari -> plugin -> throttle -> address -> room -> clients that may see it
 
@@ -2230,14 +2240,10 @@ class Session:
         default_factory=lambda: ConnectionLog(log, {"connection": secrets.token_hex(4)})
     )
     state: State = State.POLLING
-    #: Whether the latest request that brought packets named a page's origin.
-    from_browser: bool = False
-    #: Whether room events come to it with their offsets (see "recovery").
-    tracks: bool = False
-    #: Its WebSocket, once that is the transport.
-    handler: SocketHandler | None = None
-    #: One POST is at work.
-    posting: bool = False
+    from_browser: bool = False  # the latest request that brought packets named a page's origin
+    tracks: bool = False  # room events come to it with their offsets (see "recovery")
+    handler: SocketHandler | None = None  # its WebSocket, once that is the transport
+    posting: bool = False  # one POST is at work
     #: By which TCP connections it comes: the latest of each kind of request.
     _carriers: dict[str, Connection] = dataclasses.field(default_factory=dict)
     _stream: IOStream | None = None
@@ -2925,8 +2931,12 @@ class Rooms:
     def leave(self, sid: Sid, room: str) -> None:
         """As a client wishes: it still gets what came before."""
         if room in self._rooms_of.get(sid, ()):
-            self._outbox.catch_up(sid, self._sessions[sid])
+            self.catch_up(sid)
             self.expel(sid, room)
+
+    def catch_up(self, sid: Sid) -> None:
+        """What a client is due from before goes out now."""
+        self._outbox.catch_up(sid, self._sessions[sid])
 
     def expel(self, sid: Sid, room: str) -> None:
         """Against its wish: not even what waits."""
@@ -3010,7 +3020,9 @@ class GuildLog:
 
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
-# count of all events of this process, so one of them says how far a client is in every guild.
+# count of all events of this process, so one of them says how far a client is in every guild. The count
+# begins at the microseconds of the clock: a stock client may still say an offset from before a restart,
+# which is then before all that its new ticket is owed.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -3021,11 +3033,16 @@ class GuildLog:
 class Ticket:
     """What a client that can recover is known by, and the rooms that it is in."""
 
-    def __init__(self, pid: str, discord_id: str) -> None:
+    def __init__(self, pid: str, viewer: Viewer) -> None:
         self.pid = pid
-        self.discord_id = discord_id
+        #: By its latest token.
+        self.viewer = viewer
         #: By room, the position at which the client entered it: nothing from before is owed.
         self.rooms: dict[str, int] = {}
+        #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
+        self.greeted: dict[str, float] = {}
+        #: Rooms that its client waits to be in.
+        self.pending: set[str] = set()
         self.until = math.inf  # awaited until then, by the monotonic clock
 
 
@@ -3036,11 +3053,12 @@ class Recovery:
         self._settings = settings
         self._metrics = metrics
         self._key = secrets.token_bytes(32)
-        self._position = 0
+        self._position = time.time_ns() // 1000
         self._tickets: dict[str, Ticket] = {}
         self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
         self._in_guild: collections.Counter[str] = collections.Counter()
+        self._of_viewer: collections.Counter[str] = collections.Counter()
         self._logs: dict[str, GuildLog] = {}
 
     @property
@@ -3064,6 +3082,11 @@ class Recovery:
         self._forget_late()
         return room in self._in_room
 
+    def rooms(self) -> Iterable[str]:
+        """Those of which somebody is owed what goes to them."""
+        self._forget_late()
+        return tuple(self._in_room)
+
     def add(self, to: Destination, packet: bytes) -> RoomFrame:
         """The event as it goes out; it is kept where somebody may recover it."""
         guild_log = self._logs.get(to.guild_id)
@@ -3078,11 +3101,12 @@ class Recovery:
 
     # -- tickets
 
-    def issue(self, discord_id: str) -> Ticket:
+    def issue(self, viewer: Viewer) -> Ticket:
         """A ticket for a new session of this viewer."""
         nonce = secrets.token_urlsafe(12)
-        ticket = Ticket(f"{nonce}.{self._signature(nonce, discord_id)}", discord_id)
+        ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
         self._tickets[ticket.pid] = ticket
+        self._of_viewer[viewer.discord_id] += 1
         return ticket
 
     def _signature(self, nonce: str, discord_id: str) -> str:
@@ -3093,7 +3117,7 @@ class Recovery:
     def find(self, pid: object, discord_id: str) -> Ticket | None:
         """The ticket that this viewer was given."""
         self._forget_late()
-        if not isinstance(pid, str) or len(pid) > 64:
+        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
             return None
         nonce, _, signature = pid.partition(".")
         expected = self._signature(nonce, discord_id)
@@ -3115,9 +3139,28 @@ class Recovery:
     def forget(self, ticket: Ticket) -> None:
         """Its client will not come back with it."""
         self._awaited.pop(ticket.pid, None)
-        self._tickets.pop(ticket.pid, None)
+        if self._tickets.pop(ticket.pid, None) is not None:
+            remove_one(self._of_viewer, ticket.viewer.discord_id)
         for room in tuple(ticket.rooms):
             self.leave(ticket, room)
+
+    def has_ticket(self, discord_id: str) -> bool:
+        """Whether a client of this viewer's is there, or awaited, that can recover."""
+        return discord_id in self._of_viewer
+
+    def viewers(self) -> Iterable[str]:
+        """Whose clients these are, by Discord id."""
+        return tuple(self._of_viewer)
+
+    def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
+        """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
+        self._forget_late()
+        return [
+            ticket
+            for ticket in (self._awaited.values() if guild_id in self._in_guild else ())
+            if discord_id in (None, ticket.viewer.discord_id)
+            and any(room_guild(room) == guild_id for room in ticket.rooms)
+        ]
 
     def _forget_late(self) -> None:
         now = time.monotonic()
@@ -3128,7 +3171,7 @@ class Recovery:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
             ticket.rooms[room] = self._position
-            guild_id = room.partition(":")[2]
+            guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
             self._logs.setdefault(guild_id, GuildLog(self._position))
@@ -3136,11 +3179,10 @@ class Recovery:
     def leave(self, ticket: Ticket, room: str) -> None:
         """Its client is owed nothing more of the room."""
         if ticket.rooms.pop(room, None) is not None:
-            guild_id = room.partition(":")[2]
-            for counter, key in ((self._in_room, room), (self._in_guild, guild_id)):
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
+            guild_id = room_guild(room)
+            ticket.greeted.pop(room, None)
+            remove_one(self._in_room, room)
+            remove_one(self._in_guild, guild_id)
             if guild_id not in self._in_guild:
                 del self._logs[guild_id]
 
@@ -3148,10 +3190,15 @@ class Recovery:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
             return None
-        position = int(offset)
+        if int(offset) > self._position:  # of a process whose clock was ahead
+            return None
+        entered: dict[str, int] = {}  # by guild, where the client came into the first of its rooms
+        for room, position in ticket.rooms.items():
+            guild_id = room_guild(room)
+            entered[guild_id] = min(position, entered.get(guild_id, position))
         missed: list[Logged] = []
-        for guild_id in {room.partition(":")[2] for room in ticket.rooms}:
-            events = self._logs[guild_id].since(position)
+        for guild_id, position in entered.items():
+            events = self._logs[guild_id].since(max(int(offset), position))
             if events is None:
                 return None
             missed += [
@@ -3160,6 +3207,28 @@ class Recovery:
                 if event.position > ticket.rooms.get(event.to.room, math.inf)
             ]
         return sorted(missed)
+
+    def greet(self, ticket: Ticket, room: str) -> str:
+        """The offset of what its client is sent now as a new subscriber of the room."""
+        self._position += 1
+        ticket.greeted[room] = self._position
+        return self.offset
+
+    @staticmethod
+    def not_greeted(ticket: Ticket, offset: object) -> list[str]:
+        """The rooms for which what its client was sent as a new subscriber has not reached it."""
+        return [room for room, sent in ticket.greeted.items() if sent > int(str(offset))]
+
+
+def room_guild(room: str) -> str:
+    return room.partition(":")[2]
+
+
+def remove_one(counter: collections.Counter[str], key: str) -> None:
+    """One fewer; what has none takes no memory."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 #: An offset as this server makes them.
@@ -3651,6 +3720,8 @@ def check_kind(kind: object) -> None:
 def user_name(user: hikari.User) -> str:
     """An account's username as it may leave: `ada`; the id where nothing of it can be seen.
 
+        user_name(event.author)
+
     Of this and the other names, what is invisible is removed (but for what emoji and scripts need);
     usernames have 64 characters at most, other names 100.
     """
@@ -3660,6 +3731,8 @@ def user_name(user: hikari.User) -> str:
 def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     """A member's username as it is now; the id while Discord has not sent the member.
 
+        member_name(spy.bot.cache, event.guild_id, event.user_id)
+
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
@@ -3668,19 +3741,34 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
 
 
 def role_name(role: hikari.Role) -> str:
-    """A role's name as it may leave, or its id."""
+    """A role's name as it may leave.
+
+        [role_name(role) for role in event.member.get_roles()]
+
+    Where nothing of it can be seen, it is the id.
+    """
     return shown_name(role.name, role.id, NAME_LENGTH)
 
 
 def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
-    """The name of a channel or thread; the id where Discord hides the name or has not sent it."""
+    """The name of a channel or thread.
+
+        channel_name(spy.bot.cache, event.channel_id)
+
+    Where Discord hides the name or has not sent it, it is the id.
+    """
     channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given."""
+    """A moment as it goes out.
+
+        timestamp(event.message.created_at)  # "2026-01-02T03:04:05.678Z"
+
+    That is ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given.
+    """
     moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -3697,7 +3785,11 @@ class News(NamedTuple):
 
 
 class Shared(Protocol):
-    """What a plugin keeps of members for all nodes of a service, in Redis.
+    """What a plugin keeps of members for all nodes of a service, in Redis; `spy.shared`.
+
+        async for chunk in spy.shared.read():
+            counts.add(json.loads(chunk))
+        await spy.shared.write('{"5:2026-01": [86400, {"7": "3 messages"}]}')
 
     Tables of texts, one text a member. A table is named `GUILD_ID:ANYTHING`, a member by its id;
     so `spywatcher.py forget` finds what it has to remove. Chunks and changes are JSON, for a
@@ -3988,7 +4080,7 @@ def as_json(value: Any, depth: int = 0) -> Any:
 def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
     fields = {}
     for key, value in members:
-        name = key if type(key) is str else str(as_json(key, MOST_NESTED))
+        name = key if type(key) is str and key.isascii() else str(as_json(key, MOST_NESTED))
         if type(value) is str and value.isascii():  # most are, and a call costs more than this
             fields[name] = value
             continue
@@ -4157,8 +4249,7 @@ class Fence:
 
     def failed(self, what: str, error: BaseException) -> None:
         self._failures.inc()
-        place = error.__traceback__ and traceback.extract_tb(error.__traceback__)[-1][:2]
-        kind = (what, type(error), str(error) if isinstance(error, SpyWatcherError) else place)
+        kind = (what, type(error), kind_of_fault(error))
         if kind in self._told or len(self._told) >= MOST_KINDS:
             return
         self._told.add(kind)
@@ -4182,6 +4273,16 @@ class Fence:
             MOST_FAILURES,
             PAUSE,
         )
+
+
+def kind_of_fault(error: BaseException) -> object:
+    """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
+    if isinstance(error, SpyWatcherError):
+        return re.sub(r"'.*'|\d+", "", str(error))
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -4228,10 +4329,15 @@ class Guarded:
         started = time.perf_counter()
         try:
             result = self._function(subject, *self._arguments)
+        except FAULTS as error:
+            self._failed(error)
+            return
+        finally:
             self._took(time.perf_counter() - started)
-            if hasattr(result, "__await__"):
-                self._await(result, functools.partial(then, subject))
-                return
+        if hasattr(result, "__await__"):
+            self._await(result, functools.partial(then, subject))
+            return
+        try:
             then(subject, result)
         except FAULTS as error:
             self._failed(error)
@@ -4589,6 +4695,12 @@ class Runner:
         ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
+        own = {"spy": self.spy, "failed": self.fence.failed}
+        #: What the plugin serves: a pattern of the whole path, and what answers there.
+        self.routes: Routes = [
+            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, pattern in plugin.routes
+        ]
 
     def _guard(
         self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
@@ -4605,14 +4717,6 @@ class Runner:
         wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
         where = f" in {function.__name__}"
         return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
-
-    def routes(self) -> Routes:
-        """What the plugin serves: a pattern of the whole path, and what answers there."""
-        own = {"spy": self.spy, "failed": self.fence.failed}
-        return [
-            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, pattern in self.plugin.routes
-        ]
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
@@ -4843,8 +4947,8 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         places = [folder / name]
-        if name == OWN_PLUGINS and (shipped := shipped_plugins()):
-            places.append(shipped)
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
+            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
         found = [place for place in places if place.is_dir()]
         if not found:
             raise OperatorError(f"plugins.folders: {places[0]} is no folder")
@@ -5256,7 +5360,7 @@ class PluginHost:
     def take_over(self) -> None:
         """Have all that happens go to those that are there now, in one step."""
         order = sorted(self.runners)
-        self._routes = [route for name in order for route in self.runners[name].routes()]
+        self._routes = [route for name in order for route in self.runners[name].routes]
         if self._dispatcher is not None:
             self._dispatcher.connect(self.running[name] for name in order if name in self.running)
 
@@ -5982,6 +6086,25 @@ class Bot(hikari.GatewayBot):
         )
 
 
+def refusal(code: object, switches: str, token_key: str) -> str:
+    """What an operator reads of the code with which Discord refused: what to change, and where."""
+    if code == 4014:
+        return (
+            f"Discord refused the intents: switch on {switches} at {PORTAL}"
+            " -> Privileged Gateway Intents"
+        )
+    if code in (4012, 4013):
+        return (
+            f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
+            f" (this is {hikari.__version__}) and SpyWatcher"
+        )
+    table, _, key = token_key.partition(".")
+    return (
+        f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
+        f" and put the new one into [{table}] {key}"
+    )
+
+
 class Gateway:
     """Keeps one bot connected to Discord, and says so in the log whenever that changes."""
 
@@ -6059,7 +6182,8 @@ class Gateway:
                     await self._turning(self.bot.join())
                     self._refuse(self._ended)
                 except UpstreamError as error:
-                    raise self._final(error) from error
+                    text = refusal(error.args[0], self._switches(), self.token_key)
+                    raise UpstreamError(text) from error
                 except AwayError as error:
                     self._away(error.cause, error.why)
                     asked = error.wait
@@ -6167,28 +6291,12 @@ class Gateway:
         if code in FINAL_CODES:
             raise UpstreamError(code)
 
-    def _final(self, error: UpstreamError) -> UpstreamError:
-        """What an operator reads of a refusal: what to change, and where."""
-        code = error.args[0]
-        if code == 4014:
-            switches = " and ".join(
-                f"{switch} (for {', '.join(self._wanted_by(intent))})"
-                for intent, switch in PRIVILEGED_SWITCHES.items()
-                if intent & self.intents
-            )
-            return UpstreamError(
-                f"Discord refused the intents: switch on {switches} at {PORTAL}"
-                " -> Privileged Gateway Intents"
-            )
-        if code in (4012, 4013):
-            return UpstreamError(
-                f"Discord no longer speaks this version of its gateway ({code}): upgrade hikari"
-                f" (this is {hikari.__version__}) and SpyWatcher"
-            )
-        table, _, key = self.token_key.partition(".")
-        return UpstreamError(
-            f"Discord refused the bot token: reset it at {PORTAL} -> Reset Token"
-            f" and put the new one into [{table}] {key}"
+    def _switches(self) -> str:
+        """The switches of the developer portal that are needed, and for what."""
+        return " and ".join(
+            f"{switch} (for {', '.join(self._wanted_by(intent))})"
+            for intent, switch in PRIVILEGED_SWITCHES.items()
+            if intent & self.intents
         )
 
     def _wanted_by(self, intent: hikari.Intents) -> list[str]:
@@ -6311,10 +6419,6 @@ class Node:
     def make_connections(self) -> OpenConnections:
         """Who counts open connections."""
         return OpenConnections()
-
-    def make_recovery(self, metrics: Metrics) -> Recovery:
-        """Who keeps what clients that come back have missed."""
-        return Recovery(self._settings.recovery, metrics)
 
     # -- start, stop, how things stand
 
@@ -6698,6 +6802,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def open(self, *args: str, **kwargs: str) -> None:
         self.connection.detached = True
+        self.set_nodelay(True)  # Tornado takes it back after each answer, that of the upgrade too
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
         self._stream.max_write_buffer_size = self._engine.max_queue_bytes
         if self._sid is None:
@@ -6958,8 +7063,8 @@ class Dashboard:
         self.session = session
         self.ticket = ticket
         self.expiry: asyncio.TimerHandle | None = None
-        #: Rooms that it is to be in once it is known that it may.
-        self.pending: set[str] = set()
+        #: Rooms that it is to be in once it is known that it may; its ticket knows them too.
+        self.pending: set[str] = ticket.pending if ticket else set()
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -6986,7 +7091,8 @@ class Comebacks:
             return None
         ticket = self._recovery.find(comeback.pid, viewer.discord_id)
         obstacle = self._obstacle(ticket, viewer, comeback)
-        if obstacle is None:
+        if ticket is not None and obstacle is None:
+            ticket.viewer = viewer
             return ticket
         self._metrics.not_recovered.labels(obstacle).inc()
         if ticket is not None:
@@ -6998,7 +7104,7 @@ class Comebacks:
         if ticket is None:
             return "unknown or too late"
         for room in tuple(ticket.rooms):
-            may_view = self._access.may_view(viewer, room.partition(":")[2])
+            may_view = self._access.may_view(viewer, room_guild(room))
             if may_view is None:
                 return "rights not known"
             if not may_view:
@@ -7056,13 +7162,14 @@ class Subscriptions:
     def viewer(self, sid: Sid) -> Viewer:
         return self.connected[sid].viewer
 
-    def is_connected(self, discord_id: str) -> bool:
-        """Whether this Discord user has a dashboard open."""
-        return viewer_name(discord_id) in self._limits.open
+    def is_awaited(self, discord_id: str) -> bool:
+        """Whether this Discord user has a dashboard open, or one that may come back."""
+        is_open = viewer_name(discord_id) in self._limits.open
+        return is_open or self._recovery.has_ticket(discord_id)
 
     def guilds(self) -> Iterable[str]:
-        """Those that anybody is in a room of, or waits to be."""
-        return tuple(self._in_guild)
+        """Those that anybody is in a room of, waits to be, or may come back to."""
+        return {*self._in_guild, *map(room_guild, self._recovery.rooms())}
 
     def guilds_of(self, sid: Sid) -> set[str]:
         rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
@@ -7093,6 +7200,12 @@ class Subscriptions:
         self._leave(sid, room)
         return {"room": room}
 
+    def wait_again(self, sid: Sid) -> None:
+        """For the rooms that a client which came back was still waiting for."""
+        for guild_id in {room_guild(room) for room in self.connected[sid].pending}:
+            self._in_guild.setdefault(guild_id, {})[sid] = None
+            self.judge(sid, guild_id)
+
     # -- as rights are
 
     def judge(self, sid: Sid, guild_id: str) -> asyncio.Task[None] | None:
@@ -7112,7 +7225,7 @@ class Subscriptions:
         if following is None:
             for room in pending:
                 self.enter(sid, room)
-                self._send_snapshots_soon(sid, Destination(guild_id, room.partition(":")[0]))
+                self.send_snapshots_soon(sid, room)
         else:
             following.add_done_callback(lambda _: self.judge(sid, guild_id))
         return following
@@ -7145,6 +7258,14 @@ class Subscriptions:
             ).inc()
             dashboard.tell("error", ClientError("forbidden", text).to_wire())
 
+    def judge_awaited(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
+        """Of a guild that they may not view any more, who comes back is owed nothing."""
+        for ticket in self._recovery.awaited(guild_id):
+            wanted = discord_ids is None or ticket.viewer.discord_id in discord_ids
+            if wanted and self._access.may_view(ticket.viewer, guild_id) is False:
+                for room in [room for room in ticket.rooms if room_guild(room) == guild_id]:
+                    self._recovery.leave(ticket, room)
+
     def _leave(self, sid: Sid, room: str) -> None:
         dashboard = self.connected[sid]
         self._rooms.leave(sid, room)
@@ -7169,20 +7290,36 @@ class Subscriptions:
 
     # -- snapshots
 
-    def _send_snapshots_soon(self, sid: Sid, to: Destination) -> None:
-        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
+    def send_snapshots_soon(self, sid: Sid, room: str) -> None:
+        """What plugins have for a new subscriber; in a task, so that the answer comes first.
+
+        To who can recover it goes with an offset, and again where it did not arrive.
+        """
+        kind, _, guild_id = room.partition(":")
+        viewer, ticket = self.viewer(sid), self.connected[sid].ticket
 
         def tell(event: str, payload: EventData) -> None:
-            channel_id = destination_of(to.guild_id, to.kind, payload).channel_id
-            if to.room in self._rooms.rooms_of(sid) and self._access.may_have(
-                self.viewer(sid), to.guild_id, channel_id
+            channel_id = destination_of(guild_id, kind, payload).channel_id
+            if room not in self._rooms.rooms_of(sid) or not self._access.may_have(
+                self.viewer(sid), guild_id, channel_id
             ):
-                self.connected[sid].tell(event, payload)
+                return
+            offset: tuple[str, ...] = ()
+            if ticket is not None:
+                self._rooms.catch_up(sid)  # its offset says that all before it has come
+                offset = (self._recovery.greet(ticket, room),)
+            self.connected[sid].tell(event, payload, *offset)
 
-        sending = self._node.send_snapshots(to.kind, to.guild_id, tell, self.viewer(sid))
-        task = asyncio.create_task(sending)
+        def end(task: asyncio.Task[None]) -> None:
+            self._under_way.discard(task)
+            if ticket is not None and ticket.greeted.get(room) == math.inf:
+                del ticket.greeted[room]  # nobody had anything
+
+        if ticket is not None:
+            ticket.greeted[room] = math.inf
+        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
         self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task.add_done_callback(end)
 
 
 class Told(NamedTuple):
@@ -7486,6 +7623,7 @@ class RightsWatcher:
         for sid in self.subscriptions.dashboards_of(guild_id):
             if viewers is None or self.subscriptions.viewer(sid).discord_id in viewers:
                 self.subscriptions.judge(sid, guild_id)
+        self.subscriptions.judge_awaited(guild_id, viewers)
         self.lists.change_guild(guild_id, viewers)
 
     async def _on_channel_change(self, event: Any) -> None:
@@ -7498,7 +7636,7 @@ class RightsWatcher:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
-        if self.subscriptions.is_connected(discord_id):
+        if self.subscriptions.is_awaited(discord_id):
             self.check(str(event.guild_id), discord_id)
 
     # -- while the cache is refilled
@@ -7634,9 +7772,10 @@ class Dashboards:
         wanted = session.from_browser if comeback.recover is None else comeback.recover
         if not wanted or not self._recovery.enabled:
             return None
-        ticket = self._returns.take_back(viewer, comeback)
+        held = comeback.pid in self._holders if isinstance(comeback.pid, str) else False
+        ticket = None if held else self._returns.take_back(viewer, comeback)
         if ticket is None:
-            return self._recovery.issue(viewer.discord_id)
+            return self._recovery.issue(viewer)
         self._recovery.hold(ticket)
         self._comebacks[sid] = comeback
         return ticket
@@ -7649,19 +7788,28 @@ class Dashboards:
         comeback, ticket = self._comebacks.pop(sid, None), dashboard.ticket
         if ticket is None:
             dashboard.tell("session", {"recovered": False, "rooms": []})
+        elif comeback is None:
+            state = {"recovered": False, "rooms": []}
+            dashboard.tell("session", state, self._recovery.offset)
+        else:
+            self._make_up(sid, ticket, comeback)
+
+    def _make_up(self, sid: Sid, ticket: Ticket, comeback: Comeback) -> None:
+        """Give a client what it missed, and its rooms."""
+        dashboard = self._connected[sid]
+        due = self._returns.due(ticket, dashboard.viewer, comeback)
+        if due is None:
+            dashboard.session.cut("recovery was overtaken")
             return
-        if comeback is not None:
-            due = self._returns.due(ticket, dashboard.viewer, comeback)
-            if due is None:
-                dashboard.session.cut("recovery was overtaken")
-                return
-            dashboard.write(due)
-            self._limits.metrics.recovered.inc()
-            for room in ticket.rooms:
-                self._subscriptions.enter(sid, room)
-        rooms = sorted(ticket.rooms)
-        state = {"recovered": comeback is not None, "rooms": rooms}
-        dashboard.tell("session", state, self._recovery.offset)
+        dashboard.write(due)
+        self._limits.metrics.recovered.inc()
+        rooms = sorted(ticket.rooms.keys() | ticket.pending)
+        for room in ticket.rooms:
+            self._subscriptions.enter(sid, room)
+        dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
+        for room in self._recovery.not_greeted(ticket, comeback.offset):
+            self._subscriptions.send_snapshots_soon(sid, room)
+        self._subscriptions.wait_again(sid)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._rights.remove(sid)
@@ -7721,6 +7869,8 @@ class Dashboards:
         if viewer.discord_id != dashboard.viewer.discord_id:
             raise ClientError("forbidden", "The token is another viewer's")
         dashboard.viewer = viewer
+        if dashboard.ticket is not None:
+            dashboard.ticket.viewer = viewer
         self._watch_expiry(sid)
         self._rights.check_viewer(sid)
         return {}
@@ -7952,25 +8102,11 @@ class Server:
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
         self.rooms = Rooms(*fanout, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
-        self.recovery = self.node.make_recovery(self.metrics)
-        self.throttle = Throttle(settings.throttle, self.node, self.metrics)
-        self.rights = RightsWatcher(
-            self.access,
-            Subscriptions(
-                self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
-            ),
-            GuildLists(self.access),
-            self.rooms,
-        )
-        self.dashboards = Dashboards(
-            self.socketio,
-            self.tokens,
-            self.access,
-            self.limits,
-            self.node,
-            self.recovery,
-            self.rights,
-        )
+        self.recovery = Recovery(settings.recovery, self.metrics)
+        timeout = settings.plugins.handler_timeout
+        self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
+        self.rights = self._make_rights()
+        self.dashboards = self._make_dashboards()
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
@@ -7982,6 +8118,23 @@ class Server:
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _make_rights(self) -> RightsWatcher:
+        subscriptions = Subscriptions(
+            self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+        )
+        return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
+
+    def _make_dashboards(self) -> Dashboards:
+        return Dashboards(
+            self.socketio,
+            self.tokens,
+            self.access,
+            self.limits,
+            self.node,
+            self.recovery,
+            self.rights,
+        )
 
     def _wanted(self) -> dict[type[hikari.Event], list[str]]:
         """Which events are needed, and by whom."""
@@ -8073,9 +8226,10 @@ class Server:
         try:
             return listen(server.host, server.port)
         except OSError as error:
-            raise OperatorError(
-                f"server.port: cannot listen on {server.host}:{server.port}: {os.strerror(error.errno or 0)}"
-            ) from error
+            unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
+            why = error.strerror if unknown else os.strerror(error.errno or 0)
+            place = f"{server.host}:{server.port}"
+            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -8403,7 +8557,9 @@ def reload_settings(server: Server, path: Path | None) -> None:
     try:
         settings = read_settings(path)
         with naming_source(settings):
-            keys, _ = credentials_of(settings)
+            keys = read_keys(settings.auth, settings.folder)
+            if keys == Keys():
+                raise OperatorError("auth.secret: not set any more")
             for_restart = server.reload(settings, keys)
     except OperatorError as error:
         log.error("settings not reloaded, nothing has changed: %s", "; ".join(error.faults))

@@ -47,7 +47,6 @@ from spywatcher import (
     Destination,
     EventData,
     Marks,
-    Metrics,
     News,
     Node,
     OpenConnections,
@@ -55,10 +54,7 @@ from spywatcher import (
     Parts,
     PluginHost,
     Recovery,
-    RecoverySettings,
     RedisSettings,
-    RoomFrame,
-    Rooms,
     SectionT,
     Settings,
     ShardRange,
@@ -73,6 +69,7 @@ from spywatcher import (
     is_snowflake,
     log,
     read_secret,
+    room_guild,
     shown,
     without_login,
 )
@@ -654,7 +651,7 @@ class Publisher:
         self._recent.extend(self._batch)
         self._batch = []
         oldest = time.monotonic() - RECENT_AGE
-        while len(self._recent) > MOST_RECENT or self._recent[0].since < oldest:
+        while self._recent and (len(self._recent) > MOST_RECENT or self._recent[0].since < oldest):
             self._recent.popleft()
 
 
@@ -1525,13 +1522,25 @@ class GuildFollower:
                 self._parts.clients.check(str(guild_id), note.detail)
 
 
-class Viewers:
-    """Who has a dashboard open here, said to all nodes: of no others does the holder tell."""
+def rooms_of(parts: Parts) -> frozenset[str]:
+    """Those that this node's clients are in, or may come back to."""
+    return frozenset({*parts.rooms.names(), *parts.recovery.rooms()})
 
-    def __init__(self, reporter: GuildReporter, known: KnownGuilds, node: ClusterNode) -> None:
+
+def guilds_of(parts: Parts) -> set[str]:
+    return {room_guild(room) for room in rooms_of(parts)}
+
+
+class Viewers:
+    """Who has a dashboard here, or may come back, said to all nodes: of no others does the holder tell."""
+
+    def __init__(
+        self, reporter: GuildReporter, known: KnownGuilds, node: ClusterNode, recovery: Recovery
+    ) -> None:
         self._reporter = reporter
         self._known = known
         self._node = node
+        self._recovery = recovery
         self._dashboards: collections.Counter[int] = collections.Counter()
 
     def enter(self, discord_id: str) -> None:
@@ -1550,7 +1559,8 @@ class Viewers:
 
     def call_roll(self) -> None:
         """Say who looks on from here, and ask again for whom nothing was told."""
-        viewers = list(self._dashboards)
+        awaited = map(int, filter(is_snowflake, self._recovery.viewers()))
+        viewers = list({*self._dashboards, *awaited})
         self._reporter.want(viewers)
         self._node.tell("viewers", body=msgspec.msgpack.encode(viewers))
         for user_id in viewers:
@@ -1576,8 +1586,8 @@ class Viewers:
 class Peers:
     """The other nodes: what their clients listen to, and the latest term that any of them knows."""
 
-    def __init__(self, rooms: Rooms, lease: Lease, tell: Callable[..., None]) -> None:
-        self._rooms = rooms
+    def __init__(self, parts: Parts, lease: Lease, tell: Callable[..., None]) -> None:
+        self._parts = parts
         self._lease = lease
         self._tell = tell
         self._until: dict[str, float] = {}
@@ -1589,7 +1599,7 @@ class Peers:
         self._tell("node", body=msgspec.msgpack.encode(self._lease.known))
 
     def tell_rooms(self, again: bool) -> None:
-        rooms = frozenset(self._rooms.names())
+        rooms = rooms_of(self._parts)
         if again or rooms != self._told:
             self._told = rooms
             self._tell("rooms", body=msgspec.msgpack.encode(list(rooms)))
@@ -1788,13 +1798,13 @@ class ClusterNode(Node):
         self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell)
         self.reader = Reader(self.link, self.source, self)
         self.connections = SharedConnections(self.link, self.source)
-        self.viewers = Viewers(self.reporter, self.known, self)
         self._tasks: list[asyncio.Task[Any]] = []
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
         self.follower = GuildFollower(self.link, self.known, self.reporter, parts)
-        self.peers = Peers(parts.rooms, self.lease, self.tell)
+        self.viewers = Viewers(self.reporter, self.known, self, parts.recovery)
+        self.peers = Peers(parts, self.lease, self.tell)
         self.snapshots = Snapshots(parts.plugins, self)
         self.windows = Windows(self.link, self.lease, parts.throttle)
         self._topics: dict[str, Callable[[Note], None]] = {
@@ -1833,10 +1843,6 @@ class ClusterNode(Node):
 
     def make_connections(self) -> OpenConnections:
         return self.connections
-
-    def make_recovery(self, metrics: Metrics) -> Recovery:
-        """None yet: a client that comes back to another node would find nothing there."""
-        return Recovery(RecoverySettings(window=0.0), metrics)
 
     # -- start, stop, how things stand
 
@@ -1945,8 +1951,7 @@ class ClusterNode(Node):
             self.reporter.forget()
             self.peers.forget()
             self.peers.tell_rooms(count % ROLL_CALL == 0)
-            guilds = {room.partition(":")[2] for room in self._parts.rooms.names()}
-            self.reader.leave_all_but(set(map(guild_stream, guilds)))
+            self.reader.leave_all_but(set(map(guild_stream, guilds_of(self._parts))))
             if count % ROLL_CALL == 0:
                 self.viewers.call_roll()
                 self.connections.tell_all()
@@ -1980,7 +1985,7 @@ class ClusterNode(Node):
             return  # this node has lost the gateway: another one is its clients' source now
         self._parts.metrics.sent.labels(event).inc()
         to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
-        self._parts.clients.send(to, RoomFrame(packet))
+        self._parts.clients.send(to, self._parts.recovery.add(to, packet))
         self.publisher.put(guild_stream(guild_id), kind, to.channel_id, packet, term=self.term)
 
     def take_event(self, stream: str, entry: Entry) -> None:
@@ -1990,7 +1995,7 @@ class ClusterNode(Node):
                 self._topics[note.topic](note)
         elif self._counts(note) and not self._may_have_been_had(entry):
             to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
-            self._parts.clients.send(to, RoomFrame(note.body))
+            self._parts.clients.send(to, self._parts.recovery.add(to, note.body))
 
     def _counts(self, note: Note) -> bool:
         """Whether to hear another holder: not beside this node's own gateway."""

@@ -30,8 +30,11 @@ class Bench:
 
     def __init__(self, peer: peers.Peer, clients: int) -> None:
         self.peer = peer
-        self.load = load.Load(peer.port, awake=True)
+        recover = peer.kind == "spywatcher+recovery"
+        self.load = load.Load(peer.port, awake=True, recover=recover)
         self.load.connect(clients)
+        if recover:
+            self.load.first_offset = peer.usage()["offset"] + 1
         self.clients = clients
         self.sent = 0
 
@@ -69,7 +72,7 @@ class Bench:
             for client, position in self.load.progress(self.sent + count)
         ]
         ended = time.monotonic()
-        latencies = latencies_ms(reads, self.sent, start, rate)
+        latencies = latencies_ms(reads, self.load.frame_bytes, self.sent, start, rate)
         self.sent += count
         return {
             "p50": report.percentile(latencies, 0.5),
@@ -80,13 +83,13 @@ class Bench:
 
 
 def latencies_ms(
-    reads: list[tuple[float, int, int]], first: int, start: float, rate: float
+    reads: list[tuple[float, int, int]], size: int, first: int, start: float, rate: float
 ) -> list[float]:
     """One latency per event and client; an event has come when its last byte has."""
     return [
         (moment - start - (number - first) / rate) * 1000
         for moment, before, after in reads
-        for number in range(before // load.FRAME_BYTES, after // load.FRAME_BYTES)
+        for number in range(before // size, after // size)
     ]
 
 
@@ -197,7 +200,7 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> None:
     quick = report.parse_arguments(__doc__ or "").quick
-    kinds = [*peers.SPYWATCHERS, "node", "stock", "bare"]
+    kinds = [*peers.SPYWATCHERS, "spywatcher+recovery", "node", "stock", "bare"]
     results = summary(compare(kinds, rounds=1 if quick else 3))
     show(results)
     sizes = SCALE[:4] if quick else SCALE

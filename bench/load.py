@@ -42,10 +42,19 @@ def masked(payload: bytes) -> bytes:
     return b"\x81" + head + b"\0\0\0\0" + payload
 
 
-CONNECT = masked(b"40" + json.dumps({"token": TOKEN}).encode())
+def connect(recover: bool) -> bytes:
+    return masked(b"40" + json.dumps({"token": TOKEN, "recover": recover}).encode())
+
+
 SUBSCRIBE = masked(b'420["subscribe:guild","%s"]' % event.GUILD.encode())
-#: What is sent, and what has to come before the next step.
-STEPS = [(REQUEST, b'0{"sid"'), (CONNECT, b"40{"), (SUBSCRIBE, b'430[{"ok":true')]
+
+
+def steps_of(recover: bool) -> list[tuple[bytes, bytes]]:
+    """What is sent, and what has to come before the next step."""
+    answer = b'"session"' if recover else b"40{"
+    return [(REQUEST, b'0{"sid"'), (connect(recover), answer), (SUBSCRIBE, b'430[{"ok":true')]
+
+
 FRAME_BYTES = len(bare_server.event_frame(0))
 
 
@@ -77,8 +86,12 @@ class Load:
     come: to wake a sleeper up is work for who sends, and comes and goes as the two fall in step.
     """
 
-    def __init__(self, port: int, *, awake: bool = False) -> None:
+    def __init__(self, port: int, *, awake: bool = False, recover: bool = False) -> None:
+        """With `recover` each event has its offset, and the number of the first is `first_offset`."""
         self._port = port
+        self._recover = recover
+        self.first_offset = 0
+        self.frame_bytes = len(bare_server.event_frame(0, 10**15)) if recover else FRAME_BYTES
         self._awake = awake
         self._epoll = select.epoll()
         self.clients: dict[int, Client] = {}
@@ -88,7 +101,7 @@ class Load:
 
     def connect(self, count: int, at_once: int = 100, subscribed: bool = True) -> float:
         """Connect (and subscribe) so many clients; returns the seconds that it took."""
-        steps = STEPS if subscribed else STEPS[:2]
+        steps = steps_of(self._recover)[: 3 if subscribed else 2]
         start = time.perf_counter()
         goal, begun, done = count, 0, 0
         while done < goal:
@@ -129,8 +142,13 @@ class Load:
 
     def expect(self, count: int) -> None:
         """Make ready for the events with numbers below `count`."""
-        have = len(self._expected) // FRAME_BYTES
-        self._expected += b"".join(bare_server.event_frame(n) for n in range(have, count))
+        have = len(self._expected) // self.frame_bytes
+        self._expected += b"".join(map(self._frame, range(have, count)))
+
+    def _frame(self, number: int) -> bytes:
+        return bare_server.event_frame(
+            number, self.first_offset + number if self._recover else None
+        )
 
     def receive(self, upto: int, timeout: float = 120.0) -> tuple[float, float]:
         """Read until every client has had event `upto - 1`; returns when the first and last byte came."""
@@ -143,7 +161,7 @@ class Load:
 
     def progress(self, upto: int, timeout: float = 120.0) -> Iterator[tuple[Client, int]]:
         """As `receive`, but tells of each read: the client, and its position before."""
-        goal, deadline = upto * FRAME_BYTES, time.monotonic() + timeout
+        goal, deadline = upto * self.frame_bytes, time.monotonic() + timeout
         missing = sum(client.position < goal for client in self.clients.values())
         while missing:
             if time.monotonic() > deadline:
@@ -157,7 +175,7 @@ class Load:
     def _read(self, client: Client) -> None:
         data = client.socket.recv(READ_BYTES)
         if not data:
-            raise BrokenError(f"closed after {client.position // FRAME_BYTES} events")
+            raise BrokenError(f"closed after {client.position // self.frame_bytes} events")
         if not self._expected.startswith(data, client.position):
             raise BrokenError(f"other bytes than expected after {client.position}: {data[:300]!r}")
         client.position += len(data)

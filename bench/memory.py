@@ -57,7 +57,7 @@ def settled(peer: peers.Peer) -> dict[str, Any]:
 
 def held(usage: dict[str, Any]) -> dict[str, int]:
     """What a server holds of its clients, counted."""
-    return {name: usage[name] for name in usage if name not in ("resident", "cpu")}
+    return {name: usage[name] for name in usage if name not in ("resident", "cpu", "offset")}
 
 
 def stalled(kind: str, megabytes: int, *, stalling: int) -> dict[str, float]:
@@ -77,7 +77,9 @@ def stalled(kind: str, megabytes: int, *, stalling: int) -> dict[str, float]:
             reads.append((now, position, client.position))
             if now - asked > 0.5:
                 asked, most = now, max(most, peer.resident())
-        latencies = latencies_ms(reads[:: 1 + len(reads) // 50_000], 0, start, EVENTS_A_SECOND)
+        latencies = latencies_ms(
+            reads[:: 1 + len(reads) // 50_000], load.FRAME_BYTES, 0, start, EVENTS_A_SECOND
+        )
         sockets = peer.usage()["sockets"]
         readers.close()
         deaf.close()

@@ -26,6 +26,7 @@ NODE = ["node", "--expose-gc", str(SERVERS / "node_server.mjs"), event.GUILD, ev
 COMMANDS = {
     "spywatcher": [sys.executable, str(SERVERS / "spywatcher_server.py")],
     "spywatcher+uvloop": [sys.executable, str(SERVERS / "spywatcher_server.py"), "--uvloop"],
+    "spywatcher+recovery": [sys.executable, str(SERVERS / "spywatcher_server.py")],
     "node": NODE,
     "stock": [sys.executable, str(SERVERS / "stock_server.py")],
     "bare": [sys.executable, str(SERVERS / "bare_server.py")],
@@ -33,6 +34,7 @@ COMMANDS = {
 NAMES = {
     "spywatcher": "SpyWatcher",
     "spywatcher+uvloop": "SpyWatcher on uvloop",
+    "spywatcher+recovery": "SpyWatcher, to clients that can recover",
     "node": "Node socket.io",
     "stock": "python-socketio",
     "bare": "bare send loop",

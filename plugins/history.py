@@ -31,6 +31,7 @@ from ._counts import (
     Row,
     Rows,
     Shape,
+    SingleFile,
     forget_member,
     to_json,
     transaction,
@@ -426,6 +427,19 @@ async def setup(spy: Spy) -> None:
 
 async def teardown(spy: Spy) -> None:
     await history.keeper.close()
+
+
+def seed(storage: Path, hours: Iterable[tuple[int, int, Iterable[int]]]) -> None:
+    """Put hours into the file before a server uses it: hour, guild and the numbers of `Counts`."""
+    rows = Rows(SHAPE)
+    file = SingleFile(file_of(storage), rows)
+    file.load()
+    rows.loaded = True
+    rows.add([[hour, guild, ALL, *counts, None] for hour, guild, counts in hours])
+    rows.settle()
+    file.save()
+    file.detach()
+    rows.db.close()
 
 
 def forget(storage: Path, member_id: int, guild_id: int | None) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import shutil
 import signal
 import socket
@@ -221,6 +222,11 @@ class Proxy:
 
     def freeze(self) -> None:
         self._flowing.clear()
+
+    def break_one(self) -> None:
+        """Break one connection, whichever comes."""
+        if self._writers:
+            random.choice([*self._writers]).transport.abort()
 
     async def cut(self) -> None:
         """Break all connections and take no new one."""

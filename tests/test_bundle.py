@@ -101,6 +101,17 @@ async def test_the_bundle_brings_its_plugins(bundle: Path, unpacked: Path, tmp_p
     assert set(SHIPPED) <= plugins_in(text)
 
 
+def test_the_bundle_brings_the_page_with_what_it_needs_of_others(bundle: Path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        names = {name.partition("/dashboard/")[2] for name in archive.namelist()}
+    assert {
+        "static/index.html",
+        "static/main.js",
+        "vendor/socket.io.js",
+        "vendor/uplot.js",
+    } <= names
+
+
 async def test_settings_and_plugins_of_the_working_directory_apply_to_the_bundle(
     bundle: Path, unpacked: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -73,12 +74,24 @@ async def test_lists_of_members_are_filled_when_the_address_is_shown(js: JavaScr
             assert all(data[name] for name in ("ghosts", "lurkers", "channelDiversity"))
 
 
+async def test_the_charts_of_weeks_are_filled_when_the_address_is_shown(js: JavaScript) -> None:
+    async with running(ROOT, "demo", "--port", "0") as service:
+        url, token = (await service.wrote(ADDRESS)).groups()
+        dashboard = await js.connect(url, token=token)
+        for guild in (await dashboard.call("guilds:list"))["guilds"]:
+            await dashboard.call("subscribe:history", guild["id"])
+            hours = (await dashboard.next("history:update"))["hours"]
+            assert len(hours) > 27 * 24
+            assert sum(hour["messages"] for hour in hours) > 1000
+
+
 async def test_the_terminal_shows_the_first_event_of_each_kind() -> None:
     async with running(ROOT, "demo", "--port", "0") as service:
         for event in ("message:new", "presence:update", "analytics:update"):
-            await service.wrote(rf"^{event} +\{{.*\"guildId\"")
-        events = [line.split()[0] for line in service.out if line[-1:] == "}"]
+            await service.wrote(rf"^{event} +\{{")
+        events = [line.split()[0] for line in service.out if re.match(r"\w+:\w+ +\{", line)]
         assert len(events) == len(set(events))
+        assert max(map(len, service.out[-len(events) :])) < 1000
 
 
 async def test_an_authors_folder_of_plugins_runs_against_the_lively_guild(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 @pytest.fixture
 def example(watching: Watching) -> Callable[..., Any]:
     """A server with all examples beside the shipped plugins."""
-    return lambda **tables: watching(plugins={"folders": ["plugins", str(FOLDER)]}, **tables)
+    folders = ["plugins", "plugins/examples"]  # the shipped ones, wherever the settings are
+    return lambda **tables: watching(plugins={"folders": folders}, **tables)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

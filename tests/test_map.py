@@ -70,7 +70,8 @@ def test_a_section_opens_with_what_it_is_for():
 
 @pytest.mark.parametrize("name", spywatcher.__all__)
 def test_what_plugins_may_import_is_documented(name):
-    assert getattr(spywatcher, name).__doc__
+    text = getattr(spywatcher, name).__doc__ or ""
+    assert re.search(r"^ {8}\S", text, re.MULTILINE), "an example is missing"
 
 
 def test_all_is_sorted_and_complete():

@@ -100,6 +100,19 @@ async def test_a_new_address_in_the_same_window_brings_its_token_along(
     assert await page.evaluate("location.hash") == "#people"
 
 
+async def test_who_looks_next_in_the_same_window_sees_nothing_of_what_was_seen_before(
+    browser: Browser, spy: Watch
+) -> None:
+    page = await browser.open(address(spy))
+    await state(page).to_have_text("Live")
+    ada = await spy.discord.join(spy.guild, "ada")
+    await expect(page.locator("#events li")).to_have_count(1)
+    await page.goto(address(spy, token=spy.token("2", role="ADMIN")))
+    await expect(page.locator("#no-events")).to_be_visible()
+    await spy.discord.message(spy.guild, ada, spy.guild.general)
+    await expect(page.locator("#events li p")).to_have_text(["ada wrote in #general"])
+
+
 async def test_an_expired_token_is_told_from_a_wrong_one(browser: Browser, spy: Watch) -> None:
     claims = {"discordId": "1", "access": True, "role": "ADMIN", "exp": int(time.time()) - 60}
     page = await browser.open(address(spy, token=jwt.encode(claims, SECRET)))

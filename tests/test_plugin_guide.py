@@ -86,7 +86,8 @@ async def test_the_other_plugins_of_the_page_run_in_a_server(
     async with watching(
         plugins={"folders": ["plugins", str(folder)]}, plugin=table["plugin"]
     ) as spy:
-        assert len(spy.server.plugins.running) == len(PLUGINS) + 5
+        own = {"rich", *names.values()} - {"plugin4"}
+        assert spy.server.plugins.running.keys() > own
         assert spy.server.plugins.running["rich"].spy.settings.least == 5
         dashboard = await spy.dashboard()
         devices = ["desktop", "mobile", "web"]

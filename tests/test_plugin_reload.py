@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from jsclient import Dashboard
+from service import fetch
 from waiting import eventually
 from watching import Watch, Watching
 
@@ -138,6 +139,30 @@ async def test_a_version_that_cannot_be_set_up_leaves_the_one_before(
         (folder / "one.py").write_text(broken)
         await eventually(lambda: spy.server.plugins.health()["outdated"] == ["one"], SOON)
         assert await version(spy, dashboard) == 1
+
+
+PAGE = """
+from spywatcher import route
+from tornado.web import RequestHandler
+
+@route("/page")
+class Page(RequestHandler):
+    def get(self): self.finish("{number}")
+"""
+
+
+async def test_a_page_is_served_until_its_plugin_goes(live: Any, folder: Path) -> None:
+    async with live() as spy:
+
+        async def answers(code: int, body: bytes | None = None) -> bool:
+            answer = await fetch(spy.server.port, "/page")
+            return answer.code == code and body in (None, answer.body)
+
+        for number in (1, 2):
+            (folder / "page.py").write_text(PAGE.format(number=number))
+            await eventually(lambda number=number: answers(200, b"%d" % number), SOON)
+        (folder / "page.py").unlink()
+        await eventually(lambda: answers(404), SOON)
 
 
 async def test_a_half_written_file_is_waited_out(live: Any, folder: Path) -> None:

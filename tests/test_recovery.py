@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 from jsclient import QUICK, Dashboard
 from waiting import eventually
-from watching import Watch, Watching
+from watching import RawClient, Watch, Watching
 
 import spywatcher
 from simulator import Guild, Member, Permission, Role, hidden_except
+from spywatcher import (
+    MAX_LOG_BYTES,
+    Destination,
+    Metrics,
+    Recovery,
+    RecoverySettings,
+    Viewer,
+    event_packet,
+)
 
 #: What a page's client sends, and so is known for one that can recover.
 PAGE = {"Origin": "http://localhost:5173"}
@@ -37,6 +46,25 @@ def broadcast(spy: Watch, *numbers: int, channel: str = "", kind: str = "guild")
 
 async def numbers(dashboard: Dashboard, count: int) -> list[int]:
     return [(await dashboard.next("x"))["number"] for _ in range(count)]
+
+
+async def bare_page(spy: Watch, **auth: Any) -> tuple[dict[str, Any], RawClient, Any]:
+    """A browser's bare connection: what it says when it comes back, itself, what `session` said."""
+    raw = await spy.raw(headers=PAGE)
+    said = {"token": spy.token(role="ADMIN"), **auth}
+    await raw.send("40" + json.dumps(said))
+    pid = json.loads(str(await raw.read())[2:])["pid"]
+    packet = ""
+    while not packet.startswith('42["session"'):
+        packet = str(await raw.read())
+    _, session, offset = json.loads(packet[2:])
+    return said | {"pid": pid, "offset": offset}, raw, session
+
+
+async def lose(spy: Watch, raw: RawClient) -> None:
+    """It has read nothing of late, and its connection is gone."""
+    raw.socket.stream.close()
+    await eventually(lambda: not len(spy.server.dashboards))
 
 
 async def away(spy: Watch, dashboard: Dashboard) -> None:
@@ -86,6 +114,35 @@ async def test_a_client_recovers_again_and_again(spy: Watch) -> None:
         assert (await dashboard.next("session"))["recovered"]
     assert await numbers(dashboard, 10) == list(range(10))
     await dashboard.quiet("x")
+
+
+async def test_an_offset_from_before_a_restart_hides_nothing(watching: Watching) -> None:
+    async with watching() as spy:
+        before, _, _ = await bare_page(spy)
+    async with watching() as spy:
+        said, raw, _ = await bare_page(spy)
+        await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+        await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
+        await lose(spy, raw)
+        broadcast(spy, 1)
+        back = await spy.raw(headers=PAGE)
+        await back.send("40" + json.dumps(said | {"offset": before["offset"]}))
+        assert json.loads(str(await back.read())[2:])["pid"] == said["pid"]
+        assert str(await back.read()).startswith('42["x",{"number":1}')
+
+
+async def test_what_the_throttle_held_back_meanwhile_is_not_lost(watching: Watching) -> None:
+    async with watching(throttle={"x": 0.3}) as spy:
+        dashboard = await page(spy)
+        for number in (1, 2):
+            spy.server.throttle.emit("x", str(spy.guild.id), {"number": number}, "guild")
+        assert await numbers(dashboard, 1) == [1]
+        await away(spy, dashboard)
+        before = spy.server.recovery.offset
+        await eventually(lambda: spy.server.recovery.offset != before)
+        await dashboard.reconnected()
+        assert await numbers(dashboard, 1) == [2]
+        await dashboard.quiet("x")
 
 
 # ---- who gets it
@@ -172,7 +229,7 @@ async def test_nobody_recovers_where_it_is_switched_off(watching: Watching) -> N
 
 
 @pytest.mark.parametrize(
-    "offset", [None, "", "x", "-1", "1e3", "9" * 40, 5, ["1"], {}, True, "\u0661", "0x1"]
+    "offset", [None, "", "x", "-1", "1e3", "9" * 18, "9" * 40, 5, ["1"], {}, True, "\u0661", "0x1"]
 )
 async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: object) -> None:
     first = await page(spy, reconnection=False)
@@ -193,6 +250,7 @@ async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: o
         lambda pid: "x" * 10_000,
         lambda pid: ".",
         lambda pid: "é.é",
+        lambda pid: "\ud800" + pid[1:],  # JSON can say what no text can
     ],
 )
 async def test_a_pid_that_was_not_given_out_is_a_fresh_start(spy: Watch, change: Any) -> None:
@@ -217,6 +275,17 @@ async def test_a_stolen_pid_is_of_no_use_to_another_viewer(spy: Watch) -> None:
     await thief.send("40" + json.dumps(said))
     assert json.loads(str(await thief.read())[2:])["pid"] != pid
     assert (await victim.state()).connected
+
+
+async def test_a_pid_that_is_taken_back_by_two_at_once_is_one_connections_alone(spy: Watch) -> None:
+    said, _, _ = await bare_page(spy)
+    raws = [await spy.raw(headers=PAGE) for _ in range(3)]
+    await asyncio.gather(*(raw.send("40" + json.dumps(said)) for raw in raws))
+    await eventually(lambda: len(spy.server.dashboards) >= 1)
+    await raws[-1].send("40" + json.dumps(said))
+    for raw in raws:
+        raw.socket.stream.close()
+    await eventually(lambda: not len(spy.server.dashboards))
 
 
 async def test_who_leaves_on_purpose_is_not_waited_for(spy: Watch) -> None:
@@ -251,6 +320,36 @@ async def test_of_a_guild_that_may_no_longer_be_seen_nothing_comes(
     await dashboard.reconnected()
     assert await dashboard.next("session") == {"recovered": True, "rooms": []}
     broadcast(spy, 2)
+    await dashboard.quiet("x")
+
+
+async def test_a_right_that_was_lost_and_won_again_while_away_brings_nothing(
+    ada: Member, staff: Role, spy: Watch
+) -> None:
+    dashboard = await page(spy, ada, reconnection=False)
+    await away(spy, dashboard)
+    await spy.discord.remove_role(spy.guild, ada, staff)
+    await spy.discord.caught_up()
+    broadcast(spy, 1)
+    await spy.discord.add_role(spy.guild, ada, staff)
+    await spy.discord.caught_up()
+    await dashboard.reconnect()
+    await dashboard.reconnected()
+    assert await dashboard.next("session") == {"recovered": True, "rooms": []}
+    await dashboard.quiet("x")
+
+
+async def test_who_was_kicked_from_the_guild_while_away_is_owed_nothing(
+    ada: Member, spy: Watch
+) -> None:
+    dashboard = await page(spy, ada)
+    await away(spy, dashboard)
+    broadcast(spy, 1)
+    await spy.discord.kick(spy.guild, ada)
+    await spy.discord.caught_up()
+    assert spy.server.recovery.size == 0
+    await dashboard.reconnected()
+    assert await dashboard.next("session") == {"recovered": True, "rooms": []}
     await dashboard.quiet("x")
 
 
@@ -300,20 +399,51 @@ async def test_nothing_from_before_a_room_was_entered_is_owed(spy: Watch) -> Non
     await dashboard.quiet("x")
 
 
+# ---- what a new subscriber gets
+
+
+async def test_a_snapshot_that_never_arrived_comes_after_the_return(spy: Watch) -> None:
+    said, raw, _ = await bare_page(spy)
+    await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+    await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
+    await lose(spy, raw)
+    _, back, session = await bare_page(spy, **said)
+    assert session == {"recovered": True, "rooms": [f"guild:{spy.guild.id}"]}
+    assert str(await back.read()).startswith('42["presence:snapshot"')
+
+
+async def test_who_had_its_snapshot_gets_it_once(spy: Watch) -> None:
+    dashboard = await page(spy)
+    await away(spy, dashboard)
+    await dashboard.reconnected()
+    await dashboard.next("session")
+    await dashboard.quiet("presence:snapshot")
+
+
 # ---- limits
+
+
+def test_twenty_busy_guilds_keep_no_more_than_their_bounds() -> None:
+    recovery = Recovery(RecoverySettings(), Metrics())
+    ticket = recovery.issue(Viewer("1", "ADMIN"))
+    guilds = [str(number) for number in range(20)]
+    for guild_id in guilds:
+        recovery.enter(ticket, f"guild:{guild_id}")
+    for size in (100, 5_000):
+        packet = event_packet("x", {"text": "x" * size})
+        for guild_id in guilds * 2_000:
+            recovery.add(Destination(guild_id, "guild"), packet)
+        assert recovery.size <= 20 * min(MAX_LOG_BYTES, 1_000 * (len(packet) + 40))
+    recovery.forget(ticket)
+    assert recovery.size == 0
 
 
 async def test_a_return_replaces_its_half_open_connection(watching: Watching) -> None:
     limits = {"connections_per_ip": 1, "connections_per_viewer": 1}
     async with watching(limits=limits) as spy:
-        raw = await spy.raw(headers=PAGE)
-        said = {"token": spy.token(role="ADMIN")}
-        await raw.send("40" + json.dumps(said))
-        pid = json.loads(str(await raw.read())[2:])["pid"]
-        offset = json.loads(str(await raw.read())[2:])[-1]
-        back = await spy.raw(headers=PAGE)
-        await back.send("40" + json.dumps(said | {"pid": pid, "offset": offset}))
-        assert json.loads(str(await back.read())[2:])["pid"] == pid
+        said, _, _ = await bare_page(spy)
+        again, _, _ = await bare_page(spy, **said)
+        assert again["pid"] == said["pid"]
         assert len(spy.server.dashboards) == 1
 
 

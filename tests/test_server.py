@@ -124,8 +124,8 @@ async def test_a_port_that_is_taken_is_one_line_and_status_2(tmp_path, discord):
         port = taken.getsockname()[1]
         write_settings(tmp_path, tables_for(discord, server={"port": port}))
         status, _, log = await run(tmp_path, "serve")
-    line = f"spywatcher: server.port: cannot listen on 127.0.0.1:{port}: Address already in use"
-    assert (status, log) == (2, [line])
+    line = f"spywatcher: server.port: cannot listen on localhost:{port}: Address already in use"
+    assert (status, log) == (2, [f"{line} (config.toml)"])
 
 
 async def test_stopping_leaves_no_task_behind(watching):

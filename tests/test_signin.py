@@ -21,7 +21,7 @@ from signing import Browser, signing_in, signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
-from spywatcher import Keys, parse_settings
+from spywatcher import Keys, Metrics, OperatorError, PluginHost, parse_settings, read_settings
 
 LISTED = "https://board.example"
 
@@ -256,13 +256,15 @@ async def test_signing_out_twice_is_harmless(discord: PretendDiscord) -> None:
 
 
 async def test_a_session_outlives_a_restart_and_its_end_does_too(
-    discord: PretendDiscord, guild: Guild, ada: Member, tmp_path: Path
+    discord: PretendDiscord, ada: Member
 ) -> None:
     tables = signing_tables(discord)
     async with Browser(public_url(tables)) as browser, Browser(browser.url) as thief:
         async with server_of(discord, tables):
+            await discord.wait_for_bot()
             await browser.sign_in(ada.id)
         async with server_of(discord, tables):
+            await discord.wait_for_bot()
             assert (await browser.token()).status == 200
             thief.keep("spywatcher_session", str(browser.cookie("spywatcher_session")))
             await browser.post("/signout")
@@ -429,13 +431,20 @@ PORTAL = {"client_id": "123", "client_secret": "s", "public_url": "https://watch
         ({"admins": ["ada"]}, "plugin.signin.admins"),
     ],
 )
-async def test_check_names_what_cannot_work(
-    tmp_path: Path, wrong: dict[str, object], said: str
-) -> None:
-    write_settings(tmp_path, signin_only(PORTAL | wrong))
-    status, _, log = await run(tmp_path, "check")
-    assert status == 2
-    assert any(re.search(said, line) for line in log), log
+def test_what_cannot_work_is_named(tmp_path: Path, wrong: dict[str, object], said: str) -> None:
+    faults = faults_of(tmp_path, PORTAL | wrong)
+    assert any(re.search(said, fault) for fault in faults), faults
+
+
+def faults_of(folder: Path, table: dict[str, object]) -> list[str]:
+    """What `check` and `serve` say of this `[plugin.signin]`, in a folder of its own."""
+    settings = read_settings(write_settings(folder, signin_only(table)))
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    try:
+        host.load()
+    except OperatorError as error:
+        return list(error.faults)
+    return []
 
 
 def signin_only(table: dict[str, object], **auth: object) -> dict[str, dict[str, object]]:
@@ -446,12 +455,17 @@ def signin_only(table: dict[str, object], **auth: object) -> dict[str, dict[str,
 @pytest.mark.parametrize(
     "url", ["https://Watch.Example:443/", "http://localhost:3001", "http://[::1]"]
 )
-async def test_check_takes_what_can_work(tmp_path: Path, url: str) -> None:
+def test_what_can_work_is_taken(tmp_path: Path, url: str) -> None:
     (tmp_path / "client").write_bytes(b"\xef\xbb\xbfs3cret\n")
-    table = PORTAL | {"public_url": url, "client_secret": "", "client_secret_file": "client"}
-    write_settings(tmp_path, signin_only(table))
-    status, out, log = await run(tmp_path, "check")
+    more = {"public_url": url, "client_secret": "", "client_secret_file": "client"}
+    assert faults_of(tmp_path, PORTAL | more) == []
+
+
+async def test_check_shows_no_secret(tmp_path: Path) -> None:
+    write_settings(tmp_path, signin_only(PORTAL | {"client_secret": "s3cret"}))
+    status, out, log = await run(tmp_path, "check", "--settings")
     assert status == 0, log
+    assert "plugin.signin.client_secret = (set, not shown)" in out
     assert "s3cret" not in "\n".join([*out, *log])
 
 
@@ -460,8 +474,7 @@ async def test_check_says_that_a_public_key_signs_nothing(tmp_path: Path) -> Non
     form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     (tmp_path / "key.pem").write_bytes(key.public_bytes(*form))
     auth = {"algorithms": ["ES256"], "public_key_file": "key.pem"}
-    for table, expected in ((PORTAL, 2), ({}, 0)):
-        write_settings(tmp_path, signin_only(table, **auth))
-        status, _, log = await run(tmp_path, "check")
-        assert status == expected
-        assert any("plugin.signin: needs [auth] secret" in line for line in log) is bool(expected)
+    write_settings(tmp_path, signin_only(PORTAL, **auth))
+    status, _, log = await run(tmp_path, "check")
+    assert status == 2
+    assert any("plugin.signin: needs [auth] secret" in line for line in log)

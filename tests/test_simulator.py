@@ -755,10 +755,9 @@ async def test_a_lively_guild_goes_on_for_hours_and_does_not_grow() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_event_of_the_shipped_plugins_comes_within_a_minute(seed: int) -> None:
-    names = ("messages", "presence", "members")
-    with Harness(*(Path(simulator.__file__).parent / "plugins" / f"{n}.py" for n in names)) as h:
-        lively = LivelyGuild(h.discord, seed=seed)
-        h.run(lively.warm_up(5 * 60))
+    names = ("messages.py", "presence.py", "members.py", "analytics", "history.py")
+    with Harness(*(Path(simulator.__file__).parent / "plugins" / name for name in names)) as h:
+        h.run(LivelyGuild(h.discord, seed=seed).warm_up(5 * 60))
         events = frozenset().union(*(plugin.events for plugin in h.host.plugins.values()))
         greetings = {one.event for one in h.subscribe()}
         assert {one.event for one in h.emitted} | greetings == events

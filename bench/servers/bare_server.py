@@ -20,9 +20,12 @@ def frame(payload: bytes) -> bytes:
     return b"\x81" + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")) + payload
 
 
-def event_frame(number: int) -> bytes:
-    body = json.dumps(["message:new", event.message(number)], separators=(",", ":"))
-    return frame(b"42" + body.encode())
+def event_frame(number: int, offset: int | None = None) -> bytes:
+    """With an offset as clients get it that can recover (docs/websocket-api.md, Reconnecting)."""
+    said: list[object] = ["message:new", event.message(number)]
+    if offset is not None:
+        said.append(str(offset))
+    return frame(b"42" + json.dumps(said, separators=(",", ":")).encode())
 
 
 async def welcome(client: socket.socket, clients: list[socket.socket]) -> None:

@@ -40,6 +40,8 @@ async def serve_from(storage: str) -> None:
             auth=spywatcher.AuthSettings(secret=event.SECRET),
             discord=spywatcher.DiscordSettings(token=discord.token, rest_url=discord.rest_url),
             limits=OPEN_TO_ALL,
+            # It greets each new subscriber; the other servers greet nobody.
+            plugins=spywatcher.PluginsSettings(disabled=("presence",)),
             storage=spywatcher.StorageSettings(path=storage),
             redis=spywatcher.RedisSettings(url=os.environ.get("BENCH_REDIS", "")),
             folder=Path(__file__).parents[2],
@@ -83,6 +85,7 @@ def figures_of(server: Server) -> Callable[[], dict[str, int]]:
             "strangers": len(server.limits.strangers),
             "rooms": len(rooms),
             "members": len(rooms.members(event.ROOM)),
+            "offset": int(server.recovery.offset),
             "namespaces": len(server.socketio.manager.rooms),
             "pending": len(server.socketio.manager.pending_connect)
             + len(server.socketio.manager.pending_disconnect),

@@ -143,7 +143,8 @@ class Analytics:
         cached = self._spy.bot.cache.get_members_view_for_guild(guild)
         present = list(ids.union(map(int, cached)))  # some may have joined meanwhile
         await self.flush()
-        if await self.keeper.run(self._store.keep, guild, present):
+        anybody = await self.keeper.run(self._store.keep, guild, present)
+        if anybody or self._spy.shared is not None:
             self.announce(guild)
 
     # -- what the keeper calls

@@ -29,8 +29,10 @@ export class Connection extends EventTarget {
   #watched = new Set();
   #pending = new Set(); // rooms about which Discord has not said enough
   #discordAway = false;
+  #viewer = null;
   #lostAt = null;
-  #timer = null;
+  #reconnecting; // timers
+  #asking;
   #tabs = new BroadcastChannel("spywatcher"); // the same page in other tabs of this browser
 
   constructor(tokens) {
@@ -74,9 +76,17 @@ export class Connection extends EventTarget {
   #leaveAll() {
     this.#socket.disconnect();
     this.#tokens.forget();
+    this.#forgetGuilds();
+    this.#signedOut();
+  }
+
+  /** Whoever looks next may not see what the one before saw. */
+  #forgetGuilds() {
     this.guilds = [];
     this.listed = false;
-    this.#signedOut();
+    this.#watched.clear();
+    this.#lostAt = null;
+    this.#tell("guilds", []);
   }
 
   /** Hear of these guilds, and of no others. */
@@ -101,7 +111,9 @@ export class Connection extends EventTarget {
   }
 
   #onConnect() {
-    clearTimeout(this.#timer);
+    clearTimeout(this.#reconnecting);
+    if (this.#viewer !== this.#tokens.viewer) this.#forgetGuilds();
+    this.#viewer = this.#tokens.viewer;
     if (!this.#socket.recovered) this.#beginAnew();
     this.#lostAt = null;
     this.#setLive();
@@ -123,9 +135,9 @@ export class Connection extends EventTarget {
   }
 
   #onDisconnect(reason) {
-    if (reason === "io client disconnect") return;
     this.#lostAt ??= Date.now();
     this.#pending.clear();
+    if (reason === "io client disconnect") return;
     if (this.state !== "expired") this.#set("reconnecting");
     // After a DISCONNECT of the server the stock client does not try again by itself.
     if (reason === "io server disconnect") this.#again(1_000);
@@ -136,7 +148,7 @@ export class Connection extends EventTarget {
     const { code, retryAfter } = error.data ?? {};
     if (error.message === "Authentication required") return this.#signedOut();
     if (code === "expired") {
-      if (this.#tokens.user && (await this.#tokens.renew())) return this.#socket.connect();
+      if (this.#tokens.user && (await this.#tokens.renew())) return this.#again(1_000);
       return this.#tokenEnded();
     }
     this.#turnedAway("refused", code ?? error.message);
@@ -145,6 +157,7 @@ export class Connection extends EventTarget {
 
   #onError({ message, code }) {
     // The transport closes next; with a sign-in the client comes back by itself with a new token.
+    if (code === "forbidden") this.#pending.clear();
     if (code === "expired" && !this.#tokens.user) this.#tokenEnded();
     else if (code !== "expired" && code !== "unknown_event") this.#tell("problem", { message, code });
   }
@@ -155,7 +168,7 @@ export class Connection extends EventTarget {
     this.#tell("event", { name, data });
   }
 
-  async #onGuilds({ guilds, complete }) {
+  #onGuilds({ guilds, complete }) {
     this.guilds = guilds;
     this.listed = true;
     this.complete = complete ?? true;
@@ -167,7 +180,8 @@ export class Connection extends EventTarget {
     const answer = await this.#request("guilds:list");
     if (answer?.guilds) this.#onGuilds(answer);
     // A server that tells of no changes is asked again while there is nothing to see.
-    if (!this.guilds.length) setTimeout(() => this.connected && this.#askForGuilds(), ASK_AGAIN);
+    clearTimeout(this.#asking);
+    if (!this.guilds.length) this.#asking = setTimeout(() => this.connected && this.#askForGuilds(), ASK_AGAIN);
   }
 
   #enter(id) {
@@ -175,6 +189,7 @@ export class Connection extends EventTarget {
   }
 
   async #subscribe(kind, id) {
+    if (!this.#watched.has(id)) return;
     const answer = await this.#request(`subscribe:${kind}`, id);
     if (!this.#watched.has(id)) return;
     if (answer?.pending && kind === "guild") this.#pending.add(id);
@@ -244,8 +259,8 @@ export class Connection extends EventTarget {
   }
 
   #again(milliseconds) {
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.connected || this.#socket.connect(), milliseconds);
+    clearTimeout(this.#reconnecting);
+    this.#reconnecting = setTimeout(() => this.connected || this.#socket.connect(), milliseconds);
   }
 
   #tell(type, detail) {

@@ -62,7 +62,9 @@ class Page {
       if (kind === "history" && this.#guilds.has(id)) this.#guilds.get(id).historyError = message;
     });
     addEventListener("hashchange", () => this.#onAddress());
-    addEventListener("keydown", ({ key }) => key === "Escape" && this.#view === "wall" && (location.hash = "#now"));
+    addEventListener("keydown", ({ key }) => {
+      if (key === "Escape" && this.#view === "wall") location.hash = "#now";
+    });
     $("#guilds").addEventListener("change", ({ target }) => this.#choose(target.value));
   }
 

@@ -15,6 +15,15 @@ export function tokenInAddress() {
   return token;
 }
 
+/** `discordId` of a token as it says itself: the server alone knows whether it is true. */
+function viewerOf(token) {
+  try {
+    return JSON.parse(atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/"))).discordId;
+  } catch {
+    return null;
+  }
+}
+
 export class Tokens {
   #token = null;
   #ends = Infinity; // ms since 1970, of tokens from the sign-in
@@ -24,6 +33,11 @@ export class Tokens {
   signIn = null;
   /** What the sign-in last said: an HTTP status, or 0 when there was no answer. */
   status = 0;
+
+  /** Whom the token is for; null without one, or if it cannot be read. */
+  get viewer() {
+    return viewerOf(this.#token);
+  }
 
   use(token) {
     this.#token = token.trim() || null;

@@ -15,7 +15,7 @@ async def forever(event):
 
 @on(hikari.GuildMessageCreateEvent)
 async def stubborn(event):
-    for _ in range(100):
+    for _ in range(8):
         try:
             await asyncio.sleep(0.2)
         except asyncio.CancelledError:
