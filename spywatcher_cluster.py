@@ -489,11 +489,7 @@ def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[st
 
 def redis_password_of(settings: Settings) -> str:
     """Empty where the URL has it, or there is none."""
-    file = settings.redis.password_file
-    password = read_secret("", file, settings.folder, "redis.password")
-    if file and not password:
-        raise OperatorError(f"redis.password_file: {file} is empty, expected Redis' password")
-    return password
+    return read_secret("", settings.redis.password_file, settings.folder, "redis.password")
 
 
 def check_redis(settings: Settings) -> None:
