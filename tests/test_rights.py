@@ -162,6 +162,18 @@ async def test_who_has_not_asked_is_not_told(spy):
     assert not dashboard.received("guilds:update")
 
 
+async def test_nothing_is_kept_of_who_is_gone(watching, guild, ada):
+    async with watching() as spy:
+        dashboard = await spy.dashboard(ada)
+        await dashboard.call("guilds:list")
+        await dashboard.call("subscribe:analytics", str(guild.id))
+        await dashboard.disconnect()
+        rights = spy.server.rights
+        await eventually(lambda: not rights.subscriptions.connected)
+        assert not rights.subscriptions.guilds()
+        assert not rights.lists._lists
+
+
 # ---- what decides, line by line
 
 
