@@ -7455,8 +7455,12 @@ class GuildLists:
     # -- who is told
 
     def _tell_soon(self, seconds: float = 0.0) -> None:
+        loop = asyncio.get_running_loop()
+        if self._telling is not None and self._telling.when() > loop.time() + seconds:
+            self._telling.cancel()
+            self._telling = None
         if self._telling is None and self._lists:
-            self._telling = asyncio.get_running_loop().call_later(seconds, self._tell)
+            self._telling = loop.call_later(seconds, self._tell)
 
     def _tell(self) -> None:
         """Tell whoever may be told now; come again for the others."""
@@ -7593,9 +7597,10 @@ class RightsWatcher:
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
         """Something has changed in a guild: for all of its viewers, or for one."""
-        self._forget(guild_id)
+        self._judged.pop(guild_id, None)
         viewers = self._stale.setdefault(guild_id, set())
         if discord_id is None:
+            self._access.forget(int(guild_id))
             self._stale[guild_id] = None
         elif viewers is not None:
             viewers.add(discord_id)
