@@ -1157,13 +1157,15 @@ class CacheReader:
         self._cache = cache
 
     def guild_ids(self) -> Collection[int]:
-        entries = self._cache._guild_entries
+        entries = self._cache._guild_entries.freeze()
         return [guild_id for guild_id, record in entries.items() if record.guild is not None]
 
     def guilds_of(self, user_id: int) -> Collection[int]:
         """Those of which this user is a member."""
-        entries = self._cache._guild_entries.items()
-        return [one for one, record in entries if record.members and user_id in record.members]
+        entries = self._cache._guild_entries.freeze().items()
+        return [
+            one for one, record in entries if record.members and user_id in record.members._data
+        ]
 
     def get_guild(self, guild_id: int) -> Any:
         record = self._cache._guild_entries.get(guild_id)
@@ -1456,6 +1458,8 @@ class Access:
 
     def timed_out_until(self, viewer: Viewer, guild_id: int) -> float | None:
         """When the viewer's time-out in the guild ends; in seconds since 1970."""
+        if viewer.role in self._admin_roles:
+            return None
         until = timeout_end(self._member(viewer, guild_id))
         return until if until and until > time.time() else None
 
@@ -1573,6 +1577,7 @@ def clean_text(text: str) -> str:
     return SEEN.sub(lambda found: found[1] or "", text)
 
 
+@functools.lru_cache(maxsize=8192)
 def shown_name(name: str | None, own_id: int, longest: int) -> str:
     """A name as it may leave; the id where nothing of it can be seen."""
     text = clean_text(name or "").strip()
@@ -2971,11 +2976,6 @@ class Destination(NamedTuple):
     kind: str
     channel_id: str = ""
 
-    @classmethod
-    def of(cls, room: str) -> Destination:
-        kind, _, guild_id = room.partition(":")
-        return cls(guild_id, kind)
-
     @property
     def room(self) -> str:
         return f"{self.kind}:{self.guild_id}"
@@ -3039,10 +3039,10 @@ class Ticket:
         self.viewer = viewer
         #: By room, the position at which the client entered it: nothing from before is owed.
         self.rooms: dict[str, int] = {}
-        #: Rooms that it is to be in once it is known that it may.
-        self.pending: set[str] = set()
         #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
         self.greeted: dict[str, float] = {}
+        #: Rooms that its client waits to be in.
+        self.pending: set[str] = set()
         self.until = math.inf  # awaited until then, by the monotonic clock
 
 
@@ -3086,11 +3086,6 @@ class Recovery:
         """Those of which somebody is owed what goes to them."""
         self._forget_late()
         return tuple(self._in_room)
-
-    def guilds(self) -> Iterable[str]:
-        """The guilds of these rooms."""
-        self._forget_late()
-        return tuple(self._in_guild)
 
     def add(self, to: Destination, packet: bytes) -> RoomFrame:
         """The event as it goes out; it is kept where somebody may recover it."""
@@ -3157,13 +3152,14 @@ class Recovery:
         """Whose clients these are, by Discord id."""
         return tuple(self._of_viewer)
 
-    def awaited(self, guild_id: str) -> list[Ticket]:
-        """Those of clients that have lost their connection in a room of this guild."""
+    def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
+        """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
         self._forget_late()
         return [
             ticket
             for ticket in (self._awaited.values() if guild_id in self._in_guild else ())
-            if any(room_guild(room) == guild_id for room in ticket.rooms)
+            if discord_id in (None, ticket.viewer.discord_id)
+            and any(room_guild(room) == guild_id for room in ticket.rooms)
         ]
 
     def _forget_late(self) -> None:
@@ -6821,6 +6817,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def open(self, *args: str, **kwargs: str) -> None:
         self.connection.detached = True
+        self.set_nodelay(True)  # Tornado takes it back after each answer, that of the upgrade too
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
         self._stream.max_write_buffer_size = self._engine.max_queue_bytes
         if self._sid is None:
@@ -7081,8 +7078,8 @@ class Dashboard:
         self.session = session
         self.ticket = ticket
         self.expiry: asyncio.TimerHandle | None = None
-        #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
-        self.pending: set[str] = set() if ticket is None else ticket.pending
+        #: Rooms that it is to be in once it is known that it may; its ticket knows them too.
+        self.pending: set[str] = ticket.pending if ticket else set()
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -7180,18 +7177,18 @@ class Subscriptions:
     def viewer(self, sid: Sid) -> Viewer:
         return self.connected[sid].viewer
 
-    def is_connected(self, discord_id: str) -> bool:
+    def is_awaited(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open, or one that may come back."""
-        by_ticket = self._recovery.has_ticket(discord_id)
-        return by_ticket or viewer_name(discord_id) in self._limits.open
+        is_open = viewer_name(discord_id) in self._limits.open
+        return is_open or self._recovery.has_ticket(discord_id)
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
-        return {*self._in_guild, *self._recovery.guilds()}
+        return {*self._in_guild, *map(room_guild, self._recovery.rooms())}
 
     def guilds_of(self, sid: Sid) -> set[str]:
         rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
-        return {room_guild(room) for room in rooms}
+        return {room.partition(":")[2] for room in rooms}
 
     def dashboards_of(self, guild_id: str) -> list[Sid]:
         return list(self._in_guild.get(guild_id, ()))
@@ -7218,6 +7215,12 @@ class Subscriptions:
         self._leave(sid, room)
         return {"room": room}
 
+    def wait_again(self, sid: Sid) -> None:
+        """For the rooms that a client which came back was still waiting for."""
+        for guild_id in {room_guild(room) for room in self.connected[sid].pending}:
+            self._in_guild.setdefault(guild_id, {})[sid] = None
+            self.judge(sid, guild_id)
+
     # -- as rights are
 
     def judge(self, sid: Sid, guild_id: str) -> asyncio.Task[None] | None:
@@ -7237,30 +7240,15 @@ class Subscriptions:
         if following is None:
             for room in pending:
                 self.enter(sid, room)
-                self.send_snapshots_soon(sid, Destination.of(room))
+                self.send_snapshots_soon(sid, room)
         else:
             following.add_done_callback(lambda _: self.judge(sid, guild_id))
         return following
 
-    def wait_again(self, sid: Sid) -> None:
-        """A dashboard is back that was pending somewhere."""
-        for guild_id in {room_guild(room) for room in self.connected[sid].pending}:
-            self._in_guild.setdefault(guild_id, {})[sid] = None
-            self.judge(sid, guild_id)
-
-    def judge_awaited(self, guild_id: str, viewers: set[str] | None) -> None:
-        """Of a guild that they may not view any more, who comes back is owed nothing."""
-        for ticket in self._recovery.awaited(guild_id):
-            if (viewers is None or ticket.viewer.discord_id in viewers) and self._access.may_view(
-                ticket.viewer, guild_id
-            ) is False:
-                for room in [one for one in ticket.rooms if room_guild(one) == guild_id]:
-                    self._recovery.leave(ticket, room)
-
     def enter(self, sid: Sid, room: str) -> None:
         dashboard = self.connected[sid]
         dashboard.pending.discard(room)
-        self._in_guild.setdefault(room_guild(room), {})[sid] = None
+        self._in_guild.setdefault(room.partition(":")[2], {})[sid] = None
         self._rooms.enter(sid, room)
         if dashboard.ticket is not None:
             self._recovery.enter(dashboard.ticket, room)
@@ -7285,13 +7273,21 @@ class Subscriptions:
             ).inc()
             dashboard.tell("error", ClientError("forbidden", text).to_wire())
 
+    def judge_awaited(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
+        """Of a guild that they may not view any more, who comes back is owed nothing."""
+        for ticket in self._recovery.awaited(guild_id):
+            wanted = discord_ids is None or ticket.viewer.discord_id in discord_ids
+            if wanted and self._access.may_view(ticket.viewer, guild_id) is False:
+                for room in [room for room in ticket.rooms if room_guild(room) == guild_id]:
+                    self._recovery.leave(ticket, room)
+
     def _leave(self, sid: Sid, room: str) -> None:
         dashboard = self.connected[sid]
         self._rooms.leave(sid, room)
         dashboard.pending.discard(room)
         if dashboard.ticket is not None:
             self._recovery.leave(dashboard.ticket, room)
-        guild_id = room_guild(room)
+        guild_id = room.partition(":")[2]
         if guild_id not in self.guilds_of(sid):
             self._forget(sid, guild_id)
 
@@ -7309,31 +7305,34 @@ class Subscriptions:
 
     # -- snapshots
 
-    def send_snapshots_soon(self, sid: Sid, to: Destination) -> None:
-        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
-        ticket = self.connected[sid].ticket
+    def send_snapshots_soon(self, sid: Sid, room: str) -> None:
+        """What plugins have for a new subscriber; in a task, so that the answer comes first.
+
+        To who can recover it goes with an offset, and again where it did not arrive.
+        """
+        kind, _, guild_id = room.partition(":")
+        viewer, ticket = self.viewer(sid), self.connected[sid].ticket
 
         def tell(event: str, payload: EventData) -> None:
-            channel_id = destination_of(to.guild_id, to.kind, payload).channel_id
-            if to.room not in self._rooms.rooms_of(sid) or not self._access.may_have(
-                self.viewer(sid), to.guild_id, channel_id
+            channel_id = destination_of(guild_id, kind, payload).channel_id
+            if room not in self._rooms.rooms_of(sid) or not self._access.may_have(
+                self.viewer(sid), guild_id, channel_id
             ):
                 return
             offset: tuple[str, ...] = ()
             if ticket is not None:
                 self._rooms.catch_up(sid)  # its offset says that all before it has come
-                offset = (self._recovery.greet(ticket, to.room),)
+                offset = (self._recovery.greet(ticket, room),)
             self.connected[sid].tell(event, payload, *offset)
 
         def end(task: asyncio.Task[None]) -> None:
             self._under_way.discard(task)
-            if ticket is not None and ticket.greeted.get(to.room) == math.inf:
-                del ticket.greeted[to.room]  # nobody had anything
+            if ticket is not None and ticket.greeted.get(room) == math.inf:
+                del ticket.greeted[room]  # nobody had anything
 
         if ticket is not None:
-            ticket.greeted[to.room] = math.inf
-        sending = self._node.send_snapshots(to.kind, to.guild_id, tell, self.viewer(sid))
-        task = asyncio.create_task(sending)
+            ticket.greeted[room] = math.inf
+        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
         self._under_way.add(task)
         task.add_done_callback(end)
 
@@ -7652,7 +7651,7 @@ class RightsWatcher:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
-        if self.subscriptions.is_connected(discord_id):
+        if self.subscriptions.is_awaited(discord_id):
             self.check(str(event.guild_id), discord_id)
 
     # -- while the cache is refilled
@@ -7819,12 +7818,12 @@ class Dashboards:
             return
         dashboard.write(due)
         self._limits.metrics.recovered.inc()
-        rooms = sorted(ticket.rooms)
-        for room in rooms:
+        rooms = sorted(ticket.rooms.keys() | ticket.pending)
+        for room in ticket.rooms:
             self._subscriptions.enter(sid, room)
         dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
         for room in self._recovery.not_greeted(ticket, comeback.offset):
-            self._subscriptions.send_snapshots_soon(sid, Destination.of(room))
+            self._subscriptions.send_snapshots_soon(sid, room)
         self._subscriptions.wait_again(sid)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
@@ -8119,24 +8118,10 @@ class Server:
         self.rooms = Rooms(*fanout, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
         self.recovery = Recovery(settings.recovery, self.metrics)
-        self.throttle = Throttle(settings.throttle, self.node, self.metrics)
-        self.rights = RightsWatcher(
-            self.access,
-            Subscriptions(
-                self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
-            ),
-            GuildLists(self.access),
-            self.rooms,
-        )
-        self.dashboards = Dashboards(
-            self.socketio,
-            self.tokens,
-            self.access,
-            self.limits,
-            self.node,
-            self.recovery,
-            self.rights,
-        )
+        timeout = settings.plugins.handler_timeout
+        self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
+        self.rights = self._make_rights()
+        self.dashboards = self._make_dashboards()
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
@@ -8148,6 +8133,23 @@ class Server:
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _make_rights(self) -> RightsWatcher:
+        subscriptions = Subscriptions(
+            self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+        )
+        return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
+
+    def _make_dashboards(self) -> Dashboards:
+        return Dashboards(
+            self.socketio,
+            self.tokens,
+            self.access,
+            self.limits,
+            self.node,
+            self.recovery,
+            self.rights,
+        )
 
     def _wanted(self) -> dict[type[hikari.Event], list[str]]:
         """Which events are needed, and by whom."""

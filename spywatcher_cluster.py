@@ -69,6 +69,7 @@ from spywatcher import (
     is_snowflake,
     log,
     read_secret,
+    room_guild,
     shown,
     without_login,
 )
@@ -82,6 +83,8 @@ WINDOWS: Final = (
 )
 #: A topic of guilds' streams too, where all others are kinds of rooms.
 CHANGE: Final = "state:change"
+#: The same of one member.
+MEMBER: Final = "state:member"
 
 #: Seconds until a holder that does not renew has lost the gateway. A holder counts fewer, from
 #: before it asked, so that it has stopped when another begins.
@@ -858,7 +861,7 @@ class Reader:
 
     def _comes_again(self, stream: str, entry: Entry) -> bool:
         """Whether a change in the control stream will be read in its place among the guild's events."""
-        if stream != CONTROL or entry.note.topic != CHANGE:
+        if stream != CONTROL or entry.note.topic not in (CHANGE, MEMBER):
             return False
         tail = self._tails.get(guild_stream(entry.note.detail))
         return tail is not None and tail.begins_before(entry.id)
@@ -1067,11 +1070,13 @@ class GuildState(msgspec.Struct, array_like=True, frozen=True):
 
 
 class GuildChange(msgspec.Struct, array_like=True, frozen=True):
-    """What has changed in a guild; None: it is gone."""
+    """What has changed in a guild; None: it is gone, or `about` has not changed."""
 
     roles: dict[int, RoleState | None] = {}
     channels: dict[int, ChannelState | None] = {}
     threads: dict[int, ThreadState | None] = {}
+    #: Name, icon, owner.
+    about: tuple[str, str | None, int] | None = None
 
 
 #: What one user is in each guild; None: no member.
@@ -1115,6 +1120,12 @@ class KnownGuilds:
         self.clear()
         self._heard = float("-inf")
         self._changed = asyncio.Event()
+
+    def doubt(self) -> None:
+        """Another node holds the gateway: what is here may be outdated until that one has told."""
+        self._told.clear()
+        self.whole.clear()
+        self.complete = False
 
     def clear(self) -> None:
         """Forget all: it may be outdated."""
@@ -1185,6 +1196,10 @@ class KnownGuilds:
         ):
             update(known, news)
             update(places, {number: guild_id if new else None for number, new in news.items()})
+        if change.about is not None:
+            name, icon, owner = change.about
+            about = {"name": name, "icon_hash": icon, "owner_id": owner}
+            self.guilds[guild_id] = msgspec.structs.replace(guild, **about)
         self._wake()
 
     def put_members(self, user_id: int, news: Memberships, whole: bool) -> set[int]:
@@ -1285,6 +1300,7 @@ class GuildReporter:
     """
 
     CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+        hikari.GuildUpdateEvent,
         hikari.RoleCreateEvent,
         hikari.RoleUpdateEvent,
         hikari.RoleDeleteEvent,
@@ -1325,15 +1341,10 @@ class GuildReporter:
 
     def subscribe(self, events: hikari.api.EventManager) -> None:
         """Before whoever judges by what is told here."""
-        events.subscribe(hikari.GuildUpdateEvent, self._on_guild_update)
         for change in self.CHANGES:
             events.subscribe(change, self._on_change)
         for change in self.MEMBER_CHANGES:
             events.subscribe(change, self._on_member_change)
-
-    async def _on_guild_update(self, event: hikari.GuildUpdateEvent) -> None:
-        if self._access.is_whole(event.guild_id):
-            self._tell_guild(event.guild_id, self._cache.get_guild(event.guild_id))
 
     async def _on_change(self, event: Any) -> None:
         """Told in the guild's stream too: there each event is judged by what came before it."""
@@ -1345,6 +1356,9 @@ class GuildReporter:
         self._tell(CHANGE, guild, encode_state(change), stream=guild_stream(guild))
 
     def _change_of(self, event: Any) -> GuildChange:
+        if isinstance(event, hikari.GuildUpdateEvent):
+            guild = event.guild
+            return GuildChange(about=(guild.name, guild.icon_hash, int(guild.owner_id)))
         if isinstance(event, hikari.RoleEvent):
             role = self._cache.get_role(event.role_id)
             return GuildChange(roles={int(event.role_id): role_state(role) if role else None})
@@ -1360,7 +1374,7 @@ class GuildReporter:
 
     async def _on_member_change(self, event: Any) -> None:
         if event.user_id in self._wanted:
-            self.tell_members(int(event.user_id), int(event.guild_id))
+            self._tell_member(int(event.user_id), int(event.guild_id))
 
     def tell_gone(self, guild_id: int) -> None:
         """The bot is not in this guild, though hikari may still have it."""
@@ -1370,7 +1384,7 @@ class GuildReporter:
         """All of this guild is in hikari's cache, or it is gone."""
         self._tell_guild(guild_id, self._cache.get_guild(guild_id))
         for user_id in self._wanted:
-            self.tell_members(user_id, int(guild_id))
+            self._tell_member(user_id, int(guild_id))
             if self._access.all_whole and user_id not in self._known.whole:
                 self.tell_members(user_id)
 
@@ -1413,16 +1427,20 @@ class GuildReporter:
             threads={int(thread.id): thread_state(thread) for thread in threads},
         )
 
-    def tell_members(self, user_id: int, *guilds: int) -> None:
-        """Of these guilds if anything is new there, else of all, whatever it is.
-
-        Of a guild that hikari's cache is still being filled with nothing is said.
-        """
-        known = self._known.members.get(user_id, {})
-        news = {guild: self._member(guild, user_id) for guild in guilds or self._filled()}
-        if guilds and all(known.get(guild, self) == member for guild, member in news.items()):
+    def _tell_member(self, user_id: int, guild_id: int) -> None:
+        """What has changed of a member; in the guild's stream too, as other changes are."""
+        member = self._member(guild_id, user_id)
+        if self._known.members.get(user_id, {}).get(guild_id, self) == member:
             return
-        whole = not guilds and self._access.all_whole
+        self._known.put_members(user_id, {guild_id: member}, whole=False)
+        body = encode_state((user_id, member))
+        self._tell(MEMBER, str(guild_id), body)
+        self._tell(MEMBER, str(guild_id), body, stream=guild_stream(str(guild_id)))
+
+    def tell_members(self, user_id: int) -> None:
+        """All that this user is in guilds that hikari's cache holds whole."""
+        news = {guild: self._member(guild, user_id) for guild in self._filled()}
+        whole = self._access.all_whole
         if whole:
             news = {guild: member for guild, member in news.items() if member is not None}
         self._known.put_members(user_id, news, whole)
@@ -1490,6 +1508,12 @@ class GuildFollower:
         self._known.change_guild(int(note.detail), decode_state(note.body, GuildChange))
         self._parts.clients.check(note.detail)
 
+    def on_member(self, note: Note) -> None:
+        user_id, member = decode_state(note.body, tuple[int, MemberState | None])
+        if self._reporter.wants(user_id):
+            self._known.put_members(user_id, {int(note.detail): member}, whole=False)
+            self._parts.clients.check(note.detail, str(user_id))
+
     def on_members(self, note: Note) -> None:
         if self._reporter.wants(int(note.detail)):
             whole, members = decode_state(note.body, tuple[bool, Memberships])
@@ -1504,7 +1528,7 @@ def rooms_of(parts: Parts) -> frozenset[str]:
 
 
 def guilds_of(parts: Parts) -> set[str]:
-    return {room.partition(":")[2] for room in rooms_of(parts)}
+    return {room_guild(room) for room in rooms_of(parts)}
 
 
 class Viewers:
@@ -1763,6 +1787,7 @@ class ClusterNode(Node):
         self.lease = Lease(self.link, self.source)
         #: That in which this node's gateway and plugins run; 0: they do not.
         self.term = 0
+        self._heard_term = 0  # of the holder that was heard last, this node or another
         self.known = KnownGuilds()
         watched = settings.discord.guilds
         self.access = SharedAccess(
@@ -1785,6 +1810,7 @@ class ClusterNode(Node):
         self._topics: dict[str, Callable[[Note], None]] = {
             "beat": self.follower.on_beat,
             CHANGE: self.follower.on_change,
+            MEMBER: self.follower.on_member,
             "members": self.follower.on_members,
             "viewers": self.viewers.on_viewers,
             "ask": self.viewers.on_ask,
@@ -1879,6 +1905,7 @@ class ClusterNode(Node):
         while True:
             await self.lease.wait(lambda term: term > 0)
             self.term = term = self.lease.term
+            self._begin_term(term)
             self.tell("who")
             tasks = [
                 asyncio.create_task(self._take_over(run)),
@@ -1963,9 +1990,9 @@ class ClusterNode(Node):
 
     def take_event(self, stream: str, entry: Entry) -> None:
         note = entry.note
-        if note.topic == CHANGE:
+        if note.topic in (CHANGE, MEMBER):
             if self._counts(note):
-                self.follower.on_change(note)
+                self._topics[note.topic](note)
         elif self._counts(note) and not self._may_have_been_had(entry):
             to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
             self._parts.clients.send(to, self._parts.recovery.add(to, note.body))
@@ -2026,10 +2053,18 @@ class ClusterNode(Node):
         self.lease.saw_term(note.term)
         if not self._counts(note):
             return
+        if note.term > self._heard_term:
+            self._begin_term(note.term)
         if note.topic == "guild":
             self.follower.on_guild(note.detail, guilds[note.detail])
         else:
             self._topics[note.topic](note)
+
+    def _begin_term(self, term: int) -> None:
+        """Another holder: what the last one told is asked for anew, of guilds and viewers."""
+        self._heard_term = term
+        self.known.doubt()
+        self.viewers.call_roll()
 
     def _guild_data(self, guild_id: str) -> bytes | None:
         guild = self.known.guilds.get(int(guild_id))

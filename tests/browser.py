@@ -37,6 +37,7 @@ SWITCHES = (
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
+    "--hide-scrollbars",
     "--remote-debugging-port=0",
 )
 LAPTOP = {"width": 1366, "height": 860}
@@ -82,7 +83,7 @@ class Browser:
     """What one test uses of the browser."""
 
     def __init__(self, chromium: Chromium) -> None:
-        self._chromium = chromium
+        self.chromium = chromium
         self.faults: list[str] = []
         #: Console errors that the test means to cause. Those of each: no sign-in is set up here, a busy
         #: machine is late, which its health says, and the server of a test may end before the page.
@@ -95,7 +96,7 @@ class Browser:
 
     async def open(self, url: str, **context: Any) -> Page:
         """A new page as a new visitor has it, at `url`."""
-        made = await self._chromium.new_context(**{"viewport": LAPTOP, **context})
+        made = await self.chromium.new_context(**{"viewport": LAPTOP, **context})
         made.set_default_timeout(DEADLINE_MS)
         page = await made.new_page()
         page.on("console", self._on_console)
@@ -108,7 +109,7 @@ class Browser:
             self.faults.append(f"{message.text} ({message.location.get('url')})")
 
     async def close(self) -> None:
-        for context in self._chromium.contexts:
+        for context in self.chromium.contexts:
             await context.close()
 
     def unexpected(self) -> list[str]:

@@ -51,6 +51,7 @@ SLOW = {
     "test_fuzz",
     "test_lifecycle",
     "test_redis_links",
+    "test_rights_load",
     "test_systemd",
 }
 

@@ -16,7 +16,7 @@ import hikari
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from service import ROOT, SECRET
+from service import CROWD, ROOT, SECRET
 from waiting import eventually
 
 import simulator
@@ -444,8 +444,9 @@ async def test_an_event_costs_no_permission_computation_per_viewer(watching, gui
 
 def offline_server(bot_id: int) -> Server:
     """A server that is driven by hand: its guard and rooms hear hikari, nothing listens or connects."""
-    limits = {"events_per_connection": "1000000/second", "connections_per_viewer": 1_000_000}
-    tables = {"limits": limits, "plugins": {"disabled": ["analytics"]}}
+    limits = CROWD | {"events_per_connection": "1000000/second"}
+    limits |= {"connections_per_viewer": 1_000_000}
+    tables = {"limits": limits, "plugins": {"disabled": ["analytics", "history"]}}
     settings = parse_settings(tables, ROOT)
     token = simulator.make_token(bot_id)
     server = Server(settings, keys=Keys(secrets=(SECRET,)), token=token)

@@ -1078,3 +1078,51 @@ async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_on
             again = await restart(service, tmp_path / f"node{number}", stack)
             await eventually(lambda s=again: part(s, "server", "redis"), timeout=15)
         await balancer.cut()
+
+
+def places(dashboard: Dashboard) -> list[str]:
+    return [data["channelName"] for data in dashboard.received("message:new")]
+
+
+async def test_a_role_counts_at_its_place_among_the_messages_on_another_node(nodes, redis, guild):
+    """Between two messages of one millisecond, too; so do owners."""
+    manager, secret = guild.add_role("manager", Permission.MANAGE_GUILD), guild.add_role("secret")
+    ada = guild.add_member("ada", roles=[manager])
+    room = guild.add_channel("room", overwrites=hidden_except(guild, secret))
+    await two_nodes(nodes)
+    dashboard = await nodes.dashboard(other(nodes), str(ada.id), "USER")
+    for number in range(1, 4):
+        for _ in range(60):
+            await nodes.discord.message(guild, guild.owner, room)
+        await nodes.discord.add_role(guild, ada, secret)
+        for _ in range(60):
+            await nodes.discord.message(guild, guild.owner, room)
+        await nodes.discord.remove_role(guild, ada, secret)
+        await nodes.discord.message(guild, guild.owner, guild.general)
+        await eventually(lambda n=number: places(dashboard).count("general") == n)
+        assert len(places(dashboard)) == number * 61
+
+
+@pytest.mark.faults
+async def test_after_a_takeover_everybody_is_judged_anew(nodes, redis, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    people = [guild.add_member(name, roles=[manager]) for name in ("ada", "bob", "eve")]
+    await two_nodes(nodes)
+    await nodes.add()
+    await nodes.ready()
+    holder = nodes.servers.index(nodes.holder)
+    survivors = [server for server in nodes.servers if server is not nodes.holder]
+    dashboards = [
+        await nodes.dashboard(server, str(one.id), "USER") for server in survivors for one in people
+    ]
+    ada, bob, _ = people
+    ada.role_ids.clear()
+    del guild.members[bob.id]
+    await nodes.proxies[holder].cut()
+    await eventually(lambda: any(one.node.lease.holds() for one in survivors), timeout=15)
+    await eventually(lambda: all(one.node.known.complete for one in survivors), timeout=10)
+    for dashboard in (*dashboards[:2], *dashboards[3:5]):
+        assert (await dashboard.next("error", timeout=1))["code"] == "forbidden"
+    await nodes.discord.message(guild, guild.owner, guild.general)
+    for dashboard in (dashboards[2], dashboards[5]):
+        await dashboard.next("message:new")

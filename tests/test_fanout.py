@@ -531,6 +531,7 @@ async def test_under_tls_only_the_stream_writes(spy, tmp_path):
     raw = RawClient(wss, await wss.read_message())
     await raw.send("40" + json.dumps({"token": spy.token(role="ADMIN")}))
     sid = json.loads((await raw.read())[2:])["sid"]
+    assert '"session"' in await raw.read()
     spy.server.rooms.enter(sid, "guild:1")
     for number in range(100):
         broadcast(spy.server.rooms, "guild:1", "x", number)

@@ -70,6 +70,7 @@ async def test_a_process_that_answers_is_live_whether_ready_or_not(discord: Pret
     async with server_for(discord, discord={"rest_url": "http://127.0.0.1:9/"}) as server:
         response = await fetch(server.port, "/health/live")
         assert (response.code, json.loads(response.body)) == (200, {"status": "live"})
+        await eventually(lambda: "cannot be reached" in server.gateway.health()["problem"])
         assert "not connected to Discord" in await not_ready(server, "gateway")
 
 

@@ -18,6 +18,7 @@ import socketio
 import tornado.web
 from hikari.impl import CacheImpl, CacheSettings
 from hikari.internal.cache import GuildRecord, MemberData
+from hikari.internal.collections import FreezableDict
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.iostream import BaseIOStream, IOStream
@@ -86,6 +87,7 @@ def test_the_cache_of_hikari_holds_what_rights_are_read_from() -> None:
     cache = CacheImpl(object(), CacheSettings())  # type: ignore[arg-type]  # asked for nothing here
     for kind in ("guild", "guild_channel", "guild_thread", "role"):
         assert not getattr(cache, f"_{kind}_entries")
+    assert FreezableDict({1: 2})._data == {1: 2}  # its own `in` raises and catches a KeyError
     assert {"guild", "members"} <= {field.name for field in attrs.fields(GuildRecord)}
     needed = {"role_ids", "raw_communication_disabled_until"}
     assert needed <= {field.name for field in attrs.fields(MemberData)}
@@ -101,6 +103,7 @@ async def test_redis_is_as_the_part_for_several_nodes_needs_it() -> None:
 #: `spywatcher.py` and `spywatcher_cluster.py` belong to the object that uses them.
 KNOWN = {
     "_binary_packet",
+    "_data",
     "_guild_channel_entries",
     "_guild_entries",
     "_guild_thread_entries",

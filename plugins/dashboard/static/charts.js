@@ -83,7 +83,7 @@ export class Chart {
     return {
       width: this.#canvas.clientWidth,
       height: this.#canvas.clientHeight,
-      padding: [8, 4, 0, 0],
+      padding: [8, 1.4 * em, 0, 0], // the last time on the axis is not cut off
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
       scales: { x: { time: true, range: (_plot, min, max) => this.#span(min, max) }, y: { range: (_plot, min, max) => this.#range(min, max) } },

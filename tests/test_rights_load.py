@@ -1,0 +1,206 @@
+"""Much changes at once, and many look on: the loop is never held up, and rights are right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from test_access import Ear, Nobody, member_chunk, offline_server, settle
+from waiting import eventually
+
+import simulator
+import spywatcher
+from simulator import Guild, Member, Permission
+from spywatcher import HostContext, Server
+
+DASHBOARDS = 1_000
+ROLES = 250
+LAG = 0.1
+"""Seconds that the loop may be late on a machine of its own."""
+BUSY = 4
+"""How much slower the machine may be that runs the tests."""
+
+
+class Crowd:
+    """A guild of 1,000 viewers, each with a role of 250 that lets view it, all of them in its room."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        bot = simulator.User(simulator.bot_id_of(server.gateway.bot._token), "spy", bot=True)
+        self.guild = simulator.make_guild("g", bot=bot)
+        self.shard = Nobody(bot.id)
+        powers = Permission.MANAGE_GUILD | Permission.VIEW_CHANNEL
+        self.roles = [self.guild.add_role(f"r{n}", powers) for n in range(ROLES)]
+        self.people: list[Member] = [
+            self.guild.add_member(f"m{n}", roles=[self.roles[n % ROLES]]) for n in range(DASHBOARDS)
+        ]
+        self.ears = [Ear(server, member.id, "USER", []) for member in self.people]
+
+    def feed(self, name: str, payload: object) -> None:
+        self.server.gateway.bot.event_manager.consume_raw_event(name, self.shard, payload)
+
+    async def come(self) -> None:
+        self.feed("GUILD_CREATE", simulator.guild_create_json(self.guild))
+        await settle()
+        for asked in self.shard.asked:  # a large guild's members come later
+            chunk = member_chunk(self.guild, asked["nonce"], members=self.people)
+            self.feed("GUILD_MEMBERS_CHUNK", chunk)
+        for ear in self.ears:
+            await ear.connect()
+            await ear.say("subscribe:guild", self.guild)
+        room = f"guild:{self.guild.id}"
+        await eventually(lambda: len(self.server.rooms.members(room)) == DASHBOARDS)
+        self.take()
+
+    def message(self) -> None:
+        owner, general = self.guild.owner, self.guild.general
+        self.feed("MESSAGE_CREATE", simulator.message_json(self.guild, owner, general, "x"))
+
+    def take(self) -> list[list[str]]:
+        """What each has heard since: names of events."""
+        return [[name for name, _ in ear.take() if name != "session"] for ear in self.ears]
+
+
+#: Each of the thousand gets a snapshot of the thousand at its start.
+pytestmark = pytest.mark.logs("presence:snapshot held up", required=False)
+
+
+@pytest.fixture
+async def crowd(tmp_path) -> AsyncIterator[Crowd]:
+    server = offline_server(simulator.snowflake())
+    server.access.begin([], spywatcher.ShardRange(0, 1))
+    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
+    await server.plugins.start(HostContext(bot, emit, lambda: True, watches, tmp_path / "x.db"))
+    crowd = Crowd(server)
+    await crowd.come()
+    yield crowd
+    for ear in crowd.ears:
+        await ear.session.close()
+    await server.plugins.stop()
+
+
+class Lag:
+    """How late the loop is while something goes on."""
+
+    async def __aenter__(self) -> Lag:
+        self.worst = 0.0
+        self._task = asyncio.create_task(self._watch())
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._task.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            due = time.monotonic() + 0.002
+            await asyncio.sleep(0.002)
+            self.worst = max(self.worst, time.monotonic() - due)
+
+
+async def burst(count: int, step: Callable[[int], None]) -> None:
+    """As packets come in: one after the other, with the loop free between them."""
+    for number in range(count):
+        step(number)
+        await asyncio.sleep(0)
+
+
+async def test_a_reorder_of_250_roles_holds_nobody_up(crowd):
+    def update(number: int) -> None:
+        role = crowd.roles[number]
+        role.permissions = Permission.VIEW_CHANNEL
+        crowd.feed("GUILD_ROLE_UPDATE", simulator.role_event_json(crowd.guild, role))
+
+    room = f"guild:{crowd.guild.id}"
+    async with Lag() as lag:
+        await burst(ROLES, update)
+        began = time.monotonic()
+        await eventually(lambda: not crowd.server.rooms.members(room))
+        lasted = time.monotonic() - began
+    print(f"250 role updates: loop {lag.worst * 1000:.0f} ms late, right after {lasted:.2f} s")
+    assert lag.worst < LAG * BUSY
+    assert lasted < 1.0 * BUSY
+    assert all(names.count("error") == 1 for names in crowd.take())
+
+
+async def test_a_hundred_changes_of_a_channel_with_messages_between_hold_nobody_up(crowd):
+    general = crowd.guild.general
+    sees = [crowd.people[n].role_ids[0] == crowd.roles[0].id for n in range(DASHBOARDS)]
+
+    def change(number: int) -> None:
+        hidden = simulator.hidden_except(crowd.guild, crowd.roles[0])
+        general.overwrites = hidden if number % 2 else []
+        crowd.feed("CHANNEL_UPDATE", general.to_json())
+        crowd.message()
+
+    async with Lag() as lag:
+        await burst(100, change)
+        began = time.monotonic()
+        await settle()
+        crowd.message()
+        await settle()
+        lasted = time.monotonic() - began
+    print(f"100 channel updates: loop {lag.worst * 1000:.0f} ms late, right after {lasted:.2f} s")
+    await asyncio.sleep(0.2)  # what rests in the outbox
+    counts = [names.count("message:new") for names in crowd.take()]
+    assert counts == [101 if one else 50 for one in sees]
+    assert lag.worst < LAG * BUSY
+
+
+GUILDS = 1_000
+
+
+@pytest.fixture
+async def many_guilds() -> Server:
+    server = offline_server(simulator.snowflake())
+    server.access.begin([], spywatcher.ShardRange(0, 1))
+    bot = simulator.User(simulator.bot_id_of(server.gateway.bot._token), "spy", bot=True)
+    shard = Nobody(bot.id)
+    for number in range(GUILDS):
+        guild: Guild = simulator.make_guild(f"g{number}", bot=bot)
+        created = simulator.guild_create_json(guild)
+        server.gateway.bot.event_manager.consume_raw_event("GUILD_CREATE", shard, created)
+        await asyncio.sleep(0)
+    await eventually(lambda: len(server.access._cache.guild_ids()) == GUILDS)
+    return server
+
+
+class Asker:
+    """A dashboard that is told nothing but what it asks for."""
+
+    def __init__(self, role: str) -> None:
+        self.viewer = spywatcher.Viewer("77", role)
+
+    def tell(self, event: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("role", "bound"), [("USER", 0.001), ("ADMIN", 0.005)])
+async def test_a_list_of_a_thousand_guilds_costs_little(many_guilds, role, bound):
+    lists, seconds = many_guilds.rights.lists, []
+    for _ in range(9):
+        asker = Asker(role)
+        began = time.process_time()
+        answer = lists.ask(asker)
+        seconds.append(time.process_time() - began)
+        assert len(json.loads(bytes(answer["guilds"]))) == (GUILDS if role == "ADMIN" else 0)
+        lists.remove(asker)
+    print(f"guilds:list of {role} over {GUILDS}: {min(seconds) * 1000:.2f} ms, made anew")
+    assert min(seconds) < bound
+
+
+async def test_who_asks_again_and_again_costs_next_to_nothing(many_guilds):
+    lists = many_guilds.rights.lists
+    askers = [Asker("ADMIN") for _ in range(20)]
+    for asker in askers:
+        lists.ask(asker)
+    began = time.process_time()
+    for _ in range(20):
+        for asker in askers:
+            lists.ask(asker)
+    spent = time.process_time() - began
+    print(f"400 times guilds:list of {GUILDS}: {spent * 1000:.0f} ms")
+    assert spent < 0.1
