@@ -2976,11 +2976,6 @@ class Destination(NamedTuple):
     kind: str
     channel_id: str = ""
 
-    @classmethod
-    def of(cls, room: str) -> Destination:
-        kind, _, guild_id = room.partition(":")
-        return cls(guild_id, kind)
-
     @property
     def room(self) -> str:
         return f"{self.kind}:{self.guild_id}"
@@ -3092,11 +3087,6 @@ class Recovery:
         self._forget_late()
         return tuple(self._in_room)
 
-    def guilds(self) -> Iterable[str]:
-        """The guilds of these rooms."""
-        self._forget_late()
-        return tuple(self._in_guild)
-
     def add(self, to: Destination, packet: bytes) -> RoomFrame:
         """The event as it goes out; it is kept where somebody may recover it."""
         guild_log = self._logs.get(to.guild_id)
@@ -3162,13 +3152,14 @@ class Recovery:
         """Whose clients these are, by Discord id."""
         return tuple(self._of_viewer)
 
-    def awaited(self, guild_id: str) -> list[Ticket]:
-        """Those of clients that have lost their connection in a room of this guild."""
+    def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
+        """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
         self._forget_late()
         return [
             ticket
             for ticket in (self._awaited.values() if guild_id in self._in_guild else ())
-            if any(room_guild(room) == guild_id for room in ticket.rooms)
+            if discord_id in (None, ticket.viewer.discord_id)
+            and any(room_guild(room) == guild_id for room in ticket.rooms)
         ]
 
     def _forget_late(self) -> None:
@@ -7197,7 +7188,7 @@ class Subscriptions:
 
     def guilds_of(self, sid: Sid) -> set[str]:
         rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
-        return {room_guild(room) for room in rooms}
+        return {room.partition(":")[2] for room in rooms}
 
     def dashboards_of(self, guild_id: str) -> list[Sid]:
         return list(self._in_guild.get(guild_id, ()))
@@ -7257,7 +7248,7 @@ class Subscriptions:
     def enter(self, sid: Sid, room: str) -> None:
         dashboard = self.connected[sid]
         dashboard.pending.discard(room)
-        self._in_guild.setdefault(room_guild(room), {})[sid] = None
+        self._in_guild.setdefault(room.partition(":")[2], {})[sid] = None
         self._rooms.enter(sid, room)
         if dashboard.ticket is not None:
             self._recovery.enter(dashboard.ticket, room)
@@ -7296,7 +7287,7 @@ class Subscriptions:
         dashboard.pending.discard(room)
         if dashboard.ticket is not None:
             self._recovery.leave(dashboard.ticket, room)
-        guild_id = room_guild(room)
+        guild_id = room.partition(":")[2]
         if guild_id not in self.guilds_of(sid):
             self._forget(sid, guild_id)
 
