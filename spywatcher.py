@@ -8521,15 +8521,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def cluster_code() -> Any:
-    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
+def code_beside(name: str, use: str) -> Any:
+    """A module that few need, so that it is loaded only for that `use`."""
     try:
-        return importlib.import_module("spywatcher_cluster")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise OperatorError(
-            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
-            f" {Path(__file__).name}, and redis-py"
+            f"{use}: {error.name} is missing, expected {name}.py beside {Path(__file__).name}"
+            " and what it imports"
         ) from error
+
+
+def cluster_code() -> Any:
+    return code_beside("spywatcher_cluster", "redis.url")
 
 
 def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
@@ -8607,8 +8611,7 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
-    import spywatcher_types  # needed by this command alone; a server is deployed without it
-
+    spywatcher_types = code_beside("spywatcher_types", "the command types")
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     if faults := host.loader.faults():
@@ -8657,8 +8660,7 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
-    import simulator  # needed by the demo alone; a server is deployed without it
-
+    simulator = code_beside("simulator", "the command demo")
     run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
 
 
