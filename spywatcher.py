@@ -7184,7 +7184,7 @@ class Subscriptions:
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
-        return {*self._in_guild, *self._recovery.guilds()}
+        return {*self._in_guild, *map(room_guild, self._recovery.rooms())}
 
     def guilds_of(self, sid: Sid) -> set[str]:
         rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
@@ -7240,7 +7240,7 @@ class Subscriptions:
         if following is None:
             for room in pending:
                 self.enter(sid, room)
-                self.send_snapshots_soon(sid, Destination.of(room))
+                self.send_snapshots_soon(sid, room)
         else:
             following.add_done_callback(lambda _: self.judge(sid, guild_id))
         return following
@@ -7305,31 +7305,34 @@ class Subscriptions:
 
     # -- snapshots
 
-    def send_snapshots_soon(self, sid: Sid, to: Destination) -> None:
-        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
-        ticket = self.connected[sid].ticket
+    def send_snapshots_soon(self, sid: Sid, room: str) -> None:
+        """What plugins have for a new subscriber; in a task, so that the answer comes first.
+
+        To who can recover it goes with an offset, and again where it did not arrive.
+        """
+        kind, _, guild_id = room.partition(":")
+        viewer, ticket = self.viewer(sid), self.connected[sid].ticket
 
         def tell(event: str, payload: EventData) -> None:
-            channel_id = destination_of(to.guild_id, to.kind, payload).channel_id
-            if to.room not in self._rooms.rooms_of(sid) or not self._access.may_have(
-                self.viewer(sid), to.guild_id, channel_id
+            channel_id = destination_of(guild_id, kind, payload).channel_id
+            if room not in self._rooms.rooms_of(sid) or not self._access.may_have(
+                self.viewer(sid), guild_id, channel_id
             ):
                 return
             offset: tuple[str, ...] = ()
             if ticket is not None:
                 self._rooms.catch_up(sid)  # its offset says that all before it has come
-                offset = (self._recovery.greet(ticket, to.room),)
+                offset = (self._recovery.greet(ticket, room),)
             self.connected[sid].tell(event, payload, *offset)
 
         def end(task: asyncio.Task[None]) -> None:
             self._under_way.discard(task)
-            if ticket is not None and ticket.greeted.get(to.room) == math.inf:
-                del ticket.greeted[to.room]  # nobody had anything
+            if ticket is not None and ticket.greeted.get(room) == math.inf:
+                del ticket.greeted[room]  # nobody had anything
 
         if ticket is not None:
-            ticket.greeted[to.room] = math.inf
-        sending = self._node.send_snapshots(to.kind, to.guild_id, tell, self.viewer(sid))
-        task = asyncio.create_task(sending)
+            ticket.greeted[room] = math.inf
+        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
         self._under_way.add(task)
         task.add_done_callback(end)
 
@@ -7825,7 +7828,7 @@ class Dashboards:
             self._subscriptions.enter(sid, room)
         dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
         for room in self._recovery.not_greeted(ticket, comeback.offset):
-            self._subscriptions.send_snapshots_soon(sid, Destination.of(room))
+            self._subscriptions.send_snapshots_soon(sid, room)
         self._subscriptions.wait_again(sid)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
