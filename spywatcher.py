@@ -75,7 +75,7 @@ import time
 import tomllib
 import traceback
 import unicodedata
-from base64 import b64decode, b64encode, urlsafe_b64encode
+from base64 import b64decode, b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -2807,7 +2807,7 @@ class Outbox:
         batch: list[Outgoing] = []
         size = 0
         for out in in_order(self._busy if shared else [room]):
-            size += len(out.frame.bytes)
+            size += len(out.frame.tracked.bytes)
             if batch and size > self._max_write:
                 break
             batch.append(out)
@@ -3021,8 +3021,8 @@ class GuildLog:
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
 # count of all events of this process, so one of them says how far a client is in every guild. The count
-# begins at the microseconds of the clock: a stock client may still say an offset from before a restart,
-# which is then before all that its new ticket is owed.
+# begins at what the clock says: a stock client may still say an offset from before a restart, which is
+# then before all that its new ticket is owed.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -3039,10 +3039,10 @@ class Ticket:
         self.viewer = viewer
         #: By room, the position at which the client entered it: nothing from before is owed.
         self.rooms: dict[str, int] = {}
+        #: Rooms that it is to be in once it is known that it may.
+        self.pending: set[str] = set()
         #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
         self.greeted: dict[str, float] = {}
-        #: Rooms that its client waits to be in.
-        self.pending: set[str] = set()
         self.until = math.inf  # awaited until then, by the monotonic clock
 
 
@@ -3053,7 +3053,7 @@ class Recovery:
         self._settings = settings
         self._metrics = metrics
         self._key = secrets.token_bytes(32)
-        self._position = time.time_ns() // 1000
+        self._position = time.time_ns() // POSITION_NS
         self._tickets: dict[str, Ticket] = {}
         self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
@@ -3073,7 +3073,7 @@ class Recovery:
     @property
     def offset(self) -> str:
         """Where all logs are now."""
-        return str(self._position)
+        return encode_offset(self._position)
 
     # -- events
 
@@ -3188,9 +3188,8 @@ class Recovery:
 
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
-        if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
-            return None
-        if int(offset) > self._position:  # of a process whose clock was ahead
+        seen = decode_offset(offset)
+        if seen is None or seen > self._position:  # of a process whose clock was ahead
             return None
         entered: dict[str, int] = {}  # by guild, where the client came into the first of its rooms
         for room, position in ticket.rooms.items():
@@ -3198,7 +3197,7 @@ class Recovery:
             entered[guild_id] = min(position, entered.get(guild_id, position))
         missed: list[Logged] = []
         for guild_id, position in entered.items():
-            events = self._logs[guild_id].since(max(int(offset), position))
+            events = self._logs[guild_id].since(max(seen, position))
             if events is None:
                 return None
             missed += [
@@ -3217,7 +3216,8 @@ class Recovery:
     @staticmethod
     def not_greeted(ticket: Ticket, offset: object) -> list[str]:
         """The rooms for which what its client was sent as a new subscriber has not reached it."""
-        return [room for room, sent in ticket.greeted.items() if sent > int(str(offset))]
+        seen = decode_offset(offset) or 0
+        return [room for room, sent in ticket.greeted.items() if sent > seen]
 
 
 def room_guild(room: str) -> str:
@@ -3231,8 +3231,23 @@ def remove_one(counter: collections.Counter[str], key: str) -> None:
         del counter[key]
 
 
+#: Nanoseconds of the clock for each position: no process has had more events than that since it began.
+POSITION_NS: Final = 10_000
+#: Bytes of a position, enough until 2059. They go out with every event, so they are few.
+POSITION_BYTES: Final = 6
 #: An offset as this server makes them.
-OFFSET: Final = re.compile(r"[0-9]{1,18}")
+OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}")
+
+
+def encode_offset(position: int) -> str:
+    return urlsafe_b64encode(position.to_bytes(POSITION_BYTES, "big")).decode()
+
+
+def decode_offset(offset: object) -> int | None:
+    """The position; None for what is no offset."""
+    if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
+        return None
+    return int.from_bytes(urlsafe_b64decode(offset), "big")
 
 
 # ----------------------------------------------------------------------------- throttle
@@ -7063,8 +7078,8 @@ class Dashboard:
         self.session = session
         self.ticket = ticket
         self.expiry: asyncio.TimerHandle | None = None
-        #: Rooms that it is to be in once it is known that it may; its ticket knows them too.
-        self.pending: set[str] = ticket.pending if ticket else set()
+        #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
+        self.pending: set[str] = set() if ticket is None else ticket.pending
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -7162,14 +7177,14 @@ class Subscriptions:
     def viewer(self, sid: Sid) -> Viewer:
         return self.connected[sid].viewer
 
-    def is_awaited(self, discord_id: str) -> bool:
+    def is_connected(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open, or one that may come back."""
-        is_open = viewer_name(discord_id) in self._limits.open
-        return is_open or self._recovery.has_ticket(discord_id)
+        by_ticket = self._recovery.has_ticket(discord_id)
+        return by_ticket or viewer_name(discord_id) in self._limits.open
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
-        return {*self._in_guild, *map(room_guild, self._recovery.rooms())}
+        return {*self._in_guild, *self._recovery.guilds()}
 
     def guilds_of(self, sid: Sid) -> set[str]:
         rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
@@ -7225,7 +7240,7 @@ class Subscriptions:
         if following is None:
             for room in pending:
                 self.enter(sid, room)
-                self.send_snapshots_soon(sid, room)
+                self.send_snapshots_soon(sid, Destination.of(room))
         else:
             following.add_done_callback(lambda _: self.judge(sid, guild_id))
         return following
@@ -7290,34 +7305,31 @@ class Subscriptions:
 
     # -- snapshots
 
-    def send_snapshots_soon(self, sid: Sid, room: str) -> None:
-        """What plugins have for a new subscriber; in a task, so that the answer comes first.
-
-        To who can recover it goes with an offset, and again where it did not arrive.
-        """
-        kind, _, guild_id = room.partition(":")
-        viewer, ticket = self.viewer(sid), self.connected[sid].ticket
+    def send_snapshots_soon(self, sid: Sid, to: Destination) -> None:
+        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
+        ticket = self.connected[sid].ticket
 
         def tell(event: str, payload: EventData) -> None:
-            channel_id = destination_of(guild_id, kind, payload).channel_id
-            if room not in self._rooms.rooms_of(sid) or not self._access.may_have(
-                self.viewer(sid), guild_id, channel_id
+            channel_id = destination_of(to.guild_id, to.kind, payload).channel_id
+            if to.room not in self._rooms.rooms_of(sid) or not self._access.may_have(
+                self.viewer(sid), to.guild_id, channel_id
             ):
                 return
             offset: tuple[str, ...] = ()
             if ticket is not None:
                 self._rooms.catch_up(sid)  # its offset says that all before it has come
-                offset = (self._recovery.greet(ticket, room),)
+                offset = (self._recovery.greet(ticket, to.room),)
             self.connected[sid].tell(event, payload, *offset)
 
         def end(task: asyncio.Task[None]) -> None:
             self._under_way.discard(task)
-            if ticket is not None and ticket.greeted.get(room) == math.inf:
-                del ticket.greeted[room]  # nobody had anything
+            if ticket is not None and ticket.greeted.get(to.room) == math.inf:
+                del ticket.greeted[to.room]  # nobody had anything
 
         if ticket is not None:
-            ticket.greeted[room] = math.inf
-        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
+            ticket.greeted[to.room] = math.inf
+        sending = self._node.send_snapshots(to.kind, to.guild_id, tell, self.viewer(sid))
+        task = asyncio.create_task(sending)
         self._under_way.add(task)
         task.add_done_callback(end)
 
@@ -7641,7 +7653,7 @@ class RightsWatcher:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
-        if self.subscriptions.is_awaited(discord_id):
+        if self.subscriptions.is_connected(discord_id):
             self.check(str(event.guild_id), discord_id)
 
     # -- while the cache is refilled
@@ -7809,11 +7821,11 @@ class Dashboards:
         dashboard.write(due)
         self._limits.metrics.recovered.inc()
         rooms = sorted(ticket.rooms.keys() | ticket.pending)
-        for room in ticket.rooms:
+        for room in tuple(ticket.rooms):
             self._subscriptions.enter(sid, room)
         dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
         for room in self._recovery.not_greeted(ticket, comeback.offset):
-            self._subscriptions.send_snapshots_soon(sid, room)
+            self._subscriptions.send_snapshots_soon(sid, Destination.of(room))
         self._subscriptions.wait_again(sid)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
@@ -8509,15 +8521,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def cluster_code() -> Any:
-    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
+def code_beside(name: str, use: str) -> Any:
+    """A module that few need, so that it is loaded only for that `use`."""
     try:
-        return importlib.import_module("spywatcher_cluster")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise OperatorError(
-            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
-            f" {Path(__file__).name}, and redis-py"
+            f"{use}: {error.name} is missing, expected {name}.py beside {Path(__file__).name}"
+            " and what it imports"
         ) from error
+
+
+def cluster_code() -> Any:
+    return code_beside("spywatcher_cluster", "redis.url")
 
 
 def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
@@ -8595,8 +8611,7 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
-    import spywatcher_types  # needed by this command alone; a server is deployed without it
-
+    spywatcher_types = code_beside("spywatcher_types", "the command types")
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     if faults := host.loader.faults():
@@ -8645,8 +8660,7 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
-    import simulator  # needed by the demo alone; a server is deployed without it
-
+    simulator = code_beside("simulator", "the command demo")
     run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
 
 

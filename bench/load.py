@@ -91,7 +91,7 @@ class Load:
         self._port = port
         self._recover = recover
         self.first_offset = 0
-        self.frame_bytes = len(bare_server.event_frame(0, 10**15)) if recover else FRAME_BYTES
+        self.frame_bytes = len(bare_server.event_frame(0, 10**12)) if recover else FRAME_BYTES
         self._awake = awake
         self._epoll = select.epoll()
         self.clients: dict[int, Client] = {}

@@ -12,7 +12,7 @@ from waiting import eventually
 from watching import RawClient, Watch, Watching
 
 import spywatcher
-from simulator import Guild, Member, Permission, Role, hidden_except
+from simulator import Guild, Member, Permission, PretendDiscord, Role, hidden_except
 from spywatcher import (
     MAX_LOG_BYTES,
     Destination,
@@ -229,7 +229,7 @@ async def test_nobody_recovers_where_it_is_switched_off(watching: Watching) -> N
 
 
 @pytest.mark.parametrize(
-    "offset", [None, "", "x", "-1", "1e3", "9" * 18, "9" * 40, 5, ["1"], {}, True, "\u0661", "0x1"]
+    "offset", [None, "", "x", "-1", "1e3", "9" * 8, "9" * 40, 5, ["1"], {}, True, "\u0661", "0x1"]
 )
 async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: object) -> None:
     first = await page(spy, reconnection=False)
@@ -454,3 +454,23 @@ async def test_metrics_tell_who_recovered_and_why_not(spy: Watch) -> None:
     await dashboard.next("session")
     text = spy.server.metrics.text().decode()
     assert "spywatcher_recovered_clients_total 1.0" in text
+
+
+# ---- subscriptions that wait for Discord
+
+
+async def test_who_was_cut_off_while_a_subscription_was_pending_gets_the_room_in_the_end(
+    watching: Watching, discord: PretendDiscord, waiting_shard: asyncio.Future[None]
+) -> None:
+    there = discord.add_guild(guild_id=3 << 22)
+    async with watching(ready=False) as spy:
+        await discord.wait_for_bot()
+        dashboard = await spy.connect(extraHeaders=PAGE, **QUICK)
+        answer = await dashboard.call("subscribe:guild", str(there.id))
+        assert answer["pending"]
+        await away(spy, dashboard)
+        await dashboard.reconnected()
+        waiting_shard.set_result(None)
+        await dashboard.next("presence:snapshot")
+        spy.server.node.deliver("x", str(there.id), {"number": 1}, "guild")
+        assert await numbers(dashboard, 1) == [1]

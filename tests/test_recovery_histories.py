@@ -227,6 +227,7 @@ class History:
         await eventually(lambda: all(map(self.is_known, self.guilds)))
         for _ in range(5):  # listeners have begun when the cache is new; these take one turn
             await asyncio.sleep(0)
+        self.spy.server.rights.look_through(1.0)  # else so many changes are judged together
         self.oracle.judge()
 
     def is_known(self, guild_id: str) -> bool:
