@@ -1253,13 +1253,18 @@ class SharedAccess(Access):
         known: KnownGuilds,
         cache: hikari.api.Cache,
         tell: Callable[..., None],
+        leads: Callable[[], bool],
     ) -> None:
+        """`leads` says whether the gateway is this node's."""
         super().__init__(auth, watched, known)
+        self._leads = leads
         self._known = known
         #: Tells the other nodes, while the gateway is this one's.
         self.reporter = GuildReporter(self, cache, known, tell)
 
     def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
+        if not self._leads():  # the last word of a session that counts no more
+            return
         super().begin(guild_ids, shard_range)
         for guild_id in self.lost:
             self.reporter.tell_gone(guild_id)
@@ -1786,7 +1791,7 @@ class ClusterNode(Node):
         self.known = KnownGuilds()
         watched = settings.discord.guilds
         self.access = SharedAccess(
-            settings.auth, watched, self.known, bot.cache, self.tell_as_holder
+            settings.auth, watched, self.known, bot.cache, self.tell_as_holder, lambda: self.leading
         )
         self.reporter = self.access.reporter
         self.reporter.subscribe(bot.event_manager)
