@@ -3039,10 +3039,10 @@ class Ticket:
         self.viewer = viewer
         #: By room, the position at which the client entered it: nothing from before is owed.
         self.rooms: dict[str, int] = {}
+        #: Rooms that it is to be in once it is known that it may.
+        self.pending: set[str] = set()
         #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
         self.greeted: dict[str, float] = {}
-        #: Rooms that its client waits to be in.
-        self.pending: set[str] = set()
         self.until = math.inf  # awaited until then, by the monotonic clock
 
 
@@ -7078,8 +7078,8 @@ class Dashboard:
         self.session = session
         self.ticket = ticket
         self.expiry: asyncio.TimerHandle | None = None
-        #: Rooms that it is to be in once it is known that it may; its ticket knows them too.
-        self.pending: set[str] = ticket.pending if ticket else set()
+        #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
+        self.pending: set[str] = set() if ticket is None else ticket.pending
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -7177,14 +7177,14 @@ class Subscriptions:
     def viewer(self, sid: Sid) -> Viewer:
         return self.connected[sid].viewer
 
-    def is_awaited(self, discord_id: str) -> bool:
+    def is_connected(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open, or one that may come back."""
-        is_open = viewer_name(discord_id) in self._limits.open
-        return is_open or self._recovery.has_ticket(discord_id)
+        by_ticket = self._recovery.has_ticket(discord_id)
+        return by_ticket or viewer_name(discord_id) in self._limits.open
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
-        return {*self._in_guild, *map(room_guild, self._recovery.rooms())}
+        return {*self._in_guild, *self._recovery.guilds()}
 
     def guilds_of(self, sid: Sid) -> set[str]:
         rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
@@ -7240,7 +7240,7 @@ class Subscriptions:
         if following is None:
             for room in pending:
                 self.enter(sid, room)
-                self.send_snapshots_soon(sid, room)
+                self.send_snapshots_soon(sid, Destination.of(room))
         else:
             following.add_done_callback(lambda _: self.judge(sid, guild_id))
         return following
@@ -7305,34 +7305,31 @@ class Subscriptions:
 
     # -- snapshots
 
-    def send_snapshots_soon(self, sid: Sid, room: str) -> None:
-        """What plugins have for a new subscriber; in a task, so that the answer comes first.
-
-        To who can recover it goes with an offset, and again where it did not arrive.
-        """
-        kind, _, guild_id = room.partition(":")
-        viewer, ticket = self.viewer(sid), self.connected[sid].ticket
+    def send_snapshots_soon(self, sid: Sid, to: Destination) -> None:
+        """What plugins have for a new subscriber; in a task, so that the answer comes first."""
+        ticket = self.connected[sid].ticket
 
         def tell(event: str, payload: EventData) -> None:
-            channel_id = destination_of(guild_id, kind, payload).channel_id
-            if room not in self._rooms.rooms_of(sid) or not self._access.may_have(
-                self.viewer(sid), guild_id, channel_id
+            channel_id = destination_of(to.guild_id, to.kind, payload).channel_id
+            if to.room not in self._rooms.rooms_of(sid) or not self._access.may_have(
+                self.viewer(sid), to.guild_id, channel_id
             ):
                 return
             offset: tuple[str, ...] = ()
             if ticket is not None:
                 self._rooms.catch_up(sid)  # its offset says that all before it has come
-                offset = (self._recovery.greet(ticket, room),)
+                offset = (self._recovery.greet(ticket, to.room),)
             self.connected[sid].tell(event, payload, *offset)
 
         def end(task: asyncio.Task[None]) -> None:
             self._under_way.discard(task)
-            if ticket is not None and ticket.greeted.get(room) == math.inf:
-                del ticket.greeted[room]  # nobody had anything
+            if ticket is not None and ticket.greeted.get(to.room) == math.inf:
+                del ticket.greeted[to.room]  # nobody had anything
 
         if ticket is not None:
-            ticket.greeted[room] = math.inf
-        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
+            ticket.greeted[to.room] = math.inf
+        sending = self._node.send_snapshots(to.kind, to.guild_id, tell, self.viewer(sid))
+        task = asyncio.create_task(sending)
         self._under_way.add(task)
         task.add_done_callback(end)
 
@@ -7449,8 +7446,12 @@ class GuildLists:
     # -- who is told
 
     def _tell_soon(self, seconds: float = 0.0) -> None:
+        loop = asyncio.get_running_loop()
+        if self._telling is not None and self._telling.when() > loop.time() + seconds:
+            self._telling.cancel()
+            self._telling = None
         if self._telling is None and self._lists:
-            self._telling = asyncio.get_running_loop().call_later(seconds, self._tell)
+            self._telling = loop.call_later(seconds, self._tell)
 
     def _tell(self) -> None:
         """Tell whoever may be told now; come again for the others."""
@@ -7587,9 +7588,10 @@ class RightsWatcher:
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
         """Something has changed in a guild: for all of its viewers, or for one."""
-        self._forget(guild_id)
+        self._judged.pop(guild_id, None)
         viewers = self._stale.setdefault(guild_id, set())
         if discord_id is None:
+            self._access.forget(int(guild_id))
             self._stale[guild_id] = None
         elif viewers is not None:
             viewers.add(discord_id)
@@ -7651,7 +7653,7 @@ class RightsWatcher:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
-        if self.subscriptions.is_awaited(discord_id):
+        if self.subscriptions.is_connected(discord_id):
             self.check(str(event.guild_id), discord_id)
 
     # -- while the cache is refilled
@@ -7819,11 +7821,11 @@ class Dashboards:
         dashboard.write(due)
         self._limits.metrics.recovered.inc()
         rooms = sorted(ticket.rooms.keys() | ticket.pending)
-        for room in ticket.rooms:
+        for room in tuple(ticket.rooms):
             self._subscriptions.enter(sid, room)
         dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
         for room in self._recovery.not_greeted(ticket, comeback.offset):
-            self._subscriptions.send_snapshots_soon(sid, room)
+            self._subscriptions.send_snapshots_soon(sid, Destination.of(room))
         self._subscriptions.wait_again(sid)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
@@ -8519,15 +8521,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def cluster_code() -> Any:
-    """`spywatcher_cluster`: loaded only where it is needed, since it is for few services."""
+def code_beside(name: str, use: str) -> Any:
+    """A module that few need, so that it is loaded only for that `use`."""
     try:
-        return importlib.import_module("spywatcher_cluster")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise OperatorError(
-            f"redis.url: {error.name} is missing, expected spywatcher_cluster.py beside"
-            f" {Path(__file__).name}, and redis-py"
+            f"{use}: {error.name} is missing, expected {name}.py beside {Path(__file__).name}"
+            " and what it imports"
         ) from error
+
+
+def cluster_code() -> Any:
+    return code_beside("spywatcher_cluster", "redis.url")
 
 
 def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
@@ -8605,8 +8611,7 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
-    import spywatcher_types  # needed by this command alone; a server is deployed without it
-
+    spywatcher_types = code_beside("spywatcher_types", "the command types")
     host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
     host.load()
     if faults := host.loader.faults():
@@ -8655,8 +8660,7 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
-    import simulator  # needed by the demo alone; a server is deployed without it
-
+    simulator = code_beside("simulator", "the command demo")
     run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
 
 

@@ -69,7 +69,6 @@ from spywatcher import (
     is_snowflake,
     log,
     read_secret,
-    room_guild,
     shown,
     without_login,
 )
@@ -490,11 +489,7 @@ def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[st
 
 def redis_password_of(settings: Settings) -> str:
     """Empty where the URL has it, or there is none."""
-    file = settings.redis.password_file
-    password = read_secret("", file, settings.folder, "redis.password")
-    if file and not password:
-        raise OperatorError(f"redis.password_file: {file} is empty, expected Redis' password")
-    return password
+    return read_secret("", settings.redis.password_file, settings.folder, "redis.password")
 
 
 def check_redis(settings: Settings) -> None:
@@ -1528,7 +1523,7 @@ def rooms_of(parts: Parts) -> frozenset[str]:
 
 
 def guilds_of(parts: Parts) -> set[str]:
-    return {room_guild(room) for room in rooms_of(parts)}
+    return {room.partition(":")[2] for room in rooms_of(parts)}
 
 
 class Viewers:

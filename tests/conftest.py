@@ -40,6 +40,7 @@ BUSY_MACHINE = [r"WARNING spywatcher: plugin .* held up the server for"]
 #: leaves it out.
 SLOW = {
     "test_access",
+    "test_access_histories",
     "test_analytics_oracle",
     "test_analytics_shared",
     "test_bundle",

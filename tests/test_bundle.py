@@ -35,11 +35,10 @@ async def discord() -> AsyncIterator[PretendDiscord]:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a fresh clone holds, so that nothing that is built here stays behind."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("spywatcher.py", "simulator.py", "plugins", "setup.cfg", "pyproject.toml"):
-        take = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        take(ROOT / name, folder / name)
-    for name in ("README.md", "LICENSE", "Makefile"):
-        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "plugins", folder / "plugins")
+    files = ("simulator.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "Makefile")
+    for path in [*ROOT.glob("spywatcher*.py"), *(ROOT / name for name in files)]:
+        shutil.copy(path, folder)
     return folder
 
 
@@ -58,6 +57,17 @@ def bundle(copy: Path) -> Path:
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the bundle unpacks itself the first time, for all tests."""
     return tmp_path_factory.mktemp("unpacked")
+
+
+CREDENTIALS = f"[auth]\nsecret = '{'s' * 32}'\n[discord]\ntoken = 'MTExMTEx.abc.def'\n"
+
+
+async def checked(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
+    """What `check` says, with the two settings that have no default."""
+    settings = folder / "config.toml"
+    if not settings.exists():
+        settings.write_text(CREDENTIALS)
+    return await output([*command, "check", "--settings"], folder, **environment)
 
 
 async def output(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
@@ -97,7 +107,7 @@ async def test_the_bundle_runs_without_any_package_and_starts_quickly_the_second
 
 
 async def test_the_bundle_brings_its_plugins(bundle: Path, unpacked: Path, tmp_path: Path) -> None:
-    text = await output([sys.executable, bundle, "check"], tmp_path, SHIV_ROOT=str(unpacked))
+    text = await checked([sys.executable, bundle], tmp_path, SHIV_ROOT=str(unpacked))
     assert set(SHIPPED) <= plugins_in(text)
 
 
@@ -115,10 +125,10 @@ def test_the_bundle_brings_the_page_with_what_it_needs_of_others(bundle: Path) -
 async def test_settings_and_plugins_of_the_working_directory_apply_to_the_bundle(
     bundle: Path, unpacked: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.toml").write_text("[server]\nport = 4711\n")
+    (tmp_path / "config.toml").write_text(f"[server]\nport = 4711\n{CREDENTIALS}")
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "hello.py").write_text(HELLO)
-    text = await output([sys.executable, bundle, "check"], tmp_path, SHIV_ROOT=str(unpacked))
+    text = await checked([sys.executable, bundle], tmp_path, SHIV_ROOT=str(unpacked))
     assert "server.port = 4711" in text
     assert {*SHIPPED, "hello"} <= plugins_in(text)
 
@@ -128,7 +138,7 @@ async def test_a_plugin_of_ones_own_stands_in_for_the_shipped_one_of_its_name(
 ) -> None:
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "messages.py").write_text(HELLO)
-    text = await output([sys.executable, bundle, "check"], tmp_path, SHIV_ROOT=str(unpacked))
+    text = await checked([sys.executable, bundle], tmp_path, SHIV_ROOT=str(unpacked))
     assert "plugin messages: hello\n" in text
 
 
@@ -151,12 +161,21 @@ def test_no_path_of_the_machine_that_built_it_is_in_the_bundle(bundle: Path) -> 
 # ---- files copied, packages installed
 
 
-async def test_three_things_copied_are_enough(tmp_path: Path) -> None:
-    for name in ("spywatcher.py", "config.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+async def test_what_the_readme_copies_is_enough(tmp_path: Path) -> None:
+    for path in ROOT.glob("spywatcher*.py"):
+        shutil.copy(path, tmp_path)
+    settings = (
+        (ROOT / "config.toml")
+        .read_text("utf-8")
+        .replace('secret = ""', f'secret = "{"s" * 32}"', 1)
+    )
+    (tmp_path / "config.toml").write_text(
+        settings.replace('token = ""', 'token = "MTExMTEx.abc.def"', 1)
+    )
     shutil.copytree(ROOT / "plugins", tmp_path / "plugins")
-    text = await output([sys.executable, "spywatcher.py", "check"], tmp_path)
+    text = await checked([sys.executable, "spywatcher.py"], tmp_path)
     assert set(SHIPPED) <= plugins_in(text)
+    assert '"message:new"' in await output([sys.executable, "spywatcher.py", "types"], tmp_path)
 
 
 async def test_a_plain_copy_serves_from_any_folder(tmp_path: Path) -> None:
@@ -164,14 +183,14 @@ async def test_a_plain_copy_serves_from_any_folder(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(ROOT / "spywatcher.py", tmp_path / "app")
     shutil.copytree(ROOT / "plugins", tmp_path / "app" / "plugins")
-    command = [sys.executable, "../app/spywatcher.py", "check"]
-    assert set(SHIPPED) <= plugins_in(await output(command, tmp_path / "elsewhere"))
+    command = [sys.executable, "../app/spywatcher.py"]
+    assert set(SHIPPED) <= plugins_in(await checked(command, tmp_path / "elsewhere"))
 
 
 async def test_a_folder_of_plugins_that_is_not_there_is_named(tmp_path: Path) -> None:
     shutil.copy(ROOT / "spywatcher.py", tmp_path)
     with pytest.raises(AssertionError, match=r"plugins\.folders: .*plugins is no folder"):
-        await output([sys.executable, "spywatcher.py", "check"], tmp_path)
+        await checked([sys.executable, "spywatcher.py"], tmp_path)
 
 
 # ---- installed
@@ -190,8 +209,8 @@ def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_an_installed_server_has_a_command_and_its_plugins(
     installed: Path, tmp_path: Path
 ) -> None:
-    command = [installed / "bin" / "spywatcher", "check"]
-    text = await output(command, tmp_path, PYTHONPATH=str(installed))
+    command = [installed / "bin" / "spywatcher"]
+    text = await checked(command, tmp_path, PYTHONPATH=str(installed))
     assert set(SHIPPED) <= plugins_in(text)
 
 

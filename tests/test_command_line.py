@@ -65,7 +65,22 @@ def test_a_redis_without_the_code_for_it_is_a_fault(tmp_path, monkeypatch, comma
         [],
         [
             "spywatcher: redis.url: spywatcher_cluster is missing, expected spywatcher_cluster.py"
-            f" beside spywatcher.py, and redis-py ({config})"
+            f" beside spywatcher.py and what it imports ({config})"
+        ],
+    )
+
+
+@pytest.mark.parametrize(("name", "code"), [("types", "spywatcher_types"), ("demo", "simulator")])
+def test_a_command_without_the_code_for_it_says_which_file_it_needs(
+    name, code, monkeypatch, command
+):
+    monkeypatch.setitem(sys.modules, code, None)  # as where it was not copied
+    assert command(name) == (
+        2,
+        [],
+        [
+            f"spywatcher: the command {name}: {code} is missing, expected {code}.py beside"
+            " spywatcher.py and what it imports"
         ],
     )
 

@@ -10,8 +10,10 @@ import struct
 import time
 from types import SimpleNamespace
 
+import jwt
 import pytest
 from jsclient import ConnectError
+from service import SECRET
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httputil import HTTPHeaders
 from waiting import eventually
@@ -155,9 +157,15 @@ async def test_an_address_is_blocked_after_refusals_in_a_row(spy, transport):
     assert spy.server.metrics.blocked._value.get() == 1
 
 
+def run_out():
+    """A well-signed token that was good until a minute ago."""
+    claims = {"discordId": "1", "access": True, "role": "USER", "exp": int(time.time()) - 60}
+    return jwt.encode(claims, SECRET, algorithm="HS256")
+
+
 async def test_tokens_that_have_run_out_are_refused_and_block_nobody(spy):
     """A page that was left open over night tries again and again with what it has."""
-    expired = spy.token(ttl=-60)
+    expired = run_out()
     for _ in range(6):
         refused = await spy.js.refused(spy.url, token=expired)
         assert (refused.message, refused.data) == ("Invalid token", {"code": "expired"})
@@ -167,7 +175,7 @@ async def test_tokens_that_have_run_out_are_refused_and_block_nobody(spy):
 
 @pytest.mark.logs(BLOCKED)
 async def test_wrong_signatures_still_block_among_tokens_that_have_run_out(spy):
-    forged, expired = spy.token()[:-4] + "AAAA", spy.token(ttl=-60)
+    forged, expired = spy.token()[:-4] + "AAAA", run_out()
     for _ in range(5):
         await spy.js.refused(spy.url, token=expired)
         assert (await spy.js.refused(spy.url, token=forged)).data == {"code": "signature"}

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import test_access
+import test_cluster
 from waiting import eventually
 
 import simulator
@@ -160,6 +162,18 @@ async def test_who_has_not_asked_is_not_told(spy):
     assert not dashboard.received("guilds:update")
 
 
+async def test_nothing_is_kept_of_who_is_gone(watching, guild, ada):
+    async with watching() as spy:
+        dashboard = await spy.dashboard(ada)
+        await dashboard.call("guilds:list")
+        await dashboard.call("subscribe:analytics", str(guild.id))
+        await dashboard.disconnect()
+        rights = spy.server.rights
+        await eventually(lambda: not rights.subscriptions.connected)
+        assert not rights.subscriptions.guilds()
+        assert not rights.lists._lists
+
+
 # ---- what decides, line by line
 
 
@@ -285,3 +299,39 @@ async def test_the_text_of_a_voice_channel_is_for_those_who_may_connect(watching
         await spy.discord.channel_update(guild, voice, overwrites=[])
         await write(spy, voice)
         await dashboard.next("message:new")
+
+
+#: For each line of the table in `RightsWatcher`: what holds it.
+HELD_BY = {
+    "roles, channels, overwrites": [
+        test_a_role_that_is_deleted_grants_nothing_to_who_still_carries_it,
+        test_access.test_a_change_of_overwrites_counts_from_the_next_message,
+    ],
+    "roles, owner, name of the guild": [
+        test_a_right_won_or_lost_and_a_new_name_are_told,
+        test_access.test_who_loses_the_right_leaves_the_room_and_is_told,
+    ],
+    "roles and time-out of a member": [
+        test_access.test_who_loses_the_right_leaves_the_room_and_is_told,
+    ],
+    "the end of a time-out": [
+        test_a_time_out_ends_without_an_event,
+        test_a_list_has_a_guild_again_once_a_time_out_ends,
+    ],
+    "guilds that come, go or are lost": [
+        test_a_pending_subscription_that_may_not_be_ends_in_an_error,
+        test_access.test_nobody_is_thrown_out_by_a_new_session,
+    ],
+    "the token": [test_a_token_that_changes_outside_of_the_room_counts_inside],
+    "settings, another gateway holder": [
+        test_settings_that_change_while_nobody_listens_count_later,
+        test_cluster.test_after_a_takeover_everybody_is_judged_anew,
+    ],
+    "who is in a room": [test_access.test_who_joins_a_room_later_is_judged_too],
+}
+
+
+def test_all_that_decides_rights_is_held_by_a_test():
+    table = spywatcher.RightsWatcher.__doc__.split("what decides")[1].splitlines()[1:]
+    lines = {line.strip().split("  ")[0] for line in table if line.strip()}
+    assert lines == set(HELD_BY)

@@ -136,7 +136,7 @@ async def test_stopping_leaves_no_task_behind(watching):
 
 
 async def test_two_servers_share_nothing(watching):
-    async with watching() as first, watching() as second:
+    async with watching() as first, watching(storage={"path": "second.db"}) as second:
         await first.dashboard()
         assert first.server.rooms._rooms
         assert not second.server.rooms._rooms
