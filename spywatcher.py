@@ -2976,6 +2976,11 @@ class Destination(NamedTuple):
     kind: str
     channel_id: str = ""
 
+    @classmethod
+    def of(cls, room: str) -> Destination:
+        kind, _, guild_id = room.partition(":")
+        return cls(guild_id, kind)
+
     @property
     def room(self) -> str:
         return f"{self.kind}:{self.guild_id}"
@@ -7184,7 +7189,7 @@ class Subscriptions:
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
-        return {*self._in_guild, *self._recovery.guilds()}
+        return {*self._in_guild, *map(room_guild, self._recovery.rooms())}
 
     def guilds_of(self, sid: Sid) -> set[str]:
         rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
