@@ -2976,6 +2976,11 @@ class Destination(NamedTuple):
     kind: str
     channel_id: str = ""
 
+    @classmethod
+    def of(cls, room: str) -> Destination:
+        kind, _, guild_id = room.partition(":")
+        return cls(guild_id, kind)
+
     @property
     def room(self) -> str:
         return f"{self.kind}:{self.guild_id}"

@@ -204,26 +204,6 @@ async def test_a_node_reads_on_for_who_may_come_back_alone(nodes, guild, monkeyp
     await everything_came([dashboard], len(sent))
 
 
-async def test_who_is_away_for_long_is_known_at_another_node_than_the_holder(
-    nodes, guild, monkeypatch
-):
-    monkeypatch.setattr(spywatcher_cluster, "ROLL_CALL", 1)
-    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
-    ada = guild.add_member("ada", roles=[manager])
-    for _ in range(2):
-        await nodes.add()
-    await nodes.ready()
-    away = other(nodes)
-    dashboard = await page(nodes, away, viewer=str(ada.id), role="USER", reconnection=False)
-    await dashboard.drop()
-    dropped = spywatcher_cluster.boot_clock()
-    say(nodes.holder, guild, 0)
-    forgotten = dropped + spywatcher_cluster.ROLL_CALL * 4  # who was not spoken of would be
-    await eventually(lambda: away.node.known._heard > forgotten, timeout=8)
-    await dashboard.reconnect()
-    await everything_came([dashboard], 1)
-
-
 async def test_who_comes_back_to_another_node_begins_anew(nodes, guild):
     for _ in range(2):
         await nodes.add()

@@ -225,7 +225,7 @@ class History:
     async def settle(self) -> None:
         """Until the server knows how things stand; hikari may not be asked as often as that."""
         await eventually(lambda: all(map(self.is_known, self.guilds)))
-        for _ in range(5):  # listeners have begun when the cache is new; these take one turn
+        for _ in range(50):  # listeners begin some turns after the cache is new
             await asyncio.sleep(0)
         self.spy.server.rights.look_through(1.0)  # else so many changes are judged together
         self.oracle.judge()

@@ -140,6 +140,7 @@ async def test_whoever_is_cut_off_again_and_again_misses_nothing(
         await storm(spy, proxy, dashboards, cut, cuts)
 
 
+@pytest.mark.faults
 async def test_whoever_is_cut_off_in_the_middle_of_the_upgrade_misses_nothing(
     discord, guild, watching, cuts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
