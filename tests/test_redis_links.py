@@ -468,7 +468,7 @@ class Watched:
 
     async def is_replaced(self) -> bool:
         """Whether the replica is the master."""
-        return await self.sentinel.master() == self.known.port
+        return await self.sentinel.master() == self.replica.port
 
 
 @pytest.fixture
@@ -515,17 +515,17 @@ async def test_what_a_replica_has_missed_it_gets_when_it_becomes_the_master(pair
     async with pair(url=watched.url) as nodes:
         await nodes.ready()
         await nodes.connect()
-        watched.known.freeze()
+        watched.replica.freeze()
         await watched.master.ask("CLIENT", "KILL", "TYPE", "replica")
         nodes.say(1)
         await eventually(lambda: nodes.heard() == [[1, 1], [1, 1]])
         await watched.master.kill()
-        watched.known.thaw()
+        watched.replica.thaw()
         await eventually(watched.is_replaced, timeout=20)
         await eventually(lambda: nodes.problems() == [None, None], timeout=10)
 
         async def everything_is_kept() -> bool:
-            kept = await watched.known.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
+            kept = await watched.replica.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
             notes = [msgspec.msgpack.decode(fields[b"n"], type=Note) for _, fields in kept]
             assert {note.source for note in notes} == {s.node.source for s in nodes.servers}
             return True
