@@ -58,7 +58,7 @@ upgrade-check: tests/node_modules/.installed
 	  build/upgrade/bin/python -m pip --disable-pip-version-check list; exit $$status
 
 test-cluster: .venv/.test tests/node_modules/.installed
-	$(BIN)/python -m pytest -m "faults and not unsettled" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "faults and not unsettled" $(ARGS)
 
 test-unsettled: .venv/.test tests/node_modules/.installed
 	$(BIN)/python -m pytest -m unsettled $(ARGS)
