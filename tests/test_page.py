@@ -14,16 +14,18 @@ import jwt
 import pytest
 from browser import Browser, axe_faults, need_built_page, running_chromium
 from playwright.async_api import Page, async_playwright, expect
-from service import SECRET, server_of, viewer_token
+from service import SECRET, fetch, server_of, viewer_token
 from signing import signing_tables
 from waiting import eventually
 from watching import Watch, Watching
 
 from simulator import Guild, PretendDiscord
-from spywatcher import Settings
+from spywatcher import Gateway, Patience, Settings
 
 #: Plugins of the tests stand before the shipped ones, and take the place of those of their name.
 OWN_PLUGINS = {"folders": [str(Path(__file__).parent / "page"), "plugins"]}
+#: Between two looks of the page at the server's health.
+HEALTH_INTERVAL_MS = 5_000
 VIEWS = ("now", "time", "people", "wall")
 
 
@@ -52,6 +54,10 @@ async def spy(watching: Watching) -> AsyncIterator[Watch]:
 def address(spy: Watch, view: str = "now", token: str | None = None) -> str:
     """The page's address for an admin, or for whom the token is."""
     return f"{spy.url}/#{view}&token={token or spy.token(role='ADMIN')}"
+
+
+async def answers(spy: Watch, path: str, status: int) -> bool:
+    return (await fetch(spy.server.port, path)).code == status
 
 
 def state(page: Page) -> Any:
@@ -402,14 +408,24 @@ async def test_after_a_short_cut_not_a_row_is_missed(
 
 @pytest.mark.logs("not connected to Discord")
 @pytest.mark.logs("failed to communicate with server", required=False)
-async def test_the_page_says_when_discord_is_away(browser: Browser, spy: Watch) -> None:
-    page = await browser.open(address(spy))
-    await state(page).to_have_text("Live")
-    await spy.discord.refuse()
-    await spy.discord.drop()
-    await state(page).to_have_text("Discord is away")
-    await spy.discord.accept()
-    await state(page).to_have_text("Live")
+async def test_the_page_says_when_discord_is_away(
+    browser: Browser, watching: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The bot waits longer after each try in vain, up to a minute.
+    hasty = Patience(first_retry=0.05, last_retry=0.2)
+    monkeypatch.setattr(Gateway, "patience", hasty)
+    async with watching() as spy:
+        page = await browser.open(address(spy), fake_clock=True)
+        await state(page).to_have_text("Live")
+        await spy.discord.refuse()
+        await spy.discord.drop()
+        await eventually(lambda: answers(spy, "/health/ready", 503))
+        await page.clock.fast_forward(HEALTH_INTERVAL_MS)
+        await state(page).to_have_text("Discord is away")
+        await spy.discord.accept()
+        await eventually(lambda: answers(spy, "/health/ready", 200))
+        await page.clock.fast_forward(HEALTH_INTERVAL_MS)
+        await state(page).to_have_text("Live")
 
 
 # ---- for everybody ---------------------------------------------------------
