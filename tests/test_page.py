@@ -176,21 +176,6 @@ async def test_discord_signs_in_and_a_reload_keeps_one_signed_in(
         await expect(page.locator("#door-why")).to_contain_text("Sign in to see the guilds")
 
 
-async def test_whoever_is_signed_in_never_sees_a_token_end(
-    browser: Browser, discord: PretendDiscord, guild: Guild
-) -> None:
-    browser.expected.append("401.*/(signin/token|favicon.ico)")
-    tables = signing_tables(discord, plugins=OWN_PLUGINS, signin={"token_ttl": 4.0})
-    async with server_of(discord, tables):
-        page = await browser.open(tables["plugin"]["signin"]["public_url"])
-        asked: list[str] = []
-        await sign_in(page, "owner")
-        page.on("request", lambda request: asked.append(request.url))
-        await eventually(lambda: sum(url.endswith("/signin/token") for url in asked) > 1, 15.0)
-        await state(page).to_have_text("Live")
-        await expect(page.locator("#notice")).to_be_hidden()
-
-
 # ---- what happens ----------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import browser as chromium
 import pytest
 from browser import Browser, running_chromium
 from playwright.async_api import Page, async_playwright, expect
-from service import merged, running, server_of
+from service import running, server_of
 from signing import signing_tables
+from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
 
@@ -108,23 +110,26 @@ async def test_who_is_signed_in_stays_so_over_a_restart(
         await state(page).to_have_text("Live")
 
 
-async def test_a_token_is_renewed_without_a_gap(
-    browser: Browser, discord: PretendDiscord, guild: Guild, mod: Member
+async def test_whoever_is_signed_in_never_sees_a_token_end(
+    browser: Browser, discord: PretendDiscord, mod: Member
 ) -> None:
-    """One that lasts 61 s is to be replaced at once, and again a second later."""
-    tables, url = tables_of(discord)
-    tables = merged(
-        tables, {"plugin": {"signin": tables["plugin"]["signin"] | {"token_ttl": 62.0}}}
-    )
+    """One that lasts a few seconds is to end soon from the first on, and is kept for half of them."""
+    tables = signing_tables(discord, signin={"token_ttl": 20.0})
     async with server_of(discord, tables) as server:
-        page = await browser.open(url)
+        page = await browser.open(tables["plugin"]["signin"]["public_url"], fake_clock=True)
         await sign_in(page, "mod")
         await state(page).to_have_text("Live")
-        async with page.expect_response("**/signin/token") as renewed:
-            pass
-        assert (await renewed.value).status == 200
+        sockets = list(server.socketio.eio.sockets)
+        asked: list[str] = []
+        page.on("response", lambda answer: asked.append(answer.url))
+        for number in (1, 2):
+            await page.clock.fast_forward(10_000)
+            await eventually(
+                partial(lambda wanted: sum("token" in url for url in asked) == wanted, number)
+            )
         await state(page).to_have_text("Live")
-        assert len(server.socketio.eio.sockets) == 1
+        await expect(page.locator("#notice")).to_be_hidden()
+        assert list(server.socketio.eio.sockets) == sockets
 
 
 async def test_signing_out_ends_the_second_tab_too(

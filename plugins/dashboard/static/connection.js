@@ -33,6 +33,7 @@ export class Connection extends EventTarget {
   #lostAt = null;
   #reconnecting; // timers
   #asking;
+  #renewing;
   #tabs = new BroadcastChannel("spywatcher"); // the same page in other tabs of this browser
 
   constructor(tokens) {
@@ -105,7 +106,7 @@ export class Connection extends EventTarget {
     socket.on("connect_error", (error) => this.#onRefusal(error));
     socket.on("session", ({ recovered, rooms }) => recovered && this.#enterMissing(rooms));
     socket.on("guilds:update", ({ guilds }) => this.#onGuilds({ guilds, complete: true }));
-    socket.on("auth:expiring", ({ expiresAt }) => this.#renew(expiresAt));
+    socket.on("auth:expiring", ({ expiresAt }) => this.#onExpiring(expiresAt));
     socket.on("error", (error) => this.#onError(error));
     socket.onAny((name, data) => this.#onEvent(name, data));
   }
@@ -136,6 +137,7 @@ export class Connection extends EventTarget {
 
   #onDisconnect(reason) {
     this.#lostAt ??= Date.now();
+    clearTimeout(this.#renewing); // it is said again on the return
     this.#pending.clear();
     if (reason === "io client disconnect") return;
     if (this.state !== "expired") this.#set("reconnecting");
@@ -206,6 +208,11 @@ export class Connection extends EventTarget {
   /** The answer, or null when the connection was lost before. */
   async #request(...request) {
     return this.connected ? this.#socket.timeout(10_000).emitWithAck(...request).catch(() => null) : null;
+  }
+
+  #onExpiring(expiresAt) {
+    clearTimeout(this.#renewing);
+    this.#renewing = setTimeout(() => this.#renew(expiresAt), this.#tokens.young);
   }
 
   async #renew(expiresAt) {
