@@ -165,7 +165,6 @@ async def sign_in(page: Page, name: str) -> None:
 async def test_discord_signs_in_and_a_reload_keeps_one_signed_in(
     browser: Browser, discord: PretendDiscord, guild: Guild
 ) -> None:
-    browser.expected.append("401.*/(signin/token|favicon.ico)")
     tables = signing_tables(discord, plugins=OWN_PLUGINS)
     async with server_of(discord, tables):
         page = await browser.open(tables["plugin"]["signin"]["public_url"])
@@ -213,6 +212,19 @@ async def test_a_viewer_of_two_guilds_sees_one_at_a_time(browser: Browser, spy: 
     await discord.message(spy.guild, ada, spy.guild.general)
     await discord.message(other, bob, other.general)
     await expect(page.locator("#events li p")).to_have_text(["bob wrote in #general"])
+
+
+async def test_who_comes_first_sees_the_guild_with_the_most_people_online(
+    browser: Browser, watching: Watching, discord: PretendDiscord, guild: Guild
+) -> None:
+    for name in ("A", "Z"):
+        discord.add_guild(name).add_member("ada").appear("offline")
+    guild.name = "M"
+    guild.add_member("bob").appear("online", ["web"])
+    async with watching(plugins=OWN_PLUGINS) as spy:
+        page = await browser.open(address(spy))
+        await expect(page.locator("#members b").first).to_have_text("bob")
+        assert await page.locator("#guilds").input_value() == str(guild.id)
 
 
 async def test_members_are_found_by_status_device_and_name(

@@ -13,6 +13,7 @@ const ROOMS = ["guild", "analytics", "history"];
 const OWN = new Set(["session", "guilds:update", "auth:expiring", "error"]);
 const ASK_AGAIN = 5_000;
 const HEALTH_INTERVAL = 5_000;
+const STILL_SIGNED_IN = "You are still signed in: the server could not end your session. Try again in a moment.";
 
 export class Connection extends EventTarget {
   state = "starting";
@@ -69,7 +70,7 @@ export class Connection extends EventTarget {
 
   async signOut() {
     const throughDiscord = this.#tokens.user !== null;
-    await this.#tokens.signOut();
+    if (!(await this.#tokens.signOut())) return this.#tell("problem", { message: STILL_SIGNED_IN });
     if (throughDiscord) this.#tabs.postMessage("signed out");
     this.#leaveAll();
   }

@@ -24,6 +24,9 @@ function viewerOf(token) {
   }
 }
 
+/** Whether somebody has signed in here; to ask for a token in vain is an error in the console. */
+const signedInHere = () => /(^|; )spywatcher_signed_in=1/.test(document.cookie);
+
 export class Tokens {
   #token = null;
   #ends = Infinity; // ms since 1970 by this computer's clock, of tokens from the sign-in
@@ -72,7 +75,7 @@ export class Tokens {
   /** Ask the sign-in for a token; whether there is a new one. */
   async renew() {
     const answer = await this.askSignIn();
-    if (!answer?.ok) return false;
+    if (answer?.status !== 200) return false;
     const { token, expiresAt, user } = await answer.json();
     const life = Date.parse(expiresAt) - Date.parse(answer.headers.get("Date")); // both by the server's clock
     this.use(token);
@@ -82,16 +85,22 @@ export class Tokens {
     return true;
   }
 
-  /** The answer of the sign-in, and with it whether there is one; null without an answer. */
+  /** The answer of the sign-in, and with it whether there is one; null without an answer.
+   *  It holds a token only for who has signed in.
+   */
   async askSignIn() {
-    const answer = await fetch("/signin/token", { method: "POST" }).catch(() => null);
+    const method = signedInHere() ? "POST" : "OPTIONS";
+    const answer = await fetch("/signin/token", { method }).catch(() => null);
     this.status = answer?.status ?? 0;
     if (answer) this.signIn = answer.status !== 404 && answer.status !== 405;
     return answer;
   }
 
+  /** End the session at the sign-in, if there is one; whether that is done. */
   async signOut() {
-    if (this.user) await fetch("/signout", { method: "POST" }).catch(() => null);
+    const answer = this.user && (await fetch("/signout", { method: "POST" }).catch(() => null));
+    if (this.user && !answer?.ok) return false;
     this.forget();
+    return true;
   }
 }
