@@ -2018,7 +2018,9 @@ TOKEN_LASTS = 604_800  # seconds, as Discord's
 AUTHORIZE_PAGE = tornado.template.Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pretend Discord</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
+:root { color-scheme: light dark }
 body { font: 16px/1.5 sans-serif; max-width: 26rem; margin: 4rem auto; padding: 0 1rem }
 button { display: block; width: 100%; margin: .5rem 0; padding: .6rem; font: inherit }
 </style>

@@ -94,11 +94,15 @@ class Browser:
             "WebSocket connection",
         ]
 
-    async def open(self, url: str, **context: Any) -> Page:
-        """A new page as a new visitor has it, at `url`."""
+    async def open(self, url: str, *, fake_clock: bool = False, **context: Any) -> Page:
+        """A new page as a new visitor has it, at `url`. With a fake clock time passes in it as ever,
+        and `page.clock.fast_forward(ms)` skips what the page would wait for.
+        """
         made = await self.chromium.new_context(**{"viewport": LAPTOP, **context})
         made.set_default_timeout(DEADLINE_MS)
         page = await made.new_page()
+        if fake_clock:
+            await page.clock.install()
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         await page.goto(url)

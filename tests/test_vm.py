@@ -18,7 +18,7 @@ CONFIG = "/etc/spywatcher/config.toml"
 #: The pretend Discord of the machine.
 PLAY = 'import simulator as s, asyncio; asyncio.run(s.run(s.parse(["--port", "8123"])))'
 #: Seconds that a start may take there: an emulated processor is slow.
-START = 180.0
+START = 300.0
 
 
 def block(heading: str, language: str, number: int = 0) -> str:
@@ -54,7 +54,7 @@ def start_discord(vps: Machine) -> None:
         " --setenv=SHIV_ROOT=/root/shiv --setenv=PYTHONUNBUFFERED=1"
         f" python3 /root/discord.pyz -c '{PLAY}'"
     )
-    vps.until("journalctl -u discord -o cat", lambda said: "token = " in said)
+    vps.until("journalctl -u discord -o cat", lambda said: "token = " in said, within=START)
 
 
 def discord_says(vps: Machine, key: str) -> str:
