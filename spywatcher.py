@@ -2460,9 +2460,14 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        for handler in (self.handler, self._prober):
-            if handler is not None:
-                close_gently(handler, self.server.ending_timeout)
+        patience = self.server.ending_timeout
+        if self.handler is not None:
+            close_gently(self.handler, patience)
+        if self._prober is not None:
+            # A stock client whose probe was answered has stopped polling: it neither polls again nor
+            # reconnects when this closes before it has said "5". What it says then closes it.
+            later = asyncio.get_running_loop().call_later
+            later(patience, close_gently, self._prober, patience)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -6841,7 +6846,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def on_message(self, message: str | bytes) -> None:
         session = self._session
-        if session is None or session.closed:
+        if session is None:
             return
         self.connection.touch()
         if session.handler is self:

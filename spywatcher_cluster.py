@@ -282,7 +282,8 @@ class Link:
 
     def __init__(self, settings: RedisSettings, password: str) -> None:
         self._open = functools.partial(open_redis, settings.url, password)
-        self.redis, self.errors = self._open()
+        self._closed = False
+        self.redis, self.errors = self._open(lambda: not self._closed)
         self._clients = [self.redis]
         self.up = False
         self._slow_until = float("-inf")
@@ -329,7 +330,7 @@ class Link:
 
     def client(self, may_connect: Callable[[], bool]) -> Any:
         """A client of one's own, whose connections are made, or made anew, only where one may."""
-        client, _ = self._open(may_connect)
+        client, _ = self._open(lambda: not self._closed and may_connect())
         self._clients.append(client)
         return client
 
@@ -366,7 +367,8 @@ class Link:
         log.warning("%s; dashboards stay up, trying again", why)
 
     async def close(self) -> None:
-        self.up = False
+        """What is being connected meanwhile, for a client that waits, is closed as soon as it is."""
+        self._closed, self.up = True, False
         if self._timer is not None:
             self._timer.cancel()
         for client in self._clients:
@@ -420,7 +422,7 @@ def bad_url(url: str) -> OperatorError:
 
 
 def open_redis(
-    url: str, password: str, may_connect: Callable[[], bool] | None = None
+    url: str, password: str, may_connect: Callable[[], bool] = lambda: True
 ) -> tuple[Any, tuple[type[Exception], ...]]:
     """A client for redis://, rediss://, unix:// or redis+sentinel://, and what it raises.
 
@@ -442,7 +444,7 @@ def open_redis(
         )
 
     async def greet(connection: Any) -> None:
-        if may_connect is not None and not may_connect():
+        if not may_connect():
             raise aioredis.ConnectionError("Redis closed the connection")
         await connection.on_connect()
 

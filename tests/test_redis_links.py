@@ -34,8 +34,8 @@ from waiting import eventually
 import spywatcher
 import spywatcher_cluster
 from simulator import Guild, PretendDiscord, make_token, snowflake
-from spywatcher import Server
-from spywatcher_cluster import Note
+from spywatcher import RedisSettings, Server
+from spywatcher_cluster import Link, Note
 
 #: Of characters that mean something in a URL.
 PASSWORD = "hush: p@ss/w%41rd?#"
@@ -182,6 +182,21 @@ async def test_two_nodes_meet_over_valkey(pair, tmp_path):
         assert (await valkey.ask("INFO", "server"))["server_name"] == "valkey"
         async with pair(url=valkey.url) as nodes:
             await nodes.exchange()
+
+
+async def test_a_connection_that_is_made_while_its_node_stops_is_closed(redis) -> None:
+    for turns in range(12):
+        link = Link(RedisSettings(url=redis.url), "")
+        asking = asyncio.create_task(link.redis.ping())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await link.close()
+        await asyncio.gather(asking, return_exceptions=True)
+    await eventually(lambda: no_clients(redis))
+
+
+async def no_clients(redis: RedisServer) -> bool:
+    return not await redis.clients()
 
 
 # ---- passwords and users
