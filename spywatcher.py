@@ -4035,17 +4035,7 @@ class HostContext(NamedTuple):
 SAFE_INTEGER: Final = 2**53 - 1
 MOST_NESTED: Final = 16
 SNAKE_CASE: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)+")
-
-
-class UnsendableError(Exception):
-    """A value that no event can carry; `path` says where it stood."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
-        self.path: list[str] = []
-
-    def __str__(self) -> str:
-        return ": ".join([*filter(None, [".".join(self.path)]), self.args[0]])
+HALF_A_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 
 
 def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
@@ -4057,13 +4047,10 @@ def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
         raise PluginError(
             f"{event}: returned {described(payload)}, expected a Payload, a dict or None"
         )
-    try:
-        fields = as_json(payload)
-        if isinstance(payload, msgspec.Struct):
-            check_annotations(payload, fields)
-    except UnsendableError as error:
-        raise PluginError(f"{event}: {error}") from None
-    fields = in_camel_case(fields)
+    values = as_json(payload, event)
+    if isinstance(payload, msgspec.Struct):
+        check_annotations(event, type(payload), values)
+    fields: EventData = in_camel_case(values)
     fields["guildId"] = guild_id
     if "timestamp" not in fields:
         fields["timestamp"] = timestamp()
@@ -4076,90 +4063,65 @@ def described(value: object) -> str:
     return f"{type(value).__name__} {text[:40]}".strip()
 
 
-def as_json(value: Any, depth: int = 0) -> Any:
-    """A value in JSON's own types, structs under their wire names; raises UnsendableError."""
-    kind = type(value)
-    if kind is str:
-        if not value.isascii() and not is_unicode(value):
-            raise UnsendableError("half of a surrogate pair is no text")
-        return value
-    if value is None or kind is bool:
-        return value
-    if depth > MOST_NESTED:
-        raise UnsendableError(f"nested deeper than {MOST_NESTED}, or in a circle")
-    if kind is dict:
-        return members_as_json(value.items(), depth)
-    if isinstance(value, list | tuple):
-        return items_as_json(value, depth)
+def unsendable(path: Sequence[object], why: str) -> PluginError:
+    """What no event can carry; the path is the event, then where in it the value stands."""
+    event, *fields = map(str, path)
+    return PluginError(": ".join(filter(None, [event, ".".join(fields), why])))
+
+
+def as_json(value: Any, *path: object) -> Any:
+    """A value in JSON's own types, structs under their wire names; raises PluginError."""
     if isinstance(value, msgspec.Struct):
-        names = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
-        return members_as_json(((wire, getattr(value, name)) for wire, name in names), depth)
-    return scalar_as_json(value)
+        names = value.__struct_encode_fields__
+        value = dict(zip(names, msgspec.structs.astuple(value), strict=True))
+    if not isinstance(value, dict | list | tuple):
+        return scalar_as_json(value, path)
+    if len(path) > MOST_NESTED:
+        raise unsendable(path, f"nested deeper than {MOST_NESTED}, or in a circle")
+    if not isinstance(value, dict):
+        return [as_json(item, *path, number) for number, item in enumerate(value)]
+    return {
+        key if type(key) is str and key.isascii() else str(scalar_as_json(key, path)): (
+            # most values are such texts, and a call costs more than this
+            item if type(item) is str and item.isascii() else as_json(item, *path, key)
+        )
+        for key, item in value.items()
+    }
 
 
-def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
-    fields = {}
-    for key, value in members:
-        name = key if type(key) is str and key.isascii() else str(as_json(key, MOST_NESTED))
-        if type(value) is str and value.isascii():  # most are, and a call costs more than this
-            fields[name] = value
-            continue
-        try:
-            fields[name] = as_json(value, depth + 1)
-        except UnsendableError as error:
-            error.path.insert(0, name)
-            raise
-    return fields
+def scalar_as_json(value: object, path: Sequence[object]) -> str | int | float | None:
+    """A value that holds no others; raises PluginError."""
+    match value:
+        case None | bool():
+            return value
+        case hikari.Snowflake():
+            return str(int(value))
+        case str():  # hikari's enums of texts are, too
+            if not value.isascii() and HALF_A_CHARACTER.search(value):
+                raise unsendable(path, "half of a surrogate pair is no text")
+            return str.__str__(value)
+        case int():
+            if abs(value) > SAFE_INTEGER:
+                raise unsendable(path, "JavaScript rounds a number so large: send it as a str")
+            return int(value)
+        case float():
+            if not math.isfinite(value):
+                raise unsendable(path, f"JSON has no {value}")
+            return float(value)
+        case datetime():
+            return timestamp(value)
+    raise unsendable(path, f"{described(value)} cannot be sent as JSON")
 
 
-def items_as_json(items: Sequence[Any], depth: int) -> list[Any]:
-    values = []
-    for number, value in enumerate(items):
-        try:
-            values.append(as_json(value, depth + 1))
-        except UnsendableError as error:
-            error.path.insert(0, str(number))
-            raise
-    return values
-
-
-def scalar_as_json(value: object) -> str | int | float:
-    if isinstance(value, hikari.Snowflake):
-        return str(int(value))
-    if isinstance(value, str):  # hikari's enums of texts are
-        return str.__str__(value)
-    if isinstance(value, int):
-        if abs(value) > SAFE_INTEGER:
-            raise UnsendableError("JavaScript rounds a number so large: send it as a str")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise UnsendableError(f"JSON has no {value}")
-        return float(value)
-    if isinstance(value, datetime):
-        return timestamp(value)
-    raise UnsendableError(f"{described(value)} cannot be sent as JSON")
-
-
-def is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def check_annotations(payload: msgspec.Struct, fields: EventData) -> None:
-    """Raises UnsendableError where a value is not what the payload's class says."""
-    form = type(payload)
+def check_annotations(event: str, form: type[msgspec.Struct], fields: EventData) -> None:
+    """Raises PluginError where a value is not what the payload's class says."""
     try:
         msgspec.convert(fields, form, dec_hook=accept)
     except msgspec.ValidationError as error:
-        wire = re.search(r"`\$\.(\w+)", str(error))
         names = dict(zip(form.__struct_encode_fields__, form.__struct_fields__, strict=True))
-        wrong = UnsendableError(str(error))
-        wrong.path = [form.__name__, names.get(wire[1], wire[1])] if wire else [form.__name__]
-        raise wrong from None
+        wire = re.findall(r"`\$\.(\w+)", str(error))[:1]
+        field = [names.get(name, name) for name in wire]
+        raise unsendable([event, form.__name__, *field], str(error)) from None
 
 
 def accept(form: type, value: object) -> object:
@@ -4167,20 +4129,16 @@ def accept(form: type, value: object) -> object:
     return value
 
 
-def in_camel_case(fields: dict[str, Any]) -> dict[str, Any]:
+def in_camel_case(value: Any) -> Any:
     """The same with camelCase for each key in snake_case."""
-    return {
-        (camel_case(key) if "_" in key else key): (
-            value if type(value) is str else nested_in_camel_case(value)
-        )
-        for key, value in fields.items()
-    }
-
-
-def nested_in_camel_case(value: Any) -> Any:
     if type(value) is dict:
-        return in_camel_case(value)
-    return [nested_in_camel_case(item) for item in value] if type(value) is list else value
+        return {
+            camel_case(key) if "_" in key else key: (
+                item if type(item) is str else in_camel_case(item)
+            )
+            for key, item in value.items()
+        }
+    return [in_camel_case(item) for item in value] if type(value) is list else value
 
 
 @functools.lru_cache(maxsize=1024)
