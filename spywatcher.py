@@ -4224,6 +4224,7 @@ class Fence:
         self._pauses = metrics.plugin_pauses.labels(name)
         self._told: set[object] = set()
         self._longest: dict[str, float] = {}
+        self._waited = self._waited_at = 0.0
 
     def failed(self, what: str, error: BaseException) -> None:
         self._failures.inc()
@@ -4233,24 +4234,39 @@ class Fence:
         self._told.add(kind)
         log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
 
-    def took(self, what: str, seconds: float) -> None:
+    def begin(self) -> float:
+        """The moment at which a function of the plugin is called."""
+        now = time.perf_counter()
+        if now > self._waited_at + 0.01:  # to ask each time would cost more than most calls
+            self._waited, self._waited_at = seconds_waited(), now
+        return now
+
+    def took(self, what: str, began: float) -> None:
         """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        seconds = time.perf_counter() - began
         self._seconds.inc(seconds)
-        if seconds > BLOCKING and seconds > 2 * self._longest.get(what, 0.0):
-            self._longest[what] = seconds
-            log.warning(
-                "plugin %s: %s held up the server for %.0f ms", self.name, what, seconds * 1000
-            )
+        if seconds > BLOCKING:
+            seconds -= seconds_waited() - self._waited
+            if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
+                self._longest[what] = seconds
+                held_up = "plugin %s: %s held up the server for %.0f ms"
+                log.warning(held_up, self.name, what, seconds * 1000)
 
     def paused(self, what: str) -> None:
         self._pauses.inc()
-        log.error(
-            "plugin %s: %s failed %d times in a row and is paused for %.0f s",
-            self.name,
-            what,
-            MOST_FAILURES,
-            PAUSE,
-        )
+        paused = "plugin %s: %s failed %d times in a row and is paused for %.0f s"
+        log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
+
+
+def seconds_waited() -> float:
+    """For how long this thread was kept from running by others; 0 where no kernel tells (proc(5)).
+
+    A busy machine is no plugin's fault.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def kind_of_fault(error: BaseException) -> object:
@@ -4273,6 +4289,23 @@ def traceback_of(error: BaseException) -> BaseException | None:
     return None if isinstance(error, SpyWatcherError) else error
 
 
+@contextlib.contextmanager
+def caught(told: Callable[[BaseException], None]) -> Iterator[None]:
+    """Has a plugin's faults inside `told`; that this task is to end is none of them."""
+    try:
+        yield
+    except FAULTS as error:
+        if being_cancelled():
+            raise
+        told(error)
+
+
+def being_cancelled() -> bool:
+    """Whether the task that asks was to end: redis-py 8.1 may swallow what told it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Guarded:
     """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
 
@@ -4282,7 +4315,7 @@ class Guarded:
         arguments: tuple[object, ...],
         name: str,
         fence: Fence,
-        time_limit: float,
+        time_limit: float | None,
         where: str = "",
     ) -> None:
         self._function = function
@@ -4291,10 +4324,11 @@ class Guarded:
         self.name = name
         self._where = where
         self._fence = fence
+        #: Seconds for which it may be awaited; None: for ever.
         self._time_limit = time_limit
         self._failed_in_row = 0
         self._paused_until = 0.0
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: set[asyncio.Task[None]] = set()
 
     @property
     def paused(self) -> bool:
@@ -4304,81 +4338,75 @@ class Guarded:
         """Call it with a subject, and `then` with that and what it returns, when that is there."""
         if self._paused_until and self.paused:
             return
-        started = time.perf_counter()
         try:
-            result = self._function(subject, *self._arguments)
-        except FAULTS as error:
-            self._failed(error)
-            return
-        finally:
-            self._took(time.perf_counter() - started)
-        if hasattr(result, "__await__"):
-            self._await(result, functools.partial(then, subject))
-            return
-        try:
-            then(subject, result)
+            result = self._call(subject)
+            if hasattr(result, "__await__"):
+                task = asyncio.create_task(self._finish(result, subject, then))
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+                return
+            if result is not None:
+                then(subject, result)
         except FAULTS as error:
             self._failed(error)
         else:
             self._failed_in_row = 0
 
-    async def ask(self, *subject: object, limited: bool = True) -> Any:
-        """Call it, and return what it returns; None when it fails or is paused."""
-        answers: list[Any] = []
+    async def ask(
+        self, *subject: object, then: Callable[[Any], Any] = lambda result: result
+    ) -> Any:
+        """Call it, and return what `then` makes of what it returns; None when it fails or is paused."""
         if not self.paused:
-            started = time.perf_counter()
-            with self.fenced():
-                try:
-                    result = self._function(*subject, *self._arguments)
-                finally:
-                    self._took(time.perf_counter() - started)
-                if hasattr(result, "__await__"):
-                    timed = Timed(result, self._took)
-                    result = await (within(self._time_limit, timed) if limited else timed)
-                answers.append(result)
-        return answers[0] if answers else None
+            with caught(self._failed):
+                result = await self.run(*subject)
+                made = None if result is None else then(result)
+                self._failed_in_row = 0
+                return made
+        return None
 
-    @contextlib.contextmanager
-    def fenced(self) -> Iterator[None]:
-        """What fails inside counts as this function's failure."""
-        try:
-            yield
-        except FAULTS as error:
-            if being_cancelled():
-                raise
-            self._failed(error)
-        else:
-            self._failed_in_row = 0
+    async def run(self, *subject: object) -> Any:
+        """Call it and return what it returns; raises what it raises."""
+        result = self._call(*subject)
+        return await self._awaited(result) if hasattr(result, "__await__") else result
 
     async def wait(self) -> None:
-        """Until what runs has ended, for no longer than it may take anyway."""
+        """Until what was called has ended."""
         if self._running:
-            await asyncio.wait(self._running, timeout=self._time_limit)
+            await asyncio.wait(self._running)
 
-    def _took(self, seconds: float) -> None:
-        self._fence.took(self.name, seconds)
+    def _call(self, *subject: object) -> Any:
+        began = self._fence.begin()
+        try:
+            return self._function(*subject, *self._arguments)
+        finally:
+            self._fence.took(self.name, began)
 
-    def _await(self, result: Awaitable[Any], then: Callable[[Any], None]) -> None:
-        task = asyncio.create_task(finish(Timed(result, self._took)))
-        self._running.add(task)
-        late = asyncio.get_running_loop().call_later(self._time_limit, self._end_late, task)
-        task.add_done_callback(functools.partial(self._ended, late, then))
-
-    def _end_late(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        task.cancel()
-        self._failed(PluginError(f"took longer than {self._time_limit:g} s and was cancelled"))
-
-    def _ended(
-        self, late: asyncio.TimerHandle, then: Callable[[Any], None], task: asyncio.Task[Any]
+    async def _finish(
+        self, result: Awaitable[Any], subject: object, then: Callable[[Any, Any], None]
     ) -> None:
-        late.cancel()
-        if task not in self._running:
-            look_at(task)  # too late, and told so
-            return
-        self._running.discard(task)
-        with self.fenced():
-            then(task.result())
+        with caught(self._failed):
+            answer = await self._awaited(result)
+            if answer is not None:
+                then(subject, answer)
+            self._failed_in_row = 0
+
+    async def _awaited(self, result: Awaitable[Any]) -> Any:
+        """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
+        steps = self._in_steps(result)
+        if self._time_limit is None:
+            return await steps
+        task = asyncio.create_task(steps)
+        task.add_done_callback(look_at)
+        try:
+            await asyncio.wait([task], timeout=self._time_limit)
+            if task.done():
+                return task.result()
+            raise PluginError(f"took longer than {self._time_limit:g} s and was cancelled")
+        finally:
+            task.cancel()
+
+    async def _in_steps(self, result: Awaitable[Any]) -> Any:
+        return await Steps(result, self._fence, self.name)
 
     def _failed(self, error: BaseException) -> None:
         self._fence.failed(f"{self.name} failed{self._where}", error)
@@ -4388,51 +4416,28 @@ class Guarded:
             self._fence.paused(self.name + self._where)
 
 
-class Timed:
-    """Awaits something, and tells how long each step of it held up the loop."""
+class Steps(NamedTuple):
+    """Awaits something, and has each step of it counted: each holds up the loop."""
 
-    def __init__(self, awaitable: Awaitable[Any], took: Callable[[float], None]) -> None:
-        self._awaitable = awaitable
-        self._took = took
+    awaitable: Awaitable[Any]
+    fence: Fence
+    name: str
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        steps: Any = self._awaitable.__await__()  # a coroutine's or a future's: both have all three
+        steps: Any = self.awaitable.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            started = time.perf_counter()
+            began = self.fence.begin()
             try:
                 awaited = resume(value)
             except StopIteration as end:
                 return end.value
             finally:
-                self._took(time.perf_counter() - started)
+                self.fence.took(self.name, began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
                 resume, value = steps.throw, error
-
-
-def being_cancelled() -> bool:
-    """Whether the task that asks was to end: redis-py 8.1 may swallow what told it."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def finish(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
-async def within(seconds: float, awaitable: Awaitable[Any]) -> Any:
-    """What it returns; raises PluginError after so long, even where it heeds no cancellation."""
-    task = asyncio.create_task(finish(awaitable))
-    task.add_done_callback(look_at)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if task.done():
-            return task.result()
-        raise PluginError(f"took longer than {seconds:g} s and was cancelled")
-    finally:
-        task.cancel()
 
 
 def look_at(task: asyncio.Task[Any]) -> None:
@@ -4672,7 +4677,10 @@ class Runner:
             for f, mark in plugin.listeners
         ]
         self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
-        self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
+        self.repeated = [
+            (Guarded(f, (self.spy,), f.__name__, self.fence, None), seconds)
+            for f, seconds in plugin.repeated
+        ]
         own = {"spy": self.spy, "failed": self.fence.failed}
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes: Routes = [
@@ -4732,24 +4740,19 @@ class Runner:
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
         for hearer in self.listeners:
             await hearer.guarded.wait()
-        try:
+        with caught(functools.partial(self.fence.failed, "teardown failed")):
             await self._run_hook("teardown", self._time_limit)
-        except FAULTS as error:
-            if being_cancelled():
-                raise
-            self.fence.failed("teardown failed", error)
 
     async def _run_hook(self, name: str, seconds: float) -> None:
         hook = self.plugin.hooks.get(name)
         if hook is not None:
-            took = functools.partial(self.fence.took, name)
-            await within(seconds, Timed(called(hook, self.spy), took))
+            await Guarded(hook, (self.spy,), name, self.fence, seconds).run()
 
     @staticmethod
     async def _repeat(guarded: Guarded, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
-            await guarded.ask(limited=False)
+            await guarded.ask()
 
     # -- events
 
@@ -4769,8 +4772,6 @@ class Runner:
                     tell(mark.emit, fields)
 
     def _send_result(self, listener: Listener, event: Any, result: object) -> None:
-        if result is None:
-            return
         if listener.emit is None:
             raise PluginError(f"returned {described(result)}, but on() has no emit= to send it as")
         if listener.settled and not self._context.settled():
@@ -4805,21 +4806,12 @@ class Runner:
     async def _made(
         self, event: str, guild_id: str, guarded: Guarded, *arguments: object
     ) -> EventData | None:
-        fields = None
-        payload = await guarded.ask(*arguments)
-        if payload is not None:
-            with guarded.fenced():
-                fields = finish_payload(event, payload, guild_id)
+        finish = functools.partial(finish_payload, event, guild_id=guild_id)
+        fields: EventData | None = await guarded.ask(*arguments, then=finish)
         return fields
 
     def _count(self, what: str, amount: float) -> None:
         self._counts(what).inc(amount)
-
-
-async def called(function: Callable[..., Any], *arguments: object) -> Any:
-    """Call a function, plain or async."""
-    result = function(*arguments)
-    return await result if hasattr(result, "__await__") else result
 
 
 def guild_of(event: Any) -> str:
