@@ -3979,7 +3979,8 @@ class Spy:
 # The way of an event: Dispatcher (one subscription for each event type) -> Guarded (one function
 # of one plugin) -> Runner (that plugin at work) -> HostContext.emit.
 
-MODULE_PREFIX: Final = "spywatcher_plugins."
+#: The package of all plugins' modules.
+PLUGINS_PACKAGE: Final = "spywatcher_plugins"
 #: Socket.IO's own names and the server's; clients could not tell a plugin's from these.
 RESERVED_EVENTS: Final = frozenset(
     [
@@ -4460,7 +4461,10 @@ class Plugin:
         self.module = module
         used = attributes_used(path)
         self.settings_form = settings_form(module, reads_settings="settings" in used)
-        self.settings = self.check_settings(table)
+        faults: list[str] = []
+        self.settings = self.check_settings(table, faults)
+        if faults:
+            raise OperatorError(*faults)
         marks = marks_of(module)
         self.listeners = [(f, mark) for f, mark in marks if isinstance(mark, Listener)]
         self.repeated = [(f, mark.seconds) for f, mark in marks if isinstance(mark, Repeated)]
@@ -4482,15 +4486,11 @@ class Plugin:
         heard = {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
         return heard | {NEEDS[need].event for need in self.needs}
 
-    def check_settings(self, table: dict[str, Any]) -> Any:
-        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
+    def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; what is wrong is added to `faults`."""
         if self.settings_form is None:
             return table
-        faults: list[str] = []
-        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
-        if faults:
-            raise OperatorError(*faults)
-        return settings
+        return check_table(table, self.settings_form, f"plugin.{self.name}", faults)
 
 
 def own_things(module: ModuleType) -> list[tuple[str, Any]]:
@@ -4926,10 +4926,6 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     return folders
 
 
-#: The files of a plugin, each with what changes when it is written.
-Fingerprint = tuple[tuple[str, int, int, int], ...]
-
-
 class PluginFiles:
     """Where plugins are, and which of them have changed since they were taken."""
 
@@ -4941,26 +4937,27 @@ class PluginFiles:
     def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
         self._folders = folders
         self.disabled = frozenset(disabled)
-        self._taken: dict[str, Fingerprint] = {}
-        self._contents: dict[str, bytes] = {}
-        self._seen: dict[str, tuple[Fingerprint, float]] = {}  # as it is now, and since when
+        #: Of each plugin that was taken, the stamps and the contents of its files;
+        self._stamps: dict[str, FilesState] = {}
+        self._contents: dict[str, FilesState] = {}
+        #: of each that has changed since, its stamps now, and since when.
+        self._seen: dict[str, tuple[FilesState, float]] = {}
 
     def find(self) -> dict[str, Path]:
         """The plugins that there are, by name: a file of each."""
         found: dict[str, Path] = {}
-        for entry in (entry for folder in self._folders for entry in entries(folder)):
-            path = entry / "__init__.py" if entry.is_dir() else entry
-            name = entry.name if entry.is_dir() else entry.stem
-            there = path.is_file() if entry.is_dir() else True
-            if path.suffix == ".py" and name[0] not in "_." and there:
+        for entry in itertools.chain.from_iterable(map(entries, self._folders)):
+            folder = entry.is_dir()
+            path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
+            if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
                 found.setdefault(name, path)
         return {name: path for name, path in sorted(found.items()) if name not in self.disabled}
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._taken = {name: fingerprint(path) for name, path in found.items()}
-        self._contents = {name: digest(path) for name, path in found.items()}
+        self._stamps = {name: state_of(path, stamp) for name, path in found.items()}
+        self._contents = {name: state_of(path, digest) for name, path in found.items()}
         return found
 
     @property
@@ -4971,28 +4968,28 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        changed: dict[str, Path | None] = {}
-        for name in sorted(found.keys() | self._taken.keys()):
-            path = found.get(name)
-            if self._has_settled(name, path):
-                changed[name] = path
-        return changed
+        changed = [name for name in {**self._stamps, **found} if self._has_settled(name, found)]
+        return {name: found.get(name) for name in sorted(changed)}
 
-    def _has_settled(self, name: str, path: Path | None) -> bool:
-        current, now = fingerprint(path) if path else (), time.monotonic()
-        if current == self._taken.get(name, ()):
+    def _has_settled(self, name: str, found: Mapping[str, Path]) -> bool:
+        path = found.get(name)
+        current, now = state_of(path, stamp), time.monotonic()
+        if current == self._stamps.get(name, []):
             self._seen.pop(name, None)
             return False
-        seen, since = self._seen.setdefault(name, (current, now))
-        if seen != current:
+        if name not in self._seen or self._seen[name][0] != current:
             self._seen[name] = (current, now)
-            return False
-        if now - since < (self.rest if path is None or is_python(path) else self.patience):
+        rests = now - self._seen[name][1]
+        if rests < (self.rest if path is None or is_python(path) else self.patience):
             return False
         del self._seen[name]
-        before, content = self._contents.get(name), digest(path) if path else b""
-        self._taken[name], self._contents[name] = current, content
-        return content != before
+        before, self._stamps[name] = self._contents.get(name), current
+        self._contents[name] = state_of(path, digest)
+        return self._contents[name] != before  # it may have been written anew without a change
+
+
+#: The files of a plugin, with something of each.
+FilesState = list[tuple[Path, object]]
 
 
 def entries(folder: Path) -> list[Path]:
@@ -5015,24 +5012,25 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def fingerprint(path: Path) -> Fingerprint:
-    """What changes when one of a plugin's files is written; costs no reading."""
-    prints = []
-    for file in files_of(path):
-        with contextlib.suppress(OSError):  # it has gone this moment, or leads nowhere
-            stat = file.stat()
-            prints.append((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino))
-    return tuple(prints) or ((str(path), 0, 0, 0),)
-
-
-def digest(path: Path) -> bytes:
-    """Of all that a plugin's files hold, and where: written anew without a change, it is the same."""
-    content = hashlib.sha256()
-    for file in files_of(path):
-        content.update(f"\0{file}\0".encode())
+def state_of(path: Path | None, look: Callable[[Path], object]) -> FilesState:
+    """What `look` finds in each of a plugin's files; None where it has gone or leads nowhere."""
+    state: FilesState = []
+    for file in files_of(path) if path else ():
+        found = None
         with contextlib.suppress(OSError):
-            content.update(file.read_bytes())
-    return content.digest()
+            found = look(file)
+        state.append((file, found))
+    return state
+
+
+def stamp(file: Path) -> tuple[int, int, int]:
+    """What changes when the file is written; costs no reading."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def digest(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def is_python(path: Path) -> bool:
@@ -5056,12 +5054,12 @@ class SourceLoader(importlib.machinery.SourceFileLoader):
 
 
 class PluginFinder(importlib.abc.MetaPathFinder):
-    """Has the modules in a plugin's folder read likewise."""
+    """Has plugins, and the modules in their folders, read so."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not fullname.startswith(MODULE_PREFIX):
+        if not fullname.startswith(f"{PLUGINS_PACKAGE}."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
@@ -5072,45 +5070,37 @@ class PluginFinder(importlib.abc.MetaPathFinder):
 def load_module(name: str, path: Path) -> ModuleType:
     """Run a plugin's file as a fresh module, under a name that no other module can have.
 
-    It stays in `sys.modules`, where dataclasses and postponed annotations look it up, whatever it
-    raises. Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
+    Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
     if not any(isinstance(finder, PluginFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, PluginFinder())
     importlib.invalidate_caches()  # of folders whose files are new
-    full_name = MODULE_PREFIX + name
-    package = MODULE_PREFIX.rstrip(".")
-    beside = path.parent.parent if path.name == "__init__.py" else path.parent
-    sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(beside)]
-    folder = [str(path.parent)] if path.name == "__init__.py" else None
-    loader = SourceLoader(full_name, str(path))
-    spec = importlib.util.spec_from_file_location(
-        full_name, path, loader=loader, submodule_search_locations=folder
-    )
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full_name] = module
-    loader.exec_module(module)
-    return module
+    package = sys.modules.setdefault(PLUGINS_PACKAGE, ModuleType(PLUGINS_PACKAGE))
+    package.__path__ = [str(path.parent.parent if path.name == "__init__.py" else path.parent)]
+    return importlib.import_module(f"{PLUGINS_PACKAGE}.{name}")
 
 
-def modules_of(name: str) -> dict[str, ModuleType]:
-    """A plugin's modules in `sys.modules`."""
-    own = MODULE_PREFIX + name
-    return {
-        one: module
-        for one, module in tuple(sys.modules.items())
-        if one == own or one.startswith(f"{own}.")
-    }
+def take_modules(name: str) -> dict[str, ModuleType]:
+    """Take a plugin's modules out of `sys.modules`, so that the next import makes fresh ones."""
+    own = f"{PLUGINS_PACKAGE}.{name}"
+    names = [one for one in sys.modules if one == own or one.startswith(f"{own}.")]
+    if hasattr(package := sys.modules.get(PLUGINS_PACKAGE), name):
+        delattr(package, name)
+    return {one: sys.modules.pop(one) for one in names}
 
 
-def put_modules(name: str, modules: dict[str, ModuleType]) -> None:
-    """Have `sys.modules` hold these of a plugin's, and no others."""
-    for one in modules_of(name):
-        del sys.modules[one]
-    sys.modules.update(modules)
+@contextlib.contextmanager
+def fresh_modules(name: str) -> Iterator[None]:
+    """Inside, a plugin is loaded anew; if that comes to nothing, its modules are as before."""
+    before = take_modules(name)
+    try:
+        yield
+    except BaseException:
+        take_modules(name)
+        sys.modules.update(before)
+        raise
 
 
 def reason_not_loaded(error: BaseException, path: Path) -> str:
@@ -5153,7 +5143,8 @@ class PluginLoader:
         faults: list[str] = []
         for name, path in self.files.take().items():
             try:
-                self.plugins[name] = self.load(name, path, self.plugins.values())
+                with fresh_modules(name):
+                    self.plugins[name] = self.load(name, path, self.plugins.values())
             except OperatorError as error:
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
@@ -5162,20 +5153,14 @@ class PluginLoader:
             raise OperatorError(*faults)
 
     def load(self, name: str, path: Path, others: Iterable[Plugin]) -> Plugin:
-        """A new version of a plugin, which claims no event of others; on any fault nothing changes."""
-        before = modules_of(name)
-        put_modules(name, {})
-        try:
-            plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-            for other in others:
-                for event in sorted(plugin.events & other.events):
-                    raise PluginError(
-                        f"plugins {other.name} and {name} both claim the event {event};"
-                        f" disable one of them in [plugins] disabled"
-                    )
-        except BaseException:
-            put_modules(name, before)
-            raise
+        """A plugin as its file is now, which claims no event of others."""
+        plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
+        for other in others:
+            for event in sorted(plugin.events & other.events):
+                raise PluginError(
+                    f"plugins {other.name} and {name} both claim the event {event};"
+                    f" disable one of them in [plugins] disabled"
+                )
         return plugin
 
     def check_secret(self, tokens: Tokens) -> None:
@@ -5210,12 +5195,10 @@ class PluginLoader:
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
-        checked = {}
-        for name, plugin in self.plugins.items():
-            try:
-                checked[name] = plugin.check_settings(tables.get(name, {}))
-            except OperatorError as error:
-                faults += error.faults
+        checked = {
+            name: plugin.check_settings(tables.get(name, {}), faults)
+            for name, plugin in self.plugins.items()
+        }
         if faults:
             raise OperatorError(*faults)
         return checked
@@ -5311,15 +5294,13 @@ class PluginHost:
             self.take_over()
 
     async def _set_up(self, runner: Runner) -> Runner | None:
-        try:
-            await runner.set_up()
-        except FAULTS as error:
-            if being_cancelled():
-                raise
+        def failed(error: BaseException) -> None:
             self.failures[runner.plugin.name] = f"setup failed: {reason(error)}"
             runner.fence.failed("setup failed", error)
-            return None
-        return runner
+
+        with caught(failed):
+            await runner.set_up()
+            return runner
 
     def begin(self, runner: Runner) -> None:
         """Have a plugin at work that was set up."""
@@ -5452,46 +5433,44 @@ class PluginWatcher:
 
     async def _change(self, changed: dict[str, Path | None]) -> None:
         """Set up what is new, and then, in one step, let it take the place of what was before."""
-        async with self._host.changing:
+        host = self._host
+        async with host.changing:
             going = {name for name, path in changed.items() if path is None}
-            coming: dict[str, Runner] = {}
+            left = {name: one for name, one in host.plugins.items() if name not in going}
+            coming: list[Runner] = []
             for name, path in changed.items():
-                others = {
-                    **self._host.plugins,
-                    **{one: runner.plugin for one, runner in coming.items()},
-                }
-                left = [plugin for one, plugin in others.items() if one not in {*going, name}]
-                if path and (runner := await self._prepare(name, path, left)):
-                    coming[name] = runner
-            before = [
-                self._host.end(name) for name in {*going, *coming} & self._host.running.keys()
-            ]
+                before = left.pop(name, None)
+                runner = await self._prepare(name, path, left.values()) if path else None
+                if runner:
+                    coming.append(runner)
+                if plugin := runner.plugin if runner else before:
+                    left[name] = plugin
+            names = {*going, *(runner.plugin.name for runner in coming)}
+            ending = [host.end(name) for name in names & host.running.keys()]
             for name in going:
                 self._drop(name)
-            for runner in coming.values():
+            for runner in coming:
                 self._enter(runner)
-            self._host.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in before))
+            host.take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending))
 
-    async def _prepare(self, name: str, path: Path, others: list[Plugin]) -> Runner | None:
+    async def _prepare(self, name: str, path: Path, others: Iterable[Plugin]) -> Runner | None:
         """A new version, set up where plugins are at work; None where anything of that fails."""
-        modules = modules_of(name)
-        try:
-            plugin = self._host.loader.load(name, path, others)
-            check_cached(plugin, self._bot.cache.settings.components)
-            runner = self._host.make_runner(plugin)
-            if self._host.leading:
+        host = self._host
+        with caught(functools.partial(host.loader.report, name, path)), fresh_modules(name):
+            plugin = host.loader.load(name, path, others)
+            for need in sorted(plugin.needs):
+                if NEEDS[need].components & ~self._bot.cache.settings.components:
+                    raise PluginError(
+                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
+                    )
+            runner = host.make_runner(plugin)
+            if host.leading:
                 await runner.set_up()
-        except FAULTS as error:
-            put_modules(name, modules)
-            if being_cancelled():
-                raise
-            self._host.loader.report(name, path, error)
-            return None
-        return runner
+            return runner
 
     def _drop(self, name: str) -> None:
-        put_modules(name, {})
+        take_modules(name)
         self._host.failures.pop(name, None)
         self._host.runners.pop(name, None)
         if self._host.plugins.pop(name, None):
@@ -5513,15 +5492,6 @@ class PluginWatcher:
                     event_type.__name__,
                     missing.name,
                 )
-
-
-def check_cached(plugin: Plugin, kept: hikari.api.CacheComponents) -> None:
-    """Raises PluginError where hikari, which is running, does not keep what the plugin needs."""
-    for need in sorted(plugin.needs):
-        if NEEDS[need].components & ~kept:
-            raise PluginError(
-                f'needs "{need}" asks for a restart: hikari keeps it from its start on'
-            )
 
 
 def forget_member(
