@@ -55,9 +55,6 @@ import hashlib
 import heapq
 import hmac
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
 import ipaddress
 import itertools
@@ -91,10 +88,9 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from importlib.machinery import ModuleSpec
 from operator import itemgetter
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import (
     Annotated,
     Any,
@@ -3877,7 +3873,7 @@ class Spy:
         settings: Any,
         context: HostContext,
         emit: Callable[..., None],
-        count: Callable[[str, float], None],
+        counts: Callable[[str], Counter],
         failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
@@ -3903,7 +3899,7 @@ class Spy:
         self._address = context.address
         self._lists_origin = context.lists_origin
         self._emit = emit
-        self._count = count
+        self._counts = counts
         self._failed = failed
         self._problem: str | None = None
 
@@ -3914,7 +3910,7 @@ class Spy:
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
-        self._count(what, amount)
+        self._counts(what).inc(amount)
 
     def emit(
         self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
@@ -4452,6 +4448,15 @@ def look_at(task: asyncio.Task[Any]) -> None:
 Routes = list[tuple[PathMatches, type[RequestHandler]]]
 
 
+class Marked(NamedTuple):
+    """A function, or a handler's class, with one of its marks."""
+
+    function: Any
+    mark: Any
+    #: How many of the hook's arguments it takes.
+    takes: int
+
+
 class Plugin:
     """One loaded plugin: its module, and what the host calls in it, each checked."""
 
@@ -4465,25 +4470,25 @@ class Plugin:
         self.settings = self.check_settings(table, faults)
         if faults:
             raise OperatorError(*faults)
-        marks = marks_of(module)
-        self.listeners = [(f, mark) for f, mark in marks if isinstance(mark, Listener)]
-        self.repeated = [(f, mark.seconds) for f, mark in marks if isinstance(mark, Repeated)]
-        self.greeters = [(f, mark) for f, mark in marks if isinstance(mark, Greeter)]
-        self.routes = [(f, mark.pattern) for f, mark in marks if isinstance(mark, Route)]
+        marked = marked_in(module)
+        self.listeners = [one for one in marked if isinstance(one.mark, Listener)]
+        self.repeated = [one for one in marked if isinstance(one.mark, Repeated)]
+        self.greeters = [one for one in marked if isinstance(one.mark, Greeter)]
+        self.routes = [one for one in marked if isinstance(one.mark, Route)]
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
-        emitting = [mark for _, mark in self.listeners if mark.emit]
-        greetings = [mark for _, mark in self.greeters]
-        self.events = {str(mark.emit) for mark in emitting} | {mark.emit for mark in greetings}
-        self.kinds = {mark.room for mark in emitting} | {mark.kind for mark in greetings}
-        check_arguments(marks, self.hooks)
         check_payloads(module)
+        rooms = {one.mark.emit: one.mark.room for one in self.listeners if one.mark.emit}
+        rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
+        self.events = set(rooms)
+        self.kinds = frozenset(rooms.values())
         if reserved := self.events & RESERVED_EVENTS:
             raise PluginError(f"the event name {min(reserved)} is reserved")
 
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
+        heard = {one.mark.source for one in self.listeners}
+        heard = {source for source in heard if not isinstance(source, str)}
         return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
@@ -4504,15 +4509,22 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
     return list(seen.values())
 
 
-def marks_of(module: ModuleType) -> list[tuple[Any, Mark]]:
-    """Functions and classes with each mark on them, in the order of the file."""
-    things = own_things(module)
+def marked_in(module: ModuleType) -> list[Marked]:
+    """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
     return [
-        (value, mark)
-        for _, value in things
-        if isinstance(value, type) or callable(value)
+        Marked(value, mark, check_marked(value, mark))
+        for _, value in own_things(module)
         for mark in getattr(value, "__dict__", {}).get(MARKS, ())
     ]
+
+
+def check_marked(value: Any, mark: Mark) -> int:
+    """How many arguments the function takes of those that it is handed; raises PluginError."""
+    if not isinstance(mark, Route):
+        return arguments_taken(value, HOOKS[type(mark)])
+    if not (isinstance(value, type) and issubclass(value, RequestHandler)):
+        raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
+    return 0
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4530,23 +4542,21 @@ def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.S
 
 def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
     """`setup` and the like; raises PluginError for a name that is nearly one."""
-    known = {name for name in HOOKS if isinstance(name, str)}
+    names = [name for name in HOOKS if isinstance(name, str)]
     for name, value in own_things(module):
-        plain = name.replace("_", "").lower()
-        near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=0.85)
-        marked = MARKS in getattr(value, "__dict__", {})
-        if (
-            near
-            and name not in known
-            and inspect.isfunction(value)
-            and name[0] != "_"
-            and not marked
-        ):
-            raise PluginError(f"{name} is no hook, did you mean {near[0]}? (else begin it with _)")
-        settings = isinstance(value, type) and issubclass(value, PluginSettings)
-        if settings and "Settings" not in vars(module):
-            raise PluginError(f"class {name} is never read, did you mean Settings?")
-    return {name: vars(module)[name] for name in known if name in vars(module)}
+        if isinstance(value, type):
+            if issubclass(value, PluginSettings) and "Settings" not in vars(module):
+                raise PluginError(f"class {name} is never read, did you mean Settings?")
+        elif inspect.isfunction(value) and MARKS not in vars(value) and name[0] != "_":
+            plain = name.replace("_", "").lower()
+            near = difflib.get_close_matches(plain, names, n=1, cutoff=0.85)
+            if near and name not in names:
+                why = f"did you mean {near[0]}? (else begin it with _)"
+                raise PluginError(f"{name} is no hook, {why}")
+    hooks = {name: vars(module)[name] for name in names if name in vars(module)}
+    for name, function in hooks.items():
+        arguments_taken(function, HOOKS[name])
+    return hooks
 
 
 def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
@@ -4573,19 +4583,6 @@ def attributes_used(path: Path) -> dict[str, str]:
         for node in ast.walk(ast.parse(file.read_bytes()))
         if isinstance(node, ast.Attribute)
     }
-
-
-def check_arguments(marks: list[tuple[Any, Mark]], hooks: dict[str, Callable[..., Any]]) -> None:
-    """Raises PluginError for a function that does not take what it is handed."""
-    for function, hook in [
-        *((function, HOOKS[type(mark)]) for function, mark in marks if type(mark) in HOOKS),
-        *((function, HOOKS[name]) for name, function in hooks.items()),
-    ]:
-        arguments_taken(function, hook)
-    for handler, mark in marks:
-        is_class = isinstance(handler, type) and issubclass(handler, RequestHandler)
-        if isinstance(mark, Route) and not is_class:
-            raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
 
 
 def arguments_taken(function: Any, hook: Hook) -> int:
@@ -4659,58 +4656,50 @@ class Runner:
         publish: Callable[[str, EventData], None],
     ) -> None:
         self.plugin = plugin
-        self.fence = Fence(plugin.name, metrics)
+        self.fence = fence = Fence(plugin.name, metrics)
         self._context = context
         self._time_limit = time_limit
         #: Refuses an event and a kind of room that are not the plugin's to use.
         self._claim = claim
         #: Tells other plugins what goes out.
         self._publish = publish
-        self._counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        self._unsettled = metrics.dropped.labels("startup grace")
-        self._unwatched = metrics.dropped.labels("guild not watched")
+        self._dropped = metrics.dropped.labels
         self._tasks: list[asyncio.Task[None]] = []
+        counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
         failed = metrics.plugin_failures.labels(plugin.name).inc
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, self._count, failed)
-        self.listeners = [
-            Hearer(mark, self._listener(f, mark), functools.partial(self._send_result, mark))
-            for f, mark in plugin.listeners
+        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, failed)
+        self.listeners = [self._hearer(*marked) for marked in plugin.listeners]
+        self.greeters = [
+            (
+                mark,
+                Guarded(f, (), f"making {mark.emit}", fence, time_limit, f" in {f.__name__}"),
+                takes,
+            )
+            for f, mark, takes in plugin.greeters
         ]
-        self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
         self.repeated = [
-            (Guarded(f, (self.spy,), f.__name__, self.fence, None), seconds)
-            for f, seconds in plugin.repeated
+            (Guarded(f, (self.spy,), f.__name__, fence, None), mark.seconds)
+            for f, mark, _ in plugin.repeated
         ]
-        own = {"spy": self.spy, "failed": self.fence.failed}
+        own = {"spy": self.spy, "failed": fence.failed}
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes: Routes = [
-            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, pattern in plugin.routes
+            (PathMatches(mark.pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, mark, _ in plugin.routes
         ]
 
-    def _guard(
-        self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
-    ) -> Guarded:
-        name = name or function.__name__
-        return Guarded(function, arguments, name, self.fence, self._time_limit, where)
-
-    def _listener(self, function: Callable[..., Any], mark: Listener) -> Guarded:
-        spy = (self.spy,) if arguments_taken(function, HOOKS[Listener]) > 1 else ()
-        source = mark.source if isinstance(mark.source, str) else mark.source.__name__
-        return self._guard(function, *spy, where=f" on {source}")
-
-    def _greeter(self, function: Callable[..., Any], mark: Greeter) -> tuple[Guarded, bool]:
-        wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
-        where = f" in {function.__name__}"
-        return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
+    def _hearer(self, function: Callable[..., Any], mark: Listener, takes: int) -> Hearer:
+        where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
+        more, limit = (self.spy,)[: takes - 1], self._time_limit
+        guarded = Guarded(function, more, function.__name__, self.fence, limit, where)
+        return Hearer(mark, guarded, functools.partial(self._send_result, mark))
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        greeters = [guarded for _, guarded, _ in self.greeters]
-        everything = [hearer.guarded for hearer in self.listeners] + greeters
+        everything = [hearer.guarded for hearer in self.listeners]
+        everything += [guarded for _, guarded, _ in self.greeters]
         everything += [guarded for guarded, _ in self.repeated]
-        paused = [guarded.name for guarded in everything if guarded.paused]
-        return [f"{self.plugin.name}.{name}" for name in paused]
+        return [f"{self.plugin.name}.{one.name}" for one in everything if one.paused]
 
     # -- life
 
@@ -4721,10 +4710,7 @@ class Runner:
 
     def begin(self) -> None:
         """Begin with what is repeated."""
-        self._tasks = [
-            asyncio.create_task(self._repeat(guarded, seconds))
-            for guarded, seconds in self.repeated
-        ]
+        self._tasks = [asyncio.create_task(self._repeat(*one)) for one in self.repeated]
 
     def end(self) -> None:
         """Repeat nothing more."""
@@ -4744,8 +4730,7 @@ class Runner:
             await self._run_hook("teardown", self._time_limit)
 
     async def _run_hook(self, name: str, seconds: float) -> None:
-        hook = self.plugin.hooks.get(name)
-        if hook is not None:
+        if hook := self.plugin.hooks.get(name):
             await Guarded(hook, (self.spy,), name, self.fence, seconds).run()
 
     @staticmethod
@@ -4763,10 +4748,11 @@ class Runner:
 
         Without a subscriber, what all of them would get.
         """
-        for mark, guarded, wants_viewer in self.greeters:
-            if mark.kind == kind and (subscriber or not wants_viewer):
-                viewer = [subscriber] if wants_viewer else []
-                fields = await self._made(mark.emit, guild_id, guarded, guild_id, self.spy, *viewer)
+        finish = functools.partial(finish_payload, guild_id=guild_id)
+        for mark, guarded, takes in self.greeters:
+            if mark.kind == kind and (subscriber or takes < 3):
+                arguments = (guild_id, self.spy, subscriber)[:takes]
+                fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
                 channel_id = fields and fields.get("channelId")
                 if fields and (not channel_id or not subscriber or subscriber.may_see(channel_id)):
                     tell(mark.emit, fields)
@@ -4775,7 +4761,7 @@ class Runner:
         if listener.emit is None:
             raise PluginError(f"returned {described(result)}, but on() has no emit= to send it as")
         if listener.settled and not self._context.settled():
-            self._unsettled.inc()
+            self._dropped("startup grace").inc()
             return
         self._send(listener.emit, guild_of(event), result, listener.room)
 
@@ -4783,35 +4769,22 @@ class Runner:
         """What `spy.emit` does."""
         self._claim(self.plugin, event, room)
         if not self._context.watches(guild_id):
-            self._unwatched.inc()
+            self._dropped("guild not watched").inc()
         elif callable(payload):
-            make = functools.partial(self._make_and_publish, event, guild_id, payload)
+            guarded = Guarded(payload, (), f"making {event}", self.fence, self._time_limit)
+            finish = functools.partial(self._finished, event, guild_id)
+            make = functools.partial(guarded.ask, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
             self._send(event, guild_id, payload, room)
 
     def _send(self, event: str, guild_id: str, payload: object, room: str) -> None:
+        self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
+
+    def _finished(self, event: str, guild_id: str, payload: object) -> EventData:
         fields = finish_payload(event, payload, guild_id)
         self._publish(event, fields)
-        self._context.emit(event, guild_id, fields, room)
-
-    async def _make_and_publish(
-        self, event: str, guild_id: str, maker: Callable[[], Any]
-    ) -> EventData | None:
-        fields = await self._made(event, guild_id, self._guard(maker, name=f"making {event}"))
-        if fields is not None:
-            self._publish(event, fields)
         return fields
-
-    async def _made(
-        self, event: str, guild_id: str, guarded: Guarded, *arguments: object
-    ) -> EventData | None:
-        finish = functools.partial(finish_payload, event, guild_id=guild_id)
-        fields: EventData | None = await guarded.ask(*arguments, then=finish)
-        return fields
-
-    def _count(self, what: str, amount: float) -> None:
-        self._counts(what).inc(amount)
 
 
 def guild_of(event: Any) -> str:
@@ -5043,30 +5016,6 @@ def is_python(path: Path) -> bool:
     return bool(source.strip()) or path.name == "__init__.py"
 
 
-class SourceLoader(importlib.machinery.SourceFileLoader):
-    """Reads a plugin's source each time: Python takes a .pyc for the newest where a file of the same
-    size was written within the same second.
-    """
-
-    def get_code(self, fullname: str) -> CodeType:
-        path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
-
-
-class PluginFinder(importlib.abc.MetaPathFinder):
-    """Has plugins, and the modules in their folders, read so."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if not fullname.startswith(f"{PLUGINS_PACKAGE}."):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = SourceLoader(fullname, spec.loader.path)
-        return spec
-
-
 def load_module(name: str, path: Path) -> ModuleType:
     """Run a plugin's file as a fresh module, under a name that no other module can have.
 
@@ -5074,12 +5023,14 @@ def load_module(name: str, path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
-    if not any(isinstance(finder, PluginFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, PluginFinder())
     importlib.invalidate_caches()  # of folders whose files are new
     package = sys.modules.setdefault(PLUGINS_PACKAGE, ModuleType(PLUGINS_PACKAGE))
     package.__path__ = [str(path.parent.parent if path.name == "__init__.py" else path.parent)]
-    return importlib.import_module(f"{PLUGINS_PACKAGE}.{name}")
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:  # a .pyc stays the newest where a file of the same size is written within the same second
+        return importlib.import_module(f"{PLUGINS_PACKAGE}.{name}")
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def take_modules(name: str) -> dict[str, ModuleType]:
