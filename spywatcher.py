@@ -4664,6 +4664,8 @@ class Runner:
         #: Tells other plugins what goes out.
         self._publish = publish
         self._dropped = metrics.dropped.labels
+        #: From its `setup` to its `teardown`.
+        self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
         counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
         failed = metrics.plugin_failures.labels(plugin.name).inc
@@ -4709,13 +4711,16 @@ class Runner:
         await self._run_hook("setup", self.setup_limit)
 
     def begin(self) -> None:
-        """Begin with what is repeated."""
+        """Be at work: hear events, greet, and repeat what is repeated."""
+        self.at_work = True
         self._tasks = [asyncio.create_task(self._repeat(*one)) for one in self.repeated]
 
-    def end(self) -> None:
-        """Repeat nothing more."""
+    def end(self) -> bool:
+        """Repeat nothing more; whether it was at work, and is to be torn down."""
+        was_at_work, self.at_work = self.at_work, False
         for task in self._tasks:
             task.cancel()
+        return was_at_work
 
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
@@ -5107,9 +5112,9 @@ class PluginLoader:
         """A plugin as its file is now, which claims no event of others."""
         plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
         for other in others:
-            for event in sorted(plugin.events & other.events):
+            if other.name != name and (both := plugin.events & other.events):
                 raise PluginError(
-                    f"plugins {other.name} and {name} both claim the event {event};"
+                    f"plugins {other.name} and {name} both claim the event {min(both)};"
                     f" disable one of them in [plugins] disabled"
                 )
         return plugin
@@ -5171,9 +5176,8 @@ class PluginHost:
         self.check = self.loader.check
         self.plugins = self.loader.plugins
         self.failures = self.loader.failures
-        #: The loaded plugins with what they work with, and those of them that are at work.
+        #: The loaded plugins with what they work with.
         self.runners: dict[str, Runner] = {}
-        self.running: dict[str, Runner] = {}
         self._settings = settings
         self._metrics = metrics
         self._context: HostContext | None = None
@@ -5241,7 +5245,7 @@ class PluginHost:
             self.leading = True
             ready = await asyncio.gather(*map(self._set_up, self.runners.values()))
             for runner in filter(None, ready):
-                self.begin(runner)
+                runner.begin()
             self.take_over()
 
     async def _set_up(self, runner: Runner) -> Runner | None:
@@ -5251,36 +5255,44 @@ class PluginHost:
 
         with caught(failed):
             await runner.set_up()
+            self.failures.pop(runner.plugin.name, None)
             return runner
 
-    def begin(self, runner: Runner) -> None:
-        """Have a plugin at work that was set up."""
-        self.failures.pop(runner.plugin.name, None)
-        self.running[runner.plugin.name] = runner
-        runner.begin()
+    @property
+    def running(self) -> dict[str, Runner]:
+        """Those that are at work."""
+        return {name: runner for name, runner in self.runners.items() if runner.at_work}
+
+    def enter(self, runner: Runner) -> None:
+        """Have a plugin that was not there, or was removed; at work, if it is set up."""
+        name = runner.plugin.name
+        self.plugins[name], self.runners[name] = runner.plugin, runner
+        if self.leading:
+            runner.begin()
+
+    def remove(self, name: str) -> Runner | None:
+        """Have a plugin no more; what was at work is still to be torn down."""
+        self.plugins.pop(name, None)
+        self.failures.pop(name, None)
+        runner = self.runners.pop(name, None)
+        return runner if runner and runner.end() else None
 
     def take_over(self) -> None:
         """Have all that happens go to those that are there now, in one step."""
-        order = sorted(self.runners)
-        self._routes = [route for name in order for route in self.runners[name].routes]
+        runners = [self.runners[name] for name in sorted(self.runners)]
+        self._routes = [route for runner in runners for route in runner.routes]
         if self._dispatcher is not None:
-            self._dispatcher.connect(self.running[name] for name in order if name in self.running)
+            self._dispatcher.connect(runner for runner in runners if runner.at_work)
 
     async def stop(self) -> None:
         """Stop hearing events and tear the plugins down."""
         async with self.changing:
             self.leading = False
-            ending = [self.end(name) for name in tuple(self.running)]
+            ending = [runner for runner in self.runners.values() if runner.end()]
             for runner in ending:
                 self.failures.pop(runner.plugin.name, None)  # it is not to be at work here now
             self.take_over()
             await asyncio.gather(*(runner.tear_down() for runner in ending))
-
-    def end(self, name: str) -> Runner:
-        """Take a plugin from its work; it is still to be torn down."""
-        runner = self.running.pop(name)
-        runner.end()
-        return runner
 
     def _claim(self, plugin: Plugin, event: str, room: str) -> None:
         """Let a plugin emit an event that nobody else does, to a kind of room that there is."""
@@ -5333,17 +5345,17 @@ class PluginHost:
 
     def health(self) -> dict[str, Any]:
         """What runs and what does not, for /health/ready."""
-        out = [name for name in self.failures if name not in self.running]
-        problems = dict.fromkeys(out, "failed to start, see the log")
-        spies = {name: runner.spy for name, runner in self.running.items()}
-        problems |= {name: spy.problem for name, spy in spies.items() if spy.problem}
+        running = self.running
+        out = self.failures.keys() - running.keys()
+        problems: dict[str, str | None] = dict.fromkeys(out, "failed to start, see the log")
+        problems |= {name: one.spy.problem for name, one in running.items() if one.spy.problem}
         said = "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
         return {
             "problem": said or None,
             "loaded": sorted(self.plugins),
             "failed": sorted(problems),
-            "outdated": sorted(self.failures.keys() & self.running.keys()),
-            "paused": sorted(name for one in self.running.values() for name in one.paused()),
+            "outdated": sorted(self.failures.keys() & running.keys()),
+            "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
     def reconfigure(self, checked: dict[str, Any]) -> None:
@@ -5386,24 +5398,21 @@ class PluginWatcher:
         """Set up what is new, and then, in one step, let it take the place of what was before."""
         host = self._host
         async with host.changing:
-            going = {name for name, path in changed.items() if path is None}
-            left = {name: one for name, one in host.plugins.items() if name not in going}
-            coming: list[Runner] = []
+            gone = [name for name, path in changed.items() if path is None]
+            others = {name: one for name, one in host.plugins.items() if name not in gone}
+            coming: dict[str, Runner] = {}
             for name, path in changed.items():
-                before = left.pop(name, None)
-                runner = await self._prepare(name, path, left.values()) if path else None
-                if runner:
-                    coming.append(runner)
-                if plugin := runner.plugin if runner else before:
-                    left[name] = plugin
-            names = {*going, *(runner.plugin.name for runner in coming)}
-            ending = [host.end(name) for name in names & host.running.keys()]
-            for name in going:
-                self._drop(name)
-            for runner in coming:
-                self._enter(runner)
+                if path and (runner := await self._prepare(name, path, others.values())):
+                    coming[name], others[name] = runner, runner.plugin
+            ending = [host.remove(name) for name in (*gone, *coming)]
+            for name in gone:
+                take_modules(name)
+                log.info("plugin %s: gone", name)
+            for runner in coming.values():
+                host.enter(runner)
+                self._say_loaded(runner.plugin)
             host.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending))
+            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
 
     async def _prepare(self, name: str, path: Path, others: Iterable[Plugin]) -> Runner | None:
         """A new version, set up where plugins are at work; None where anything of that fails."""
@@ -5420,19 +5429,7 @@ class PluginWatcher:
                 await runner.set_up()
             return runner
 
-    def _drop(self, name: str) -> None:
-        take_modules(name)
-        self._host.failures.pop(name, None)
-        self._host.runners.pop(name, None)
-        if self._host.plugins.pop(name, None):
-            log.info("plugin %s: gone", name)
-
-    def _enter(self, runner: Runner) -> None:
-        plugin = runner.plugin
-        self._host.plugins[plugin.name], self._host.runners[plugin.name] = plugin, runner
-        self._host.failures.pop(plugin.name, None)
-        if self._host.leading:
-            self._host.begin(runner)
+    def _say_loaded(self, plugin: Plugin) -> None:
         log.info("plugin %s: loaded", plugin.name)
         for event_type in plugin.event_types():
             if missing := missing_intents(event_type, self._bot.intents):
