@@ -3785,8 +3785,17 @@ def timestamp(moment: datetime | None = None) -> str:
 
     That is ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given.
     """
-    moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if moment is not None:
+        utc = moment.astimezone(UTC)
+        return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds, more = divmod(time.time_ns(), 1_000_000_000)
+    return f"{second_as_text(seconds)}.{more // 1_000_000:03d}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def second_as_text(seconds: int) -> str:
+    """Made once a second: most events go out with the time of now."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class News(NamedTuple):
@@ -4031,6 +4040,8 @@ class HostContext(NamedTuple):
 #: The largest whole number that JavaScript's numbers hold exactly: Number.MAX_SAFE_INTEGER.
 SAFE_INTEGER: Final = 2**53 - 1
 MOST_NESTED: Final = 16
+PAYLOADS: Final = (msgspec.Struct, dict)
+ARRAYS: Final = (list, tuple)
 SNAKE_CASE: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)+")
 HALF_A_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 
@@ -4040,7 +4051,7 @@ def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
 
     Raises PluginError for what cannot be sent, and for values that their annotations do not allow.
     """
-    if not isinstance(payload, msgspec.Struct | dict):
+    if not isinstance(payload, PAYLOADS):
         raise PluginError(
             f"{event}: returned {described(payload)}, expected a Payload, a dict or None"
         )
@@ -4068,21 +4079,24 @@ def unsendable(path: Sequence[object], why: str) -> PluginError:
 
 def as_json(value: Any, *path: object) -> Any:
     """A value in JSON's own types, structs under their wire names; raises PluginError."""
-    if isinstance(value, msgspec.Struct):
-        names = value.__struct_encode_fields__
-        value = dict(zip(names, msgspec.structs.astuple(value), strict=True))
-    if not isinstance(value, dict | list | tuple):
-        return scalar_as_json(value, path)
     if len(path) > MOST_NESTED:
         raise unsendable(path, f"nested deeper than {MOST_NESTED}, or in a circle")
-    if not isinstance(value, dict):
+    members: Iterable[tuple[Any, Any]]
+    if isinstance(value, msgspec.Struct):
+        names = value.__struct_encode_fields__
+        members = zip(names, msgspec.structs.astuple(value), strict=True)
+    elif isinstance(value, dict):
+        members = value.items()
+    elif isinstance(value, ARRAYS):
         return [as_json(item, *path, number) for number, item in enumerate(value)]
+    else:
+        return scalar_as_json(value, path)
     return {
         key if type(key) is str and key.isascii() else str(scalar_as_json(key, path)): (
             # most values are such texts, and a call costs more than this
             item if type(item) is str and item.isascii() else as_json(item, *path, key)
         )
-        for key, item in value.items()
+        for key, item in members
     }
 
 
