@@ -55,9 +55,6 @@ import hashlib
 import heapq
 import hmac
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
 import ipaddress
 import itertools
@@ -91,10 +88,9 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from importlib.machinery import ModuleSpec
 from operator import itemgetter
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import (
     Annotated,
     Any,
@@ -3794,8 +3790,17 @@ def timestamp(moment: datetime | None = None) -> str:
 
     That is ISO 8601 in UTC with milliseconds and `Z`; now, unless a moment is given.
     """
-    moment = moment.astimezone(UTC) if moment else datetime.now(UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if moment is not None:
+        utc = moment.astimezone(UTC)
+        return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds, more = divmod(time.time_ns(), 1_000_000_000)
+    return f"{second_as_text(seconds)}.{more // 1_000_000:03d}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def second_as_text(seconds: int) -> str:
+    """Made once a second: most events go out with the time of now."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class News(NamedTuple):
@@ -3882,7 +3887,7 @@ class Spy:
         settings: Any,
         context: HostContext,
         emit: Callable[..., None],
-        count: Callable[[str, float], None],
+        counts: Callable[[str], Counter],
         failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
@@ -3908,7 +3913,7 @@ class Spy:
         self._address = context.address
         self._lists_origin = context.lists_origin
         self._emit = emit
-        self._count = count
+        self._counts = counts
         self._failed = failed
         self._problem: str | None = None
 
@@ -3919,7 +3924,7 @@ class Spy:
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
-        self._count(what, amount)
+        self._counts(what).inc(amount)
 
     def emit(
         self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
@@ -3984,7 +3989,8 @@ class Spy:
 # The way of an event: Dispatcher (one subscription for each event type) -> Guarded (one function
 # of one plugin) -> Runner (that plugin at work) -> HostContext.emit.
 
-MODULE_PREFIX: Final = "spywatcher_plugins."
+#: The package of all plugins' modules.
+PLUGINS_PACKAGE: Final = "spywatcher_plugins"
 #: Socket.IO's own names and the server's; clients could not tell a plugin's from these.
 RESERVED_EVENTS: Final = frozenset(
     [
@@ -4039,18 +4045,10 @@ class HostContext(NamedTuple):
 #: The largest whole number that JavaScript's numbers hold exactly: Number.MAX_SAFE_INTEGER.
 SAFE_INTEGER: Final = 2**53 - 1
 MOST_NESTED: Final = 16
+PAYLOADS: Final = (msgspec.Struct, dict)
+ARRAYS: Final = (list, tuple)
 SNAKE_CASE: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)+")
-
-
-class UnsendableError(Exception):
-    """A value that no event can carry; `path` says where it stood."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
-        self.path: list[str] = []
-
-    def __str__(self) -> str:
-        return ": ".join([*filter(None, [".".join(self.path)]), self.args[0]])
+HALF_A_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 
 
 def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
@@ -4058,17 +4056,14 @@ def finish_payload(event: str, payload: object, guild_id: str) -> EventData:
 
     Raises PluginError for what cannot be sent, and for values that their annotations do not allow.
     """
-    if not isinstance(payload, msgspec.Struct | dict):
+    if not isinstance(payload, PAYLOADS):
         raise PluginError(
             f"{event}: returned {described(payload)}, expected a Payload, a dict or None"
         )
-    try:
-        fields = as_json(payload)
-        if isinstance(payload, msgspec.Struct):
-            check_annotations(payload, fields)
-    except UnsendableError as error:
-        raise PluginError(f"{event}: {error}") from None
-    fields = in_camel_case(fields)
+    values = as_json(payload, event)
+    if isinstance(payload, msgspec.Struct):
+        check_annotations(event, type(payload), values)
+    fields: EventData = in_camel_case(values)
     fields["guildId"] = guild_id
     if "timestamp" not in fields:
         fields["timestamp"] = timestamp()
@@ -4081,90 +4076,68 @@ def described(value: object) -> str:
     return f"{type(value).__name__} {text[:40]}".strip()
 
 
-def as_json(value: Any, depth: int = 0) -> Any:
-    """A value in JSON's own types, structs under their wire names; raises UnsendableError."""
-    kind = type(value)
-    if kind is str:
-        if not value.isascii() and not is_unicode(value):
-            raise UnsendableError("half of a surrogate pair is no text")
-        return value
-    if value is None or kind is bool:
-        return value
-    if depth > MOST_NESTED:
-        raise UnsendableError(f"nested deeper than {MOST_NESTED}, or in a circle")
-    if kind is dict:
-        return members_as_json(value.items(), depth)
-    if isinstance(value, list | tuple):
-        return items_as_json(value, depth)
+def unsendable(path: Sequence[object], why: str) -> PluginError:
+    """What no event can carry; the path is the event, then where in it the value stands."""
+    event, *fields = map(str, path)
+    return PluginError(": ".join(filter(None, [event, ".".join(fields), why])))
+
+
+def as_json(value: Any, *path: object) -> Any:
+    """A value in JSON's own types, structs under their wire names; raises PluginError."""
+    if len(path) > MOST_NESTED:
+        raise unsendable(path, f"nested deeper than {MOST_NESTED}, or in a circle")
+    members: Iterable[tuple[Any, Any]]
     if isinstance(value, msgspec.Struct):
-        names = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
-        return members_as_json(((wire, getattr(value, name)) for wire, name in names), depth)
-    return scalar_as_json(value)
+        names = value.__struct_encode_fields__
+        members = zip(names, msgspec.structs.astuple(value), strict=True)
+    elif isinstance(value, dict):
+        members = value.items()
+    elif isinstance(value, ARRAYS):
+        return [as_json(item, *path, number) for number, item in enumerate(value)]
+    else:
+        return scalar_as_json(value, path)
+    return {
+        key if type(key) is str and key.isascii() else str(scalar_as_json(key, path)): (
+            # most values are such texts, and a call costs more than this
+            item if type(item) is str and item.isascii() else as_json(item, *path, key)
+        )
+        for key, item in members
+    }
 
 
-def members_as_json(members: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
-    fields = {}
-    for key, value in members:
-        name = key if type(key) is str and key.isascii() else str(as_json(key, MOST_NESTED))
-        if type(value) is str and value.isascii():  # most are, and a call costs more than this
-            fields[name] = value
-            continue
-        try:
-            fields[name] = as_json(value, depth + 1)
-        except UnsendableError as error:
-            error.path.insert(0, name)
-            raise
-    return fields
+def scalar_as_json(value: object, path: Sequence[object]) -> str | int | float | None:
+    """A value that holds no others; raises PluginError."""
+    match value:
+        case None | bool():
+            return value
+        case hikari.Snowflake():
+            return str(int(value))
+        case str():  # hikari's enums of texts are, too
+            if not value.isascii() and HALF_A_CHARACTER.search(value):
+                raise unsendable(path, "half of a surrogate pair is no text")
+            return str.__str__(value)
+        case int():
+            if abs(value) > SAFE_INTEGER:
+                raise unsendable(path, "JavaScript rounds a number so large: send it as a str")
+            return int(value)
+        case float():
+            if not math.isfinite(value):
+                raise unsendable(path, f"JSON has no {value}")
+            return float(value)
+        case datetime():
+            return timestamp(value)
+    raise unsendable(path, f"{described(value)} cannot be sent as JSON")
 
 
-def items_as_json(items: Sequence[Any], depth: int) -> list[Any]:
-    values = []
-    for number, value in enumerate(items):
-        try:
-            values.append(as_json(value, depth + 1))
-        except UnsendableError as error:
-            error.path.insert(0, str(number))
-            raise
-    return values
-
-
-def scalar_as_json(value: object) -> str | int | float:
-    if isinstance(value, hikari.Snowflake):
-        return str(int(value))
-    if isinstance(value, str):  # hikari's enums of texts are
-        return str.__str__(value)
-    if isinstance(value, int):
-        if abs(value) > SAFE_INTEGER:
-            raise UnsendableError("JavaScript rounds a number so large: send it as a str")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise UnsendableError(f"JSON has no {value}")
-        return float(value)
-    if isinstance(value, datetime):
-        return timestamp(value)
-    raise UnsendableError(f"{described(value)} cannot be sent as JSON")
-
-
-def is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def check_annotations(payload: msgspec.Struct, fields: EventData) -> None:
-    """Raises UnsendableError where a value is not what the payload's class says."""
-    form = type(payload)
+def check_annotations(event: str, form: type[msgspec.Struct], fields: EventData) -> None:
+    """Raises PluginError where a value is not what the payload's class says."""
     try:
         msgspec.convert(fields, form, dec_hook=accept)
     except msgspec.ValidationError as error:
-        wire = re.search(r"`\$\.(\w+)", str(error))
         names = dict(zip(form.__struct_encode_fields__, form.__struct_fields__, strict=True))
-        wrong = UnsendableError(str(error))
-        wrong.path = [form.__name__, names.get(wire[1], wire[1])] if wire else [form.__name__]
-        raise wrong from None
+        wire = re.findall(r"`\$\.(\w+)", str(error))[:1]
+        field = [names.get(name, name) for name in wire]
+        raise unsendable([event, form.__name__, *field], str(error)) from None
 
 
 def accept(form: type, value: object) -> object:
@@ -4172,20 +4145,16 @@ def accept(form: type, value: object) -> object:
     return value
 
 
-def in_camel_case(fields: dict[str, Any]) -> dict[str, Any]:
+def in_camel_case(value: Any) -> Any:
     """The same with camelCase for each key in snake_case."""
-    return {
-        (camel_case(key) if "_" in key else key): (
-            value if type(value) is str else nested_in_camel_case(value)
-        )
-        for key, value in fields.items()
-    }
-
-
-def nested_in_camel_case(value: Any) -> Any:
     if type(value) is dict:
-        return in_camel_case(value)
-    return [nested_in_camel_case(item) for item in value] if type(value) is list else value
+        return {
+            camel_case(key) if "_" in key else key: (
+                item if type(item) is str else in_camel_case(item)
+            )
+            for key, item in value.items()
+        }
+    return [in_camel_case(item) for item in value] if type(value) is list else value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4271,6 +4240,7 @@ class Fence:
         self._pauses = metrics.plugin_pauses.labels(name)
         self._told: set[object] = set()
         self._longest: dict[str, float] = {}
+        self._waited = self._waited_at = 0.0
 
     def failed(self, what: str, error: BaseException) -> None:
         self._failures.inc()
@@ -4280,24 +4250,39 @@ class Fence:
         self._told.add(kind)
         log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
 
-    def took(self, what: str, seconds: float) -> None:
+    def begin(self) -> float:
+        """The moment at which a function of the plugin is called."""
+        now = time.perf_counter()
+        if now > self._waited_at + 0.01:  # to ask each time would cost more than most calls
+            self._waited, self._waited_at = seconds_waited(), now
+        return now
+
+    def took(self, what: str, began: float) -> None:
         """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        seconds = time.perf_counter() - began
         self._seconds.inc(seconds)
-        if seconds > BLOCKING and seconds > 2 * self._longest.get(what, 0.0):
-            self._longest[what] = seconds
-            log.warning(
-                "plugin %s: %s held up the server for %.0f ms", self.name, what, seconds * 1000
-            )
+        if seconds > BLOCKING:
+            seconds -= seconds_waited() - self._waited
+            if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
+                self._longest[what] = seconds
+                held_up = "plugin %s: %s held up the server for %.0f ms"
+                log.warning(held_up, self.name, what, seconds * 1000)
 
     def paused(self, what: str) -> None:
         self._pauses.inc()
-        log.error(
-            "plugin %s: %s failed %d times in a row and is paused for %.0f s",
-            self.name,
-            what,
-            MOST_FAILURES,
-            PAUSE,
-        )
+        paused = "plugin %s: %s failed %d times in a row and is paused for %.0f s"
+        log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
+
+
+def seconds_waited() -> float:
+    """For how long this thread was kept from running by others; 0 where no kernel tells (proc(5)).
+
+    A busy machine is no plugin's fault.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def kind_of_fault(error: BaseException) -> object:
@@ -4320,6 +4305,23 @@ def traceback_of(error: BaseException) -> BaseException | None:
     return None if isinstance(error, SpyWatcherError) else error
 
 
+@contextlib.contextmanager
+def caught(told: Callable[[BaseException], None]) -> Iterator[None]:
+    """Has a plugin's faults inside `told`; that this task is to end is none of them."""
+    try:
+        yield
+    except FAULTS as error:
+        if being_cancelled():
+            raise
+        told(error)
+
+
+def being_cancelled() -> bool:
+    """Whether the task that asks was to end: redis-py 8.1 may swallow what told it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Guarded:
     """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
 
@@ -4329,7 +4331,7 @@ class Guarded:
         arguments: tuple[object, ...],
         name: str,
         fence: Fence,
-        time_limit: float,
+        time_limit: float | None,
         where: str = "",
     ) -> None:
         self._function = function
@@ -4338,10 +4340,11 @@ class Guarded:
         self.name = name
         self._where = where
         self._fence = fence
+        #: Seconds for which it may be awaited; None: for ever.
         self._time_limit = time_limit
         self._failed_in_row = 0
         self._paused_until = 0.0
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: set[asyncio.Task[None]] = set()
 
     @property
     def paused(self) -> bool:
@@ -4351,81 +4354,75 @@ class Guarded:
         """Call it with a subject, and `then` with that and what it returns, when that is there."""
         if self._paused_until and self.paused:
             return
-        started = time.perf_counter()
         try:
-            result = self._function(subject, *self._arguments)
-        except FAULTS as error:
-            self._failed(error)
-            return
-        finally:
-            self._took(time.perf_counter() - started)
-        if hasattr(result, "__await__"):
-            self._await(result, functools.partial(then, subject))
-            return
-        try:
-            then(subject, result)
+            result = self._call(subject)
+            if hasattr(result, "__await__"):
+                task = asyncio.create_task(self._finish(result, subject, then))
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+                return
+            if result is not None:
+                then(subject, result)
         except FAULTS as error:
             self._failed(error)
         else:
             self._failed_in_row = 0
 
-    async def ask(self, *subject: object, limited: bool = True) -> Any:
-        """Call it, and return what it returns; None when it fails or is paused."""
-        answers: list[Any] = []
+    async def ask(
+        self, *subject: object, then: Callable[[Any], Any] = lambda result: result
+    ) -> Any:
+        """Call it, and return what `then` makes of what it returns; None when it fails or is paused."""
         if not self.paused:
-            started = time.perf_counter()
-            with self.fenced():
-                try:
-                    result = self._function(*subject, *self._arguments)
-                finally:
-                    self._took(time.perf_counter() - started)
-                if hasattr(result, "__await__"):
-                    timed = Timed(result, self._took)
-                    result = await (within(self._time_limit, timed) if limited else timed)
-                answers.append(result)
-        return answers[0] if answers else None
+            with caught(self._failed):
+                result = await self.run(*subject)
+                made = None if result is None else then(result)
+                self._failed_in_row = 0
+                return made
+        return None
 
-    @contextlib.contextmanager
-    def fenced(self) -> Iterator[None]:
-        """What fails inside counts as this function's failure."""
-        try:
-            yield
-        except FAULTS as error:
-            if being_cancelled():
-                raise
-            self._failed(error)
-        else:
-            self._failed_in_row = 0
+    async def run(self, *subject: object) -> Any:
+        """Call it and return what it returns; raises what it raises."""
+        result = self._call(*subject)
+        return await self._awaited(result) if hasattr(result, "__await__") else result
 
     async def wait(self) -> None:
-        """Until what runs has ended, for no longer than it may take anyway."""
+        """Until what was called has ended."""
         if self._running:
-            await asyncio.wait(self._running, timeout=self._time_limit)
+            await asyncio.wait(self._running)
 
-    def _took(self, seconds: float) -> None:
-        self._fence.took(self.name, seconds)
+    def _call(self, *subject: object) -> Any:
+        began = self._fence.begin()
+        try:
+            return self._function(*subject, *self._arguments)
+        finally:
+            self._fence.took(self.name, began)
 
-    def _await(self, result: Awaitable[Any], then: Callable[[Any], None]) -> None:
-        task = asyncio.create_task(finish(Timed(result, self._took)))
-        self._running.add(task)
-        late = asyncio.get_running_loop().call_later(self._time_limit, self._end_late, task)
-        task.add_done_callback(functools.partial(self._ended, late, then))
-
-    def _end_late(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        task.cancel()
-        self._failed(PluginError(f"took longer than {self._time_limit:g} s and was cancelled"))
-
-    def _ended(
-        self, late: asyncio.TimerHandle, then: Callable[[Any], None], task: asyncio.Task[Any]
+    async def _finish(
+        self, result: Awaitable[Any], subject: object, then: Callable[[Any, Any], None]
     ) -> None:
-        late.cancel()
-        if task not in self._running:
-            look_at(task)  # too late, and told so
-            return
-        self._running.discard(task)
-        with self.fenced():
-            then(task.result())
+        with caught(self._failed):
+            answer = await self._awaited(result)
+            if answer is not None:
+                then(subject, answer)
+            self._failed_in_row = 0
+
+    async def _awaited(self, result: Awaitable[Any]) -> Any:
+        """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
+        steps = self._in_steps(result)
+        if self._time_limit is None:
+            return await steps
+        task = asyncio.create_task(steps)
+        task.add_done_callback(look_at)
+        try:
+            await asyncio.wait([task], timeout=self._time_limit)
+            if task.done():
+                return task.result()
+            raise PluginError(f"took longer than {self._time_limit:g} s and was cancelled")
+        finally:
+            task.cancel()
+
+    async def _in_steps(self, result: Awaitable[Any]) -> Any:
+        return await Steps(result, self._fence, self.name)
 
     def _failed(self, error: BaseException) -> None:
         self._fence.failed(f"{self.name} failed{self._where}", error)
@@ -4435,51 +4432,28 @@ class Guarded:
             self._fence.paused(self.name + self._where)
 
 
-class Timed:
-    """Awaits something, and tells how long each step of it held up the loop."""
+class Steps(NamedTuple):
+    """Awaits something, and has each step of it counted: each holds up the loop."""
 
-    def __init__(self, awaitable: Awaitable[Any], took: Callable[[float], None]) -> None:
-        self._awaitable = awaitable
-        self._took = took
+    awaitable: Awaitable[Any]
+    fence: Fence
+    name: str
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        steps: Any = self._awaitable.__await__()  # a coroutine's or a future's: both have all three
+        steps: Any = self.awaitable.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            started = time.perf_counter()
+            began = self.fence.begin()
             try:
                 awaited = resume(value)
             except StopIteration as end:
                 return end.value
             finally:
-                self._took(time.perf_counter() - started)
+                self.fence.took(self.name, began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
                 resume, value = steps.throw, error
-
-
-def being_cancelled() -> bool:
-    """Whether the task that asks was to end: redis-py 8.1 may swallow what told it."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def finish(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
-async def within(seconds: float, awaitable: Awaitable[Any]) -> Any:
-    """What it returns; raises PluginError after so long, even where it heeds no cancellation."""
-    task = asyncio.create_task(finish(awaitable))
-    task.add_done_callback(look_at)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if task.done():
-            return task.result()
-        raise PluginError(f"took longer than {seconds:g} s and was cancelled")
-    finally:
-        task.cancel()
 
 
 def look_at(task: asyncio.Task[Any]) -> None:
@@ -4493,6 +4467,15 @@ def look_at(task: asyncio.Task[Any]) -> None:
 Routes = list[tuple[PathMatches, type[RequestHandler]]]
 
 
+class Marked(NamedTuple):
+    """A function, or a handler's class, with one of its marks."""
+
+    function: Any
+    mark: Any
+    #: How many of the hook's arguments it takes.
+    takes: int
+
+
 class Plugin:
     """One loaded plugin: its module, and what the host calls in it, each checked."""
 
@@ -4502,37 +4485,36 @@ class Plugin:
         self.module = module
         used = attributes_used(path)
         self.settings_form = settings_form(module, reads_settings="settings" in used)
-        self.settings = self.check_settings(table)
-        marks = marks_of(module)
-        self.listeners = [(f, mark) for f, mark in marks if isinstance(mark, Listener)]
-        self.repeated = [(f, mark.seconds) for f, mark in marks if isinstance(mark, Repeated)]
-        self.greeters = [(f, mark) for f, mark in marks if isinstance(mark, Greeter)]
-        self.routes = [(f, mark.pattern) for f, mark in marks if isinstance(mark, Route)]
+        faults: list[str] = []
+        self.settings = self.check_settings(table, faults)
+        if faults:
+            raise OperatorError(*faults)
+        marked = marked_in(module)
+        self.listeners = [one for one in marked if isinstance(one.mark, Listener)]
+        self.repeated = [one for one in marked if isinstance(one.mark, Repeated)]
+        self.greeters = [one for one in marked if isinstance(one.mark, Greeter)]
+        self.routes = [one for one in marked if isinstance(one.mark, Route)]
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
-        emitting = [mark for _, mark in self.listeners if mark.emit]
-        greetings = [mark for _, mark in self.greeters]
-        self.events = {str(mark.emit) for mark in emitting} | {mark.emit for mark in greetings}
-        self.kinds = {mark.room for mark in emitting} | {mark.kind for mark in greetings}
-        check_arguments(marks, self.hooks)
         check_payloads(module)
+        rooms = {one.mark.emit: one.mark.room for one in self.listeners if one.mark.emit}
+        rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
+        self.events = set(rooms)
+        self.kinds = frozenset(rooms.values())
         if reserved := self.events & RESERVED_EVENTS:
             raise PluginError(f"the event name {min(reserved)} is reserved")
 
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {mark.source for _, mark in self.listeners if not isinstance(mark.source, str)}
+        heard = {one.mark.source for one in self.listeners}
+        heard = {source for source in heard if not isinstance(source, str)}
         return heard | {NEEDS[need].event for need in self.needs}
 
-    def check_settings(self, table: dict[str, Any]) -> Any:
-        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
+    def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; what is wrong is added to `faults`."""
         if self.settings_form is None:
             return table
-        faults: list[str] = []
-        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
-        if faults:
-            raise OperatorError(*faults)
-        return settings
+        return check_table(table, self.settings_form, f"plugin.{self.name}", faults)
 
 
 def own_things(module: ModuleType) -> list[tuple[str, Any]]:
@@ -4546,15 +4528,22 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
     return list(seen.values())
 
 
-def marks_of(module: ModuleType) -> list[tuple[Any, Mark]]:
-    """Functions and classes with each mark on them, in the order of the file."""
-    things = own_things(module)
+def marked_in(module: ModuleType) -> list[Marked]:
+    """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
     return [
-        (value, mark)
-        for _, value in things
-        if isinstance(value, type) or callable(value)
+        Marked(value, mark, check_marked(value, mark))
+        for _, value in own_things(module)
         for mark in getattr(value, "__dict__", {}).get(MARKS, ())
     ]
+
+
+def check_marked(value: Any, mark: Mark) -> int:
+    """How many arguments the function takes of those that it is handed; raises PluginError."""
+    if not isinstance(mark, Route):
+        return arguments_taken(value, HOOKS[type(mark)])
+    if not (isinstance(value, type) and issubclass(value, RequestHandler)):
+        raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
+    return 0
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4572,23 +4561,21 @@ def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.S
 
 def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
     """`setup` and the like; raises PluginError for a name that is nearly one."""
-    known = {name for name in HOOKS if isinstance(name, str)}
+    names = [name for name in HOOKS if isinstance(name, str)]
     for name, value in own_things(module):
-        plain = name.replace("_", "").lower()
-        near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=0.85)
-        marked = MARKS in getattr(value, "__dict__", {})
-        if (
-            near
-            and name not in known
-            and inspect.isfunction(value)
-            and name[0] != "_"
-            and not marked
-        ):
-            raise PluginError(f"{name} is no hook, did you mean {near[0]}? (else begin it with _)")
-        settings = isinstance(value, type) and issubclass(value, PluginSettings)
-        if settings and "Settings" not in vars(module):
-            raise PluginError(f"class {name} is never read, did you mean Settings?")
-    return {name: vars(module)[name] for name in known if name in vars(module)}
+        if isinstance(value, type):
+            if issubclass(value, PluginSettings) and "Settings" not in vars(module):
+                raise PluginError(f"class {name} is never read, did you mean Settings?")
+        elif inspect.isfunction(value) and MARKS not in vars(value) and name[0] != "_":
+            plain = name.replace("_", "").lower()
+            near = difflib.get_close_matches(plain, names, n=1, cutoff=0.85)
+            if near and name not in names:
+                why = f"did you mean {near[0]}? (else begin it with _)"
+                raise PluginError(f"{name} is no hook, {why}")
+    hooks = {name: vars(module)[name] for name in names if name in vars(module)}
+    for name, function in hooks.items():
+        arguments_taken(function, HOOKS[name])
+    return hooks
 
 
 def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
@@ -4615,19 +4602,6 @@ def attributes_used(path: Path) -> dict[str, str]:
         for node in ast.walk(ast.parse(file.read_bytes()))
         if isinstance(node, ast.Attribute)
     }
-
-
-def check_arguments(marks: list[tuple[Any, Mark]], hooks: dict[str, Callable[..., Any]]) -> None:
-    """Raises PluginError for a function that does not take what it is handed."""
-    for function, hook in [
-        *((function, HOOKS[type(mark)]) for function, mark in marks if type(mark) in HOOKS),
-        *((function, HOOKS[name]) for name, function in hooks.items()),
-    ]:
-        arguments_taken(function, hook)
-    for handler, mark in marks:
-        is_class = isinstance(handler, type) and issubclass(handler, RequestHandler)
-        if isinstance(mark, Route) and not is_class:
-            raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
 
 
 def arguments_taken(function: Any, hook: Hook) -> int:
@@ -4701,55 +4675,52 @@ class Runner:
         publish: Callable[[str, EventData], None],
     ) -> None:
         self.plugin = plugin
-        self.fence = Fence(plugin.name, metrics)
+        self.fence = fence = Fence(plugin.name, metrics)
         self._context = context
         self._time_limit = time_limit
         #: Refuses an event and a kind of room that are not the plugin's to use.
         self._claim = claim
         #: Tells other plugins what goes out.
         self._publish = publish
-        self._counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        self._unsettled = metrics.dropped.labels("startup grace")
-        self._unwatched = metrics.dropped.labels("guild not watched")
+        self._dropped = metrics.dropped.labels
+        #: From its `setup` to its `teardown`.
+        self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
+        counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
         failed = metrics.plugin_failures.labels(plugin.name).inc
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, self._count, failed)
-        self.listeners = [
-            Hearer(mark, self._listener(f, mark), functools.partial(self._send_result, mark))
-            for f, mark in plugin.listeners
+        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, failed)
+        self.listeners = [self._hearer(*marked) for marked in plugin.listeners]
+        self.greeters = [
+            (
+                mark,
+                Guarded(f, (), f"making {mark.emit}", fence, time_limit, f" in {f.__name__}"),
+                takes,
+            )
+            for f, mark, takes in plugin.greeters
         ]
-        self.greeters = [(mark, *self._greeter(f, mark)) for f, mark in plugin.greeters]
-        self.repeated = [(self._guard(f, self.spy), seconds) for f, seconds in plugin.repeated]
-        own = {"spy": self.spy, "failed": self.fence.failed}
+        self.repeated = [
+            (Guarded(f, (self.spy,), f.__name__, fence, None), mark.seconds)
+            for f, mark, _ in plugin.repeated
+        ]
+        own = {"spy": self.spy, "failed": fence.failed}
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes: Routes = [
-            (PathMatches(pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, pattern in plugin.routes
+            (PathMatches(mark.pattern), type(handler.__name__, (PluginHandler, handler), own))
+            for handler, mark, _ in plugin.routes
         ]
 
-    def _guard(
-        self, function: Callable[..., Any], *arguments: object, name: str = "", where: str = ""
-    ) -> Guarded:
-        name = name or function.__name__
-        return Guarded(function, arguments, name, self.fence, self._time_limit, where)
-
-    def _listener(self, function: Callable[..., Any], mark: Listener) -> Guarded:
-        spy = (self.spy,) if arguments_taken(function, HOOKS[Listener]) > 1 else ()
-        source = mark.source if isinstance(mark.source, str) else mark.source.__name__
-        return self._guard(function, *spy, where=f" on {source}")
-
-    def _greeter(self, function: Callable[..., Any], mark: Greeter) -> tuple[Guarded, bool]:
-        wants_viewer = arguments_taken(function, HOOKS[Greeter]) > 2
-        where = f" in {function.__name__}"
-        return self._guard(function, name=f"making {mark.emit}", where=where), wants_viewer
+    def _hearer(self, function: Callable[..., Any], mark: Listener, takes: int) -> Hearer:
+        where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
+        more, limit = (self.spy,)[: takes - 1], self._time_limit
+        guarded = Guarded(function, more, function.__name__, self.fence, limit, where)
+        return Hearer(mark, guarded, functools.partial(self._send_result, mark))
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        greeters = [guarded for _, guarded, _ in self.greeters]
-        everything = [hearer.guarded for hearer in self.listeners] + greeters
+        everything = [hearer.guarded for hearer in self.listeners]
+        everything += [guarded for _, guarded, _ in self.greeters]
         everything += [guarded for guarded, _ in self.repeated]
-        paused = [guarded.name for guarded in everything if guarded.paused]
-        return [f"{self.plugin.name}.{name}" for name in paused]
+        return [f"{self.plugin.name}.{one.name}" for one in everything if one.paused]
 
     # -- life
 
@@ -4759,16 +4730,16 @@ class Runner:
         await self._run_hook("setup", self.setup_limit)
 
     def begin(self) -> None:
-        """Begin with what is repeated."""
-        self._tasks = [
-            asyncio.create_task(self._repeat(guarded, seconds))
-            for guarded, seconds in self.repeated
-        ]
+        """Be at work: hear events, greet, and repeat what is repeated."""
+        self.at_work = True
+        self._tasks = [asyncio.create_task(self._repeat(*one)) for one in self.repeated]
 
-    def end(self) -> None:
-        """Repeat nothing more."""
+    def end(self) -> bool:
+        """Repeat nothing more; whether it was at work, and is to be torn down."""
+        was_at_work, self.at_work = self.at_work, False
         for task in self._tasks:
             task.cancel()
+        return was_at_work
 
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
@@ -4779,24 +4750,18 @@ class Runner:
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
         for hearer in self.listeners:
             await hearer.guarded.wait()
-        try:
+        with caught(functools.partial(self.fence.failed, "teardown failed")):
             await self._run_hook("teardown", self._time_limit)
-        except FAULTS as error:
-            if being_cancelled():
-                raise
-            self.fence.failed("teardown failed", error)
 
     async def _run_hook(self, name: str, seconds: float) -> None:
-        hook = self.plugin.hooks.get(name)
-        if hook is not None:
-            took = functools.partial(self.fence.took, name)
-            await within(seconds, Timed(called(hook, self.spy), took))
+        if hook := self.plugin.hooks.get(name):
+            await Guarded(hook, (self.spy,), name, self.fence, seconds).run()
 
     @staticmethod
     async def _repeat(guarded: Guarded, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
-            await guarded.ask(limited=False)
+            await guarded.ask()
 
     # -- events
 
@@ -4807,21 +4772,20 @@ class Runner:
 
         Without a subscriber, what all of them would get.
         """
-        for mark, guarded, wants_viewer in self.greeters:
-            if mark.kind == kind and (subscriber or not wants_viewer):
-                viewer = [subscriber] if wants_viewer else []
-                fields = await self._made(mark.emit, guild_id, guarded, guild_id, self.spy, *viewer)
+        finish = functools.partial(finish_payload, guild_id=guild_id)
+        for mark, guarded, takes in self.greeters:
+            if mark.kind == kind and (subscriber or takes < 3):
+                arguments = (guild_id, self.spy, subscriber)[:takes]
+                fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
                 channel_id = fields and fields.get("channelId")
                 if fields and (not channel_id or not subscriber or subscriber.may_see(channel_id)):
                     tell(mark.emit, fields)
 
     def _send_result(self, listener: Listener, event: Any, result: object) -> None:
-        if result is None:
-            return
         if listener.emit is None:
             raise PluginError(f"returned {described(result)}, but on() has no emit= to send it as")
         if listener.settled and not self._context.settled():
-            self._unsettled.inc()
+            self._dropped("startup grace").inc()
             return
         self._send(listener.emit, guild_of(event), result, listener.room)
 
@@ -4829,44 +4793,22 @@ class Runner:
         """What `spy.emit` does."""
         self._claim(self.plugin, event, room)
         if not self._context.watches(guild_id):
-            self._unwatched.inc()
+            self._dropped("guild not watched").inc()
         elif callable(payload):
-            make = functools.partial(self._make_and_publish, event, guild_id, payload)
+            guarded = Guarded(payload, (), f"making {event}", self.fence, self._time_limit)
+            finish = functools.partial(self._finished, event, guild_id)
+            make = functools.partial(guarded.ask, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
             self._send(event, guild_id, payload, room)
 
     def _send(self, event: str, guild_id: str, payload: object, room: str) -> None:
+        self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
+
+    def _finished(self, event: str, guild_id: str, payload: object) -> EventData:
         fields = finish_payload(event, payload, guild_id)
         self._publish(event, fields)
-        self._context.emit(event, guild_id, fields, room)
-
-    async def _make_and_publish(
-        self, event: str, guild_id: str, maker: Callable[[], Any]
-    ) -> EventData | None:
-        fields = await self._made(event, guild_id, self._guard(maker, name=f"making {event}"))
-        if fields is not None:
-            self._publish(event, fields)
         return fields
-
-    async def _made(
-        self, event: str, guild_id: str, guarded: Guarded, *arguments: object
-    ) -> EventData | None:
-        fields = None
-        payload = await guarded.ask(*arguments)
-        if payload is not None:
-            with guarded.fenced():
-                fields = finish_payload(event, payload, guild_id)
-        return fields
-
-    def _count(self, what: str, amount: float) -> None:
-        self._counts(what).inc(amount)
-
-
-async def called(function: Callable[..., Any], *arguments: object) -> Any:
-    """Call a function, plain or async."""
-    result = function(*arguments)
-    return await result if hasattr(result, "__await__") else result
 
 
 def guild_of(event: Any) -> str:
@@ -4981,10 +4923,6 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     return folders
 
 
-#: The files of a plugin, each with what changes when it is written.
-Fingerprint = tuple[tuple[str, int, int, int], ...]
-
-
 class PluginFiles:
     """Where plugins are, and which of them have changed since they were taken."""
 
@@ -4996,26 +4934,27 @@ class PluginFiles:
     def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
         self._folders = folders
         self.disabled = frozenset(disabled)
-        self._taken: dict[str, Fingerprint] = {}
-        self._contents: dict[str, bytes] = {}
-        self._seen: dict[str, tuple[Fingerprint, float]] = {}  # as it is now, and since when
+        #: Of each plugin that was taken, the stamps and the contents of its files;
+        self._stamps: dict[str, FilesState] = {}
+        self._contents: dict[str, FilesState] = {}
+        #: of each that has changed since, its stamps now, and since when.
+        self._seen: dict[str, tuple[FilesState, float]] = {}
 
     def find(self) -> dict[str, Path]:
         """The plugins that there are, by name: a file of each."""
         found: dict[str, Path] = {}
-        for entry in (entry for folder in self._folders for entry in entries(folder)):
-            path = entry / "__init__.py" if entry.is_dir() else entry
-            name = entry.name if entry.is_dir() else entry.stem
-            there = path.is_file() if entry.is_dir() else True
-            if path.suffix == ".py" and name[0] not in "_." and there:
+        for entry in itertools.chain.from_iterable(map(entries, self._folders)):
+            folder = entry.is_dir()
+            path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
+            if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
                 found.setdefault(name, path)
         return {name: path for name, path in sorted(found.items()) if name not in self.disabled}
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._taken = {name: fingerprint(path) for name, path in found.items()}
-        self._contents = {name: digest(path) for name, path in found.items()}
+        self._stamps = {name: state_of(path, stamp) for name, path in found.items()}
+        self._contents = {name: state_of(path, digest) for name, path in found.items()}
         return found
 
     @property
@@ -5026,28 +4965,28 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        changed: dict[str, Path | None] = {}
-        for name in sorted(found.keys() | self._taken.keys()):
-            path = found.get(name)
-            if self._has_settled(name, path):
-                changed[name] = path
-        return changed
+        changed = [name for name in {**self._stamps, **found} if self._has_settled(name, found)]
+        return {name: found.get(name) for name in sorted(changed)}
 
-    def _has_settled(self, name: str, path: Path | None) -> bool:
-        current, now = fingerprint(path) if path else (), time.monotonic()
-        if current == self._taken.get(name, ()):
+    def _has_settled(self, name: str, found: Mapping[str, Path]) -> bool:
+        path = found.get(name)
+        current, now = state_of(path, stamp), time.monotonic()
+        if current == self._stamps.get(name, []):
             self._seen.pop(name, None)
             return False
-        seen, since = self._seen.setdefault(name, (current, now))
-        if seen != current:
+        if name not in self._seen or self._seen[name][0] != current:
             self._seen[name] = (current, now)
-            return False
-        if now - since < (self.rest if path is None or is_python(path) else self.patience):
+        rests = now - self._seen[name][1]
+        if rests < (self.rest if path is None or is_python(path) else self.patience):
             return False
         del self._seen[name]
-        before, content = self._contents.get(name), digest(path) if path else b""
-        self._taken[name], self._contents[name] = current, content
-        return content != before
+        before, self._stamps[name] = self._contents.get(name), current
+        self._contents[name] = state_of(path, digest)
+        return self._contents[name] != before  # it may have been written anew without a change
+
+
+#: The files of a plugin, with something of each.
+FilesState = list[tuple[Path, object]]
 
 
 def entries(folder: Path) -> list[Path]:
@@ -5070,24 +5009,25 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def fingerprint(path: Path) -> Fingerprint:
-    """What changes when one of a plugin's files is written; costs no reading."""
-    prints = []
-    for file in files_of(path):
-        with contextlib.suppress(OSError):  # it has gone this moment, or leads nowhere
-            stat = file.stat()
-            prints.append((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino))
-    return tuple(prints) or ((str(path), 0, 0, 0),)
-
-
-def digest(path: Path) -> bytes:
-    """Of all that a plugin's files hold, and where: written anew without a change, it is the same."""
-    content = hashlib.sha256()
-    for file in files_of(path):
-        content.update(f"\0{file}\0".encode())
+def state_of(path: Path | None, look: Callable[[Path], object]) -> FilesState:
+    """What `look` finds in each of a plugin's files; None where it has gone or leads nowhere."""
+    state: FilesState = []
+    for file in files_of(path) if path else ():
+        found = None
         with contextlib.suppress(OSError):
-            content.update(file.read_bytes())
-    return content.digest()
+            found = look(file)
+        state.append((file, found))
+    return state
+
+
+def stamp(file: Path) -> tuple[int, int, int]:
+    """What changes when the file is written; costs no reading."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def digest(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def is_python(path: Path) -> bool:
@@ -5100,72 +5040,42 @@ def is_python(path: Path) -> bool:
     return bool(source.strip()) or path.name == "__init__.py"
 
 
-class SourceLoader(importlib.machinery.SourceFileLoader):
-    """Reads a plugin's source each time: Python takes a .pyc for the newest where a file of the same
-    size was written within the same second.
-    """
-
-    def get_code(self, fullname: str) -> CodeType:
-        path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
-
-
-class PluginFinder(importlib.abc.MetaPathFinder):
-    """Has the modules in a plugin's folder read likewise."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if not fullname.startswith(MODULE_PREFIX):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = SourceLoader(fullname, spec.loader.path)
-        return spec
-
-
 def load_module(name: str, path: Path) -> ModuleType:
     """Run a plugin's file as a fresh module, under a name that no other module can have.
 
-    It stays in `sys.modules`, where dataclasses and postponed annotations look it up, whatever it
-    raises. Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
+    Files beside it whose names begin with `_`, no plugins, it may import: `from . import _x`.
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
-    if not any(isinstance(finder, PluginFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, PluginFinder())
     importlib.invalidate_caches()  # of folders whose files are new
-    full_name = MODULE_PREFIX + name
-    package = MODULE_PREFIX.rstrip(".")
-    beside = path.parent.parent if path.name == "__init__.py" else path.parent
-    sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(beside)]
-    folder = [str(path.parent)] if path.name == "__init__.py" else None
-    loader = SourceLoader(full_name, str(path))
-    spec = importlib.util.spec_from_file_location(
-        full_name, path, loader=loader, submodule_search_locations=folder
-    )
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full_name] = module
-    loader.exec_module(module)
-    return module
+    package = sys.modules.setdefault(PLUGINS_PACKAGE, ModuleType(PLUGINS_PACKAGE))
+    package.__path__ = [str(path.parent.parent if path.name == "__init__.py" else path.parent)]
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:  # a .pyc stays the newest where a file of the same size is written within the same second
+        return importlib.import_module(f"{PLUGINS_PACKAGE}.{name}")
+    finally:
+        sys.dont_write_bytecode = before
 
 
-def modules_of(name: str) -> dict[str, ModuleType]:
-    """A plugin's modules in `sys.modules`."""
-    own = MODULE_PREFIX + name
-    return {
-        one: module
-        for one, module in tuple(sys.modules.items())
-        if one == own or one.startswith(f"{own}.")
-    }
+def take_modules(name: str) -> dict[str, ModuleType]:
+    """Take a plugin's modules out of `sys.modules`, so that the next import makes fresh ones."""
+    own = f"{PLUGINS_PACKAGE}.{name}"
+    names = [one for one in sys.modules if one == own or one.startswith(f"{own}.")]
+    if hasattr(package := sys.modules.get(PLUGINS_PACKAGE), name):
+        delattr(package, name)
+    return {one: sys.modules.pop(one) for one in names}
 
 
-def put_modules(name: str, modules: dict[str, ModuleType]) -> None:
-    """Have `sys.modules` hold these of a plugin's, and no others."""
-    for one in modules_of(name):
-        del sys.modules[one]
-    sys.modules.update(modules)
+@contextlib.contextmanager
+def fresh_modules(name: str) -> Iterator[None]:
+    """Inside, a plugin is loaded anew; if that comes to nothing, its modules are as before."""
+    before = take_modules(name)
+    try:
+        yield
+    except BaseException:
+        take_modules(name)
+        sys.modules.update(before)
+        raise
 
 
 def reason_not_loaded(error: BaseException, path: Path) -> str:
@@ -5208,7 +5118,8 @@ class PluginLoader:
         faults: list[str] = []
         for name, path in self.files.take().items():
             try:
-                self.plugins[name] = self.load(name, path, self.plugins.values())
+                with fresh_modules(name):
+                    self.plugins[name] = self.load(name, path, self.plugins.values())
             except OperatorError as error:
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
@@ -5217,20 +5128,14 @@ class PluginLoader:
             raise OperatorError(*faults)
 
     def load(self, name: str, path: Path, others: Iterable[Plugin]) -> Plugin:
-        """A new version of a plugin, which claims no event of others; on any fault nothing changes."""
-        before = modules_of(name)
-        put_modules(name, {})
-        try:
-            plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-            for other in others:
-                for event in sorted(plugin.events & other.events):
-                    raise PluginError(
-                        f"plugins {other.name} and {name} both claim the event {event};"
-                        f" disable one of them in [plugins] disabled"
-                    )
-        except BaseException:
-            put_modules(name, before)
-            raise
+        """A plugin as its file is now, which claims no event of others."""
+        plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
+        for other in others:
+            if other.name != name and (both := plugin.events & other.events):
+                raise PluginError(
+                    f"plugins {other.name} and {name} both claim the event {min(both)};"
+                    f" disable one of them in [plugins] disabled"
+                )
         return plugin
 
     def check_secret(self, tokens: Tokens) -> None:
@@ -5265,12 +5170,10 @@ class PluginLoader:
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
-        checked = {}
-        for name, plugin in self.plugins.items():
-            try:
-                checked[name] = plugin.check_settings(tables.get(name, {}))
-            except OperatorError as error:
-                faults += error.faults
+        checked = {
+            name: plugin.check_settings(tables.get(name, {}), faults)
+            for name, plugin in self.plugins.items()
+        }
         if faults:
             raise OperatorError(*faults)
         return checked
@@ -5292,9 +5195,8 @@ class PluginHost:
         self.check = self.loader.check
         self.plugins = self.loader.plugins
         self.failures = self.loader.failures
-        #: The loaded plugins with what they work with, and those of them that are at work.
+        #: The loaded plugins with what they work with.
         self.runners: dict[str, Runner] = {}
-        self.running: dict[str, Runner] = {}
         self._settings = settings
         self._metrics = metrics
         self._context: HostContext | None = None
@@ -5362,48 +5264,54 @@ class PluginHost:
             self.leading = True
             ready = await asyncio.gather(*map(self._set_up, self.runners.values()))
             for runner in filter(None, ready):
-                self.begin(runner)
+                runner.begin()
             self.take_over()
 
     async def _set_up(self, runner: Runner) -> Runner | None:
-        try:
-            await runner.set_up()
-        except FAULTS as error:
-            if being_cancelled():
-                raise
+        def failed(error: BaseException) -> None:
             self.failures[runner.plugin.name] = f"setup failed: {reason(error)}"
             runner.fence.failed("setup failed", error)
-            return None
-        return runner
 
-    def begin(self, runner: Runner) -> None:
-        """Have a plugin at work that was set up."""
-        self.failures.pop(runner.plugin.name, None)
-        self.running[runner.plugin.name] = runner
-        runner.begin()
+        with caught(failed):
+            await runner.set_up()
+            self.failures.pop(runner.plugin.name, None)
+            return runner
+
+    @property
+    def running(self) -> dict[str, Runner]:
+        """Those that are at work."""
+        return {name: runner for name, runner in self.runners.items() if runner.at_work}
+
+    def enter(self, runner: Runner) -> None:
+        """Have a plugin that was not there, or was removed; at work, if it is set up."""
+        name = runner.plugin.name
+        self.plugins[name], self.runners[name] = runner.plugin, runner
+        if self.leading:
+            runner.begin()
+
+    def remove(self, name: str) -> Runner | None:
+        """Have a plugin no more; what was at work is still to be torn down."""
+        self.plugins.pop(name, None)
+        self.failures.pop(name, None)
+        runner = self.runners.pop(name, None)
+        return runner if runner and runner.end() else None
 
     def take_over(self) -> None:
         """Have all that happens go to those that are there now, in one step."""
-        order = sorted(self.runners)
-        self._routes = [route for name in order for route in self.runners[name].routes]
+        runners = [self.runners[name] for name in sorted(self.runners)]
+        self._routes = [route for runner in runners for route in runner.routes]
         if self._dispatcher is not None:
-            self._dispatcher.connect(self.running[name] for name in order if name in self.running)
+            self._dispatcher.connect(runner for runner in runners if runner.at_work)
 
     async def stop(self) -> None:
         """Stop hearing events and tear the plugins down."""
         async with self.changing:
             self.leading = False
-            ending = [self.end(name) for name in tuple(self.running)]
+            ending = [runner for runner in self.runners.values() if runner.end()]
             for runner in ending:
                 self.failures.pop(runner.plugin.name, None)  # it is not to be at work here now
             self.take_over()
             await asyncio.gather(*(runner.tear_down() for runner in ending))
-
-    def end(self, name: str) -> Runner:
-        """Take a plugin from its work; it is still to be torn down."""
-        runner = self.running.pop(name)
-        runner.end()
-        return runner
 
     def _claim(self, plugin: Plugin, event: str, room: str) -> None:
         """Let a plugin emit an event that nobody else does, to a kind of room that there is."""
@@ -5456,17 +5364,17 @@ class PluginHost:
 
     def health(self) -> dict[str, Any]:
         """What runs and what does not, for /health/ready."""
-        out = [name for name in self.failures if name not in self.running]
-        problems = dict.fromkeys(out, "failed to start, see the log")
-        spies = {name: runner.spy for name, runner in self.running.items()}
-        problems |= {name: spy.problem for name, spy in spies.items() if spy.problem}
+        running = self.running
+        out = self.failures.keys() - running.keys()
+        problems: dict[str, str | None] = dict.fromkeys(out, "failed to start, see the log")
+        problems |= {name: one.spy.problem for name, one in running.items() if one.spy.problem}
         said = "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
         return {
             "problem": said or None,
             "loaded": sorted(self.plugins),
             "failed": sorted(problems),
-            "outdated": sorted(self.failures.keys() & self.running.keys()),
-            "paused": sorted(name for one in self.running.values() for name in one.paused()),
+            "outdated": sorted(self.failures.keys() & running.keys()),
+            "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
     def reconfigure(self, checked: dict[str, Any]) -> None:
@@ -5507,57 +5415,40 @@ class PluginWatcher:
 
     async def _change(self, changed: dict[str, Path | None]) -> None:
         """Set up what is new, and then, in one step, let it take the place of what was before."""
-        async with self._host.changing:
-            going = {name for name, path in changed.items() if path is None}
+        host = self._host
+        async with host.changing:
+            gone = [name for name, path in changed.items() if path is None]
+            others = {name: one for name, one in host.plugins.items() if name not in gone}
             coming: dict[str, Runner] = {}
             for name, path in changed.items():
-                others = {
-                    **self._host.plugins,
-                    **{one: runner.plugin for one, runner in coming.items()},
-                }
-                left = [plugin for one, plugin in others.items() if one not in {*going, name}]
-                if path and (runner := await self._prepare(name, path, left)):
-                    coming[name] = runner
-            before = [
-                self._host.end(name) for name in {*going, *coming} & self._host.running.keys()
-            ]
-            for name in going:
-                self._drop(name)
+                if path and (runner := await self._prepare(name, path, others.values())):
+                    coming[name], others[name] = runner, runner.plugin
+            ending = [host.remove(name) for name in (*gone, *coming)]
+            for name in gone:
+                take_modules(name)
+                log.info("plugin %s: gone", name)
             for runner in coming.values():
-                self._enter(runner)
-            self._host.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in before))
+                host.enter(runner)
+                self._say_loaded(runner.plugin)
+            host.take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
 
-    async def _prepare(self, name: str, path: Path, others: list[Plugin]) -> Runner | None:
+    async def _prepare(self, name: str, path: Path, others: Iterable[Plugin]) -> Runner | None:
         """A new version, set up where plugins are at work; None where anything of that fails."""
-        modules = modules_of(name)
-        try:
-            plugin = self._host.loader.load(name, path, others)
-            check_cached(plugin, self._bot.cache.settings.components)
-            runner = self._host.make_runner(plugin)
-            if self._host.leading:
+        host = self._host
+        with caught(functools.partial(host.loader.report, name, path)), fresh_modules(name):
+            plugin = host.loader.load(name, path, others)
+            for need in sorted(plugin.needs):
+                if NEEDS[need].components & ~self._bot.cache.settings.components:
+                    raise PluginError(
+                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
+                    )
+            runner = host.make_runner(plugin)
+            if host.leading:
                 await runner.set_up()
-        except FAULTS as error:
-            put_modules(name, modules)
-            if being_cancelled():
-                raise
-            self._host.loader.report(name, path, error)
-            return None
-        return runner
+            return runner
 
-    def _drop(self, name: str) -> None:
-        put_modules(name, {})
-        self._host.failures.pop(name, None)
-        self._host.runners.pop(name, None)
-        if self._host.plugins.pop(name, None):
-            log.info("plugin %s: gone", name)
-
-    def _enter(self, runner: Runner) -> None:
-        plugin = runner.plugin
-        self._host.plugins[plugin.name], self._host.runners[plugin.name] = plugin, runner
-        self._host.failures.pop(plugin.name, None)
-        if self._host.leading:
-            self._host.begin(runner)
+    def _say_loaded(self, plugin: Plugin) -> None:
         log.info("plugin %s: loaded", plugin.name)
         for event_type in plugin.event_types():
             if missing := missing_intents(event_type, self._bot.intents):
@@ -5568,15 +5459,6 @@ class PluginWatcher:
                     event_type.__name__,
                     missing.name,
                 )
-
-
-def check_cached(plugin: Plugin, kept: hikari.api.CacheComponents) -> None:
-    """Raises PluginError where hikari, which is running, does not keep what the plugin needs."""
-    for need in sorted(plugin.needs):
-        if NEEDS[need].components & ~kept:
-            raise PluginError(
-                f'needs "{need}" asks for a restart: hikari keeps it from its start on'
-            )
 
 
 def forget_member(

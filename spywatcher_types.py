@@ -192,8 +192,8 @@ class Source(NamedTuple):
 
 def sources_of(plugin: spywatcher.Plugin) -> Iterator[Source]:
     """The events of one plugin, and where they are made."""
-    marks = [(function, mark.emit, mark.room) for function, mark in plugin.listeners if mark.emit]
-    marks += [(function, mark.emit, mark.kind) for function, mark in plugin.greeters]
+    marks = [(f, mark.emit, mark.room) for f, mark, _ in plugin.listeners if mark.emit]
+    marks += [(f, mark.emit, mark.kind) for f, mark, _ in plugin.greeters]
     for function, event, kind in marks:
         summary = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
         yield Source(event, kind, summary, tuple(returned(function)))

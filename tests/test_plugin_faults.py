@@ -206,6 +206,15 @@ async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.Monke
     assert calls == [*range(20), "paused", 20]
 
 
+def test_who_was_only_kept_from_running_by_others_is_not_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited = iter([5.0, 5.3])
+    monkeypatch.setattr(spywatcher, "seconds_waited", lambda: next(waited))
+    fence = spywatcher.Fence("any", Metrics())
+    fence.took("patient", fence.begin() - 0.3)
+
+
 def test_reasons_never_show_more_than_the_beginning_of_a_value() -> None:
     assert len(spywatcher.described("x" * 1000)) < 60
 
