@@ -6512,34 +6512,26 @@ class Origins:
     "https://*.host" is any below, "http://host:*" one on any port.
     """
 
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._any = "*" in patterns
-        self._exact = frozenset(map(str.lower, patterns))
-        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
-        self._below = tuple(
-            tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
-        )
+    def __init__(self, patterns: Iterable[str]) -> None:
+        small = frozenset(map(str.lower, patterns))
+        self._any, self._null = "*" in small, "null" in small
+        self._named = re.compile("|".join(map(origin_pattern, small - {"*", "null"})) or "(?!)")
 
     def allow(self, origin: str | None, host: str) -> bool:
         """`origin` and `host` as in the request's headers (RFC 6454; absent outside of browsers)."""
         if origin is None or self._any:
             return True
-        origin = origin.lower()
-        scheme, _, rest = origin.partition("://")
-        if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
-            return True
-        return self.lists(origin)
+        same = origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+        return same or (self._null and origin.lower() == "null") or self.lists(origin)
 
     def lists(self, origin: str) -> bool:
         """Whether it is named, by a pattern too; "*" and "null" are nobody's names."""
-        origin = origin.lower()
-        if origin in ("*", "null"):
-            return False
-        without_port, _, port = origin.rpartition(":")
-        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
-            return True
-        below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
-        return below or origin in self._exact
+        return self._named.fullmatch(origin.lower()) is not None
+
+
+def origin_pattern(listed: str) -> str:
+    exact = re.escape(listed)
+    return exact.replace(r"://\*\.", r"://[^/]+\.").replace(r":\*", r"(:[0-9]+)?")
 
 
 #: Headers by which a request shows that a proxy passed it on; of "X-…" there are too many to name.
@@ -7030,7 +7022,7 @@ BANNED: Final = "Access denied"
 EXPIRY_WARNING: Final = 60.0
 #: Seconds after which a subscription is answered, though other nodes' events are not heard yet.
 SUBSCRIBE_PATIENCE: Final = 0.8
-#: Seconds between two `guilds:update` to one dashboard (design: rooms).
+#: Seconds between two rounds of `guilds:update` (design: rooms).
 LIST_INTERVAL: Final = 1.0
 #: Seconds that changes of rights are collected before rooms are looked through; what is sent to a
 #: guild's rooms meanwhile has those looked through first.
@@ -7327,8 +7319,6 @@ class Told(NamedTuple):
 
     guilds: msgspec.Raw
     complete: bool
-    #: When it may be told again, by the monotonic clock.
-    until: float
 
 
 class GuildList:
@@ -7353,13 +7343,15 @@ class GuildLists:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._lists: dict[object, GuildList] = {}
-        self._telling: asyncio.TimerHandle | None = None
+        self._round: asyncio.TimerHandle | None = None
+        self._last_round = 0.0
+        self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
         guild_list = self._list_of(dashboard)
         self._refresh(guild_list)
-        self._note(guild_list, dashboard)
-        return {"guilds": guild_list.encoded, "complete": self._access.complete}
+        told = guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete)
+        return {"guilds": told.guilds, "complete": told.complete}
 
     def _list_of(self, dashboard: Dashboard) -> GuildList:
         key = self._access.list_key(dashboard.viewer)
@@ -7433,43 +7425,36 @@ class GuildLists:
 
     # -- who is told
 
-    def _tell_soon(self, seconds: float = 0.0) -> None:
+    def _tell_soon(self) -> None:
+        self._changed = bool(self._lists)
+        if self._changed and self._round is None:
+            loop = asyncio.get_running_loop()
+            self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
+
+    def _begin_round(self) -> None:
+        self._changed = False
+        self._tell(list(self._lists.values()))
+
+    def _tell(self, lists: list[GuildList]) -> None:
+        """Tell whoever has not heard of a change yet, in slices."""
         loop = asyncio.get_running_loop()
-        if self._telling is not None and self._telling.when() > loop.time() + seconds:
-            self._telling.cancel()
-            self._telling = None
-        if self._telling is None and self._lists:
-            self._telling = loop.call_later(seconds, self._tell)
+        self._round, self._last_round = None, loop.time()
+        while lists and loop.time() - self._last_round < SLICE:
+            guild_list = lists.pop()
+            if guild_list.told:
+                self._refresh(guild_list)
+                self._tell_changes(guild_list)
+        if lists:
+            self._round = loop.call_later(0, self._tell, lists)
+        elif self._changed:
+            self._tell_soon()
 
-    def _tell(self) -> None:
-        """Tell whoever may be told now; come again for the others."""
-        self._telling = None
-        began, again = time.monotonic(), math.inf
-        for guild_list in tuple(self._lists.values()):
-            self._refresh(guild_list)
-            again = min(again, self._tell_changes(guild_list))
-            if time.monotonic() - began > SLICE:
-                again = 0.0
-                break
-        if again < math.inf:
-            self._tell_soon(again)
-
-    def _tell_changes(self, guild_list: GuildList) -> float:
-        """Returns in how many seconds somebody is to be told who was told too lately."""
-        now, complete, again = time.monotonic(), self._access.complete, math.inf
+    def _tell_changes(self, guild_list: GuildList) -> None:
+        now = Told(guild_list.encoded, self._access.complete)
         for dashboard, told in tuple(guild_list.told.items()):
-            if told.guilds == guild_list.encoded and told.complete >= complete:
-                continue
-            if told.until > now:
-                again = min(again, told.until - now)
-            else:
-                dashboard.tell("guilds:update", {"guilds": guild_list.encoded})
-                self._note(guild_list, dashboard)
-        return again
-
-    def _note(self, guild_list: GuildList, dashboard: Dashboard) -> None:
-        until = time.monotonic() + LIST_INTERVAL
-        guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete, until)
+            if told.guilds != now.guilds or told.complete < now.complete:
+                dashboard.tell("guilds:update", {"guilds": now.guilds})
+                guild_list.told[dashboard] = now
 
 
 class RightsWatcher:
