@@ -170,8 +170,20 @@ class OperatorError(SpyWatcherError):
     """Settings, files or plugins are wrong. One line per fault; exit status 2."""
 
     def __init__(self, *faults: str) -> None:
-        super().__init__("\n".join(faults))
+        super().__init__(*faults)
         self.faults = faults
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+@contextlib.contextmanager
+def collecting(faults: list[str]) -> Iterator[None]:
+    """What an operator has to change goes to `faults`, to be told together."""
+    try:
+        yield
+    except OperatorError as error:
+        faults += error.faults
 
 
 class UpstreamError(SpyWatcherError):
@@ -220,19 +232,8 @@ SecondsOrZero = Annotated[float, Meta(ge=0, title="a number of seconds, such as 
 GuildId = Annotated[
     str, Meta(pattern=r"^[0-9]{1,20}$", title='a guild id in quotes, such as "123456789012345678"')
 ]
-PermissionName = Annotated[
-    str,
-    Meta(pattern=r"^[A-Z_]+$", title='a Discord permission in capitals, such as "MANAGE_GUILD"'),
-]
 Role = Literal["USER", "ADMIN", "MODERATOR", "BANNED"]
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
-Network = Annotated[
-    str,
-    Meta(
-        pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$",
-        title='an address or network in quotes, such as "127.0.0.1" or "10.0.0.0/8"',
-    ),
-]
 Rate = Annotated[
     str,
     Meta(
@@ -241,6 +242,78 @@ Rate = Annotated[
     ),
 ]
 Transport = Literal["websocket", "polling"]
+
+
+ORIGIN: Final = re.compile(
+    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
+)
+DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+
+
+def plain_origin(text: str) -> str:
+    """An origin as browsers write it (RFC 6454 §6): small letters, IDN encoded, no default port.
+
+    Raises ValueError with what to write instead. `*`, `null`, `https://*.host` (any below) and
+    `http://host:*` (any port) are origins too.
+    """
+    small = text.strip().lower()
+    if small in ("*", "null"):
+        return small
+    if "://" not in small:
+        raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
+    found = ORIGIN.match(small)
+    if found is None or small[found.end() :].startswith(("@", ":", "*")):
+        raise ValueError('expected "scheme://host" or "scheme://host:port"')
+    if found.end() != len(small):
+        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
+    scheme, host, port = found.groups()
+    below = "*." if host.startswith("*.") else ""
+    host = host[len(below) :]
+    if not host or "*" in host:
+        raise ValueError('expected * only as "*.host" or alone')
+    if port not in (None, "*") and int(port) > 65_535:
+        raise ValueError("expected a port up to 65535")
+    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
+    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
+
+
+def encoded_host(host: str) -> str:
+    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    if host.isascii():
+        return host
+    try:
+        return idna.encode(host, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"expected the name of a host: {error}") from error
+
+
+def known_network(text: str) -> str:
+    """An address or a network; raises ValueError for what is none."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(
+            f'expected an address or network, such as "127.0.0.1" or "10.0.0.0/8": {error}'
+        ) from error
+    return text
+
+
+def known_permission(name: str) -> str:
+    """A permission as Discord calls it; raises ValueError with the nearest one."""
+    known = [str(permission.name) for permission in hikari.Permissions]
+    if name in known:
+        return name
+    [close] = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
+    raise ValueError(f'expected a Discord permission in capitals, such as "{close}"')
+
+
+#: How each of a list is read, where the type does not say all of it.
+READ_EACH: Final[dict[str, Callable[[str], str]]] = {
+    "server.cors_origins": plain_origin,
+    "server.trusted_proxies": known_network,
+    "server.metrics_from": known_network,
+    "auth.viewer_permissions": known_permission,
+}
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -257,7 +330,7 @@ class ServerSettings(Section, frozen=True):
         Meta(description='Pages that may connect from another origin; "*" is any.'),
     ] = ("http://localhost:5173", "http://127.0.0.1:5173")
     trusted_proxies: Annotated[
-        tuple[Network, ...],
+        tuple[str, ...],
         Meta(description="Addresses or networks that may set X-Forwarded-For."),
     ] = ("127.0.0.1", "::1")
     transports: Annotated[
@@ -271,7 +344,7 @@ class ServerSettings(Section, frozen=True):
     ] = 1_048_576
     shutdown_grace: Annotated[Seconds, Meta(description="Seconds that a stop may take.")] = 5.0
     metrics_from: Annotated[
-        tuple[Network, ...],
+        tuple[str, ...],
         Meta(description="Addresses or networks besides this host that may read /metrics."),
     ] = ()
 
@@ -299,7 +372,7 @@ class AuthSettings(Section, frozen=True):
         tuple[Role, ...], Meta(description="Token roles that may view every watched guild.")
     ] = ("ADMIN",)
     viewer_permissions: Annotated[
-        tuple[PermissionName, ...],
+        tuple[str, ...],
         Meta(description="Discord permissions of which others need one in the guild."),
     ] = ("MANAGE_GUILD",)
     channel_visibility: Annotated[
@@ -447,36 +520,63 @@ class Settings(Section, frozen=True):
     source: str = "the defaults"
 
 
+class SettingsError(OperatorError):
+    """Settings are wrong. `sound` has those that are not, so that what else is wrong is found."""
+
+    def __init__(self, *faults: str, sound: Settings) -> None:
+        super().__init__(*faults)
+        self.sound = sound
+
+
 SECRET_KEYS: Final = frozenset({"secret", "token", "client_secret"})
 SectionT = TypeVar("SectionT", bound=msgspec.Struct)
 
 
 def check_table(table: object, to: type[SectionT], path: str, faults: list[str]) -> SectionT:
     """Turn one TOML table into a section; every fault is appended to `faults` with its key path."""
-    if not isinstance(table, dict):
-        faults.append(f"{path}: got {shown(table)}, expected a table")
-        return to()
-    fields = {field.name: field for field in msgspec.structs.fields(to)}
+    fields = {field.name: field.type for field in msgspec.structs.fields(to)}
     values = {}
-    for key, value in table.items():
-        if key not in fields:
+    for key, value in as_table(table, path, faults).items():
+        if key in fields:
+            values[key] = read_value(value, fields[key], f"{path}.{key}", faults)
+        else:
             faults.append(f"{path}.{key}: unknown key{nearest(key, fields)}")
-            continue
-        try:
-            values[key] = msgspec.convert(value, fields[key].type)
-        except msgspec.ValidationError as error:
-            came = (
-                "a value not shown here" if is_secret(key, value) else shown(without_login(value))
-            )
-            wanted = expected(fields[key].type) or str(error).removeprefix("Expected ")
-            faults.append(
-                f"{path}.{key}: got {came}, expected {wanted}{did_you_mean(fields[key].type, value)}"
-            )
     try:
-        return to(**values)
+        return to(**{key: value for key, value in values.items() if value is not msgspec.UNSET})
     except ValueError as error:  # what the section itself says of values that do not fit together
         faults += [f"{path}.{fault}" for fault in error.args]
         return to()
+
+
+def as_table(value: object, path: str, faults: list[str]) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    came = shown(value) if isinstance(value, int | float) else "something else"  # or a secret
+    faults.append(f"{path}: got {came}, expected a table")
+    return {}
+
+
+def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
+    """What a setting of this type is; UNSET, and one more fault, where the value is wrong."""
+    try:
+        read = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        key = path.rpartition(".")[2]
+        came = "a value not shown here" if is_secret(key, value) else shown(without_login(value))
+        wanted = expected(kind) or str(error).removeprefix("Expected ")
+        faults.append(f"{path}: got {came}, expected {wanted}")
+        return msgspec.UNSET
+    return read_each(read, path, faults) if path in READ_EACH else read
+
+
+def read_each(values: Iterable[str], path: str, faults: list[str]) -> tuple[str, ...]:
+    sound = []
+    for value in values:
+        try:
+            sound.append(READ_EACH[path](value))
+        except ValueError as error:
+            faults.append(f"{path}: got {shown(value)}, {error}")
+    return tuple(sound)
 
 
 def is_secret(key: str, value: object) -> bool:
@@ -484,45 +584,41 @@ def is_secret(key: str, value: object) -> bool:
     return key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
 
 
+PLAIN_WORDS: Final[dict[Any, str]] = {
+    bool: "true or false",
+    str: "a text in quotes",
+    int: "a whole number",
+    float: "a number",
+}
+BOUNDS: Final = {
+    "gt": "above {:g}",
+    "ge": "from {:g}",
+    "lt": "below {:g}",
+    "le": "up to {:g}",
+    "min_length": "at least {} long",
+    "max_length": "at most {} long",
+}
+
+
 def expected(kind: Any) -> str:
-    """What a setting of this type takes, in words; empty where the type says nothing in words."""
+    """What a setting of this type takes, in words; empty where there are none."""
     if get_origin(kind) is Annotated:
         metas = [meta for meta in kind.__metadata__ if isinstance(meta, Meta)]
         titles = [meta.title for meta in metas if meta.title]
-        bounded = any(meta != Meta(description=meta.description) for meta in metas)
-        return titles[0] if titles else "" if bounded else expected(get_args(kind)[0])
+        bounds = [
+            words.format(bound)
+            for meta in metas
+            for name, words in BOUNDS.items()
+            if (bound := getattr(meta, name)) is not None
+        ]
+        return titles[0] if titles else " ".join([expected(get_args(kind)[0]), *bounds]).strip()
     if get_origin(kind) is Literal:
         return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
     if get_origin(kind) is tuple:
-        item = expected(get_args(kind)[0])
-        return f"a list in [ ] of each {item}" if item else ""
+        return f"a list in [ ] of each {expected(get_args(kind)[0])}"
     if get_args(kind):
         return " or ".join(filter(None, map(expected, get_args(kind))))
-    plain = {
-        bool: "true or false",
-        str: "a text in quotes",
-        int: "a whole number",
-        float: "a number",
-    }
-    return plain.get(kind, "")
-
-
-def did_you_mean(kind: Any, value: object) -> str:
-    """The end of a sentence, where the value was nearly one of a choice."""
-    while get_origin(kind) in (Annotated, tuple):
-        kind = get_args(kind)[0]
-    if get_origin(kind) is not Literal:
-        return ""
-    given = value if isinstance(value, list) else [value]
-    wrong = [one for one in given if isinstance(one, str) and one not in get_args(kind)]
-    return (
-        nearest(
-            wrong[0].upper() if wrong[0].upper() in get_args(kind) else wrong[0].lower(),
-            get_args(kind),
-        )
-        if wrong
-        else ""
-    )
+    return PLAIN_WORDS.get(kind, "")
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -553,10 +649,12 @@ def without_login(value: object) -> object:
     return place + (more and "?***")
 
 
-def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
-    """Check all tables at once; raises OperatorError with one line per fault."""
+def parse_settings(
+    tables: dict[str, Any], folder: Path, source: str = Settings().source
+) -> Settings:
+    """Check all tables at once; raises SettingsError with one line per fault."""
     faults: list[str] = []
-    sections: dict[str, Any] = {"folder": folder}
+    sections: dict[str, Any] = {"folder": folder, "source": source}
     types = section_types()
     for name, table in tables.items():
         if name == "plugin":
@@ -567,12 +665,9 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
             sections[name] = check_table(table, types[name], name, faults)
         else:
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
-    if "server" in sections:
-        sections["server"] = check_origins(sections["server"], faults)
     settings = Settings(**sections)
-    faults += permission_faults(settings.auth) + network_faults(settings.server)
     if faults:
-        raise OperatorError(*faults)
+        raise SettingsError(*faults, sound=settings)
     return settings
 
 
@@ -591,112 +686,25 @@ def check_plugin_tables(
 
     What a key that ends with `_file` names is relative to the settings file: the path is made whole.
     """
-    if not isinstance(table, dict):
-        faults.append(f"plugin: got {shown(table)}, expected tables [plugin.NAME]")
-        return {}
-    faults += [
-        f"plugin.{name}: got {shown(value)}, expected a table"
-        for name, value in table.items()
-        if not isinstance(value, dict)
-    ]
     return {
         name: {
-            key: str(folder / entry) if key.endswith("_file") and entry else entry
-            for key, entry in value.items()
+            key: str(folder / entry) if is_file(key, entry) else entry
+            for key, entry in as_table(entries, f"plugin.{name}", faults).items()
         }
-        for name, value in table.items()
-        if isinstance(value, dict)
+        for name, entries in as_table(table, "plugin", faults).items()
     }
+
+
+def is_file(key: str, value: object) -> bool:
+    return key.endswith("_file") and isinstance(value, str) and value != ""
 
 
 def check_throttle_table(table: object, faults: list[str]) -> dict[str, float]:
     """`[throttle]`: any event's name and its seconds; the defaults stay where nothing is said."""
-    if not isinstance(table, dict):
-        faults.append(f"throttle: got {shown(table)}, expected a table")
-        return THROTTLE.copy()
-    seconds = THROTTLE.copy()
-    for event, value in table.items():
-        try:
-            seconds[event] = msgspec.convert(value, Seconds)
-        except msgspec.ValidationError as error:
-            expected = str(error).removeprefix("Expected ")
-            faults.append(f'throttle."{event}": got {shown(value)}, expected {expected}')
-    return seconds
-
-
-def permission_faults(auth: AuthSettings) -> list[str]:
-    known = [str(permission.name) for permission in hikari.Permissions]
-    return [
-        f"auth.viewer_permissions: {name} is no Discord permission{nearest(name, known)}"
-        for name in auth.viewer_permissions
-        if name not in known
-    ]
-
-
-def check_origins(server: ServerSettings, faults: list[str]) -> ServerSettings:
-    """The same with each origin as a browser would write it."""
-    origins = []
-    for text in server.cors_origins:
-        try:
-            origins.append(plain_origin(text))
-        except ValueError as error:
-            faults.append(f"server.cors_origins: got {shown(text)}, {error}")
-    return msgspec.structs.replace(server, cors_origins=tuple(origins))
-
-
-ORIGIN: Final = re.compile(
-    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
-)
-DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
-
-
-def plain_origin(text: str) -> str:
-    """An origin as browsers write it (RFC 6454 §6): small letters, IDN encoded, no default port.
-
-    Raises ValueError with what to write instead. `*`, `null`, `https://*.host` (any below) and
-    `http://host:*` (any port) are origins too.
-    """
-    small = text.strip().lower()
-    if small in ("*", "null"):
-        return small
-    if "://" not in small:
-        raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
-    found = ORIGIN.match(small)
-    if found is None or small[found.end() :].startswith(("@", ":", "*")):
-        raise ValueError('expected "scheme://host" or "scheme://host:port"')
-    if found.end() != len(small):
-        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
-    scheme, host, port = found.groups()
-    below = "*." if host.startswith("*.") else ""
-    host = host[len(below) :]
-    if not host or "*" in host:
-        raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*") and int(port) > 65_535:
-        raise ValueError("expected a port up to 65535")
-    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
-    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
-
-
-def encoded_host(host: str) -> str:
-    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
-    if host.isascii():
-        return host
-    try:
-        return idna.encode(host, uts46=True).decode()
-    except idna.IDNAError as error:
-        raise ValueError(f"expected the name of a host: {error}") from error
-
-
-def network_faults(server: ServerSettings) -> list[str]:
-    faults = []
-    listed = {"trusted_proxies": server.trusted_proxies, "metrics_from": server.metrics_from}
-    for key, networks in listed.items():
-        for text in networks:
-            try:
-                ipaddress.ip_network(text)
-            except ValueError as error:
-                faults.append(f"server.{key}: got {text}, expected a network: {error}")
-    return faults
+    return THROTTLE | {
+        event: read_value(seconds, Seconds, f'throttle."{event}"', faults)
+        for event, seconds in as_table(table, "throttle", faults).items()
+    }
 
 
 def changed_keys(old: Settings, new: Settings) -> list[str]:
@@ -736,10 +744,10 @@ def read_settings(path: Path | None) -> Settings:
                 source=f"no config.toml in {folders}",
             )
     try:
-        settings = parse_settings(read_toml(path), path.resolve().parent)
+        return parse_settings(read_toml(path), path.resolve().parent, str(path))
     except OperatorError as error:
-        raise OperatorError(*(f"{path}: {fault}" for fault in error.faults)) from error
-    return msgspec.structs.replace(settings, source=str(path))
+        error.faults = tuple(f"{path}: {fault}" for fault in error.faults)
+        raise
 
 
 #: Tables in tables: settings need four.
@@ -751,7 +759,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         tables = tomllib.loads(text)
-        if is_deeper(tables, DEEPEST):
+        if depth(tables) > DEEPEST:
             raise RecursionError
     except tomllib.TOMLDecodeError as error:
         advice = syntax_advice(text, str(error))
@@ -761,18 +769,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     return tables
 
 
-def is_deeper(value: object, depth: int) -> bool:
-    """Whether tables and lists lie more than `depth` levels in each other."""
-    level = [value]
-    for _ in range(depth):
-        level = [inner for one in level for inner in contents(one)]
-    return any(isinstance(one, dict | list) for one in level)
-
-
-def contents(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
+def depth(value: object) -> int:
+    """How many tables and lists lie in each other."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 #: What is wrong with a line that is no TOML: how it looks, and what to write instead.
@@ -904,7 +905,6 @@ class Metrics:
 # Who is there (a signed token) and what they may see (Discord's permissions, by hikari's
 # cache). The only place that decides either. It knows no sockets and no rooms.
 
-ROLES: Final = frozenset(get_args(Role))
 #: Room for some 270 guild ids; nothing longer is worth the work of checking it.
 MAX_TOKEN_BYTES: Final = 8192
 #: Seconds by which the clock of who made a token may be ahead of ours.
@@ -918,8 +918,8 @@ JWT_CHECKS: Final = jwt.types.Options(
     verify_nbf=False,
     verify_sub=False,
 )
-#: The end of the year 9999, in seconds since 1970.
-LAST_MOMENT: Final = 253_402_300_799
+#: Seconds since 1970, up to the year 9999: a page's milliseconds are not taken.
+Moment = Annotated[float, Meta(gt=0, le=253_402_300_799)]
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
 #: Permissions are plain ints here: combining hikari's flags costs ten times as much.
@@ -934,13 +934,13 @@ LEFT_IN_TIMEOUT: Final = VIEW_CHANNEL | CONNECT | int(hikari.Permissions.READ_ME
 VOICE_TYPES: Final = (hikari.ChannelType.GUILD_VOICE, hikari.ChannelType.GUILD_STAGE)
 
 
-class Viewer(msgspec.Struct, frozen=True):
+class Viewer(msgspec.Struct, frozen=True, rename={"discord_id": "discordId", "expires": "exp"}):
     """Who a dashboard belongs to: the claims of its token (API page, Authentication)."""
 
-    discord_id: str
-    role: str
+    discord_id: Annotated[str, Meta(min_length=1)]
+    role: Role
     guilds: frozenset[str] | None = None
-    expires: float | None = None
+    expires: Moment | None = None
 
 
 class Keys(msgspec.Struct, frozen=True):
@@ -1048,26 +1048,12 @@ class Tokens:
 
     @staticmethod
     def _viewer(claims: dict[str, Any]) -> Viewer:
-        discord_id, role = claims.get("discordId"), claims.get("role")
-        guilds, expires = claims.get("guilds"), claims.get("exp")
-        sound = (
-            isinstance(discord_id, str)
-            and discord_id != ""
-            and claims.get("access") is True
-            and isinstance(role, str)
-            and role in ROLES
-            and (guilds is None or is_list_of_strings(guilds))
-            and is_moment(expires)
-            and has_begun(claims.get("nbf"))
-        )
-        if not sound:
-            raise RefusedConnectionError("Invalid token", code="claims")
-        return Viewer(
-            discord_id=str(discord_id),
-            role=str(role),
-            guilds=None if guilds is None else frozenset(guilds),
-            expires=None if expires is None else float(expires),
-        )
+        try:
+            if claims.get("access") is True and has_begun(claims.get("nbf")):
+                return msgspec.convert(claims, Viewer)
+        except msgspec.ValidationError as error:
+            raise RefusedConnectionError("Invalid token", code="claims") from error
+        raise RefusedConnectionError("Invalid token", code="claims")
 
     def issue(
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
@@ -1116,19 +1102,10 @@ class Tokens:
         return hmac.digest(secret, f"spywatcher:{purpose}".encode(), "sha256")
 
 
-def is_moment(value: object) -> bool:
-    """None, or seconds since 1970 that a calendar knows: a page's milliseconds are not taken."""
-    return value is None or (type(value) in (int, float) and 0 < value <= LAST_MOMENT)  # type: ignore[operator]  # a number
-
-
 def has_begun(value: object) -> bool:
     """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
-
-
-def is_list_of_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 class Directory(Protocol):
@@ -5108,6 +5085,8 @@ class PluginLoader:
         self.plugins: dict[str, Plugin] = {}
         #: What did not load or start, and why; the version before may be at work.
         self.failures: dict[str, str] = {}
+        #: Whose tables are wrong: that keeps the server from starting.
+        self.refused: set[str] = set()
 
     def load_all(self) -> None:
         """Load every plugin of the folders, in the order of their names.
@@ -5121,6 +5100,7 @@ class PluginLoader:
                 with fresh_modules(name):
                     self.plugins[name] = self.load(name, path, self.plugins.values())
             except OperatorError as error:
+                self.refused.add(name)
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
@@ -5160,7 +5140,7 @@ class PluginLoader:
 
     def tables_without_plugin(self) -> list[str]:
         """A line for each `[plugin.NAME]` whose plugin is not there."""
-        known = {*self.plugins, *self.failures, *self.files.disabled}
+        known = {*self.plugins, *self.failures, *self.refused, *self.files.disabled}
         return [
             f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
             for name in self.tables
@@ -6419,34 +6399,26 @@ class Origins:
     "https://*.host" is any below, "http://host:*" one on any port.
     """
 
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._any = "*" in patterns
-        self._exact = frozenset(map(str.lower, patterns))
-        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
-        self._below = tuple(
-            tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
-        )
+    def __init__(self, patterns: Iterable[str]) -> None:
+        small = frozenset(map(str.lower, patterns))
+        self._any, self._null = "*" in small, "null" in small
+        self._named = re.compile("|".join(map(origin_pattern, small - {"*", "null"})) or "(?!)")
 
     def allow(self, origin: str | None, host: str) -> bool:
         """`origin` and `host` as in the request's headers (RFC 6454; absent outside of browsers)."""
         if origin is None or self._any:
             return True
-        origin = origin.lower()
-        scheme, _, rest = origin.partition("://")
-        if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
-            return True
-        return self.lists(origin)
+        same = origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+        return same or (self._null and origin.lower() == "null") or self.lists(origin)
 
     def lists(self, origin: str) -> bool:
         """Whether it is named, by a pattern too; "*" and "null" are nobody's names."""
-        origin = origin.lower()
-        if origin in ("*", "null"):
-            return False
-        without_port, _, port = origin.rpartition(":")
-        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
-            return True
-        below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
-        return below or origin in self._exact
+        return self._named.fullmatch(origin.lower()) is not None
+
+
+def origin_pattern(listed: str) -> str:
+    exact = re.escape(listed)
+    return exact.replace(r"://\*\.", r"://[^/]+\.").replace(r":\*", r"(:[0-9]+)?")
 
 
 #: Headers by which a request shows that a proxy passed it on; of "X-…" there are too many to name.
@@ -6937,7 +6909,7 @@ BANNED: Final = "Access denied"
 EXPIRY_WARNING: Final = 60.0
 #: Seconds after which a subscription is answered, though other nodes' events are not heard yet.
 SUBSCRIBE_PATIENCE: Final = 0.8
-#: Seconds between two `guilds:update` to one dashboard (design: rooms).
+#: Seconds between two rounds of `guilds:update` (design: rooms).
 LIST_INTERVAL: Final = 1.0
 #: Seconds that changes of rights are collected before rooms are looked through; what is sent to a
 #: guild's rooms meanwhile has those looked through first.
@@ -7234,8 +7206,6 @@ class Told(NamedTuple):
 
     guilds: msgspec.Raw
     complete: bool
-    #: When it may be told again, by the monotonic clock.
-    until: float
 
 
 class GuildList:
@@ -7260,13 +7230,15 @@ class GuildLists:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._lists: dict[object, GuildList] = {}
-        self._telling: asyncio.TimerHandle | None = None
+        self._round: asyncio.TimerHandle | None = None
+        self._last_round = 0.0
+        self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
         guild_list = self._list_of(dashboard)
         self._refresh(guild_list)
-        self._note(guild_list, dashboard)
-        return {"guilds": guild_list.encoded, "complete": self._access.complete}
+        told = guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete)
+        return {"guilds": told.guilds, "complete": told.complete}
 
     def _list_of(self, dashboard: Dashboard) -> GuildList:
         key = self._access.list_key(dashboard.viewer)
@@ -7340,43 +7312,36 @@ class GuildLists:
 
     # -- who is told
 
-    def _tell_soon(self, seconds: float = 0.0) -> None:
+    def _tell_soon(self) -> None:
+        self._changed = bool(self._lists)
+        if self._changed and self._round is None:
+            loop = asyncio.get_running_loop()
+            self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
+
+    def _begin_round(self) -> None:
+        self._changed = False
+        self._tell(list(self._lists.values()))
+
+    def _tell(self, lists: list[GuildList]) -> None:
+        """Tell whoever has not heard of a change yet, in slices."""
         loop = asyncio.get_running_loop()
-        if self._telling is not None and self._telling.when() > loop.time() + seconds:
-            self._telling.cancel()
-            self._telling = None
-        if self._telling is None and self._lists:
-            self._telling = loop.call_later(seconds, self._tell)
+        self._round, self._last_round = None, loop.time()
+        while lists and loop.time() - self._last_round < SLICE:
+            guild_list = lists.pop()
+            if guild_list.told:
+                self._refresh(guild_list)
+                self._tell_changes(guild_list)
+        if lists:
+            self._round = loop.call_later(0, self._tell, lists)
+        elif self._changed:
+            self._tell_soon()
 
-    def _tell(self) -> None:
-        """Tell whoever may be told now; come again for the others."""
-        self._telling = None
-        began, again = time.monotonic(), math.inf
-        for guild_list in tuple(self._lists.values()):
-            self._refresh(guild_list)
-            again = min(again, self._tell_changes(guild_list))
-            if time.monotonic() - began > SLICE:
-                again = 0.0
-                break
-        if again < math.inf:
-            self._tell_soon(again)
-
-    def _tell_changes(self, guild_list: GuildList) -> float:
-        """Returns in how many seconds somebody is to be told who was told too lately."""
-        now, complete, again = time.monotonic(), self._access.complete, math.inf
+    def _tell_changes(self, guild_list: GuildList) -> None:
+        now = Told(guild_list.encoded, self._access.complete)
         for dashboard, told in tuple(guild_list.told.items()):
-            if told.guilds == guild_list.encoded and told.complete >= complete:
-                continue
-            if told.until > now:
-                again = min(again, told.until - now)
-            else:
-                dashboard.tell("guilds:update", {"guilds": guild_list.encoded})
-                self._note(guild_list, dashboard)
-        return again
-
-    def _note(self, guild_list: GuildList, dashboard: Dashboard) -> None:
-        until = time.monotonic() + LIST_INTERVAL
-        guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete, until)
+            if told.guilds != now.guilds or told.complete < now.complete:
+                dashboard.tell("guilds:update", {"guilds": now.guilds})
+                guild_list.told[dashboard] = now
 
 
 class RightsWatcher:
@@ -8363,9 +8328,9 @@ def parse_ttl(text: str) -> float:
 
 
 def parse_id(text: str) -> int:
-    """A Discord id: 1 to 20 digits."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise argparse.ArgumentTypeError(f"got {text}, expected 1-20 digits")
+    """A Discord id: 1 to 20 digits, and not 0."""
+    if text == "0" or not is_snowflake(text):
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1-20 digits, and not 0")
     return int(text)
 
 
@@ -8377,13 +8342,26 @@ def parse_folder(text: str) -> Path:
     return path
 
 
+class CommandLine(argparse.ArgumentParser):
+    """Takes `--config` before a command and behind it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--config",
+            type=Path,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="settings (config.toml)",
+        )
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="spywatcher", description="Watch Discord guilds live, from any browser."
     )
     parser.add_argument("--version", action="version", version=f"SpyWatcher {__version__}")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings (config.toml)")
-    parser.set_defaults(command=serve_command)
+    parser.set_defaults(config=None, command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
     serve = commands.add_parser("serve", help="run the server (the default)")
     serve.set_defaults(command=serve_command)
@@ -8403,7 +8381,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     token.add_argument(
         "--discord-id", required=True, type=parse_id, metavar="ID", help="the viewer's user id"
     )
-    token.add_argument("--role", default="USER", choices=sorted(ROLES))
+    token.add_argument("--role", default="USER", choices=sorted(get_args(Role)))
     token.add_argument(
         "--guild", action="append", default=[], type=parse_id, metavar="ID", help="may view it"
     )
@@ -8448,13 +8426,25 @@ def bot_token_of(settings: Settings) -> str:
 
 def credentials_of(settings: Settings) -> tuple[Keys, str]:
     """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
-    keys = read_keys(settings.auth, settings.folder)
-    token = bot_token_of(settings)
+    keys, token = given_credentials(settings)
     if keys == Keys() or not token:
         raise OperatorError(
             "auth.secret and discord.token must both be set (or auth.secret_file and"
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
+    return keys, token
+
+
+def given_credentials(settings: Settings) -> tuple[Keys, str]:
+    """The same, as far as they are set."""
+    faults: list[str] = []
+    keys, token = Keys(), ""
+    with collecting(faults):
+        keys = read_keys(settings.auth, settings.folder)
+    with collecting(faults):
+        token = bot_token_of(settings)
+    if faults:
+        raise OperatorError(*faults)
     return keys, token
 
 
@@ -8488,26 +8478,45 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
-    keys, token = credentials_of(settings)
-    if settings.redis.url:
-        cluster_code().check_redis(settings)
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
-    host.load()
-    host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
-    Gateway(settings.discord, token, host.event_types(), Metrics())  # takes no token that is none
-    if arguments.settings:
-        print(settings_text(settings))
-    for plugin in host.plugins.values():
-        print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if faults := host.loader.faults():
+    host = plugin_host(settings)
+    faults = faults_beside_file(settings, host, credentials_of)
+    if not faults:
+        if arguments.settings:
+            print(settings_text(settings))
+        for plugin in host.plugins.values():
+            print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
+    if faults := faults + host.loader.faults():
         raise OperatorError(*faults)
     print(f"all is well with {settings.source}")
+
+
+def faults_beside_file(
+    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
+) -> list[str]:
+    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
+    faults: list[str] = []
+    with collecting(faults):
+        host.load()
+    with collecting(faults):
+        keys, token = credentials(settings)
+        if keys != Keys():
+            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+        if token:  # this takes none that is no token
+            Gateway(settings.discord, token, host.event_types(), Metrics())
+    with collecting(faults):
+        if settings.redis.url:
+            cluster_code().check_redis(settings)
+    return faults
+
+
+def plugin_host(settings: Settings) -> PluginHost:
+    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host = plugin_host(settings)
     host.load()
     if faults := host.loader.faults():
         raise OperatorError(*faults)
@@ -8539,7 +8548,7 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host = plugin_host(settings)
     host.load()
     if settings.redis.url:
         forget = cluster_code().forget_shared
@@ -8612,11 +8621,12 @@ def naming_source(settings: Settings) -> Iterator[None]:
     try:
         yield
     except OperatorError as error:
-        keys = re.compile(rf"({'|'.join([*section_types(), 'plugin', 'throttle'])})\.\w")
-        told = [
-            f"{fault} ({settings.source})" if keys.match(fault) else fault for fault in error.faults
-        ]
-        raise OperatorError(*told) from error
+        raise OperatorError(*with_source(error.faults, settings)) from error
+
+
+def with_source(faults: Iterable[str], settings: Settings) -> list[str]:
+    keys = re.compile(rf"({'|'.join([*section_types(), 'plugin', 'throttle'])})\.\w")
+    return [f"{fault} ({settings.source})" if keys.match(fault) else fault for fault in faults]
 
 
 def say_faults(*faults: str) -> None:
@@ -8634,7 +8644,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with naming_source(settings):
             parsed.command(settings, parsed)
     except OperatorError as error:
-        say_faults(*error.faults)
+        faults = list(error.faults)
+        if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
+            host = plugin_host(error.sound)
+            more = faults_beside_file(error.sound, host, given_credentials)
+            faults += with_source(more + host.loader.faults(), error.sound)
+        say_faults(*faults)
         return EXIT_OPERATOR
     except UpstreamError as error:
         say_faults(str(error))
