@@ -2465,6 +2465,7 @@ class Harness:
         self.bot = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept).bot
         place = spywatcher.HostContext(
             bot=self.bot,
+            events=self.bot.events,
             emit=self._emit,
             settled=lambda: True,
             watches=lambda guild_id: True,

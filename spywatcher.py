@@ -4001,10 +4001,22 @@ RESERVED_EVENTS: Final = frozenset(
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
+class Events(Protocol):
+    """Where to hear of what happens, as it happens: what is subscribed waits for nothing."""
+
+    def subscribe(
+        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
+    ) -> None: ...
+    def unsubscribe(
+        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
+    ) -> None: ...
+
+
 class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
     bot: hikari.GatewayBot
+    events: Events
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
     #: Whether the gateway session is past its startup grace.
@@ -4900,7 +4912,7 @@ class Dispatcher:
                 hearers.setdefault(hearer.listener.source, []).append(hearer)
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
-        events = self._context.bot.event_manager
+        events = self._context.events
         for event_type in self._subscribed.keys() - wanted:
             events.unsubscribe(event_type, self._subscribed.pop(event_type))
         for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
@@ -4920,13 +4932,11 @@ class Dispatcher:
             finally:
                 CHAIN.reset(before)
 
-    def _subscription(
-        self, event_type: type[hikari.Event]
-    ) -> Callable[[Any], Coroutine[Any, Any, None]]:
-        """What hikari calls. It waits for nothing: plain functions are called one after the other."""
+    def _subscription(self, event_type: type[hikari.Event]) -> Callable[[Any], None]:
+        """Calls plain functions one after the other, and waits for none that is async."""
         rule, cache = is_person_rule(event_type), self._context.bot.cache
 
-        async def hear(event: Any) -> None:
+        def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
             if guild_id is not None and not self._context.watches(str(int(guild_id))):
                 return
@@ -5826,14 +5836,19 @@ def place_of(error: BaseException) -> str:
 
 
 class GatewayEvents(hikari.impl.EventManagerImpl):
-    """hikari's, but of a packet that it cannot read no payload is shown, and of who is no member
-    nothing is kept.
+    """hikari's, but plain functions may subscribe too: they are called at once, without a task, so
+    that they find everything as the packet left it. Of a packet that it cannot read no payload is
+    shown, and of who is no member nothing is kept.
     """
 
     #: Told the event's name, its payload and what was raised.
     unreadable: Callable[[str, Any, Exception], None]
     #: Told each event that was read, and its payload.
     read: Callable[[str, Any], None]
+
+    def __init__(self, *hikaris: Any, cache: Any) -> None:
+        super().__init__(*hikaris, cache=cache)
+        self._plain: dict[type[Any], list[Callable[[Any], Any]]] = {}
 
     def consume_raw_event(
         self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
@@ -5855,6 +5870,32 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
             self.unreadable(event_name, payload, error)
         else:
             self.read(event_name, payload)
+
+    def subscribe(
+        self, event_type: type[Any], callback: Callable[[Any], Any], *, _nested: int = 0
+    ) -> None:
+        if inspect.iscoroutinefunction(callback):
+            super().subscribe(event_type, callback, _nested=_nested + 1)
+        else:
+            self._plain.setdefault(event_type, []).append(callback)
+            self._increment_listener_group_count(event_type, 1)
+
+    def unsubscribe(self, event_type: type[Any], callback: Callable[[Any], Any]) -> None:
+        if callback in self._plain.get(event_type, ()):
+            self._plain[event_type].remove(callback)
+            self._increment_listener_group_count(event_type, -1)
+        else:
+            super().unsubscribe(event_type, callback)
+
+    def _enabled_for_event(self, event_type: type[hikari.Event], /) -> bool:
+        plain = any(self._plain.get(one) for one in event_type.dispatches())
+        return plain or super()._enabled_for_event(event_type)
+
+    def dispatch(self, event: hikari.Event, *, return_tasks: bool = False) -> Any:
+        for event_type in event.dispatches():
+            for callback in tuple(self._plain.get(event_type, ())):
+                callback(event)
+        return super().dispatch(event, return_tasks=return_tasks)
 
     def _forget_strangers(self, event_name: str, payload: Any) -> None:
         if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
@@ -6167,8 +6208,8 @@ class Gateway:
             ) from error
         self.bot.events.unreadable = self._on_unreadable
         self.bot.events.read = self._on_read
-        self.bot.event_manager.subscribe(hikari.ShardReadyEvent, self._on_ready)
-        self.bot.event_manager.subscribe(hikari.ShardResumedEvent, self._on_resumed)
+        self.bot.events.subscribe(hikari.ShardReadyEvent, self._on_ready)
+        self.bot.events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
 
     def _make_bot(self, token: str, cached: hikari.api.CacheComponents) -> Bot:
         # Well within the time of a step, so that aiohttp itself tidies up what hangs.
@@ -6344,12 +6385,12 @@ class Gateway:
         """A shard is over, and with it the bot; `run` has to judge why."""
         self._ended = error
 
-    async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
+    def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
         self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
 
-    async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
+    def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
         self._how = "session resumed, nothing missed"
 
@@ -6421,7 +6462,7 @@ class Node:
 
     _parts: Parts
 
-    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+    def __init__(self, settings: Settings, bot: Bot) -> None:
         self._settings = settings
         self._bot = bot
 
@@ -7553,7 +7594,7 @@ class RightsWatcher:
         """What it has to hear: intents follow from it."""
         return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
-    def subscribe(self, events: hikari.api.EventManager) -> None:
+    def subscribe(self, events: Events) -> None:
         for change in self.CHANNEL_CHANGES:
             events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
@@ -7651,13 +7692,13 @@ class RightsWatcher:
         self.subscriptions.judge_awaited(guild_id, viewers)
         self.lists.change_guild(guild_id, viewers)
 
-    async def _on_channel_change(self, event: Any) -> None:
+    def _on_channel_change(self, event: Any) -> None:
         self._forget(str(event.guild_id))
 
-    async def _on_guild_change(self, event: Any) -> None:
+    def _on_guild_change(self, event: Any) -> None:
         self.check(str(event.guild_id))
 
-    async def _on_member_change(self, event: Any) -> None:
+    def _on_member_change(self, event: Any) -> None:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
@@ -7666,14 +7707,14 @@ class RightsWatcher:
 
     # -- while the cache is refilled
 
-    async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
+    def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
         shard_range = shard_range_of(event.shard)
         self._access.begin(event.unavailable_guilds, shard_range)
         asked_for = filter(shard_range.has, map(int, self.subscriptions.guilds()))
         for guild_id in {*self._access.lost, *asked_for}:
             self.check(str(guild_id))
 
-    async def _on_stopping(self, event: hikari.StoppingEvent) -> None:
+    def _on_stopping(self, event: hikari.StoppingEvent) -> None:
         self._access.end()
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
@@ -7682,7 +7723,7 @@ class RightsWatcher:
             if shard_range_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
-    async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
+    def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
         if event.chunk_nonce is None:
             self._fill(event.guild_id)
         else:  # hikari has asked for the rest of the members
@@ -7690,14 +7731,14 @@ class RightsWatcher:
             self._access.expect_members(event.guild_id)
             self.check(str(event.guild_id))
 
-    async def _on_members(self, event: hikari.MemberChunkEvent) -> None:
+    def _on_members(self, event: hikari.MemberChunkEvent) -> None:
         awaited = event.nonce == self._awaited.get(event.guild_id)
         if awaited and event.chunk_index == event.chunk_count - 1:
             self._fill(event.guild_id)
         else:
             self.check(str(event.guild_id))
 
-    async def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
+    def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
         self._fill(event.guild_id)
 
     def _fill(self, guild_id: int) -> None:
@@ -8103,7 +8144,7 @@ class Server:
         keys: Keys,
         token: str,
         sockets: Sequence[socket.socket] = (),
-        make_node: Callable[[Settings, hikari.GatewayBot], Node] = Node,
+        make_node: Callable[[Settings, Bot], Node] = Node,
     ) -> None:
         self._settings = self._started_with = settings
         self._sockets = list(sockets)
@@ -8207,7 +8248,7 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
-        self.rights.subscribe(self.gateway.bot.event_manager)
+        self.rights.subscribe(self.gateway.bot.events)
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
@@ -8232,6 +8273,7 @@ class Server:
     def _workplace(self) -> HostContext:
         return HostContext(
             bot=self.gateway.bot,
+            events=self.gateway.bot.events,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
             watches=self.access.watches,
@@ -8544,9 +8586,9 @@ def cluster_code() -> Any:
     return code_beside("spywatcher_cluster", "redis.url")
 
 
-def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
+def node_type(settings: Settings) -> Callable[[Settings, Bot], Node]:
     """Makes this process's node: alone, or one of several where they have a Redis to meet at."""
-    makes: Callable[[Settings, hikari.GatewayBot], Node] = Node
+    makes: Callable[[Settings, Bot], Node] = Node
     return cluster_code().ClusterNode if settings.redis.url else makes
 
 
