@@ -117,6 +117,7 @@ import msgspec
 import socketio
 from engineio import packet as engineio_packet
 from hikari.events import base_events
+from hikari.impl.event_manager_base import filtered
 from msgspec import Meta
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -143,6 +144,7 @@ __all__ = [
     "Marks",
     "Payload",
     "PluginSettings",
+    "Presence",
     "Shared",
     "Spy",
     "Subscriber",
@@ -1175,6 +1177,11 @@ class CacheReader:
         record = self._cache._guild_entries.get(guild_id)
         cell = record.members.get(user_id) if record and record.members else None
         return cell and cell.object
+
+    def get_user(self, guild_id: int, user_id: int) -> Any:
+        """The account of a member."""
+        member = self.get_member(guild_id, user_id)
+        return member and member.user.object
 
     def get_role(self, role_id: int) -> Any:
         return self._cache._role_entries.get(role_id)
@@ -3574,6 +3581,18 @@ class Need(NamedTuple):
 
 #: What a plugin may put into `needs`.
 NEEDS: Final = {
+    "activities": Need(
+        hikari.api.CacheComponents.PRESENCES,
+        hikari.PresenceUpdateEvent,
+        frozenset(
+            {
+                "activities",
+                "get_presence",
+                "get_presences_view",
+                "get_presences_view_for_guild",
+            }
+        ),
+    ),
     "emojis": Need(
         hikari.api.CacheComponents.EMOJIS,
         hikari.EmojisUpdateEvent,
@@ -3756,8 +3775,8 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
-    member = cache.get_member(guild_id, user_id)
-    return user_name(member.user) if member else str(int(user_id))
+    user = CacheReader(cache).get_user(guild_id, user_id)
+    return user_name(user) if user else str(int(user_id))
 
 
 def role_name(role: hikari.Role) -> str:
@@ -3777,7 +3796,8 @@ def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
 
     Where Discord hides the name or has not sent it, it is the id.
     """
-    channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
+    known = CacheReader(cache)
+    channel = known.get_guild_channel(channel_id) or known.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
@@ -3846,6 +3866,20 @@ class Marks(Protocol):
         """Whether a name is remembered."""
 
 
+class Presence(NamedTuple):
+    """How a member appears, as `spy.presence` tells it:
+
+        Presence(status="dnd", platforms=frozenset({"desktop", "mobile"}))
+
+    Whoever is offline is on no platform.
+    """
+
+    #: online, idle, dnd or offline
+    status: str
+    #: Of desktop, mobile and web those that the member is on.
+    platforms: frozenset[str]
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -3902,6 +3936,7 @@ class Spy:
         self._tokens = context.tokens
         self._address = context.address
         self._lists_origin = context.lists_origin
+        self._presences = context.presences
         self._emit = emit
         self._count = count
         self._failed = failed
@@ -3925,6 +3960,19 @@ class Spy:
         the event is really sent: not while nobody listens, and once per window of `[throttle]`.
         """
         self._emit(event, str(int(guild_id)), payload, room)
+
+    def presence(self, guild_id: int, user_id: int) -> Presence | None:
+        """How a member, or a bot, appears now; None of whom Discord has not sent.
+
+            spy.presence(event.guild_id, event.user_id).status
+
+        It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
+        """
+        return self._presences.of(guild_id, user_id)
+
+    def online(self, guild_id: int) -> list[int]:
+        """The ids of the guild's members who are not offline; bots are left out."""
+        return self._presences.online(guild_id)
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -4017,6 +4065,7 @@ class HostContext(NamedTuple):
 
     bot: hikari.GatewayBot
     events: Events
+    presences: Presences
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
     #: Whether the gateway session is past its startup grace.
@@ -4203,10 +4252,106 @@ def camel_case(name: str) -> str:
     return first + "".join(map(str.capitalize, rest))
 
 
+# -- who is there
+
+#: In the order of the codes below.
+STATUSES: Final = ("offline", "online", "idle", "dnd")
+PLATFORMS: Final = {"desktop": 1, "mobile": 2, "web": 4}
+#: A member in a number: status * 8 + platforms, and this for who is no person.
+BOT: Final = 32
+APPEARANCES: Final = [
+    Presence(status, frozenset(name for name, bit in PLATFORMS.items() if bits & bit))
+    for status in STATUSES
+    for bits in range(8)
+]
+
+
+class Presences:
+    """Who is in which guild, and how each appears: a number for each member.
+
+    It is told what the gateway brings before anybody hears of it (Discord documentation: Gateway
+    Events). Of who leaves nothing is kept; of who is not a member yet nothing is taken.
+    """
+
+    def __init__(self) -> None:
+        self._guilds: dict[int, dict[int, int]] = {}
+
+    def of(self, guild_id: int, user_id: int) -> Presence | None:
+        code = self._guilds.get(guild_id, {}).get(user_id)
+        return None if code is None else APPEARANCES[code % BOT]
+
+    def online(self, guild_id: int) -> list[int]:
+        """People who are not offline."""
+        return [user for user, code in self._guilds.get(guild_id, {}).items() if 0 < code < BOT]
+
+    def is_person(self, guild_id: int, user_id: int) -> bool:
+        """Whether this is a member, and no bot."""
+        return self._guilds.get(guild_id, {}).get(user_id, BOT) < BOT
+
+    def clear(self) -> None:
+        self._guilds.clear()
+
+    def update(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
+        """Take how a member appears now; whether that is news."""
+        members = self._guilds.get(guild_id, {})
+        before = members.get(user_id)
+        if before is None:
+            return True
+        code = before & BOT | code_of(status, devices)
+        members[user_id] = code
+        return code != before
+
+    def knows(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
+        """Whether this is how the member appears already."""
+        code = self._guilds.get(guild_id, {}).get(user_id)
+        return code is not None and code % BOT == code_of(status, devices)
+
+    def take(self, event: str, payload: Any) -> None:
+        """What a packet other than PRESENCE_UPDATE says of who is there."""
+        if event == "GUILD_MEMBER_REMOVE":
+            self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
+        elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
+            self._enter(self._members(payload["guild_id"]), [payload], ())
+        elif event == "GUILD_MEMBERS_CHUNK":
+            members = self._members(payload["guild_id"])
+            self._enter(members, payload["members"], payload.get("presences", ()))
+        elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
+            self._guilds.pop(int(payload["id"]), None)
+            if event == "GUILD_CREATE":
+                members = self._members(payload["id"])
+                self._enter(members, payload["members"], payload.get("presences", ()))
+
+    def _members(self, guild_id: str) -> dict[int, int]:
+        return self._guilds.setdefault(int(guild_id), {})
+
+    @staticmethod
+    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        for entry in entries:
+            user = entry["user"]
+            user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
+            members[user_id] = members.get(user_id, 0) % BOT | (BOT if is_bot else 0)
+        for presence in presences:
+            user_id = int(presence["user"]["id"])
+            if user_id in members:
+                code = code_of(presence["status"], presence["client_status"])
+                members[user_id] = members[user_id] & BOT | code
+
+
+def code_of(status: str, devices: Mapping[str, str]) -> int:
+    """A status that is not known is one of being there."""
+    if status in ("offline", "invisible"):
+        return 0
+    code = 8 * (STATUSES.index(status) if status in STATUSES else 1)
+    for name, value in devices.items():
+        if value != "offline":
+            code |= PLATFORMS.get(name, 0)
+    return code
+
+
 # -- who acts
 
 #: Whether a person did what an event tells of.
-IsPerson = Callable[[Any, hikari.api.Cache], bool]
+IsPerson = Callable[[Any, Presences], bool]
 
 
 def is_person_rule(event_type: type[hikari.Event]) -> IsPerson | None:
@@ -4221,21 +4366,21 @@ def is_person_rule(event_type: type[hikari.Event]) -> IsPerson | None:
     return None
 
 
-def is_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+def is_author_person(event: Any, presences: Presences) -> bool:
     message = event.message
     return not message.webhook_id and is_person(message.author)
 
 
-def was_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+def was_author_person(event: Any, presences: Presences) -> bool:
     """Discord tells nothing of a message that was deleted but its ids: unknown counts as a person's."""
     message = event.old_message
     return message is None or (not message.webhook_id and is_person(message.author))
 
 
-def is_user_person(event: Any, cache: hikari.api.Cache) -> bool:
+def is_user_person(event: Any, presences: Presences) -> bool:
     user = getattr(event, "user", None) or getattr(event, "member", None)
     if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
-        user = cache.get_member(event.guild_id, event.user_id)
+        return presences.is_person(event.guild_id, event.user_id)
     return is_person(user)
 
 
@@ -4246,13 +4391,15 @@ def is_person(user: hikari.PartialUser | hikari.UndefinedType | None) -> bool:
 
 #: By the attribute that an event type has, the first that fits.
 PERSON_RULES: Final[dict[str, IsPerson]] = {
-    "old_messages": lambda event, cache: True,  # of many authors
+    "old_messages": lambda event, presences: True,  # of many authors
     "is_human": is_author_person,
     "old_message": was_author_person,
     "user_id": is_user_person,
-    "state": lambda event, cache: is_person(event.state.member),
-    "interaction": lambda event, cache: is_person(event.interaction.user),
-    "invite": lambda event, cache: event.invite.inviter is None or is_person(event.invite.inviter),
+    "state": lambda event, presences: is_person(event.state.member),
+    "interaction": lambda event, presences: is_person(event.interaction.user),
+    "invite": lambda event, presences: (
+        event.invite.inviter is None or is_person(event.invite.inviter)
+    ),
 }
 
 
@@ -4934,13 +5081,14 @@ class Dispatcher:
 
     def _subscription(self, event_type: type[hikari.Event]) -> Callable[[Any], None]:
         """Calls plain functions one after the other, and waits for none that is async."""
-        rule, cache = is_person_rule(event_type), self._context.bot.cache
+        rule, presences = is_person_rule(event_type), self._context.presences
+        cache = self._context.bot.cache
 
         def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
             if guild_id is not None and not self._context.watches(str(int(guild_id))):
                 return
-            person = rule is None or rule(event, cache)
+            person = rule is None or rule(event, presences)
             self._count(event)
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
@@ -5623,7 +5771,6 @@ CACHED: Final = (
     | hikari.api.CacheComponents.GUILD_THREADS
     | hikari.api.CacheComponents.MEMBERS
     | hikari.api.CacheComponents.ROLES
-    | hikari.api.CacheComponents.PRESENCES
     | hikari.api.CacheComponents.ME
 )
 
@@ -5639,6 +5786,33 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+class PartialUser(msgspec.Struct):
+    id: str
+
+
+class PresenceUpdate(msgspec.Struct):
+    """What decides whether a presence is news (Discord documentation: Presence Update)."""
+
+    user: PartialUser
+    guild_id: str
+    status: str
+    client_status: dict[str, str]
+
+    @property
+    def content(self) -> tuple[int, int, str, dict[str, str]]:
+        return int(self.guild_id), int(self.user.id), self.status, self.client_status
+
+
+class PresencePacket(msgspec.Struct):
+    op: int
+    t: str
+    s: int
+    d: PresenceUpdate
+
+
+read_presence: Final = msgspec.json.Decoder(PresencePacket).decode
+#: Stands for the content of a packet that is no event.
+UNCHANGED: Final = object()
 #: Packets that bring a guild, and where they name it.
 GUILD_CONTENT: Final = {"GUILD_CREATE": "id", "GUILD_MEMBERS_CHUNK": "guild_id"}
 
@@ -5838,7 +6012,8 @@ def place_of(error: BaseException) -> str:
 class GatewayEvents(hikari.impl.EventManagerImpl):
     """hikari's, but plain functions may subscribe too: they are called at once, without a task, so
     that they find everything as the packet left it. Of a packet that it cannot read no payload is
-    shown, and of who is no member nothing is kept.
+    shown. A presence is an event where status or platforms changed, without activities; all are, as
+    they came, where hikari keeps presences for plugins that need activities.
     """
 
     #: Told the event's name, its payload and what was raised.
@@ -5846,13 +6021,17 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     #: Told each event that was read, and its payload.
     read: Callable[[str, Any], None]
 
-    def __init__(self, *hikaris: Any, cache: Any) -> None:
+    def __init__(self, presences: Presences, *hikaris: Any, cache: Any) -> None:
         super().__init__(*hikaris, cache=cache)
+        self._presences = presences
+        self._whole = bool(cache.settings.components & hikari.api.CacheComponents.PRESENCES)
         self._plain: dict[type[Any], list[Callable[[Any], Any]]] = {}
 
     def consume_raw_event(
         self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
     ) -> None:
+        if payload is UNCHANGED:
+            return
         consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
         if self._enabled_for_event(hikari.ShardPayloadEvent):
             factory = self._event_factory
@@ -5860,8 +6039,10 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if not consumer.is_enabled:
             return
         try:
+            self._presences.take(event_name, payload)
             consumer.callback(shard, payload)
-            self._forget_strangers(event_name, payload)
+            if self._whole and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
+                self._forget_stranger(int(payload["guild_id"]), int(payload["user"]["id"]))
         except hikari.UnrecognisedEntityError:
             return
         except Exception as error:
@@ -5897,11 +6078,44 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
                 callback(event)
         return super().dispatch(event, return_tasks=return_tasks)
 
-    def _forget_strangers(self, event_name: str, payload: Any) -> None:
-        if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
-            ids = hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
-            if self._cache.get_member(*ids) is None:
-                self._cache.delete_presence(*ids)
+    def read_packet(self, data: bytes) -> Any:
+        """A packet from its JSON; in place of a presence that is no event stands `UNCHANGED`."""
+        with contextlib.suppress(msgspec.MsgspecError):
+            if b'"PRESENCE_UPDATE"' in data and not self._wants_all():
+                packet = read_presence(data)
+                if packet.t == "PRESENCE_UPDATE" and self._presences.knows(*packet.d.content):
+                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": UNCHANGED}
+            return msgspec.json.decode(data)
+        return json.loads(data)  # it takes more than the standard allows
+
+    def _wants_all(self) -> bool:
+        return self._whole or self._enabled_for_event(hikari.ShardPayloadEvent)
+
+    def _forget_stranger(self, *ids: int) -> None:
+        if self._cache and self._presences.of(*ids) is None:
+            self._cache.delete_presence(*map(hikari.Snowflake, ids))
+
+    @filtered(hikari.PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
+    def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
+        ids = int(payload["guild_id"]), int(payload["user"]["id"])
+        before = self._presences.of(*ids)
+        news = self._presences.update(*ids, payload["status"], payload["client_status"])
+        if self._whole:
+            super().on_presence_update(shard, payload)
+        elif news:
+            self.dispatch(
+                self._event_factory.deserialize_presence_update_event(
+                    shard, {**payload, "activities": ()}, old_presence=self._old(payload, before)
+                )
+            )
+
+    def _old(self, payload: Any, before: Presence | None) -> hikari.MemberPresence | None:
+        """hikari's form of how a member appeared; None for offline, as hikari has it."""
+        if before is None or before.status == "offline":
+            return None
+        devices = dict.fromkeys(before.platforms, before.status)
+        old = {"status": before.status, "client_status": devices, "activities": ()}
+        return self._entity_factory.deserialize_member_presence({**payload, **old})
 
 
 class Brake:
@@ -6112,10 +6326,10 @@ RESUME_LATER: Final = 3000
 class Bot(hikari.GatewayBot):
     """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
 
-    def __init__(self, token: str, **hikaris: Any) -> None:
+    def __init__(self, token: str, presences: Presences, **hikaris: Any) -> None:
         super().__init__(token, **hikaris)
         self._event_manager = self.events = GatewayEvents(
-            self._entity_factory, self._event_factory, self._intents, cache=self._cache
+            presences, self._entity_factory, self._event_factory, self._intents, cache=self._cache
         )
 
     async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
@@ -6144,6 +6358,7 @@ class Bot(hikari.GatewayBot):
             proxy_settings=self._proxy_settings,
             event_manager=self._event_manager,
             event_factory=self._event_factory,
+            loads=self.events.read_packet,
         )
 
 
@@ -6186,7 +6401,6 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self._token = token
-        self._cached = CACHED | cached
         self._metrics = metrics
         self._turned = time.monotonic()
         self._wanted = wanted
@@ -6198,6 +6412,7 @@ class Gateway:
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
+        self.presences = Presences()
         #: The setting that holds the bot's token.
         self.token_key = "discord.token_file" if settings.token_file else "discord.token"
         try:
@@ -6216,6 +6431,7 @@ class Gateway:
         timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
         return Bot(
             token,
+            self.presences,
             rest_url=self._settings.rest_url,
             intents=self.intents,
             cache_settings=hikari.impl.CacheSettings(
@@ -6241,7 +6457,8 @@ class Gateway:
                     await self._turning(self._begin())
                     failures = 0
                     await self._turning(self.bot.join())
-                    self._refuse(self._ended)
+                    if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
+                        raise UpstreamError(code)  # any other end: REST is to be asked again
                 except UpstreamError as error:
                     text = refusal(error.args[0], self._switches(), self.token_key)
                     raise UpstreamError(text) from error
@@ -6343,14 +6560,9 @@ class Gateway:
         self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
+        self.presences.clear()
 
     # -- refused for good
-
-    def _refuse(self, error: Exception | None) -> None:
-        """Raise what the end of a shard means, if not that REST is to be asked again."""
-        code = getattr(error, "code", None)
-        if code in FINAL_CODES:
-            raise UpstreamError(code)
 
     def _switches(self) -> str:
         """The switches of the developer portal that are needed, and for what."""
@@ -8274,6 +8486,7 @@ class Server:
         return HostContext(
             bot=self.gateway.bot,
             events=self.gateway.bot.events,
+            presences=self.gateway.presences,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
             watches=self.access.watches,

@@ -78,11 +78,13 @@ class Bench:
         host.load()
         discord = PretendDiscord()
         guild = discord.add_guild()
-        bot = Gateway(DiscordSettings(), discord.token, host.event_types(), metrics).bot
+        gateway = Gateway(DiscordSettings(), discord.token, host.event_types(), metrics)
+        bot = gateway.bot
         self.sent: list[Any] = []
         context = HostContext(
             bot=bot,
             events=bot.events,
+            presences=gateway.presences,
             emit=lambda *event: self.sent.append(event),
             settled=lambda: True,
             watches=frozenset({str(guild.id)}).__contains__,

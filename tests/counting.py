@@ -82,12 +82,14 @@ class Counting:
         self._host.load()
         wanted = self._host.event_types()
         token = make_token(BOT.id)
-        self._bot = Gateway(DiscordSettings(), token, wanted, self._metrics).bot
+        gateway = Gateway(DiscordSettings(), token, wanted, self._metrics)
+        self._bot = gateway.bot
         self.module: Any = self._host.plugins[self.plugin].module
         self.module.now = self.module.elapsed = self.clock
         place = HostContext(
             bot=self._bot,
             events=self._bot.events,
+            presences=gateway.presences,
             emit=lambda event, guild_id, content, room: self.emitted.append((event, guild_id)),
             settled=lambda: True,
             watches=lambda guild_id: True,

@@ -721,7 +721,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Ru
             server.access.begin([], spywatcher.ShardRange(0, 1))
             bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
             await server.plugins.start(
-                HostContext(bot, bot.events, emit, lambda: True, watches, storage)
+                HostContext(
+                    bot, bot.events, server.gateway.presences, emit, lambda: True, watches, storage
+                )
             )
 
         runner.run(begin())

@@ -74,7 +74,15 @@ async def crowd(tmp_path) -> AsyncIterator[Crowd]:
     server.access.begin([], spywatcher.ShardRange(0, 1))
     bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
     await server.plugins.start(
-        HostContext(bot, bot.events, emit, lambda: True, watches, tmp_path / "x.db")
+        HostContext(
+            bot,
+            bot.events,
+            server.gateway.presences,
+            emit,
+            lambda: True,
+            watches,
+            tmp_path / "x.db",
+        )
     )
     crowd = Crowd(server)
     await crowd.come()
