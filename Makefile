@@ -23,7 +23,7 @@ ARGS ?=
 BUNDLE_PYTHONS ?= 3.11 3.12 3.13 3.14
 
 BIN := .venv/bin
-BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/cluster.py bench/analytics.py bench/history.py bench/plugins.py)
+BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/cluster.py bench/analytics.py bench/history.py bench/plugins.py bench/ingest.py)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test

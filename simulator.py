@@ -2464,9 +2464,12 @@ class Harness:
         wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
         wanted |= self.host.event_types()
         discord, kept = spywatcher.DiscordSettings(), self.host.cached()
-        self.bot = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept).bot
+        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept)
+        self.bot = gateway.bot
         place = spywatcher.HostContext(
             bot=self.bot,
+            events=self.bot.events,
+            presences=gateway.presences,
             emit=self._emit,
             settled=lambda: True,
             watches=lambda guild_id: True,

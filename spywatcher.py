@@ -113,6 +113,7 @@ import msgspec
 import socketio
 from engineio import packet as engineio_packet
 from hikari.events import base_events
+from hikari.impl.event_manager_base import filtered
 from msgspec import Meta
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -139,6 +140,7 @@ __all__ = [
     "Marks",
     "Payload",
     "PluginSettings",
+    "Presence",
     "Shared",
     "Spy",
     "Subscriber",
@@ -1148,6 +1150,11 @@ class CacheReader:
         record = self._cache._guild_entries.get(guild_id)
         cell = record.members.get(user_id) if record and record.members else None
         return cell and cell.object
+
+    def get_user(self, guild_id: int, user_id: int) -> Any:
+        """The account of a member."""
+        member = self.get_member(guild_id, user_id)
+        return member and member.user.object
 
     def get_role(self, role_id: int) -> Any:
         return self._cache._role_entries.get(role_id)
@@ -3552,6 +3559,18 @@ class Need(NamedTuple):
 
 #: What a plugin may put into `needs`.
 NEEDS: Final = {
+    "activities": Need(
+        hikari.api.CacheComponents.PRESENCES,
+        hikari.PresenceUpdateEvent,
+        frozenset(
+            {
+                "activities",
+                "get_presence",
+                "get_presences_view",
+                "get_presences_view_for_guild",
+            }
+        ),
+    ),
     "emojis": Need(
         hikari.api.CacheComponents.EMOJIS,
         hikari.EmojisUpdateEvent,
@@ -3734,8 +3753,8 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
-    member = cache.get_member(guild_id, user_id)
-    return user_name(member.user) if member else str(int(user_id))
+    user = CacheReader(cache).get_user(guild_id, user_id)
+    return user_name(user) if user else str(int(user_id))
 
 
 def role_name(role: hikari.Role) -> str:
@@ -3755,7 +3774,8 @@ def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
 
     Where Discord hides the name or has not sent it, it is the id.
     """
-    channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
+    known = CacheReader(cache)
+    channel = known.get_guild_channel(channel_id) or known.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
@@ -3833,6 +3853,20 @@ class Marks(Protocol):
         """Whether a name is remembered."""
 
 
+class Presence(NamedTuple):
+    """How a member appears, as `spy.presence` tells it:
+
+        Presence(status="dnd", platforms=frozenset({"desktop", "mobile"}))
+
+    Whoever is offline is on no platform.
+    """
+
+    #: online, idle, dnd or offline
+    status: str
+    #: Of desktop, mobile and web those that the member is on.
+    platforms: frozenset[str]
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -3889,6 +3923,7 @@ class Spy:
         self._tokens = context.tokens
         self._address = context.address
         self._lists_origin = context.lists_origin
+        self._presences = context.presences
         self._emit = emit
         self._counts = counts
         self._failed = failed
@@ -3912,6 +3947,19 @@ class Spy:
         the event is really sent: not while nobody listens, and once per window of `[throttle]`.
         """
         self._emit(event, str(int(guild_id)), payload, room)
+
+    def presence(self, guild_id: int, user_id: int) -> Presence | None:
+        """How a member, or a bot, appears now; None of whom Discord has not sent.
+
+            spy.presence(event.guild_id, event.user_id).status
+
+        It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
+        """
+        return self._presences.of(guild_id, user_id)
+
+    def online(self, guild_id: int) -> list[int]:
+        """The ids of the guild's members who are not offline; bots are left out."""
+        return self._presences.online(guild_id)
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -3989,10 +4037,23 @@ RESERVED_EVENTS: Final = frozenset(
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
+class Events(Protocol):
+    """Where to hear of what happens, as it happens: what is subscribed waits for nothing."""
+
+    def subscribe(
+        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
+    ) -> None: ...
+    def unsubscribe(
+        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
+    ) -> None: ...
+
+
 class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
     bot: hikari.GatewayBot
+    events: Events
+    presences: Presences
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
     #: Whether the gateway session is past its startup grace.
@@ -4142,10 +4203,106 @@ def camel_case(name: str) -> str:
     return first + "".join(map(str.capitalize, rest))
 
 
+# -- who is there
+
+#: In the order of the codes below.
+STATUSES: Final = ("offline", "online", "idle", "dnd")
+PLATFORMS: Final = {"desktop": 1, "mobile": 2, "web": 4}
+#: A member in a number: status * 8 + platforms, and this for who is no person.
+BOT: Final = 32
+APPEARANCES: Final = [
+    Presence(status, frozenset(name for name, bit in PLATFORMS.items() if bits & bit))
+    for status in STATUSES
+    for bits in range(8)
+]
+
+
+class Presences:
+    """Who is in which guild, and how each appears: a number for each member.
+
+    It is told what the gateway brings before anybody hears of it (Discord documentation: Gateway
+    Events). Of who leaves nothing is kept; of who is not a member yet nothing is taken.
+    """
+
+    def __init__(self) -> None:
+        self._guilds: dict[int, dict[int, int]] = {}
+
+    def of(self, guild_id: int, user_id: int) -> Presence | None:
+        code = self._guilds.get(guild_id, {}).get(user_id)
+        return None if code is None else APPEARANCES[code % BOT]
+
+    def online(self, guild_id: int) -> list[int]:
+        """People who are not offline."""
+        return [user for user, code in self._guilds.get(guild_id, {}).items() if 0 < code < BOT]
+
+    def is_person(self, guild_id: int, user_id: int) -> bool:
+        """Whether this is a member, and no bot."""
+        return self._guilds.get(guild_id, {}).get(user_id, BOT) < BOT
+
+    def clear(self) -> None:
+        self._guilds.clear()
+
+    def update(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
+        """Take how a member appears now; whether that is news."""
+        members = self._guilds.get(guild_id, {})
+        before = members.get(user_id)
+        if before is None:
+            return True
+        code = before & BOT | code_of(status, devices)
+        members[user_id] = code
+        return code != before
+
+    def knows(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
+        """Whether this is how the member appears already."""
+        code = self._guilds.get(guild_id, {}).get(user_id)
+        return code is not None and code % BOT == code_of(status, devices)
+
+    def take(self, event: str, payload: Any) -> None:
+        """What a packet other than PRESENCE_UPDATE says of who is there."""
+        if event == "GUILD_MEMBER_REMOVE":
+            self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
+        elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
+            self._enter(self._members(payload["guild_id"]), [payload], ())
+        elif event == "GUILD_MEMBERS_CHUNK":
+            members = self._members(payload["guild_id"])
+            self._enter(members, payload["members"], payload.get("presences", ()))
+        elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
+            self._guilds.pop(int(payload["id"]), None)
+            if event == "GUILD_CREATE":
+                members = self._members(payload["id"])
+                self._enter(members, payload["members"], payload.get("presences", ()))
+
+    def _members(self, guild_id: str) -> dict[int, int]:
+        return self._guilds.setdefault(int(guild_id), {})
+
+    @staticmethod
+    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        for entry in entries:
+            user = entry["user"]
+            user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
+            members[user_id] = members.get(user_id, 0) % BOT | (BOT if is_bot else 0)
+        for presence in presences:
+            user_id = int(presence["user"]["id"])
+            if user_id in members:
+                code = code_of(presence["status"], presence["client_status"])
+                members[user_id] = members[user_id] & BOT | code
+
+
+def code_of(status: str, devices: Mapping[str, str]) -> int:
+    """A status that is not known is one of being there."""
+    if status in ("offline", "invisible"):
+        return 0
+    code = 8 * (STATUSES.index(status) if status in STATUSES else 1)
+    for name, value in devices.items():
+        if value != "offline":
+            code |= PLATFORMS.get(name, 0)
+    return code
+
+
 # -- who acts
 
 #: Whether a person did what an event tells of.
-IsPerson = Callable[[Any, hikari.api.Cache], bool]
+IsPerson = Callable[[Any, Presences], bool]
 
 
 def is_person_rule(event_type: type[hikari.Event]) -> IsPerson | None:
@@ -4160,21 +4317,21 @@ def is_person_rule(event_type: type[hikari.Event]) -> IsPerson | None:
     return None
 
 
-def is_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+def is_author_person(event: Any, presences: Presences) -> bool:
     message = event.message
     return not message.webhook_id and is_person(message.author)
 
 
-def was_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+def was_author_person(event: Any, presences: Presences) -> bool:
     """Discord tells nothing of a message that was deleted but its ids: unknown counts as a person's."""
     message = event.old_message
     return message is None or (not message.webhook_id and is_person(message.author))
 
 
-def is_user_person(event: Any, cache: hikari.api.Cache) -> bool:
+def is_user_person(event: Any, presences: Presences) -> bool:
     user = getattr(event, "user", None) or getattr(event, "member", None)
     if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
-        user = cache.get_member(event.guild_id, event.user_id)
+        return presences.is_person(event.guild_id, event.user_id)
     return is_person(user)
 
 
@@ -4185,13 +4342,15 @@ def is_person(user: hikari.PartialUser | hikari.UndefinedType | None) -> bool:
 
 #: By the attribute that an event type has, the first that fits.
 PERSON_RULES: Final[dict[str, IsPerson]] = {
-    "old_messages": lambda event, cache: True,  # of many authors
+    "old_messages": lambda event, presences: True,  # of many authors
     "is_human": is_author_person,
     "old_message": was_author_person,
     "user_id": is_user_person,
-    "state": lambda event, cache: is_person(event.state.member),
-    "interaction": lambda event, cache: is_person(event.interaction.user),
-    "invite": lambda event, cache: event.invite.inviter is None or is_person(event.invite.inviter),
+    "state": lambda event, presences: is_person(event.state.member),
+    "interaction": lambda event, presences: is_person(event.interaction.user),
+    "invite": lambda event, presences: (
+        event.invite.inviter is None or is_person(event.invite.inviter)
+    ),
 }
 
 
@@ -4824,7 +4983,7 @@ class Dispatcher:
                 hearers.setdefault(hearer.listener.source, []).append(hearer)
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
-        events = self._context.bot.event_manager
+        events = self._context.events
         for event_type in self._subscribed.keys() - wanted:
             events.unsubscribe(event_type, self._subscribed.pop(event_type))
         for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
@@ -4844,17 +5003,16 @@ class Dispatcher:
             finally:
                 CHAIN.reset(before)
 
-    def _subscription(
-        self, event_type: type[hikari.Event]
-    ) -> Callable[[Any], Coroutine[Any, Any, None]]:
-        """What hikari calls. It waits for nothing: plain functions are called one after the other."""
-        rule, cache = is_person_rule(event_type), self._context.bot.cache
+    def _subscription(self, event_type: type[hikari.Event]) -> Callable[[Any], None]:
+        """Calls plain functions one after the other, and waits for none that is async."""
+        rule, presences = is_person_rule(event_type), self._context.presences
+        cache = self._context.bot.cache
 
-        async def hear(event: Any) -> None:
+        def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
             if guild_id is not None and not self._context.watches(str(int(guild_id))):
                 return
-            person = rule is None or rule(event, cache)
+            person = rule is None or rule(event, presences)
             self._count(event)
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
@@ -5480,7 +5638,6 @@ CACHED: Final = (
     | hikari.api.CacheComponents.GUILD_THREADS
     | hikari.api.CacheComponents.MEMBERS
     | hikari.api.CacheComponents.ROLES
-    | hikari.api.CacheComponents.PRESENCES
     | hikari.api.CacheComponents.ME
 )
 
@@ -5496,6 +5653,33 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+class PartialUser(msgspec.Struct):
+    id: str
+
+
+class PresenceUpdate(msgspec.Struct):
+    """What decides whether a presence is news (Discord documentation: Presence Update)."""
+
+    user: PartialUser
+    guild_id: str
+    status: str
+    client_status: dict[str, str]
+
+    @property
+    def content(self) -> tuple[int, int, str, dict[str, str]]:
+        return int(self.guild_id), int(self.user.id), self.status, self.client_status
+
+
+class PresencePacket(msgspec.Struct):
+    op: int
+    t: str
+    s: int
+    d: PresenceUpdate
+
+
+read_presence: Final = msgspec.json.Decoder(PresencePacket).decode
+#: Stands for the content of a packet that is no event.
+UNCHANGED: Final = object()
 #: Packets that bring a guild, and where they name it.
 GUILD_CONTENT: Final = {"GUILD_CREATE": "id", "GUILD_MEMBERS_CHUNK": "guild_id"}
 
@@ -5693,8 +5877,10 @@ def place_of(error: BaseException) -> str:
 
 
 class GatewayEvents(hikari.impl.EventManagerImpl):
-    """hikari's, but of a packet that it cannot read no payload is shown, and of who is no member
-    nothing is kept.
+    """hikari's, but plain functions may subscribe too: they are called at once, without a task, so
+    that they find everything as the packet left it. Of a packet that it cannot read no payload is
+    shown. A presence is an event where status or platforms changed, without activities; all are, as
+    they came, where hikari keeps presences for plugins that need activities.
     """
 
     #: Told the event's name, its payload and what was raised.
@@ -5702,9 +5888,17 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     #: Told each event that was read, and its payload.
     read: Callable[[str, Any], None]
 
+    def __init__(self, presences: Presences, *hikaris: Any, cache: Any) -> None:
+        super().__init__(*hikaris, cache=cache)
+        self._presences = presences
+        self._whole = bool(cache.settings.components & hikari.api.CacheComponents.PRESENCES)
+        self._plain: dict[type[Any], list[Callable[[Any], Any]]] = {}
+
     def consume_raw_event(
         self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
     ) -> None:
+        if payload is UNCHANGED:
+            return
         consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
         if self._enabled_for_event(hikari.ShardPayloadEvent):
             factory = self._event_factory
@@ -5712,8 +5906,10 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if not consumer.is_enabled:
             return
         try:
+            self._presences.take(event_name, payload)
             consumer.callback(shard, payload)
-            self._forget_strangers(event_name, payload)
+            if self._whole and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
+                self._forget_stranger(int(payload["guild_id"]), int(payload["user"]["id"]))
         except hikari.UnrecognisedEntityError:
             return
         except Exception as error:
@@ -5723,11 +5919,70 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         else:
             self.read(event_name, payload)
 
-    def _forget_strangers(self, event_name: str, payload: Any) -> None:
-        if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
-            ids = hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
-            if self._cache.get_member(*ids) is None:
-                self._cache.delete_presence(*ids)
+    def subscribe(
+        self, event_type: type[Any], callback: Callable[[Any], Any], *, _nested: int = 0
+    ) -> None:
+        if inspect.iscoroutinefunction(callback):
+            super().subscribe(event_type, callback, _nested=_nested + 1)
+        else:
+            self._plain.setdefault(event_type, []).append(callback)
+            self._increment_listener_group_count(event_type, 1)
+
+    def unsubscribe(self, event_type: type[Any], callback: Callable[[Any], Any]) -> None:
+        if callback in self._plain.get(event_type, ()):
+            self._plain[event_type].remove(callback)
+            self._increment_listener_group_count(event_type, -1)
+        else:
+            super().unsubscribe(event_type, callback)
+
+    def _enabled_for_event(self, event_type: type[hikari.Event], /) -> bool:
+        plain = any(self._plain.get(one) for one in event_type.dispatches())
+        return plain or super()._enabled_for_event(event_type)
+
+    def dispatch(self, event: hikari.Event, *, return_tasks: bool = False) -> Any:
+        for event_type in event.dispatches():
+            for callback in tuple(self._plain.get(event_type, ())):
+                callback(event)
+        return super().dispatch(event, return_tasks=return_tasks)
+
+    def read_packet(self, data: bytes) -> Any:
+        """A packet from its JSON; in place of a presence that is no event stands `UNCHANGED`."""
+        with contextlib.suppress(msgspec.MsgspecError):
+            if b'"PRESENCE_UPDATE"' in data and not self._wants_all():
+                packet = read_presence(data)
+                if packet.t == "PRESENCE_UPDATE" and self._presences.knows(*packet.d.content):
+                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": UNCHANGED}
+            return msgspec.json.decode(data)
+        return json.loads(data)  # it takes more than the standard allows
+
+    def _wants_all(self) -> bool:
+        return self._whole or self._enabled_for_event(hikari.ShardPayloadEvent)
+
+    def _forget_stranger(self, *ids: int) -> None:
+        if self._cache and self._presences.of(*ids) is None:
+            self._cache.delete_presence(*map(hikari.Snowflake, ids))
+
+    @filtered(hikari.PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
+    def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
+        ids = int(payload["guild_id"]), int(payload["user"]["id"])
+        before = self._presences.of(*ids)
+        news = self._presences.update(*ids, payload["status"], payload["client_status"])
+        if self._whole:
+            super().on_presence_update(shard, payload)
+        elif news:
+            self.dispatch(
+                self._event_factory.deserialize_presence_update_event(
+                    shard, {**payload, "activities": ()}, old_presence=self._old(payload, before)
+                )
+            )
+
+    def _old(self, payload: Any, before: Presence | None) -> hikari.MemberPresence | None:
+        """hikari's form of how a member appeared; None for offline, as hikari has it."""
+        if before is None or before.status == "offline":
+            return None
+        devices = dict.fromkeys(before.platforms, before.status)
+        old = {"status": before.status, "client_status": devices, "activities": ()}
+        return self._entity_factory.deserialize_member_presence({**payload, **old})
 
 
 class Brake:
@@ -5938,10 +6193,10 @@ RESUME_LATER: Final = 3000
 class Bot(hikari.GatewayBot):
     """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
 
-    def __init__(self, token: str, **hikaris: Any) -> None:
+    def __init__(self, token: str, presences: Presences, **hikaris: Any) -> None:
         super().__init__(token, **hikaris)
         self._event_manager = self.events = GatewayEvents(
-            self._entity_factory, self._event_factory, self._intents, cache=self._cache
+            presences, self._entity_factory, self._event_factory, self._intents, cache=self._cache
         )
 
     async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
@@ -5970,6 +6225,7 @@ class Bot(hikari.GatewayBot):
             proxy_settings=self._proxy_settings,
             event_manager=self._event_manager,
             event_factory=self._event_factory,
+            loads=self.events.read_packet,
         )
 
 
@@ -6012,7 +6268,6 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self._token = token
-        self._cached = CACHED | cached
         self._metrics = metrics
         self._turned = time.monotonic()
         self._wanted = wanted
@@ -6024,6 +6279,7 @@ class Gateway:
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
+        self.presences = Presences()
         #: The setting that holds the bot's token.
         self.token_key = "discord.token_file" if settings.token_file else "discord.token"
         try:
@@ -6034,14 +6290,15 @@ class Gateway:
             ) from error
         self.bot.events.unreadable = self._on_unreadable
         self.bot.events.read = self._on_read
-        self.bot.event_manager.subscribe(hikari.ShardReadyEvent, self._on_ready)
-        self.bot.event_manager.subscribe(hikari.ShardResumedEvent, self._on_resumed)
+        self.bot.events.subscribe(hikari.ShardReadyEvent, self._on_ready)
+        self.bot.events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
 
     def _make_bot(self, token: str, cached: hikari.api.CacheComponents) -> Bot:
         # Well within the time of a step, so that aiohttp itself tidies up what hangs.
         timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
         return Bot(
             token,
+            self.presences,
             rest_url=self._settings.rest_url,
             intents=self.intents,
             cache_settings=hikari.impl.CacheSettings(
@@ -6067,7 +6324,8 @@ class Gateway:
                     await self._turning(self._begin())
                     failures = 0
                     await self._turning(self.bot.join())
-                    self._refuse(self._ended)
+                    if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
+                        raise UpstreamError(code)  # any other end: REST is to be asked again
                 except UpstreamError as error:
                     text = refusal(error.args[0], self._switches(), self.token_key)
                     raise UpstreamError(text) from error
@@ -6169,14 +6427,9 @@ class Gateway:
         self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
+        self.presences.clear()
 
     # -- refused for good
-
-    def _refuse(self, error: Exception | None) -> None:
-        """Raise what the end of a shard means, if not that REST is to be asked again."""
-        code = getattr(error, "code", None)
-        if code in FINAL_CODES:
-            raise UpstreamError(code)
 
     def _switches(self) -> str:
         """The switches of the developer portal that are needed, and for what."""
@@ -6211,12 +6464,12 @@ class Gateway:
         """A shard is over, and with it the bot; `run` has to judge why."""
         self._ended = error
 
-    async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
+    def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
         self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
 
-    async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
+    def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
         self._how = "session resumed, nothing missed"
 
@@ -6288,7 +6541,7 @@ class Node:
 
     _parts: Parts
 
-    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+    def __init__(self, settings: Settings, bot: Bot) -> None:
         self._settings = settings
         self._bot = bot
 
@@ -7405,7 +7658,7 @@ class RightsWatcher:
         """What it has to hear: intents follow from it."""
         return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
-    def subscribe(self, events: hikari.api.EventManager) -> None:
+    def subscribe(self, events: Events) -> None:
         for change in self.CHANNEL_CHANGES:
             events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
@@ -7503,13 +7756,13 @@ class RightsWatcher:
         self.subscriptions.judge_awaited(guild_id, viewers)
         self.lists.change_guild(guild_id, viewers)
 
-    async def _on_channel_change(self, event: Any) -> None:
+    def _on_channel_change(self, event: Any) -> None:
         self._forget(str(event.guild_id))
 
-    async def _on_guild_change(self, event: Any) -> None:
+    def _on_guild_change(self, event: Any) -> None:
         self.check(str(event.guild_id))
 
-    async def _on_member_change(self, event: Any) -> None:
+    def _on_member_change(self, event: Any) -> None:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
@@ -7518,14 +7771,14 @@ class RightsWatcher:
 
     # -- while the cache is refilled
 
-    async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
+    def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
         shard_range = shard_range_of(event.shard)
         self._access.begin(event.unavailable_guilds, shard_range)
         asked_for = filter(shard_range.has, map(int, self.subscriptions.guilds()))
         for guild_id in {*self._access.lost, *asked_for}:
             self.check(str(guild_id))
 
-    async def _on_stopping(self, event: hikari.StoppingEvent) -> None:
+    def _on_stopping(self, event: hikari.StoppingEvent) -> None:
         self._access.end()
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
@@ -7534,7 +7787,7 @@ class RightsWatcher:
             if shard_range_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
-    async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
+    def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
         if event.chunk_nonce is None:
             self._fill(event.guild_id)
         else:  # hikari has asked for the rest of the members
@@ -7542,14 +7795,14 @@ class RightsWatcher:
             self._access.expect_members(event.guild_id)
             self.check(str(event.guild_id))
 
-    async def _on_members(self, event: hikari.MemberChunkEvent) -> None:
+    def _on_members(self, event: hikari.MemberChunkEvent) -> None:
         awaited = event.nonce == self._awaited.get(event.guild_id)
         if awaited and event.chunk_index == event.chunk_count - 1:
             self._fill(event.guild_id)
         else:
             self.check(str(event.guild_id))
 
-    async def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
+    def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
         self._fill(event.guild_id)
 
     def _fill(self, guild_id: int) -> None:
@@ -7955,7 +8208,7 @@ class Server:
         keys: Keys,
         token: str,
         sockets: Sequence[socket.socket] = (),
-        make_node: Callable[[Settings, hikari.GatewayBot], Node] = Node,
+        make_node: Callable[[Settings, Bot], Node] = Node,
     ) -> None:
         self._settings = self._started_with = settings
         self._sockets = list(sockets)
@@ -8059,7 +8312,7 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
-        self.rights.subscribe(self.gateway.bot.event_manager)
+        self.rights.subscribe(self.gateway.bot.events)
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
@@ -8084,6 +8337,8 @@ class Server:
     def _workplace(self) -> HostContext:
         return HostContext(
             bot=self.gateway.bot,
+            events=self.gateway.bot.events,
+            presences=self.gateway.presences,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
             watches=self.access.watches,
@@ -8409,9 +8664,9 @@ def cluster_code() -> Any:
     return code_beside("spywatcher_cluster", "redis.url")
 
 
-def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
+def node_type(settings: Settings) -> Callable[[Settings, Bot], Node]:
     """Makes this process's node: alone, or one of several where they have a Redis to meet at."""
-    makes: Callable[[Settings, hikari.GatewayBot], Node] = Node
+    makes: Callable[[Settings, Bot], Node] = Node
     return cluster_code().ClusterNode if settings.redis.url else makes
 
 

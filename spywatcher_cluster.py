@@ -42,10 +42,12 @@ from spywatcher import (
     MOST_REMEMBERED,
     Access,
     AuthSettings,
+    Bot,
     Counters,
     DataOrMaker,
     Destination,
     EventData,
+    Events,
     Marks,
     News,
     Node,
@@ -1341,14 +1343,14 @@ class GuildReporter:
         """Whether this user looks on somewhere."""
         return user_id in self._wanted
 
-    def subscribe(self, events: hikari.api.EventManager) -> None:
+    def subscribe(self, events: Events) -> None:
         """Before whoever judges by what is told here."""
         for change in self.CHANGES:
             events.subscribe(change, self._on_change)
         for change in self.MEMBER_CHANGES:
             events.subscribe(change, self._on_member_change)
 
-    async def _on_change(self, event: Any) -> None:
+    def _on_change(self, event: Any) -> None:
         """Told in the guild's stream too: there each event is judged by what came before it."""
         if not self._access.is_whole(event.guild_id):
             return
@@ -1374,7 +1376,7 @@ class GuildReporter:
             channels={int(event.channel_id): channel_state(channel) if channel else None}
         )
 
-    async def _on_member_change(self, event: Any) -> None:
+    def _on_member_change(self, event: Any) -> None:
         if event.user_id in self._wanted:
             self._tell_member(int(event.user_id), int(event.guild_id))
 
@@ -1781,7 +1783,7 @@ class Windows:
 class ClusterNode(Node):
     """This process among the others: what it tells them, and what it does with what they tell."""
 
-    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+    def __init__(self, settings: Settings, bot: Bot) -> None:
         super().__init__(settings, bot)
         #: Names this run of this node.
         self.source = secrets.token_hex(8)
@@ -1796,7 +1798,7 @@ class ClusterNode(Node):
             settings.auth, watched, self.known, bot.cache, self.tell_as_holder, lambda: self.leading
         )
         self.reporter = self.access.reporter
-        self.reporter.subscribe(bot.event_manager)
+        self.reporter.subscribe(bot.events)
         self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell)
         self.reader = Reader(self.link, self.source, self)
         self.connections = SharedConnections(self.link, self.source)

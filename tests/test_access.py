@@ -720,7 +720,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Ru
         async def begin() -> None:
             server.access.begin([], spywatcher.ShardRange(0, 1))
             bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-            await server.plugins.start(HostContext(bot, emit, lambda: True, watches, storage))
+            await server.plugins.start(
+                HostContext(
+                    bot, bot.events, server.gateway.presences, emit, lambda: True, watches, storage
+                )
+            )
 
         runner.run(begin())
         yield runner, server

@@ -470,7 +470,17 @@ async def server(tmp_path: pathlib.Path) -> AsyncIterator[Server]:
     server = offline_server(simulator.snowflake())
     server.access.begin([], ShardRange(0, 1))
     bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(HostContext(bot, emit, lambda: True, watches, tmp_path / "x.db"))
+    await server.plugins.start(
+        HostContext(
+            bot,
+            bot.events,
+            server.gateway.presences,
+            emit,
+            lambda: True,
+            watches,
+            tmp_path / "x.db",
+        )
+    )
     yield server
     await server.plugins.stop()
 
