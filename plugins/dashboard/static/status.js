@@ -59,7 +59,7 @@ export class Status {
     $("#door").hidden = !door;
     $("#main").hidden = door || !listed;
     $("#leave").hidden = door || !this.#tokens.held;
-    say($("#leave"), this.#tokens.user ? `Sign out ${this.#tokens.user.username}` : "Sign out");
+    say($("#leave span"), this.#tokens.user?.username ?? "");
     $("#face").hidden = door || !this.#tokens.user;
     say($("#face"), initial(this.#tokens.user));
     $(".picker").hidden = door || !guilds.length;
