@@ -10,7 +10,8 @@ import pytest
 from machine import Machine, booted, missing_programs
 from service import ROOT
 
-pytestmark = pytest.mark.vm
+#: The machine is made in the time of the first test; an emulated processor is slow.
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text("utf-8")
 SECRET = "an old owl sat in an oak, the more it saw the less it spoke"
