@@ -2860,11 +2860,12 @@ def past_hours(dice: random.Random, members: int, weeks: int = 4) -> Iterator[Pa
         grown = 1.0 - 0.3 * ago / hours
         busy = (0.04 + 0.96 * evening**1.5) * weekend * grown * dice.uniform(0.7, 1.2)
         active = min(round(busy * members * 0.6), members)
+        joins = round(busy * dice.uniform(4, 12))
         yield PastHour(
             hour=now - ago,
             messages=active and active + round(busy * members * dice.uniform(30, 50)),
-            joins=sum(dice.random() < busy * 0.06 for _ in range(3)),
-            leaves=sum(dice.random() < busy * 0.03 for _ in range(3)),
+            joins=joins,
+            leaves=round(joins * dice.uniform(0.77, 1.21)),
             active=active,
             online=max(
                 active, round(members * grown * (0.15 + 0.5 * evening) * dice.uniform(0.9, 1.1))
