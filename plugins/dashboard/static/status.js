@@ -33,7 +33,7 @@ const MESSAGE_SECONDS = 10;
 const PATIENCE = 2_000;
 
 /** In the place of a picture, which would be loaded from Discord's servers. */
-const initial = (user) => (user ? [...user.username][0].toUpperCase() : "");
+const initial = (user) => [...(user?.username ?? "")][0]?.toUpperCase() ?? "";
 
 export class Status {
   #connection;
