@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import browser as fixtures
 import jwt
 import pytest
-from browser import Browser, axe_faults, need_built_page, running_chromium
-from playwright.async_api import Page, async_playwright, expect
+import pytest_asyncio
+from browser import Browser, axe_faults
+from playwright.async_api import Page, expect
 from service import SECRET, fetch, server_of, viewer_token
 from signing import signing_tables
 from waiting import eventually
@@ -22,6 +24,10 @@ from watching import Watch, Watching
 from simulator import Guild, PretendDiscord
 from spywatcher import Gateway, Patience, Settings
 
+pytestmark = fixtures.IN_ONE_LOOP
+browser, chromium = fixtures.browser, fixtures.chromium
+discord, js = fixtures.discord, fixtures.js
+
 #: Plugins of the tests stand before the shipped ones, and take the place of those of their name.
 OWN_PLUGINS = {"folders": [str(Path(__file__).parent / "page"), "plugins"]}
 #: Between two looks of the page at the server's health.
@@ -29,23 +35,7 @@ HEALTH_INTERVAL_MS = 5_000
 VIEWS = ("now", "time", "people", "wall")
 
 
-@pytest.fixture(scope="session")
-def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    need_built_page()
-    with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
-
-
-@pytest.fixture
-async def browser(devtools: str) -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        browser = Browser(await playwright.chromium.connect_over_cdp(devtools))
-        yield browser
-        await browser.close()
-    assert browser.unexpected() == []
-
-
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def spy(watching: Watching) -> AsyncIterator[Watch]:
     async with watching(plugins=OWN_PLUGINS) as spy:
         yield spy
@@ -146,7 +136,7 @@ async def test_a_token_that_has_ended_can_be_replaced_where_one_is(
 ) -> None:
     page = await browser.open(spy.url)
     await expect(page.locator("#door")).to_be_visible()
-    await page.goto(address(spy, token=spy.token(role="ADMIN", ttl=5.0)))
+    await page.goto(address(spy, token=spy.token(role="ADMIN", ttl=3.0)))
     await state(page).to_have_text("Token ended")
     await page.get_by_label("New token").fill(spy.token(role="ADMIN"))
     await page.get_by_role("button", name="Use it").click()
@@ -479,10 +469,12 @@ async def test_the_wall_shows_guilds_in_turn_and_nothing_to_press(
     browser: Browser, spy: Watch
 ) -> None:
     spy.discord.show(spy.discord.add_guild("Book Club"))
-    page = await browser.open(address(spy, "wall&every=1"))
+    await spy.discord.caught_up()
+    page = await browser.open(address(spy, "wall&every=60"), fake_clock=True)
     title = page.locator("#guild-name")
-    for name in (spy.guild.name, "Book Club", spy.guild.name):
+    for name in ("Book Club", spy.guild.name, "Book Club"):
         await expect(title).to_have_text(name)
+        await page.clock.fast_forward(61_000)
     assert await page.locator("button:visible, input:visible, select:visible").count() == 0
     await page.keyboard.press("Escape")
     await expect(page.get_by_role("button", name="Pause")).to_be_visible()

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import browser as chromium
+import browser as fixtures
 import pytest
-from browser import Browser, axe_faults, running_chromium
-from playwright.async_api import Page, async_playwright, expect
+from browser import Browser, axe_faults
+from playwright.async_api import Page, expect
 from service import running, server_of
 from signing import signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
 
-
-@pytest.fixture(scope="session")
-def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Chromium that takes no third-party cookies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            chromium, "SWITCHES", (*chromium.SWITCHES, "--test-third-party-cookie-phaseout")
-        )
-        with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
-            yield address
-
-
-@pytest.fixture
-async def browser(devtools: str) -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        browser = Browser(await playwright.chromium.connect_over_cdp(devtools))
-        browser.expected += ["403.*signin/callback", "ERR_CONNECTION_REFUSED", "WebSocket"]
-        yield browser
-        await browser.close()
-    assert browser.unexpected() == []
+pytestmark = fixtures.IN_ONE_LOOP
+browser, chromium = fixtures.browser, fixtures.chromium
+discord, js = fixtures.discord, fixtures.js
+#: What the console says of a sign-in that was refused.
+REFUSED = "403.*signin/callback"
 
 
 @pytest.fixture
@@ -63,6 +47,7 @@ def state(page: Page) -> Any:
 async def test_in_the_demo_each_of_four_people_sees_what_they_may(
     browser: Browser, tmp_path: Path
 ) -> None:
+    browser.expected.append(REFUSED)
     async with running(tmp_path, "demo", "--port", 0) as demo:
         await demo.wrote(r"Open this address")
         url = f"http://localhost:{demo.port}"
@@ -84,6 +69,7 @@ async def test_who_cancels_may_try_again(
     browser: Browser, discord: PretendDiscord, guild: Guild
 ) -> None:
     tables, url = tables_of(discord)
+    browser.expected.append(REFUSED)
     async with server_of(discord, tables):
         page = await browser.open(url)
         await sign_in(page, "Cancel")

@@ -93,7 +93,7 @@ class Page {
     const ids = guilds.map(({ id }) => id);
     const wanted = [this.#chosen, remembered()].find((id) => ids.includes(id));
     if (wanted || ids.length < 2) this.#choose(wanted ?? ids[0] ?? null);
-    else if (!this.#comparing) this.#compare();
+    else this.#compare();
   }
 
   #compare() {

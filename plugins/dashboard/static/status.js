@@ -33,7 +33,7 @@ const MESSAGE_SECONDS = 10;
 const PATIENCE = 2_000;
 
 /** In the place of a picture, which would be loaded from Discord's servers. */
-const initial = (user) => (user ? [...user.username][0].toUpperCase() : "");
+const initial = (user) => [...(user?.username ?? "")][0]?.toUpperCase() ?? "";
 
 export class Status {
   #connection;
@@ -59,7 +59,7 @@ export class Status {
     $("#door").hidden = !door;
     $("#main").hidden = door || !listed;
     $("#leave").hidden = door || !this.#tokens.held;
-    say($("#leave"), this.#tokens.user ? `Sign out ${this.#tokens.user.username}` : "Sign out");
+    say($("#leave span"), this.#tokens.user?.username ?? "");
     $("#face").hidden = door || !this.#tokens.user;
     say($("#face"), initial(this.#tokens.user));
     $(".picker").hidden = door || !guilds.length;
