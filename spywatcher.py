@@ -1946,10 +1946,12 @@ class Limits:
         """A token was accepted: refusals are counted from the beginning again."""
         await self._counters.clear(f"refused/{address}")
 
-    async def enter(self, discord_id: str) -> None:
-        """A viewer has one more connection; raises RefusedConnectionError if that is one too many."""
-        whose = viewer_name(discord_id)
-        if await self.open.enter(whose) >= self.settings.connections_per_viewer:
+    async def enter(self, discord_id: str, *, replaces: bool = False) -> None:
+        """A viewer has one more connection; raises RefusedConnectionError if that is one too many,
+        unless it replaces one that may still be counted.
+        """
+        whose, most = viewer_name(discord_id), self.settings.connections_per_viewer
+        if await self.open.enter(whose) >= most and not replaces:
             self.open.leave(whose)
             raise self.over("connections_per_viewer")
 
@@ -3029,15 +3031,17 @@ class GuildLog:
         """Whether all is here that came after it."""
         return position >= self._trimmed
 
-    def fill(self, since: int, events: Iterable[Logged], max_events: int) -> None:
+    def fill(self, since: int, events: Iterable[Logged], max_events: int) -> bool:
         """Have all that came after `since`, if that may be kept: these, and what is here."""
         first = self._events[0].position if self._events else math.inf
         older = [event for event in events if event.position < first]
         size = sum(len(event.frame.bytes) for event in older)
-        if len(older) + len(self._events) <= max_events and size + self.bytes <= MAX_LOG_BYTES:
-            self._events.extendleft(reversed(older))
-            self.bytes += size
-            self._trimmed = since
+        if len(older) + len(self._events) > max_events or size + self.bytes > MAX_LOG_BYTES:
+            return False
+        self._events.extendleft(reversed(older))
+        self.bytes += size
+        self._trimmed = min(self._trimmed, since)
+        return True
 
     def since(self, position: int) -> list[Logged] | None:
         """What came after it, oldest first; None where some of that is here no more."""
@@ -3158,10 +3162,13 @@ class Recovery:
         """Whether all is here that came in the guild after that."""
         return guild_id in self._logs and self._logs[guild_id].reaches(position)
 
-    def fill(self, guild_id: str, since: int, events: Iterable[Logged]) -> None:
-        """Put before what is here of a guild what else has come after `since`, oldest first."""
-        if guild_id in self._logs:
-            self._logs[guild_id].fill(since, events, self._settings.max_events)
+    def fill(self, guild_id: str, since: int, events: Iterable[Logged]) -> bool:
+        """Put before what is here of a guild what else has come after `since`, oldest first.
+
+        Returns whether all that came since is here then.
+        """
+        guild_log, most = self._logs.get(guild_id), self._settings.max_events
+        return guild_log is not None and guild_log.fill(since, events, most)
 
     # -- tickets
 
@@ -6622,8 +6629,12 @@ class Node:
     def ticket_changed(self, ticket: Ticket) -> None:
         """A client that can recover has come, or is in other rooms; or its ticket is gone."""
 
-    async def recall(self, pid: object, viewer: Viewer, offset: object) -> None:
-        """Have here what the client is owed that says this pid; returns in `RECALL_PATIENCE`."""
+    async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
+        """Have here what the client is owed that says this pid; returns in `RECALL_PATIENCE`.
+
+        Returns whether it was another process's client: its connection there counts no more.
+        """
+        return False
 
     def viewer_entered(self, discord_id: str) -> None:
         """A viewer has one dashboard more here."""
@@ -7885,8 +7896,6 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        self._limits.strangers.leave(session)
-        await self._node.recall(comeback.pid, viewer, comeback.offset)
         ticket = self._take_ticket(sid, session, viewer, comeback)
         self._connected[sid] = Dashboard(viewer, session, ticket)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
@@ -7908,11 +7917,13 @@ class Dashboards:
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
-        replaced = await self._end_half_open(viewer, comeback)
+        self._limits.strangers.leave(session)
+        moved = await self._node.recall(comeback.pid, viewer, comeback.offset)
+        replaced = await self._end_half_open(viewer, comeback) or moved
         if session.refusal is not None and not replaced:
             raise session.refusal
         await self._limits.accepted(session.address)
-        await self._limits.enter(viewer.discord_id)
+        await self._limits.enter(viewer.discord_id, replaces=replaced)
         return viewer
 
     # -- coming back (design: recovery)

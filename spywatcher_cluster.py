@@ -1703,10 +1703,11 @@ class Tickets:
 
     # -- a client that comes back
 
-    async def recall(self, pid: str, viewer: Viewer, seen: int) -> None:
-        """Have its ticket here, and what its guilds' streams have of what came after `seen`."""
-        async with self._writing:
-            await self._take(pid)
+    async def complete(self, pid: str, viewer: Viewer, seen: int, moved: bool) -> None:
+        """Have here what its guilds' streams have of what came after `seen`, or forget it.
+
+        What is here already is enough for this node's own clients: they heard it from here.
+        """
         ticket = self._recovery.find(pid, viewer.discord_id)
         if ticket is None:
             return
@@ -1718,20 +1719,24 @@ class Tickets:
         while not self._is_known(ticket, viewer, seen):
             await self._node.known.wait()
         for guild_id, since in ticket.since(seen).items():
-            if not self._recovery.reaches(guild_id, since):
-                await self._fill(guild_id, since)
+            here = not moved and self._recovery.reaches(guild_id, since)
+            if not here and not await self._fill(guild_id, since):
+                self._recovery.forget(ticket)
 
-    async def _take(self, pid: str) -> None:
-        """The ticket is this node's from now on, whichever node had it."""
-        data = await self._node.link.redis.get(TICKET + pid)
-        if data is None:
-            return
-        source, ticket = msgspec.msgpack.decode(data, type=tuple[str, Ticket])
-        if source != self._node.source:
+    async def take(self, pid: str) -> bool:
+        """The ticket is this node's from now on. Returns whether it was another's."""
+        async with self._writing:
+            data = await self._node.link.redis.get(TICKET + pid)
+            source, ticket = (
+                msgspec.msgpack.decode(data, type=tuple[str, Ticket]) if data else ("", None)
+            )
+            if ticket is None or source == self._node.source:
+                return False
             self._node.tell("moved", pid)
             self._recovery.adopt(ticket)
-            self._news[pid] = ticket
+            self.change(ticket)
             await self._write()
+            return True
 
     def _is_known(self, ticket: Ticket, viewer: Viewer, seen: int) -> bool:
         """Whether this node has heard as much as the client, and what the viewer may view."""
@@ -1740,7 +1745,7 @@ class Tickets:
             may_view(viewer, guild_id) is not None for guild_id in ticket.since(seen)
         )
 
-    async def _fill(self, guild_id: str, since: int) -> None:
+    async def _fill(self, guild_id: str, since: int) -> bool:
         """Put what the stream has before what was heard here, unless something in between is gone."""
         if self._node.leading:
             await self._node.publisher.drained()
@@ -1748,8 +1753,8 @@ class Tickets:
         found = await self._node.link.redis.xrevrange(stream, count=self._max_events * 2)
         entries = list(filter(tail.admits, reader.decode(stream, found[::-1])))
         if tail.lost or not (not found or has_all_after(entries, since)):
-            return
-        self._recovery.fill(
+            return False
+        return self._recovery.fill(
             guild_id,
             since,
             [
@@ -2235,13 +2240,15 @@ class ClusterNode(Node):
     def ticket_changed(self, ticket: Ticket) -> None:
         self.tickets.change(ticket)
 
-    async def recall(self, pid: object, viewer: Viewer, offset: object) -> None:
-        seen = decode_offset(offset)
+    async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
+        seen, moved = decode_offset(offset), False
         genuine = self._parts.recovery.is_genuine(pid, viewer.discord_id)
         if genuine and seen is not None and self.link.up:
             with contextlib.suppress(*self.link.errors):
                 async with asyncio.timeout(RECALL_PATIENCE):
-                    await self.tickets.recall(str(pid), viewer, seen)
+                    moved = await self.tickets.take(str(pid))
+                    await self.tickets.complete(str(pid), viewer, seen, moved)
+        return moved
 
     def viewer_entered(self, discord_id: str) -> None:
         self.viewers.enter(discord_id)
