@@ -2462,14 +2462,10 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        patience = self.server.ending_timeout
         if self.handler is not None:
-            close_gently(self.handler, patience)
+            close_gently(self.handler, self.server.ending_timeout)
         if self._prober is not None:
-            # A stock client whose probe was answered has stopped polling: it neither polls again nor
-            # reconnects when this closes before it has said "5". What it says then closes it.
-            later = asyncio.get_running_loop().call_later
-            later(patience, close_gently, self._prober, patience)
+            close_after_upgrade(self._prober, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2484,6 +2480,15 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
+
+
+def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
+    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
+
+    A stock client whose probe was answered has stopped polling: when this closes before, it takes
+    that for a failed attempt, and neither polls again nor reconnects.
+    """
+    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:

@@ -829,8 +829,9 @@ class Reader:
             self._link.found()
             self._notice_gap()
             found = {stream.decode(): entries for stream, entries in answer}
-            if found.pop(self._own, None):
+            if own := found.pop(self._own, None):
                 self._heard = time.monotonic()
+                self._end(self._own, own)
             # Rights travel in the control stream, and were put there before what they decide.
             await self._take_control(found.pop(CONTROL, []))
             self._take_events(found)
