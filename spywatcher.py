@@ -1926,10 +1926,12 @@ class Limits:
         """A token was accepted: refusals are counted from the beginning again."""
         await self._counters.clear(f"refused/{address}")
 
-    async def enter(self, discord_id: str) -> None:
-        """A viewer has one more connection; raises RefusedConnectionError if that is one too many."""
-        whose = viewer_name(discord_id)
-        if await self.open.enter(whose) >= self.settings.connections_per_viewer:
+    async def enter(self, discord_id: str, *, replaces: bool = False) -> None:
+        """A viewer has one more connection; raises RefusedConnectionError if that is one too many,
+        unless it replaces one that may still be counted.
+        """
+        whose, most = viewer_name(discord_id), self.settings.connections_per_viewer
+        if await self.open.enter(whose) >= most and not replaces:
             self.open.leave(whose)
             raise self.over("connections_per_viewer")
 
@@ -2440,14 +2442,10 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        patience = self.server.ending_timeout
         if self.handler is not None:
-            close_gently(self.handler, patience)
+            close_gently(self.handler, self.server.ending_timeout)
         if self._prober is not None:
-            # A stock client whose probe was answered has stopped polling: it neither polls again nor
-            # reconnects when this closes before it has said "5". What it says then closes it.
-            later = asyncio.get_running_loop().call_later
-            later(patience, close_gently, self._prober, patience)
+            close_after_upgrade(self._prober, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2462,6 +2460,15 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
+
+
+def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
+    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
+
+    A stock client whose probe was answered has stopped polling: when this closes before, it takes
+    that for a failed attempt, and neither polls again nor reconnects.
+    """
+    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:
@@ -2979,6 +2986,11 @@ class Logged(NamedTuple):
     to: Destination
     frame: Frame
 
+    @classmethod
+    def of(cls, to: Destination, frame: RoomFrame, position: int) -> Logged:
+        """As of now; kept is the form with the offset."""
+        return cls(position, time.monotonic(), to, frame.tracked)
+
 
 class GuildLog:
     """The latest events of one guild; knows up to where it has none."""
@@ -3000,9 +3012,25 @@ class GuildLog:
             self._trimmed = self._events[0].position
             self.bytes -= len(self._events.popleft().frame.bytes)
 
+    def reaches(self, position: int) -> bool:
+        """Whether all is here that came after it."""
+        return position >= self._trimmed
+
+    def fill(self, since: int, events: Iterable[Logged], max_events: int) -> bool:
+        """Have all that came after `since`, if that may be kept: these, and what is here."""
+        first = self._events[0].position if self._events else math.inf
+        older = [event for event in events if event.position < first]
+        size = sum(len(event.frame.bytes) for event in older)
+        if len(older) + len(self._events) > max_events or size + self.bytes > MAX_LOG_BYTES:
+            return False
+        self._events.extendleft(reversed(older))
+        self.bytes += size
+        self._trimmed = min(self._trimmed, since)
+        return True
+
     def since(self, position: int) -> list[Logged] | None:
         """What came after it, oldest first; None where some of that is here no more."""
-        if position < self._trimmed:
+        if not self.reaches(position):
             return None
         missed = list(itertools.takewhile(lambda e: e.position > position, reversed(self._events)))
         return missed[::-1]
@@ -3010,9 +3038,9 @@ class GuildLog:
 
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
-# count of all events of this process, so one of them says how far a client is in every guild. The count
-# begins at what the clock says: a stock client may still say an offset from before a restart, which is
-# then before all that its new ticket is owed.
+# count of all events, which one process keeps at a time, so one of them says how far a client is in every
+# guild. The count begins at what the clock says: a stock client may still say an offset from before a
+# restart, which is then before all that its new ticket is owed.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -3020,30 +3048,44 @@ class GuildLog:
 #   gone          `window` seconds of that, or at once where its client said DISCONNECT
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False):
     """What a client that can recover is known by, and the rooms that it is in."""
 
-    def __init__(self, pid: str, viewer: Viewer) -> None:
-        self.pid = pid
-        #: By its latest token.
-        self.viewer = viewer
-        #: By room, the position at which the client entered it: nothing from before is owed.
-        self.rooms: dict[str, int] = {}
-        #: Rooms that it is to be in once it is known that it may.
-        self.pending: set[str] = set()
-        #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
-        self.greeted: dict[str, float] = {}
-        self.until = math.inf  # awaited until then, by the monotonic clock
+    pid: str
+    #: By its latest token.
+    viewer: Viewer
+    #: By room, the position at which the client entered it: nothing from before is owed.
+    rooms: dict[str, int] = {}
+    #: Rooms that it is to be in once it is known that it may.
+    pending: set[str] = set()
+    #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
+    greeted: dict[str, float] = {}
+    until: float = math.inf  # awaited until then, by the monotonic clock
+
+    def since(self, seen: int) -> dict[str, int]:
+        """By guild, the position after which its client is owed something, if it has `seen` so much."""
+        since: dict[str, int] = {}
+        for room, entered in self.rooms.items():
+            guild_id = room_guild(room)
+            position = max(entered, seen)
+            since[guild_id] = min(position, since.get(guild_id, position))
+        return since
 
 
 class Recovery:
     """Keeps logs and tickets, for as long as somebody may come back for them."""
 
-    def __init__(self, settings: RecoverySettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        key: bytes,
+        changed: Callable[[Ticket], None] = lambda ticket: None,
+    ) -> None:
+        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
         self._settings = settings
-        self._metrics = metrics
-        self._key = secrets.token_bytes(32)
-        self._position = time.time_ns() // POSITION_NS
+        self._key = key
+        self._changed = changed
+        self.position = clock_position()
         self._tickets: dict[str, Ticket] = {}
         self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
@@ -3063,7 +3105,15 @@ class Recovery:
     @property
     def offset(self) -> str:
         """Where all logs are now."""
-        return encode_offset(self._position)
+        return encode_offset(self.position)
+
+    def reach(self, position: int) -> None:
+        """All events up to there have been here."""
+        self.position = max(self.position, position)
+
+    def has_reached(self, position: int) -> bool:
+        """Whether all events up to there have been here."""
+        return self.position // POSITION_STEP >= position // POSITION_STEP
 
     # -- events
 
@@ -3077,17 +3127,33 @@ class Recovery:
         self._forget_late()
         return tuple(self._in_room)
 
-    def add(self, to: Destination, packet: bytes) -> RoomFrame:
-        """The event as it goes out; it is kept where somebody may recover it."""
+    def count(self) -> int:
+        """The position of the next event."""
+        self.position += POSITION_STEP - self.position % POSITION_STEP
+        return self.position
+
+    def add(self, to: Destination, packet: bytes, position: int) -> RoomFrame:
+        """The event of this position as it goes out; it is kept where somebody may recover it."""
+        self.reach(position)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
             return RoomFrame(packet)
-        self._position += 1
-        frame = RoomFrame(packet, self.offset)
-        now, kept = time.monotonic(), frame.tracked
-        event = Logged(self._position, now, to, kept)
+        frame = RoomFrame(packet, encode_offset(position))
+        event = Logged.of(to, frame, position)
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
+
+    def reaches(self, guild_id: str, position: int) -> bool:
+        """Whether all is here that came in the guild after that."""
+        return guild_id in self._logs and self._logs[guild_id].reaches(position)
+
+    def fill(self, guild_id: str, since: int, events: Iterable[Logged]) -> bool:
+        """Put before what is here of a guild what else has come after `since`, oldest first.
+
+        Returns whether all that came since is here then.
+        """
+        guild_log, most = self._logs.get(guild_id), self._settings.max_events
+        return guild_log is not None and guild_log.fill(since, events, most)
 
     # -- tickets
 
@@ -3095,9 +3161,24 @@ class Recovery:
         """A ticket for a new session of this viewer."""
         nonce = secrets.token_urlsafe(12)
         ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
-        self._tickets[ticket.pid] = ticket
-        self._of_viewer[viewer.discord_id] += 1
+        self._register(ticket)
+        self._changed(ticket)
         return ticket
+
+    def adopt(self, ticket: Ticket) -> None:
+        """A client is awaited here that had its ticket elsewhere; what is here of it is outdated."""
+        if (before := self._tickets.get(ticket.pid)) is not None:
+            self._drop(before)
+        self._register(ticket)
+        rooms, ticket.rooms = ticket.rooms, {}
+        for room, position in rooms.items():
+            self.enter(ticket, room)
+            ticket.rooms[room] = position
+        self.await_return(ticket)
+
+    def _register(self, ticket: Ticket) -> None:
+        self._tickets[ticket.pid] = ticket
+        self._of_viewer[ticket.viewer.discord_id] += 1
 
     def _signature(self, nonce: str, discord_id: str) -> str:
         """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
@@ -3105,22 +3186,40 @@ class Recovery:
         return urlsafe_b64encode(made[:18]).decode()
 
     def find(self, pid: object, discord_id: str) -> Ticket | None:
-        """The ticket that this viewer was given."""
+        """The ticket that this viewer was given, if it is here."""
         self._forget_late()
+        return self._tickets.get(str(pid)) if self.is_genuine(pid, discord_id) else None
+
+    def is_genuine(self, pid: object, discord_id: str) -> bool:
+        """Whether this viewer was given it."""
         if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
-            return None
+            return False
         nonce, _, signature = pid.partition(".")
         expected = self._signature(nonce, discord_id)
-        genuine = hmac.compare_digest(signature.encode(), expected.encode())
-        return self._tickets.get(pid) if genuine else None
+        return hmac.compare_digest(signature.encode(), expected.encode())
+
+    def disown(self, pid: str) -> None:
+        """Its client has come back elsewhere."""
+        if (ticket := self._tickets.get(pid)) is not None:
+            self._drop(ticket)
+
+    def held(self) -> list[Ticket]:
+        """Those whose clients are connected."""
+        return [ticket for ticket in self._tickets.values() if ticket.until == math.inf]
+
+    def has(self, ticket: Ticket) -> bool:
+        return ticket.pid in self._tickets
 
     def hold(self, ticket: Ticket) -> None:
         """Its client is connected."""
         ticket.until = math.inf
         self._awaited.pop(ticket.pid, None)
+        self._changed(ticket)
 
     def await_return(self, ticket: Ticket) -> None:
         """Its client has lost its connection."""
+        if self._tickets.get(ticket.pid) is not ticket:
+            return  # it has come back elsewhere
         ticket.until = time.monotonic() + self._settings.window
         self._awaited[ticket.pid] = ticket
         if len(self._awaited) > MOST_REMEMBERED:
@@ -3128,11 +3227,15 @@ class Recovery:
 
     def forget(self, ticket: Ticket) -> None:
         """Its client will not come back with it."""
+        self._drop(ticket)
+        self._changed(ticket)
+
+    def _drop(self, ticket: Ticket) -> None:
         self._awaited.pop(ticket.pid, None)
         if self._tickets.pop(ticket.pid, None) is not None:
             remove_one(self._of_viewer, ticket.viewer.discord_id)
         for room in tuple(ticket.rooms):
-            self.leave(ticket, room)
+            self._leave(ticket, room)
 
     def has_ticket(self, discord_id: str) -> bool:
         """Whether a client of this viewer's is there, or awaited, that can recover."""
@@ -3155,19 +3258,29 @@ class Recovery:
     def _forget_late(self) -> None:
         now = time.monotonic()
         while self._awaited and (first := next(iter(self._awaited.values()))).until < now:
-            self.forget(first)
+            self._drop(first)
 
     def enter(self, ticket: Ticket, room: str) -> None:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
-            ticket.rooms[room] = self._position
+            ticket.rooms[room] = self.position
             guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
-            self._logs.setdefault(guild_id, GuildLog(self._position))
+            self._logs.setdefault(guild_id, GuildLog(self.position))
+            self._changed(ticket)
+
+    def wait_for(self, ticket: Ticket, room: str) -> None:
+        """Its client is to be in the room once it is known that it may."""
+        ticket.pending.add(room)
+        self._changed(ticket)
 
     def leave(self, ticket: Ticket, room: str) -> None:
         """Its client is owed nothing more of the room."""
+        self._leave(ticket, room)
+        self._changed(ticket)
+
+    def _leave(self, ticket: Ticket, room: str) -> None:
         if ticket.rooms.pop(room, None) is not None:
             guild_id = room_guild(room)
             ticket.greeted.pop(room, None)
@@ -3179,28 +3292,26 @@ class Recovery:
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         seen = decode_offset(offset)
-        if seen is None or seen > self._position:  # of a process whose clock was ahead
+        if seen is None or not self.has_reached(seen):  # of a process whose clock was ahead
             return None
-        entered: dict[str, int] = {}  # by guild, where the client came into the first of its rooms
-        for room, position in ticket.rooms.items():
-            guild_id = room_guild(room)
-            entered[guild_id] = min(position, entered.get(guild_id, position))
         missed: list[Logged] = []
-        for guild_id, position in entered.items():
-            events = self._logs[guild_id].since(max(seen, position))
+        for guild_id, position in ticket.since(seen).items():
+            events = self._logs[guild_id].since(position)
             if events is None:
                 return None
             missed += [
                 event
                 for event in events
-                if event.position > ticket.rooms.get(event.to.room, math.inf)
+                if event.position > max(seen, ticket.rooms.get(event.to.room, math.inf))
             ]
         return sorted(missed)
 
     def greet(self, ticket: Ticket, room: str) -> str:
         """The offset of what its client is sent now as a new subscriber of the room."""
-        self._position += 1
-        ticket.greeted[room] = self._position
+        if (self.position + 1) % POSITION_STEP:
+            self.position += 1
+        ticket.greeted[room] = self.position
+        self._changed(ticket)
         return self.offset
 
     @staticmethod
@@ -3221,12 +3332,20 @@ def remove_one(counter: collections.Counter[str], key: str) -> None:
         del counter[key]
 
 
-#: Nanoseconds of the clock for each position: no process has had more events than that since it began.
+#: Nanoseconds of the clock for each position,
 POSITION_NS: Final = 10_000
+#: and positions for each event: no process has had more since it began. Those between are for what
+#: single clients are sent.
+POSITION_STEP: Final = 4
 #: Bytes of a position, enough until 2059. They go out with every event, so they are few.
 POSITION_BYTES: Final = 6
 #: An offset as this server makes them.
 OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}")
+
+
+def clock_position() -> int:
+    """Where a count begins now."""
+    return time.time_ns() // POSITION_NS
 
 
 def encode_offset(position: int) -> str:
@@ -6512,8 +6631,15 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
     return Destination(guild_id, kind, str(channel_id))
 
 
+#: Seconds in which a client's return waits for what this process is still to hear.
+RECALL_PATIENCE: Final = 12.0
+
+
 class Audience(Protocol):
     """This process's own dashboards."""
+
+    def end(self, pid: str) -> None:
+        """Close the connection that is left of a client which has come back elsewhere."""
 
     def send(self, to: Destination, frame: RoomFrame) -> None:
         """Hand them an event, each of them that may see it."""
@@ -6607,7 +6733,9 @@ class Node:
         if self.has_listeners(guild_id, kind):
             self._parts.metrics.sent.labels(event).inc()
             to = destination_of(guild_id, kind, fields)
-            self._parts.clients.send(to, self._parts.recovery.add(to, event_packet(event, fields)))
+            recovery = self._parts.recovery
+            packet = event_packet(event, fields)
+            self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
         else:
             self._parts.metrics.dropped.labels("nobody listens").inc()
 
@@ -6617,6 +6745,16 @@ class Node:
         """As the throttle tells it (`Outlet.window_changed`), for whoever leads next."""
 
     # -- dashboards
+
+    def ticket_changed(self, ticket: Ticket) -> None:
+        """A client that can recover has come, or is in other rooms; or its ticket is gone."""
+
+    async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
+        """Have here what the client is owed that says this pid; returns in `RECALL_PATIENCE`.
+
+        Returns whether it was another process's client: its connection there counts no more.
+        """
+        return False
 
     def viewer_entered(self, discord_id: str) -> None:
         """A viewer has one dashboard more here."""
@@ -7323,6 +7461,8 @@ class Subscriptions:
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         if room not in self._rooms.rooms_of(sid):
             dashboard.pending.add(room)
+            if dashboard.ticket is not None:
+                self._recovery.wait_for(dashboard.ticket, room)
             self._in_guild.setdefault(guild_id, {})[sid] = None
             if (following := self.judge(sid, guild_id)) is not None:
                 await asyncio.wait({following}, timeout=SUBSCRIBE_PATIENCE)
@@ -7697,6 +7837,11 @@ class RightsWatcher:
             channels[room, channel_id] = members, hidden, until
         return hidden
 
+    def end(self, pid: str) -> None:
+        for dashboard in tuple(self.subscriptions.connected.values()):
+            if dashboard.ticket is not None and dashboard.ticket.pid == pid:
+                dashboard.session.lose()
+
     # -- what is judged anew
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
@@ -7856,7 +8001,6 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        self._limits.strangers.leave(session)
         ticket = self._take_ticket(sid, session, viewer, comeback)
         self._connected[sid] = Dashboard(viewer, session, ticket)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
@@ -7878,11 +8022,13 @@ class Dashboards:
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
-        replaced = await self._end_half_open(viewer, comeback)
+        self._limits.strangers.leave(session)
+        moved = await self._node.recall(comeback.pid, viewer, comeback.offset)
+        replaced = await self._end_half_open(viewer, comeback) or moved
         if session.refusal is not None and not replaced:
             raise session.refusal
         await self._limits.accepted(session.address)
-        await self._limits.enter(viewer.discord_id)
+        await self._limits.enter(viewer.discord_id, replaces=replaced)
         return viewer
 
     # -- coming back (design: recovery)
@@ -8232,7 +8378,8 @@ class Server:
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
         self.rooms = Rooms(*fanout, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
-        self.recovery = Recovery(settings.recovery, self.metrics)
+        key = self.tokens.derive_key("recovery") if self.tokens.can_issue else os.urandom(32)
+        self.recovery = Recovery(settings.recovery, key, self.node.ticket_changed)
         timeout = settings.plugins.handler_timeout
         self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
         self.rights = self._make_rights()
