@@ -5456,25 +5456,6 @@ class PluginWatcher:
                 )
 
 
-def forget_member(
-    plugins: Iterable[Plugin], storage: Path, member_id: int, guild_id: int | None
-) -> dict[str, int]:
-    """Have each plugin that keeps anything of a member remove it; how much, by plugin.
-
-    None of them needs to be at work: a server that runs meanwhile is another process. Raises
-    OperatorError when a plugin could not.
-    """
-    removed = {}
-    for plugin in plugins:
-        hook = plugin.hooks.get("forget")
-        if hook is not None:
-            try:
-                removed[plugin.name] = int(hook(storage, member_id, guild_id))
-            except FAULTS as error:  # as in PluginHost.load
-                raise OperatorError(f"plugin {plugin.name} could not forget: {error}") from error
-    return removed
-
-
 # ------------------------------------------------------------------------------ gateway
 # The session with Discord: hikari's bot, kept alive in this process's loop, and the fence around
 # whatever Discord sends or does not send: at the worst it is away, with a reason. It reports how
@@ -8380,34 +8361,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings (config.toml)")
     parser.set_defaults(command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
-    serve = commands.add_parser("serve", help="run the server (the default)")
-    serve.set_defaults(command=serve_command)
-    demo = commands.add_parser("demo", help="serve against the built-in pretend Discord")
-    demo.add_argument("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo.add_argument("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
-    demo.set_defaults(command=demo_command)
-    check = commands.add_parser("check", help="validate settings and plugins")
-    check.add_argument("--settings", action="store_true", help="print all settings in force")
-    check.set_defaults(command=check_command)
-    types = commands.add_parser(
-        "types", help="TypeScript declarations of all events, or AsyncAPI 3"
-    )
-    types.add_argument("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
-    types.set_defaults(command=types_command)
-    token = commands.add_parser("token", help="make a viewer's token")
-    token.add_argument(
-        "--discord-id", required=True, type=parse_id, metavar="ID", help="the viewer's user id"
-    )
-    token.add_argument("--role", default="USER", choices=sorted(ROLES))
-    token.add_argument(
-        "--guild", action="append", default=[], type=parse_id, metavar="ID", help="may view it"
-    )
-    token.add_argument("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
-    token.set_defaults(command=token_command)
-    forget = commands.add_parser("forget", help="remove a member's counts")
-    forget.add_argument("--member", required=True, type=parse_id, metavar="ID", help="the member")
-    forget.add_argument("--guild", type=parse_id, metavar="ID", help="in this guild only")
-    forget.set_defaults(command=forget_command)
+
+    def add(name: str, run: Callable[..., None], about: str) -> Callable[..., argparse.Action]:
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(command=run)
+        return command.add_argument
+
+    an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
+    add("serve", serve_command, "run the server (the default)")
+    demo = add("demo", demo_command, "serve against the built-in pretend Discord")
+    demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
+    demo("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
+    check = add("check", check_command, "validate settings and plugins")
+    check("--settings", action="store_true", help="print all settings in force")
+    types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
+    types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    token = add("token", token_command, "make a viewer's token")
+    token("--discord-id", required=True, help="the viewer's user id", **an_id)
+    token("--role", default="USER", choices=sorted(ROLES))
+    token("--guild", action="append", default=[], help="may view it", **an_id)
+    token("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
+    forget = add("forget", forget_command, "remove a member's counts")
+    forget("--member", required=True, help="the member", **an_id)
+    forget("--guild", help="in this guild only", **an_id)
     return parser.parse_args(arguments)
 
 
@@ -8481,17 +8457,24 @@ def reload_settings(server: Server, path: Path | None) -> None:
         log.warning("these need a restart: %s", ", ".join(for_restart))
 
 
+def loaded_plugins(settings: Settings) -> PluginHost:
+    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    host.load()
+    return host
+
+
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
     keys, token = credentials_of(settings)
     if settings.redis.url:
         cluster_code().check_redis(settings)
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
-    host.load()
+    host = loaded_plugins(settings)
     host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
     Gateway(settings.discord, token, host.event_types(), Metrics())  # takes no token that is none
     if arguments.settings:
         print(settings_text(settings))
+    for plugin in host.plugins.values():
+        print(plugin_text(plugin))
     for plugin in host.plugins.values():
         print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
     if faults := host.loader.faults():
@@ -8499,11 +8482,34 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     print(f"all is well with {settings.source}")
 
 
+def plugin_text(plugin: Plugin) -> str:
+    """What a plugin is called for, what it needs and what it serves, but its events."""
+    nothing = hikari.Intents.NONE
+    intents = nothing
+    for event_type in plugin.event_types():
+        intents |= missing_intents(event_type, nothing)
+    hears = [one.mark.source for one in plugin.listeners]
+    rows: dict[str, Iterable[str]] = {
+        "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
+        "every": [f"{one.mark.seconds:g} s" for one in plugin.repeated],
+        "greets": [one.mark.kind for one in plugin.greeters],
+        "hooks": plugin.hooks,
+        "rooms": plugin.kinds,
+        "routes": [one.mark.pattern for one in plugin.routes],
+        "intents": [str(intent.name) for intent in intents],
+        "needs": plugin.needs,
+        "settings": plugin.settings_form.__struct_fields__
+        if plugin.settings_form
+        else plugin.settings,
+    }
+    lines = [f"  {what:<10}{', '.join(sorted(set(of)))}" for what, of in rows.items() if of]
+    return "\n".join([f"{plugin.name}:", *lines])
+
+
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
-    host.load()
+    host = loaded_plugins(settings)
     if faults := host.loader.faults():
         raise OperatorError(*faults)
     write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
@@ -8534,16 +8540,16 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
-    host.load()
+    host, member, guild = loaded_plugins(settings), arguments.member, arguments.guild
     if settings.redis.url:
-        forget = cluster_code().forget_shared
-        shared = asyncio.run(forget(settings, arguments.member, arguments.guild))
+        shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
-    plugins, storage = host.plugins.values(), storage_of(settings)
-    removed = forget_member(plugins, storage, arguments.member, arguments.guild)
-    for name, count in removed.items():
-        print(f"plugin {name}: {count} removed")
+    for name, plugin in host.plugins.items():
+        if forget := plugin.hooks.get("forget"):
+            try:
+                print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
+            except FAULTS as error:  # as in PluginLoader.load_all
+                raise OperatorError(f"plugin {name} could not forget: {error}") from error
     if host.failures:
         raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
 
@@ -8628,11 +8634,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_up_logging(settings.log)
         with naming_source(settings):
             parsed.command(settings, parsed)
-    except OperatorError as error:
-        say_faults(*error.faults)
-        return EXIT_OPERATOR
-    except UpstreamError as error:
-        say_faults(str(error))
+    except (OperatorError, UpstreamError) as error:
+        say_faults(*str(error).split("\n"))
         return EXIT_OPERATOR
     return 0
 
