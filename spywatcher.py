@@ -3564,44 +3564,23 @@ class Need(NamedTuple):
     components: hikari.api.CacheComponents
     #: What Discord has to send for that.
     event: type[hikari.Event]
-    #: Attributes that are empty without it.
-    attributes: frozenset[str]
+    #: The beginnings of the attributes that are empty without it.
+    attributes: tuple[str, ...]
 
 
+CACHE: Final = hikari.api.CacheComponents
 #: What a plugin may put into `needs`.
 NEEDS: Final = {
-    "emojis": Need(
-        hikari.api.CacheComponents.EMOJIS,
-        hikari.EmojisUpdateEvent,
-        frozenset({"old_emojis", "get_emoji"}),
-    ),
-    "invites": Need(
-        hikari.api.CacheComponents.INVITES,
-        hikari.InviteCreateEvent,
-        frozenset({"old_invite", "get_invite"}),
-    ),
+    "emojis": Need(CACHE.EMOJIS, hikari.EmojisUpdateEvent, ("old_emoji", "get_emoji")),
+    "invites": Need(CACHE.INVITES, hikari.InviteCreateEvent, ("old_invite", "get_invite")),
     "messages": Need(
-        hikari.api.CacheComponents.MESSAGES,
-        hikari.GuildMessageCreateEvent,
-        frozenset({"old_message", "old_messages", "get_message", "get_messages_view"}),
+        CACHE.MESSAGES, hikari.GuildMessageCreateEvent, ("old_message", "get_message")
     ),
     "stickers": Need(
-        hikari.api.CacheComponents.GUILD_STICKERS,
-        hikari.StickersUpdateEvent,
-        frozenset({"old_stickers", "get_sticker"}),
+        CACHE.GUILD_STICKERS, hikari.StickersUpdateEvent, ("old_sticker", "get_sticker")
     ),
     "voice": Need(
-        hikari.api.CacheComponents.VOICE_STATES,
-        hikari.VoiceStateUpdateEvent,
-        frozenset(
-            {
-                "old_state",
-                "get_voice_state",
-                "get_voice_states_view",
-                "get_voice_states_view_for_channel",
-                "get_voice_states_view_for_guild",
-            }
-        ),
+        CACHE.VOICE_STATES, hikari.VoiceStateUpdateEvent, ("old_state", "get_voice_state")
     ),
 }
 
@@ -3988,20 +3967,8 @@ class Spy:
 PLUGINS_PACKAGE: Final = "spywatcher_plugins"
 #: Socket.IO's own names and the server's; clients could not tell a plugin's from these.
 RESERVED_EVENTS: Final = frozenset(
-    [
-        "connect",
-        "connect_error",
-        "disconnect",
-        "disconnecting",
-        "error",
-        "newListener",
-        "removeListener",
-        "session",
-        "auth:expiring",
-        "auth:refresh",
-        "guilds:list",
-        "guilds:update",
-    ]
+    {"connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener"}
+    | {"error", "session", "auth:expiring", "auth:refresh", "guilds:list", "guilds:update"}
 )
 #: What a plugin's function may raise and the server goes on. `SystemExit` ends nothing here.
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
@@ -4582,9 +4549,10 @@ def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]
     if not isinstance(needs, set | frozenset | list | tuple) or not NEEDS.keys() >= set(needs):
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
-        if name not in needs and (attribute := min(need.attributes.intersection(used), default="")):
-            where = used[attribute]
-            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} ({where})')
+        empty = [attribute for attribute in sorted(used) if attribute.startswith(need.attributes)]
+        if empty and name not in needs:
+            where = used[empty[0]]
+            raise PluginError(f'{empty[0]} stays empty without needs = {{"{name}"}} ({where})')
     return frozenset(needs)
 
 
