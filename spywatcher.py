@@ -122,6 +122,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.metrics_core import CounterMetricFamily
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
@@ -860,6 +861,22 @@ def read_secret(value: str, file: str, folder: Path, key: str) -> str:
 # or from plugins, never from a client or from Discord, so that they stay few.
 
 
+class Tally:
+    """A counter with one label, where prometheus_client's costs too much: `tally.counts[name] += 1`."""
+
+    def __init__(self, name: str, meaning: str, label: str) -> None:
+        self.counts: dict[str, float] = collections.defaultdict(float)
+        self._about = f"spywatcher_{name}", meaning, [label]
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """What prometheus_client asks for at a scrape."""
+        name, meaning, labels = self._about
+        family = CounterMetricFamily(name, meaning, labels=labels)
+        for label, amount in tuple(self.counts.items()):
+            family.add_metric([label], amount)
+        yield family
+
+
 class Metrics:
     """All figures of one server: `metrics.refused.labels("banned").inc()`."""
 
@@ -871,7 +888,7 @@ class Metrics:
         self.blocked = count("blocked_addresses", "Times that an address was blocked.")
         self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
         self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
-        self.received = count("received_events", "Discord's events handed to plugins.", "event")
+        self.received = Tally("received_events", "Discord's events handed to plugins.", "event")
         self.sent = count("sent_events", "Events that went to a room with listeners.", "event")
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
@@ -882,10 +899,12 @@ class Metrics:
         )
         self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
         self.plugin_pauses = count("plugin_pauses", "Functions paused for failing.", "plugin")
-        self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
+        self.plugin_seconds = Tally("plugin_seconds", "Time spent in plugins.", "plugin")
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
         self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
+        for tally in (self.received, self.plugin_seconds):
+            self.registry.register(tally)
         self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
@@ -4198,7 +4217,7 @@ class Fence:
     def __init__(self, name: str, metrics: Metrics) -> None:
         self.name = name
         self._failures = metrics.plugin_failures.labels(name)
-        self._seconds = metrics.plugin_seconds.labels(name)
+        self._seconds = metrics.plugin_seconds.counts
         self._pauses = metrics.plugin_pauses.labels(name)
         self._told: set[object] = set()
         self._longest: dict[str, float] = {}
@@ -4222,7 +4241,7 @@ class Fence:
     def took(self, what: str, began: float) -> None:
         """Count the time, and name what kept everybody waiting; again when it was twice as long."""
         seconds = time.perf_counter() - began
-        self._seconds.inc(seconds)
+        self._seconds[self.name] += seconds
         if seconds > BLOCKING:
             seconds -= seconds_waited() - self._waited
             if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
@@ -4799,7 +4818,6 @@ class Dispatcher:
         self._metrics = metrics
         self._hearers: dict[type | str, list[Hearer]] = {}
         self._subscribed: dict[type[hikari.Event], Any] = {}
-        self._received: dict[type, Counter] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
@@ -4854,10 +4872,8 @@ class Dispatcher:
     def _count(self, event: hikari.Event) -> None:
         """Once per event, though it comes to the subscription of each type that it is of."""
         if self._counted is not event:
-            self._counted, kind = event, type(event)
-            if kind not in self._received:
-                self._received[kind] = self._metrics.received.labels(kind.__name__)
-            self._received[kind].inc()
+            self._counted = event
+            self._metrics.received.counts[type(event).__name__] += 1
 
 
 def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hikari.Intents:
@@ -5010,6 +5026,8 @@ def load_module(name: str, path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
+    if "." in name:
+        raise PluginError(f"a plugin's name has no dot in it; begin it with _ to leave {path} out")
     importlib.invalidate_caches()  # of folders whose files are new
     package = sys.modules.setdefault(PLUGINS_PACKAGE, ModuleType(PLUGINS_PACKAGE))
     package.__path__ = [str(path.parent.parent if path.name == "__init__.py" else path.parent)]
