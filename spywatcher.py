@@ -4027,7 +4027,7 @@ class HostContext(NamedTuple):
 SAFE_INTEGER: Final = 2**53 - 1
 MOST_NESTED: Final = 16
 PAYLOADS: Final = (msgspec.Struct, dict)
-ARRAYS: Final = (list, tuple)
+NESTED: Final = (msgspec.Struct, dict, list, tuple)
 SNAKE_CASE: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)+")
 HALF_A_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 
@@ -4065,6 +4065,8 @@ def unsendable(path: Sequence[object], why: str) -> PluginError:
 
 def as_json(value: Any, *path: object) -> Any:
     """A value in JSON's own types, structs under their wire names; raises PluginError."""
+    if not isinstance(value, NESTED):
+        return scalar_as_json(value, path)
     if len(path) > MOST_NESTED:
         raise unsendable(path, f"nested deeper than {MOST_NESTED}, or in a circle")
     members: Iterable[tuple[Any, Any]]
@@ -4073,10 +4075,8 @@ def as_json(value: Any, *path: object) -> Any:
         members = zip(names, msgspec.structs.astuple(value), strict=True)
     elif isinstance(value, dict):
         members = value.items()
-    elif isinstance(value, ARRAYS):
-        return [as_json(item, *path, number) for number, item in enumerate(value)]
     else:
-        return scalar_as_json(value, path)
+        return [as_json(item, *path, number) for number, item in enumerate(value)]
     return {
         key if type(key) is str and key.isascii() else str(scalar_as_json(key, path)): (
             # most values are such texts, and a call costs more than this
@@ -4148,21 +4148,6 @@ def camel_case(name: str) -> str:
 
 # -- who acts
 
-#: Whether a person did what an event tells of.
-IsPerson = Callable[[Any, hikari.api.Cache], bool]
-
-
-def is_person_rule(event_type: type[hikari.Event]) -> IsPerson | None:
-    """How to tell whether a person did it; None where events of this type are nobody's doing.
-
-    Not people are bots, webhooks, Discord's own users, and whoever is not known: neither the event
-    nor the cache says who that is.
-    """
-    for attribute, rule in PERSON_RULES.items():
-        if hasattr(event_type, attribute):
-            return rule
-    return None
-
 
 def is_author_person(event: Any, cache: hikari.api.Cache) -> bool:
     message = event.message
@@ -4187,8 +4172,10 @@ def is_person(user: hikari.PartialUser | hikari.UndefinedType | None) -> bool:
     return bool(user) and not user.is_bot and not user.is_system  # type: ignore[union-attr]  # UNDEFINED is false
 
 
-#: By the attribute that an event type has, the first that fits.
-PERSON_RULES: Final[dict[str, IsPerson]] = {
+#: Whether a person did what an event tells of, by the first of these attributes that its type has;
+#: events of other types are nobody's doing. Not people are bots, webhooks, Discord's own users, and
+#: whoever is not known: neither the event nor the cache says who that is.
+PERSON_RULES: Final[dict[str, Callable[[Any, hikari.api.Cache], bool]]] = {
     "old_messages": lambda event, cache: True,  # of many authors
     "is_human": is_author_person,
     "old_message": was_author_person,
@@ -4393,7 +4380,8 @@ class Guarded:
         if self._time_limit is None:
             return await steps
         task = asyncio.create_task(steps)
-        task.add_done_callback(look_at)
+        # nobody may wait for it any more, and asyncio need not complain of what it raised then
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait([task], timeout=self._time_limit)
             if task.done():
@@ -4435,12 +4423,6 @@ class Steps(NamedTuple):
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
                 resume, value = steps.throw, error
-
-
-def look_at(task: asyncio.Task[Any]) -> None:
-    """Nobody waits for it any more: asyncio need not complain of what it raised."""
-    if not task.cancelled():
-        task.exception()
 
 
 # -- one plugin
@@ -4852,7 +4834,9 @@ class Dispatcher:
         self, event_type: type[hikari.Event]
     ) -> Callable[[Any], Coroutine[Any, Any, None]]:
         """What hikari calls. It waits for nothing: plain functions are called one after the other."""
-        rule, cache = is_person_rule(event_type), self._context.bot.cache
+        cache = self._context.bot.cache
+        rules = (rule for name, rule in PERSON_RULES.items() if hasattr(event_type, name))
+        rule = next(rules, None)
 
         async def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
@@ -4922,7 +4906,7 @@ class PluginFiles:
     def find(self) -> dict[str, Path]:
         """The plugins that there are, by name: a file of each."""
         found: dict[str, Path] = {}
-        for entry in itertools.chain.from_iterable(map(entries, self._folders)):
+        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
             folder = entry.is_dir()
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
             if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
@@ -4966,14 +4950,6 @@ class PluginFiles:
 
 #: The files of a plugin, with something of each.
 FilesState = list[tuple[Path, object]]
-
-
-def entries(folder: Path) -> list[Path]:
-    """What is in a folder, in order; nothing where it has gone."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
 
 
 def files_of(path: Path) -> list[Path]:
