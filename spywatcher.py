@@ -4572,8 +4572,8 @@ def arguments_taken(function: Any, hook: Hook) -> int:
     """How many of a hook's arguments the function takes."""
     most = len(hook.arguments)
     forms = [f"({', '.join(hook.arguments[:count])})" for count in range(hook.least, most + 1)]
-    name = getattr(function, "__name__", str(function))
-    if not callable(function) or isinstance(function, type):
+    name = getattr(function, "__name__", type(function).__name__)
+    if isinstance(function, type) or not hasattr(function, "__name__"):
         raise PluginError(f"{name}: expected a function of {' or '.join(forms)}")
     signature = inspect.signature(function)
     for count in range(most, hook.least - 1, -1):
