@@ -123,6 +123,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.metrics_core import CounterMetricFamily
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
@@ -863,6 +864,22 @@ def read_secret(value: str, file: str, folder: Path, key: str) -> str:
 # or from plugins, never from a client or from Discord, so that they stay few.
 
 
+class Tally:
+    """A counter with one label, where prometheus_client's costs too much: `tally.counts[name] += 1`."""
+
+    def __init__(self, name: str, meaning: str, label: str) -> None:
+        self.counts: dict[str, float] = collections.defaultdict(float)
+        self._about = f"spywatcher_{name}", meaning, [label]
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """What prometheus_client asks for at a scrape."""
+        name, meaning, labels = self._about
+        family = CounterMetricFamily(name, meaning, labels=labels)
+        for label, amount in tuple(self.counts.items()):
+            family.add_metric([label], amount)
+        yield family
+
+
 class Metrics:
     """All figures of one server: `metrics.refused.labels("banned").inc()`."""
 
@@ -874,7 +891,7 @@ class Metrics:
         self.blocked = count("blocked_addresses", "Times that an address was blocked.")
         self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
         self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
-        self.received = count("received_events", "Discord's events handed to plugins.", "event")
+        self.received = Tally("received_events", "Discord's events handed to plugins.", "event")
         self.sent = count("sent_events", "Events that went to a room with listeners.", "event")
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
@@ -885,10 +902,12 @@ class Metrics:
         )
         self.plugin_failures = count("plugin_failures", "Faults of plugins.", "plugin")
         self.plugin_pauses = count("plugin_pauses", "Functions paused for failing.", "plugin")
-        self.plugin_seconds = count("plugin_seconds", "Time spent in plugins.", "plugin")
+        self.plugin_seconds = Tally("plugin_seconds", "Time spent in plugins.", "plugin")
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
         self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
+        for tally in (self.received, self.plugin_seconds):
+            self.registry.register(tally)
         self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
@@ -3672,56 +3691,24 @@ class Need(NamedTuple):
     components: hikari.api.CacheComponents
     #: What Discord has to send for that.
     event: type[hikari.Event]
-    #: Attributes that are empty without it.
-    attributes: frozenset[str]
+    #: The beginnings of the attributes that are empty without it.
+    attributes: tuple[str, ...]
 
 
+CACHE: Final = hikari.api.CacheComponents
 #: What a plugin may put into `needs`.
 NEEDS: Final = {
-    "activities": Need(
-        hikari.api.CacheComponents.PRESENCES,
-        hikari.PresenceUpdateEvent,
-        frozenset(
-            {
-                "activities",
-                "get_presence",
-                "get_presences_view",
-                "get_presences_view_for_guild",
-            }
-        ),
-    ),
-    "emojis": Need(
-        hikari.api.CacheComponents.EMOJIS,
-        hikari.EmojisUpdateEvent,
-        frozenset({"old_emojis", "get_emoji"}),
-    ),
-    "invites": Need(
-        hikari.api.CacheComponents.INVITES,
-        hikari.InviteCreateEvent,
-        frozenset({"old_invite", "get_invite"}),
-    ),
+    "activities": Need(CACHE.PRESENCES, hikari.PresenceUpdateEvent, ("activities", "get_presence")),
+    "emojis": Need(CACHE.EMOJIS, hikari.EmojisUpdateEvent, ("old_emoji", "get_emoji")),
+    "invites": Need(CACHE.INVITES, hikari.InviteCreateEvent, ("old_invite", "get_invite")),
     "messages": Need(
-        hikari.api.CacheComponents.MESSAGES,
-        hikari.GuildMessageCreateEvent,
-        frozenset({"old_message", "old_messages", "get_message", "get_messages_view"}),
+        CACHE.MESSAGES, hikari.GuildMessageCreateEvent, ("old_message", "get_message")
     ),
     "stickers": Need(
-        hikari.api.CacheComponents.GUILD_STICKERS,
-        hikari.StickersUpdateEvent,
-        frozenset({"old_stickers", "get_sticker"}),
+        CACHE.GUILD_STICKERS, hikari.StickersUpdateEvent, ("old_sticker", "get_sticker")
     ),
     "voice": Need(
-        hikari.api.CacheComponents.VOICE_STATES,
-        hikari.VoiceStateUpdateEvent,
-        frozenset(
-            {
-                "old_state",
-                "get_voice_state",
-                "get_voice_states_view",
-                "get_voice_states_view_for_channel",
-                "get_voice_states_view_for_guild",
-            }
-        ),
+        CACHE.VOICE_STATES, hikari.VoiceStateUpdateEvent, ("old_state", "get_voice_state")
     ),
 }
 
@@ -4137,20 +4124,8 @@ class Spy:
 PLUGINS_PACKAGE: Final = "spywatcher_plugins"
 #: Socket.IO's own names and the server's; clients could not tell a plugin's from these.
 RESERVED_EVENTS: Final = frozenset(
-    [
-        "connect",
-        "connect_error",
-        "disconnect",
-        "disconnecting",
-        "error",
-        "newListener",
-        "removeListener",
-        "session",
-        "auth:expiring",
-        "auth:refresh",
-        "guilds:list",
-        "guilds:update",
-    ]
+    {"connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener"}
+    | {"error", "session", "auth:expiring", "auth:refresh", "guilds:list", "guilds:update"}
 )
 #: What a plugin's function may raise and the server goes on. `SystemExit` ends nothing here.
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
@@ -4203,7 +4178,7 @@ class HostContext(NamedTuple):
 SAFE_INTEGER: Final = 2**53 - 1
 MOST_NESTED: Final = 16
 PAYLOADS: Final = (msgspec.Struct, dict)
-ARRAYS: Final = (list, tuple)
+NESTED: Final = (msgspec.Struct, dict, list, tuple)
 SNAKE_CASE: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)+")
 HALF_A_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 
@@ -4241,6 +4216,8 @@ def unsendable(path: Sequence[object], why: str) -> PluginError:
 
 def as_json(value: Any, *path: object) -> Any:
     """A value in JSON's own types, structs under their wire names; raises PluginError."""
+    if not isinstance(value, NESTED):
+        return scalar_as_json(value, path)
     if len(path) > MOST_NESTED:
         raise unsendable(path, f"nested deeper than {MOST_NESTED}, or in a circle")
     members: Iterable[tuple[Any, Any]]
@@ -4249,10 +4226,8 @@ def as_json(value: Any, *path: object) -> Any:
         members = zip(names, msgspec.structs.astuple(value), strict=True)
     elif isinstance(value, dict):
         members = value.items()
-    elif isinstance(value, ARRAYS):
-        return [as_json(item, *path, number) for number, item in enumerate(value)]
     else:
-        return scalar_as_json(value, path)
+        return [as_json(item, *path, number) for number, item in enumerate(value)]
     return {
         key if type(key) is str and key.isascii() else str(scalar_as_json(key, path)): (
             # most values are such texts, and a call costs more than this
@@ -4420,21 +4395,6 @@ def code_of(status: str, devices: Mapping[str, str]) -> int:
 
 # -- who acts
 
-#: Whether a person did what an event tells of.
-IsPerson = Callable[[Any, Presences], bool]
-
-
-def is_person_rule(event_type: type[hikari.Event]) -> IsPerson | None:
-    """How to tell whether a person did it; None where events of this type are nobody's doing.
-
-    Not people are bots, webhooks, Discord's own users, and whoever is not known: neither the event
-    nor the cache says who that is.
-    """
-    for attribute, rule in PERSON_RULES.items():
-        if hasattr(event_type, attribute):
-            return rule
-    return None
-
 
 def is_author_person(event: Any, presences: Presences) -> bool:
     message = event.message
@@ -4459,8 +4419,10 @@ def is_person(user: hikari.PartialUser | hikari.UndefinedType | None) -> bool:
     return bool(user) and not user.is_bot and not user.is_system  # type: ignore[union-attr]  # UNDEFINED is false
 
 
-#: By the attribute that an event type has, the first that fits.
-PERSON_RULES: Final[dict[str, IsPerson]] = {
+#: Whether a person did what an event tells of, by the first of these attributes that its type has;
+#: events of other types are nobody's doing. Not people are bots, webhooks, Discord's own users, and
+#: whoever is not known: neither the event nor the cache says who that is.
+PERSON_RULES: Final[dict[str, Callable[[Any, Presences], bool]]] = {
     "old_messages": lambda event, presences: True,  # of many authors
     "is_human": is_author_person,
     "old_message": was_author_person,
@@ -4491,7 +4453,7 @@ class Fence:
     def __init__(self, name: str, metrics: Metrics) -> None:
         self.name = name
         self._failures = metrics.plugin_failures.labels(name)
-        self._seconds = metrics.plugin_seconds.labels(name)
+        self._seconds = metrics.plugin_seconds.counts
         self._pauses = metrics.plugin_pauses.labels(name)
         self._told: set[object] = set()
         self._longest: dict[str, float] = {}
@@ -4515,7 +4477,7 @@ class Fence:
     def took(self, what: str, began: float) -> None:
         """Count the time, and name what kept everybody waiting; again when it was twice as long."""
         seconds = time.perf_counter() - began
-        self._seconds.inc(seconds)
+        self._seconds[self.name] += seconds
         if seconds > BLOCKING:
             seconds -= seconds_waited() - self._waited
             if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
@@ -4667,7 +4629,8 @@ class Guarded:
         if self._time_limit is None:
             return await steps
         task = asyncio.create_task(steps)
-        task.add_done_callback(look_at)
+        # nobody may wait for it any more, and asyncio need not complain of what it raised then
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait([task], timeout=self._time_limit)
             if task.done():
@@ -4709,12 +4672,6 @@ class Steps(NamedTuple):
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
                 resume, value = steps.throw, error
-
-
-def look_at(task: asyncio.Task[Any]) -> None:
-    """Nobody waits for it any more: asyncio need not complain of what it raised."""
-    if not task.cancelled():
-        task.exception()
 
 
 # -- one plugin
@@ -4842,9 +4799,10 @@ def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]
     if not isinstance(needs, set | frozenset | list | tuple) or not NEEDS.keys() >= set(needs):
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
-        if name not in needs and (attribute := min(need.attributes.intersection(used), default="")):
-            where = used[attribute]
-            raise PluginError(f'{attribute} stays empty without needs = {{"{name}"}} ({where})')
+        empty = [attribute for attribute in sorted(used) if attribute.startswith(need.attributes)]
+        if empty and name not in needs:
+            where = used[empty[0]]
+            raise PluginError(f'{empty[0]} stays empty without needs = {{"{name}"}} ({where})')
     return frozenset(needs)
 
 
@@ -4863,8 +4821,8 @@ def arguments_taken(function: Any, hook: Hook) -> int:
     """How many of a hook's arguments the function takes."""
     most = len(hook.arguments)
     forms = [f"({', '.join(hook.arguments[:count])})" for count in range(hook.least, most + 1)]
-    name = getattr(function, "__name__", str(function))
-    if not callable(function) or isinstance(function, type):
+    name = getattr(function, "__name__", type(function).__name__)
+    if isinstance(function, type) or not hasattr(function, "__name__"):
         raise PluginError(f"{name}: expected a function of {' or '.join(forms)}")
     signature = inspect.signature(function)
     for count in range(most, hook.least - 1, -1):
@@ -5091,7 +5049,6 @@ class Dispatcher:
         self._metrics = metrics
         self._hearers: dict[type | str, list[Hearer]] = {}
         self._subscribed: dict[type[hikari.Event], Any] = {}
-        self._received: dict[type, Counter] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
@@ -5124,8 +5081,9 @@ class Dispatcher:
 
     def _subscription(self, event_type: type[hikari.Event]) -> Callable[[Any], None]:
         """Calls plain functions one after the other, and waits for none that is async."""
-        rule, presences = is_person_rule(event_type), self._context.presences
-        cache = self._context.bot.cache
+        presences, cache = self._context.presences, self._context.bot.cache
+        rules = (rule for name, rule in PERSON_RULES.items() if hasattr(event_type, name))
+        rule = next(rules, None)
 
         def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
@@ -5145,10 +5103,8 @@ class Dispatcher:
     def _count(self, event: hikari.Event) -> None:
         """Once per event, though it comes to the subscription of each type that it is of."""
         if self._counted is not event:
-            self._counted, kind = event, type(event)
-            if kind not in self._received:
-                self._received[kind] = self._metrics.received.labels(kind.__name__)
-            self._received[kind].inc()
+            self._counted = event
+            self._metrics.received.counts[type(event).__name__] += 1
 
 
 def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hikari.Intents:
@@ -5197,7 +5153,7 @@ class PluginFiles:
     def find(self) -> dict[str, Path]:
         """The plugins that there are, by name: a file of each."""
         found: dict[str, Path] = {}
-        for entry in itertools.chain.from_iterable(map(entries, self._folders)):
+        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
             folder = entry.is_dir()
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
             if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
@@ -5241,14 +5197,6 @@ class PluginFiles:
 
 #: The files of a plugin, with something of each.
 FilesState = list[tuple[Path, object]]
-
-
-def entries(folder: Path) -> list[Path]:
-    """What is in a folder, in order; nothing where it has gone."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5301,6 +5249,8 @@ def load_module(name: str, path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise PluginError(f"{path} is no file")
+    if "." in name:
+        raise PluginError(f"a plugin's name has no dot in it; begin it with _ to leave {path} out")
     importlib.invalidate_caches()  # of folders whose files are new
     package = sys.modules.setdefault(PLUGINS_PACKAGE, ModuleType(PLUGINS_PACKAGE))
     package.__path__ = [str(path.parent.parent if path.name == "__init__.py" else path.parent)]
@@ -5716,25 +5666,6 @@ class PluginWatcher:
                     event_type.__name__,
                     missing.name,
                 )
-
-
-def forget_member(
-    plugins: Iterable[Plugin], storage: Path, member_id: int, guild_id: int | None
-) -> dict[str, int]:
-    """Have each plugin that keeps anything of a member remove it; how much, by plugin.
-
-    None of them needs to be at work: a server that runs meanwhile is another process. Raises
-    OperatorError when a plugin could not.
-    """
-    removed = {}
-    for plugin in plugins:
-        hook = plugin.hooks.get("forget")
-        if hook is not None:
-            try:
-                removed[plugin.name] = int(hook(storage, member_id, guild_id))
-            except FAULTS as error:  # as in PluginHost.load
-                raise OperatorError(f"plugin {plugin.name} could not forget: {error}") from error
-    return removed
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -8765,34 +8696,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"SpyWatcher {__version__}")
     parser.set_defaults(config=None, command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
-    serve = commands.add_parser("serve", help="run the server (the default)")
-    serve.set_defaults(command=serve_command)
-    demo = commands.add_parser("demo", help="serve against the built-in pretend Discord")
-    demo.add_argument("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo.add_argument("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
-    demo.set_defaults(command=demo_command)
-    check = commands.add_parser("check", help="validate settings and plugins")
-    check.add_argument("--settings", action="store_true", help="print all settings in force")
-    check.set_defaults(command=check_command)
-    types = commands.add_parser(
-        "types", help="TypeScript declarations of all events, or AsyncAPI 3"
-    )
-    types.add_argument("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
-    types.set_defaults(command=types_command)
-    token = commands.add_parser("token", help="make a viewer's token")
-    token.add_argument(
-        "--discord-id", required=True, type=parse_id, metavar="ID", help="the viewer's user id"
-    )
-    token.add_argument("--role", default="USER", choices=sorted(get_args(Role)))
-    token.add_argument(
-        "--guild", action="append", default=[], type=parse_id, metavar="ID", help="may view it"
-    )
-    token.add_argument("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
-    token.set_defaults(command=token_command)
-    forget = commands.add_parser("forget", help="remove a member's counts")
-    forget.add_argument("--member", required=True, type=parse_id, metavar="ID", help="the member")
-    forget.add_argument("--guild", type=parse_id, metavar="ID", help="in this guild only")
-    forget.set_defaults(command=forget_command)
+
+    def add(name: str, run: Callable[..., None], about: str) -> Callable[..., argparse.Action]:
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(command=run)
+        return command.add_argument
+
+    an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
+    add("serve", serve_command, "run the server (the default)")
+    demo = add("demo", demo_command, "serve against the built-in pretend Discord")
+    demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
+    demo("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
+    check = add("check", check_command, "validate settings and plugins")
+    check("--settings", action="store_true", help="print all settings in force")
+    types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
+    types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    token = add("token", token_command, "make a viewer's token")
+    token("--discord-id", required=True, help="the viewer's user id", **an_id)
+    token("--role", default="USER", choices=sorted(get_args(Role)))
+    token("--guild", action="append", default=[], help="may view it", **an_id)
+    token("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
+    forget = add("forget", forget_command, "remove a member's counts")
+    forget("--member", required=True, help="the member", **an_id)
+    forget("--guild", help="in this guild only", **an_id)
     return parser.parse_args(arguments)
 
 
@@ -8886,6 +8812,8 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
         if arguments.settings:
             print(settings_text(settings))
         for plugin in host.plugins.values():
+            print(plugin_text(plugin))
+        for plugin in host.plugins.values():
             print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
     if faults := faults + host.loader.faults():
         raise OperatorError(*faults)
@@ -8913,6 +8841,30 @@ def faults_beside_file(
 
 def plugin_host(settings: Settings) -> PluginHost:
     return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+
+
+def plugin_text(plugin: Plugin) -> str:
+    """What a plugin is called for, what it needs and what it serves, but its events."""
+    nothing = hikari.Intents.NONE
+    intents = nothing
+    for event_type in plugin.event_types():
+        intents |= missing_intents(event_type, nothing)
+    hears = [one.mark.source for one in plugin.listeners]
+    rows: dict[str, Iterable[str]] = {
+        "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
+        "every": [f"{one.mark.seconds:g} s" for one in plugin.repeated],
+        "greets": [one.mark.kind for one in plugin.greeters],
+        "hooks": plugin.hooks,
+        "rooms": plugin.kinds,
+        "routes": [one.mark.pattern for one in plugin.routes],
+        "intents": [str(intent.name) for intent in intents],
+        "needs": plugin.needs,
+        "settings": plugin.settings_form.__struct_fields__
+        if plugin.settings_form
+        else plugin.settings,
+    }
+    lines = [f"  {what:<10}{', '.join(sorted(set(of)))}" for what, of in rows.items() if of]
+    return "\n".join([f"{plugin.name}:", *lines])
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -8950,16 +8902,17 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host = plugin_host(settings)
+    host, member, guild = plugin_host(settings), arguments.member, arguments.guild
     host.load()
     if settings.redis.url:
-        forget = cluster_code().forget_shared
-        shared = asyncio.run(forget(settings, arguments.member, arguments.guild))
+        shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
-    plugins, storage = host.plugins.values(), storage_of(settings)
-    removed = forget_member(plugins, storage, arguments.member, arguments.guild)
-    for name, count in removed.items():
-        print(f"plugin {name}: {count} removed")
+    for name, plugin in host.plugins.items():
+        if forget := plugin.hooks.get("forget"):
+            try:
+                print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
+            except FAULTS as error:  # as in PluginLoader.load_all
+                raise OperatorError(f"plugin {name} could not forget: {error}") from error
     if host.failures:
         raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
 

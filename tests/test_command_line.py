@@ -165,6 +165,31 @@ def test_check_says_that_all_is_well(tmp_path, command):
     assert not any(line.startswith("server.") for line in out)
 
 
+def test_check_says_of_each_plugin_what_it_is_called_for_and_what_it_needs(tmp_path, command):
+    config = write_settings(tmp_path, SOUND | {"plugins": {"folders": ["plugins"]}})
+    (tmp_path / "plugins").mkdir(exist_ok=True)
+    (tmp_path / "plugins" / "voices.py").write_text(
+        "import hikari\n"
+        "from spywatcher import every, on\n"
+        "needs = {'voice'}\n"
+        "@on(hikari.VoiceStateUpdateEvent, emit='voice:move', room='voice')\n"
+        "def moved(event): ...\n"
+        "@on('alert:multiClient')\n"
+        "def alerted(fields): ...\n"
+        "@every(60)\n"
+        "def look(spy): ...\n"
+    )
+    _, out, _ = command("--config", config, "check")
+    rows = out[out.index("voices:") + 1 :]
+    assert [line.split(maxsplit=1) for line in rows[:5]] == [
+        ["hears", "VoiceStateUpdateEvent, alert:multiClient"],
+        ["every", "60 s"],
+        ["rooms", "voice"],
+        ["intents", "GUILD_VOICE_STATES"],
+        ["needs", "voice"],
+    ]
+
+
 def test_check_prints_the_settings_when_asked(tmp_path, command):
     config = write_settings(tmp_path, SOUND | {"server": {"port": 4000}})
     status, out, log = command("--config", config, "check", "--settings")

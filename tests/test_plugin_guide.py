@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from jsclient import node
 from service import ROOT
 from watching import Watching
 
@@ -43,6 +45,25 @@ def plugin(first_line: str) -> pytest.MarkDecorator:
 
 def test_every_language_of_the_page_is_run() -> None:
     assert set(re.findall(r"^ *```(\w+)$", GUIDE, re.MULTILINE)) == {"sh", "python", "js", "toml"}
+
+
+def test_the_command_of_the_page_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    [command] = blocks("sh")
+    python, file, *arguments = shlex.split(command)
+    assert (python, (ROOT / file).is_file()) == ("python", True)
+    parsed = spywatcher.parse_arguments(arguments)
+    assert (parsed.command, parsed.plugins) == (spywatcher.demo_command, tmp_path / "mine")
+
+
+def test_the_script_of_the_page_runs() -> None:
+    [script] = blocks("js")
+    socket = 'const socket = {on: (name, heard) => heard({messageId: name, guildId: "7"})};'
+    done = subprocess.run([node(), "-e", socket + script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("message:delete 7\n", "")
 
 
 @plugin("Tell dashboards each minute how many members are in voice channels.")

@@ -1,0 +1,1 @@
+"""Never runs: the name of a plugin has no dot."""
