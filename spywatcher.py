@@ -275,19 +275,23 @@ def plain_origin(text: str) -> str:
     host = host[len(below) :]
     if not host or "*" in host:
         raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*") and int(port) > 65_535:
-        raise ValueError("expected a port up to 65535")
+    if port not in (None, "*"):
+        port = str(int(port))
+        if int(port) > 65_535:
+            raise ValueError("expected a port up to 65535")
     shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
     return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
 
 
 def encoded_host(host: str) -> str:
     """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
-    if host.isascii():
-        return host
     try:
+        if host.startswith("["):
+            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
+        if host.isascii():
+            return host
         return idna.encode(host, uts46=True).decode()
-    except idna.IDNAError as error:
+    except ValueError as error:
         raise ValueError(f"expected the name of a host: {error}") from error
 
 
