@@ -274,19 +274,23 @@ def plain_origin(text: str) -> str:
     host = host[len(below) :]
     if not host or "*" in host:
         raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*") and int(port) > 65_535:
-        raise ValueError("expected a port up to 65535")
+    if port not in (None, "*"):
+        port = str(int(port))
+        if int(port) > 65_535:
+            raise ValueError("expected a port up to 65535")
     shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
     return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
 
 
 def encoded_host(host: str) -> str:
     """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
-    if host.isascii():
-        return host
     try:
+        if host.startswith("["):
+            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
+        if host.isascii():
+            return host
         return idna.encode(host, uts46=True).decode()
-    except idna.IDNAError as error:
+    except ValueError as error:
         raise ValueError(f"expected the name of a host: {error}") from error
 
 
@@ -6881,6 +6885,9 @@ class Handler(RequestHandler):
     def set_default_headers(self) -> None:
         self.clear_header("Server")
         self.set_header("Cache-Control", "no-store")
+
+    def compute_etag(self) -> None:
+        """None: an answer that nobody keeps is never answered with 304."""
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """What Tornado refuses by itself: above all other methods than those that there are."""
