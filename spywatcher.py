@@ -129,7 +129,7 @@ from prometheus_client import (
 )
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPServerRequest
+from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from tornado.ioloop import IOLoop
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
@@ -2400,7 +2400,7 @@ class Session:
         if not self._become(State.WEBSOCKET):
             handler.close()
             return
-        self.from_browser = "Origin" in handler.request.headers
+        self.from_browser = handler.from_browser
         self.handler, self._prober = handler, None
         self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
@@ -6961,6 +6961,12 @@ class Handler(RequestHandler):
         self.finish({"message": self._reason})
 
 
+#: In the place of each request that has become a WebSocket.
+UPGRADED: Final = HTTPServerRequest(
+    start_line=RequestStartLine("GET", SOCKET_PATH, "HTTP/1.1"), headers=HTTPHeaders(Host="")
+)
+
+
 class SocketHandler(Handler, WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
 
@@ -6969,6 +6975,8 @@ class SocketHandler(Handler, WebSocketHandler):
         self._door = door
         self._address = door.address(self.request)
         self._sid = parse_sid(self.request)
+        #: Whether the request names a page's origin.
+        self.from_browser = "Origin" in self.request.headers
         self._session: Session | None = None
         self._stream = stream_of(self)
         connection = door.connection(self.request)
@@ -7029,7 +7037,7 @@ class SocketHandler(Handler, WebSocketHandler):
         session.posting = True
         try:
             session.carried_by(self.connection, "POST")
-            session.from_browser = "Origin" in self.request.headers
+            session.from_browser = self.from_browser
             for message in self.request.body.decode().split("\x1e"):
                 await session.feed(message)
         except UnicodeDecodeError:
@@ -7078,6 +7086,7 @@ class SocketHandler(Handler, WebSocketHandler):
         self.set_nodelay(True)  # Tornado takes it back after each answer, that of the upgrade too
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
         self._stream.max_write_buffer_size = self._engine.max_queue_bytes
+        self._forget_handshake()
         if self._sid is None:
             session = await self._engine.admit(self._address, "websocket")
             if self.ws_connection is None:
@@ -7091,6 +7100,17 @@ class SocketHandler(Handler, WebSocketHandler):
                 self.close()
         else:
             self.close()
+
+    def _detach_stream(self) -> IOStream:
+        """Tornado's puts a refusal in the place of eleven methods: a kilobyte for each client."""
+        return self.detach()
+
+    def _forget_handshake(self) -> None:
+        """An idle WebSocket lives for hours; the request, its connection and the answer need not."""
+        self.request.headers.clear()  # Tornado's frames still have them
+        self.request = UPGRADED
+        self._headers = UPGRADED.headers
+        self.ui = None  # type: ignore[assignment]  # as Tornado itself has it at the end
 
     async def on_message(self, message: str | bytes) -> None:
         session = self._session
