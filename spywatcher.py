@@ -6025,7 +6025,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         super().__init__(*hikaris, cache=cache)
         self._presences = presences
         self._whole = bool(cache.settings.components & hikari.api.CacheComponents.PRESENCES)
-        self._plain: dict[type[Any], list[Callable[[Any], Any]]] = {}
+        self._plain: dict[type[Any], tuple[Callable[[Any], Any], ...]] = {}
 
     def consume_raw_event(
         self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
@@ -6058,23 +6058,26 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if inspect.iscoroutinefunction(callback):
             super().subscribe(event_type, callback, _nested=_nested + 1)
         else:
-            self._plain.setdefault(event_type, []).append(callback)
+            self._plain[event_type] = (*self._plain.get(event_type, ()), callback)
             self._increment_listener_group_count(event_type, 1)
 
     def unsubscribe(self, event_type: type[Any], callback: Callable[[Any], Any]) -> None:
-        if callback in self._plain.get(event_type, ()):
-            self._plain[event_type].remove(callback)
+        plain = self._plain.get(event_type, ())
+        if callback in plain:
+            self._plain[event_type] = tuple(one for one in plain if one != callback)
             self._increment_listener_group_count(event_type, -1)
         else:
             super().unsubscribe(event_type, callback)
 
     def _enabled_for_event(self, event_type: type[hikari.Event], /) -> bool:
-        plain = any(self._plain.get(one) for one in event_type.dispatches())
-        return plain or super()._enabled_for_event(event_type)
+        for one in event_type.dispatches():
+            if one in self._listeners or one in self._waiters or self._plain.get(one):
+                return True
+        return False
 
     def dispatch(self, event: hikari.Event, *, return_tasks: bool = False) -> Any:
         for event_type in event.dispatches():
-            for callback in tuple(self._plain.get(event_type, ())):
+            for callback in self._plain.get(event_type, ()):
                 callback(event)
         return super().dispatch(event, return_tasks=return_tasks)
 
@@ -6116,6 +6119,28 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         devices = dict.fromkeys(before.platforms, before.status)
         old = {"status": before.status, "client_status": devices, "activities": ()}
         return self._entity_factory.deserialize_member_presence({**payload, **old})
+
+
+class TakingTurns:
+    """A gateway connection whose reader lets others have their turn: hikari takes all packets that
+    have come in one go, and after a pause these may be thousands.
+    """
+
+    #: Seconds for which it may go on.
+    TURN: Final = 0.005
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._until = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def receive_json(self) -> Any:
+        if time.monotonic() > self._until:
+            await asyncio.sleep(0)
+            self._until = time.monotonic() + self.TURN
+        return await self._connection.receive_json()
 
 
 class Brake:
@@ -6255,6 +6280,7 @@ class Shard(hikari.impl.GatewayShardImpl):
 
     async def _poll_events(self) -> None:
         with self._lifelong():
+            self._ws = TakingTurns(self._ws)  # type: ignore[assignment]  # all that is asked of it
             await super()._poll_events()
 
     @contextlib.contextmanager
