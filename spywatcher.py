@@ -3961,18 +3961,18 @@ class Spy:
         """
         self._emit(event, str(int(guild_id)), payload, room)
 
-    def presence(self, guild_id: int, user_id: int) -> Presence | None:
+    def presence(self, guild_id: int | str, user_id: int | str) -> Presence | None:
         """How a member, or a bot, appears now; None of whom Discord has not sent.
 
             spy.presence(event.guild_id, event.user_id).status
 
         It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
         """
-        return self._presences.of(guild_id, user_id)
+        return self._presences.of(int(guild_id), int(user_id))
 
-    def online(self, guild_id: int) -> list[int]:
+    def online(self, guild_id: int | str) -> list[int]:
         """The ids of the guild's members who are not offline; bots are left out."""
-        return self._presences.online(guild_id)
+        return self._presences.online(int(guild_id))
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
