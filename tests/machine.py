@@ -25,7 +25,7 @@ PACKAGES = (
 PROGRAMS = ("debootstrap", "mkfs.ext4", "qemu-system-x86_64", "ssh-keygen", "ssh", "scp")
 #: Seconds that an emulated processor may take.
 BOOT_TIME = 240.0
-COMMAND_TIME = 180.0
+COMMAND_TIME = 600.0
 
 NETWORK = "[Match]\nName=en*\n[Network]\nDHCP=yes\n"
 
@@ -76,7 +76,7 @@ class Machine:
         self._ssh_config.write_text(
             f"Host HOST\n HostName 127.0.0.1\n Port {port}\n User root\n"
             f" IdentityFile {CACHE / 'key'}\n StrictHostKeyChecking no\n"
-            f" UserKnownHostsFile {os.devnull}\n LogLevel ERROR\n ConnectTimeout 5\n"
+            f" UserKnownHostsFile {os.devnull}\n LogLevel ERROR\n ConnectTimeout 30\n"
         )
         self._console = folder / "console.txt"
         self._qemu = subprocess.Popen(
