@@ -7,7 +7,6 @@
 #   make test-quick              those that need no second process and no waiting: under a minute
 #   make upgrade-check           the tests on the newest releases, in an environment of their own
 #   make test-cluster            the tests that break Redis and nodes, and wait for the others to notice
-#   make test-unsettled          tests that fail at times, and nobody knows yet why
 #   make test-vm                 the service in an emulated machine with a real systemd (Debian's debootstrap and qemu)
 #   make cluster-demo            three nodes, a Redis and the pretend Discord
 #   make lint                    what CI checks besides the tests
@@ -24,12 +23,12 @@ ARGS ?=
 BUNDLE_PYTHONS ?= 3.11 3.12 3.13 3.14
 
 BIN := .venv/bin
-BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/cluster.py bench/analytics.py bench/history.py bench/plugins.py)
+BENCHMARKS := $(wildcard bench/fanout.py bench/connect.py bench/latency.py bench/memory.py bench/cluster.py bench/analytics.py bench/history.py bench/plugins.py bench/ingest.py)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: test-unsettled demo test test-cluster test-vm cluster-demo lint format bench bundle check-units clean test-quick upgrade-check dashboard pictures
+.PHONY: demo test test-cluster test-vm cluster-demo lint format bench bundle check-units clean test-quick upgrade-check dashboard pictures
 
 demo: .venv/.run
 	@$(MAKE) --no-print-directory dashboard || echo "Going on without the page at /." >&2
@@ -44,7 +43,7 @@ test: .venv/.test tests/node_modules/.installed dashboard
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 test-quick: .venv/.test tests/node_modules/.installed
-	$(BIN)/python -m pytest --numprocesses auto -m "not faults and not slow and not vm and not unsettled" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto -m "not faults and not slow and not vm" $(ARGS)
 
 # What moved is told first, by test_private_names.py; the releases by the last line.
 upgrade-check: tests/node_modules/.installed
@@ -58,10 +57,7 @@ upgrade-check: tests/node_modules/.installed
 	  build/upgrade/bin/python -m pip --disable-pip-version-check list; exit $$status
 
 test-cluster: .venv/.test tests/node_modules/.installed
-	$(BIN)/python -m pytest -m "faults and not unsettled" $(ARGS)
-
-test-unsettled: .venv/.test tests/node_modules/.installed
-	$(BIN)/python -m pytest -m unsettled $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m faults $(ARGS)
 
 test-vm: .venv/.test .venv/.bundle
 	$(BIN)/python -m pytest -m vm tests/test_vm.py $(ARGS)

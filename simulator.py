@@ -2018,7 +2018,9 @@ TOKEN_LASTS = 604_800  # seconds, as Discord's
 AUTHORIZE_PAGE = tornado.template.Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pretend Discord</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
+:root { color-scheme: light dark }
 body { font: 16px/1.5 sans-serif; max-width: 26rem; margin: 4rem auto; padding: 0 1rem }
 button { display: block; width: 100%; margin: .5rem 0; padding: .6rem; font: inherit }
 </style>
@@ -2462,9 +2464,12 @@ class Harness:
         wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
         wanted |= self.host.event_types()
         discord, kept = spywatcher.DiscordSettings(), self.host.cached()
-        self.bot = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept).bot
+        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept)
+        self.bot = gateway.bot
         place = spywatcher.HostContext(
             bot=self.bot,
+            events=self.bot.events,
+            presences=gateway.presences,
             emit=self._emit,
             settled=lambda: True,
             watches=lambda guild_id: True,
@@ -2847,22 +2852,23 @@ class PastHour(NamedTuple):
 
 
 def past_hours(dice: random.Random, members: int, weeks: int = 4) -> Iterator[PastHour]:
-    """The last weeks of a guild, until the last full hour: evenings, weekends, and it grows."""
+    """The last weeks of a guild, until the last full hour: weekends, evenings, and it grows. It is
+    evening there now, whenever that is, so that the past is of a piece with the life of the demo.
+    """
     hours, now = weeks * 7 * 24, int(time.time()) // 3600
     for ago in range(hours, 0, -1):
         moment = datetime.fromtimestamp((now - ago) * 3600, UTC)
-        evening = (
-            1 + math.cos((moment.hour - 20) / 24 * math.tau)
-        ) / 2  # 1 at 20:00 UTC, 0 at 8:00
+        evening = (1 + math.cos(ago / 24 * math.tau)) / 2  # 0 twelve hours before and after
         weekend = 1.3 if moment.weekday() >= 5 else 1.0
         grown = 1.0 - 0.3 * ago / hours
         busy = (0.04 + 0.96 * evening**1.5) * weekend * grown * dice.uniform(0.7, 1.2)
-        active = min(round(busy * members * 0.4), members)
+        active = min(round(busy * members * 0.6), members)
+        joins = round(busy * dice.uniform(4, 12))
         yield PastHour(
             hour=now - ago,
-            messages=active and active + round(busy * members * dice.uniform(3, 6)),
-            joins=sum(dice.random() < busy * 0.06 for _ in range(3)),
-            leaves=sum(dice.random() < busy * 0.04 for _ in range(3)),
+            messages=active and active + round(busy * members * dice.uniform(30, 50)),
+            joins=joins,
+            leaves=round(joins * dice.uniform(0.77, 1.21)),
             active=active,
             online=max(
                 active, round(members * grown * (0.15 + 0.5 * evening) * dice.uniform(0.9, 1.1))

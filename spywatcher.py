@@ -113,6 +113,7 @@ import msgspec
 import socketio
 from engineio import packet as engineio_packet
 from hikari.events import base_events
+from hikari.impl.event_manager_base import filtered
 from msgspec import Meta
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -140,6 +141,7 @@ __all__ = [
     "Marks",
     "Payload",
     "PluginSettings",
+    "Presence",
     "Shared",
     "Spy",
     "Subscriber",
@@ -171,8 +173,20 @@ class OperatorError(SpyWatcherError):
     """Settings, files or plugins are wrong. One line per fault; exit status 2."""
 
     def __init__(self, *faults: str) -> None:
-        super().__init__("\n".join(faults))
+        super().__init__(*faults)
         self.faults = faults
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+@contextlib.contextmanager
+def collecting(faults: list[str]) -> Iterator[None]:
+    """What an operator has to change goes to `faults`, to be told together."""
+    try:
+        yield
+    except OperatorError as error:
+        faults += error.faults
 
 
 class UpstreamError(SpyWatcherError):
@@ -221,19 +235,8 @@ SecondsOrZero = Annotated[float, Meta(ge=0, title="a number of seconds, such as 
 GuildId = Annotated[
     str, Meta(pattern=r"^[0-9]{1,20}$", title='a guild id in quotes, such as "123456789012345678"')
 ]
-PermissionName = Annotated[
-    str,
-    Meta(pattern=r"^[A-Z_]+$", title='a Discord permission in capitals, such as "MANAGE_GUILD"'),
-]
 Role = Literal["USER", "ADMIN", "MODERATOR", "BANNED"]
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
-Network = Annotated[
-    str,
-    Meta(
-        pattern=r"^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$",
-        title='an address or network in quotes, such as "127.0.0.1" or "10.0.0.0/8"',
-    ),
-]
 Rate = Annotated[
     str,
     Meta(
@@ -242,6 +245,78 @@ Rate = Annotated[
     ),
 ]
 Transport = Literal["websocket", "polling"]
+
+
+ORIGIN: Final = re.compile(
+    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
+)
+DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+
+
+def plain_origin(text: str) -> str:
+    """An origin as browsers write it (RFC 6454 §6): small letters, IDN encoded, no default port.
+
+    Raises ValueError with what to write instead. `*`, `null`, `https://*.host` (any below) and
+    `http://host:*` (any port) are origins too.
+    """
+    small = text.strip().lower()
+    if small in ("*", "null"):
+        return small
+    if "://" not in small:
+        raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
+    found = ORIGIN.match(small)
+    if found is None or small[found.end() :].startswith(("@", ":", "*")):
+        raise ValueError('expected "scheme://host" or "scheme://host:port"')
+    if found.end() != len(small):
+        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
+    scheme, host, port = found.groups()
+    below = "*." if host.startswith("*.") else ""
+    host = host[len(below) :]
+    if not host or "*" in host:
+        raise ValueError('expected * only as "*.host" or alone')
+    if port not in (None, "*") and int(port) > 65_535:
+        raise ValueError("expected a port up to 65535")
+    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
+    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
+
+
+def encoded_host(host: str) -> str:
+    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    if host.isascii():
+        return host
+    try:
+        return idna.encode(host, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"expected the name of a host: {error}") from error
+
+
+def known_network(text: str) -> str:
+    """An address or a network; raises ValueError for what is none."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(
+            f'expected an address or network, such as "127.0.0.1" or "10.0.0.0/8": {error}'
+        ) from error
+    return text
+
+
+def known_permission(name: str) -> str:
+    """A permission as Discord calls it; raises ValueError with the nearest one."""
+    known = [str(permission.name) for permission in hikari.Permissions]
+    if name in known:
+        return name
+    [close] = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
+    raise ValueError(f'expected a Discord permission in capitals, such as "{close}"')
+
+
+#: How each of a list is read, where the type does not say all of it.
+READ_EACH: Final[dict[str, Callable[[str], str]]] = {
+    "server.cors_origins": plain_origin,
+    "server.trusted_proxies": known_network,
+    "server.metrics_from": known_network,
+    "auth.viewer_permissions": known_permission,
+}
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -258,7 +333,7 @@ class ServerSettings(Section, frozen=True):
         Meta(description='Pages that may connect from another origin; "*" is any.'),
     ] = ("http://localhost:5173", "http://127.0.0.1:5173")
     trusted_proxies: Annotated[
-        tuple[Network, ...],
+        tuple[str, ...],
         Meta(description="Addresses or networks that may set X-Forwarded-For."),
     ] = ("127.0.0.1", "::1")
     transports: Annotated[
@@ -272,7 +347,7 @@ class ServerSettings(Section, frozen=True):
     ] = 1_048_576
     shutdown_grace: Annotated[Seconds, Meta(description="Seconds that a stop may take.")] = 5.0
     metrics_from: Annotated[
-        tuple[Network, ...],
+        tuple[str, ...],
         Meta(description="Addresses or networks besides this host that may read /metrics."),
     ] = ()
 
@@ -300,7 +375,7 @@ class AuthSettings(Section, frozen=True):
         tuple[Role, ...], Meta(description="Token roles that may view every watched guild.")
     ] = ("ADMIN",)
     viewer_permissions: Annotated[
-        tuple[PermissionName, ...],
+        tuple[str, ...],
         Meta(description="Discord permissions of which others need one in the guild."),
     ] = ("MANAGE_GUILD",)
     channel_visibility: Annotated[
@@ -448,36 +523,63 @@ class Settings(Section, frozen=True):
     source: str = "the defaults"
 
 
+class SettingsError(OperatorError):
+    """Settings are wrong. `sound` has those that are not, so that what else is wrong is found."""
+
+    def __init__(self, *faults: str, sound: Settings) -> None:
+        super().__init__(*faults)
+        self.sound = sound
+
+
 SECRET_KEYS: Final = frozenset({"secret", "token", "client_secret"})
 SectionT = TypeVar("SectionT", bound=msgspec.Struct)
 
 
 def check_table(table: object, to: type[SectionT], path: str, faults: list[str]) -> SectionT:
     """Turn one TOML table into a section; every fault is appended to `faults` with its key path."""
-    if not isinstance(table, dict):
-        faults.append(f"{path}: got {shown(table)}, expected a table")
-        return to()
-    fields = {field.name: field for field in msgspec.structs.fields(to)}
+    fields = {field.name: field.type for field in msgspec.structs.fields(to)}
     values = {}
-    for key, value in table.items():
-        if key not in fields:
+    for key, value in as_table(table, path, faults).items():
+        if key in fields:
+            values[key] = read_value(value, fields[key], f"{path}.{key}", faults)
+        else:
             faults.append(f"{path}.{key}: unknown key{nearest(key, fields)}")
-            continue
-        try:
-            values[key] = msgspec.convert(value, fields[key].type)
-        except msgspec.ValidationError as error:
-            came = (
-                "a value not shown here" if is_secret(key, value) else shown(without_login(value))
-            )
-            wanted = expected(fields[key].type) or str(error).removeprefix("Expected ")
-            faults.append(
-                f"{path}.{key}: got {came}, expected {wanted}{did_you_mean(fields[key].type, value)}"
-            )
     try:
-        return to(**values)
+        return to(**{key: value for key, value in values.items() if value is not msgspec.UNSET})
     except ValueError as error:  # what the section itself says of values that do not fit together
         faults += [f"{path}.{fault}" for fault in error.args]
         return to()
+
+
+def as_table(value: object, path: str, faults: list[str]) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    came = shown(value) if isinstance(value, int | float) else "something else"  # or a secret
+    faults.append(f"{path}: got {came}, expected a table")
+    return {}
+
+
+def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
+    """What a setting of this type is; UNSET, and one more fault, where the value is wrong."""
+    try:
+        read = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        key = path.rpartition(".")[2]
+        came = "a value not shown here" if is_secret(key, value) else shown(without_login(value))
+        wanted = expected(kind) or str(error).removeprefix("Expected ")
+        faults.append(f"{path}: got {came}, expected {wanted}")
+        return msgspec.UNSET
+    return read_each(read, path, faults) if path in READ_EACH else read
+
+
+def read_each(values: Iterable[str], path: str, faults: list[str]) -> tuple[str, ...]:
+    sound = []
+    for value in values:
+        try:
+            sound.append(READ_EACH[path](value))
+        except ValueError as error:
+            faults.append(f"{path}: got {shown(value)}, {error}")
+    return tuple(sound)
 
 
 def is_secret(key: str, value: object) -> bool:
@@ -485,45 +587,41 @@ def is_secret(key: str, value: object) -> bool:
     return key in SECRET_KEYS or (not isinstance(value, str) and "://" in shown(value))
 
 
+PLAIN_WORDS: Final[dict[Any, str]] = {
+    bool: "true or false",
+    str: "a text in quotes",
+    int: "a whole number",
+    float: "a number",
+}
+BOUNDS: Final = {
+    "gt": "above {:g}",
+    "ge": "from {:g}",
+    "lt": "below {:g}",
+    "le": "up to {:g}",
+    "min_length": "at least {} long",
+    "max_length": "at most {} long",
+}
+
+
 def expected(kind: Any) -> str:
-    """What a setting of this type takes, in words; empty where the type says nothing in words."""
+    """What a setting of this type takes, in words; empty where there are none."""
     if get_origin(kind) is Annotated:
         metas = [meta for meta in kind.__metadata__ if isinstance(meta, Meta)]
         titles = [meta.title for meta in metas if meta.title]
-        bounded = any(meta != Meta(description=meta.description) for meta in metas)
-        return titles[0] if titles else "" if bounded else expected(get_args(kind)[0])
+        bounds = [
+            words.format(bound)
+            for meta in metas
+            for name, words in BOUNDS.items()
+            if (bound := getattr(meta, name)) is not None
+        ]
+        return titles[0] if titles else " ".join([expected(get_args(kind)[0]), *bounds]).strip()
     if get_origin(kind) is Literal:
         return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
     if get_origin(kind) is tuple:
-        item = expected(get_args(kind)[0])
-        return f"a list in [ ] of each {item}" if item else ""
+        return f"a list in [ ] of each {expected(get_args(kind)[0])}"
     if get_args(kind):
         return " or ".join(filter(None, map(expected, get_args(kind))))
-    plain = {
-        bool: "true or false",
-        str: "a text in quotes",
-        int: "a whole number",
-        float: "a number",
-    }
-    return plain.get(kind, "")
-
-
-def did_you_mean(kind: Any, value: object) -> str:
-    """The end of a sentence, where the value was nearly one of a choice."""
-    while get_origin(kind) in (Annotated, tuple):
-        kind = get_args(kind)[0]
-    if get_origin(kind) is not Literal:
-        return ""
-    given = value if isinstance(value, list) else [value]
-    wrong = [one for one in given if isinstance(one, str) and one not in get_args(kind)]
-    return (
-        nearest(
-            wrong[0].upper() if wrong[0].upper() in get_args(kind) else wrong[0].lower(),
-            get_args(kind),
-        )
-        if wrong
-        else ""
-    )
+    return PLAIN_WORDS.get(kind, "")
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -554,10 +652,12 @@ def without_login(value: object) -> object:
     return place + (more and "?***")
 
 
-def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
-    """Check all tables at once; raises OperatorError with one line per fault."""
+def parse_settings(
+    tables: dict[str, Any], folder: Path, source: str = Settings().source
+) -> Settings:
+    """Check all tables at once; raises SettingsError with one line per fault."""
     faults: list[str] = []
-    sections: dict[str, Any] = {"folder": folder}
+    sections: dict[str, Any] = {"folder": folder, "source": source}
     types = section_types()
     for name, table in tables.items():
         if name == "plugin":
@@ -568,12 +668,9 @@ def parse_settings(tables: dict[str, Any], folder: Path) -> Settings:
             sections[name] = check_table(table, types[name], name, faults)
         else:
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
-    if "server" in sections:
-        sections["server"] = check_origins(sections["server"], faults)
     settings = Settings(**sections)
-    faults += permission_faults(settings.auth) + network_faults(settings.server)
     if faults:
-        raise OperatorError(*faults)
+        raise SettingsError(*faults, sound=settings)
     return settings
 
 
@@ -592,112 +689,25 @@ def check_plugin_tables(
 
     What a key that ends with `_file` names is relative to the settings file: the path is made whole.
     """
-    if not isinstance(table, dict):
-        faults.append(f"plugin: got {shown(table)}, expected tables [plugin.NAME]")
-        return {}
-    faults += [
-        f"plugin.{name}: got {shown(value)}, expected a table"
-        for name, value in table.items()
-        if not isinstance(value, dict)
-    ]
     return {
         name: {
-            key: str(folder / entry) if key.endswith("_file") and entry else entry
-            for key, entry in value.items()
+            key: str(folder / entry) if is_file(key, entry) else entry
+            for key, entry in as_table(entries, f"plugin.{name}", faults).items()
         }
-        for name, value in table.items()
-        if isinstance(value, dict)
+        for name, entries in as_table(table, "plugin", faults).items()
     }
+
+
+def is_file(key: str, value: object) -> bool:
+    return key.endswith("_file") and isinstance(value, str) and value != ""
 
 
 def check_throttle_table(table: object, faults: list[str]) -> dict[str, float]:
     """`[throttle]`: any event's name and its seconds; the defaults stay where nothing is said."""
-    if not isinstance(table, dict):
-        faults.append(f"throttle: got {shown(table)}, expected a table")
-        return THROTTLE.copy()
-    seconds = THROTTLE.copy()
-    for event, value in table.items():
-        try:
-            seconds[event] = msgspec.convert(value, Seconds)
-        except msgspec.ValidationError as error:
-            expected = str(error).removeprefix("Expected ")
-            faults.append(f'throttle."{event}": got {shown(value)}, expected {expected}')
-    return seconds
-
-
-def permission_faults(auth: AuthSettings) -> list[str]:
-    known = [str(permission.name) for permission in hikari.Permissions]
-    return [
-        f"auth.viewer_permissions: {name} is no Discord permission{nearest(name, known)}"
-        for name in auth.viewer_permissions
-        if name not in known
-    ]
-
-
-def check_origins(server: ServerSettings, faults: list[str]) -> ServerSettings:
-    """The same with each origin as a browser would write it."""
-    origins = []
-    for text in server.cors_origins:
-        try:
-            origins.append(plain_origin(text))
-        except ValueError as error:
-            faults.append(f"server.cors_origins: got {shown(text)}, {error}")
-    return msgspec.structs.replace(server, cors_origins=tuple(origins))
-
-
-ORIGIN: Final = re.compile(
-    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
-)
-DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
-
-
-def plain_origin(text: str) -> str:
-    """An origin as browsers write it (RFC 6454 §6): small letters, IDN encoded, no default port.
-
-    Raises ValueError with what to write instead. `*`, `null`, `https://*.host` (any below) and
-    `http://host:*` (any port) are origins too.
-    """
-    small = text.strip().lower()
-    if small in ("*", "null"):
-        return small
-    if "://" not in small:
-        raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
-    found = ORIGIN.match(small)
-    if found is None or small[found.end() :].startswith(("@", ":", "*")):
-        raise ValueError('expected "scheme://host" or "scheme://host:port"')
-    if found.end() != len(small):
-        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
-    scheme, host, port = found.groups()
-    below = "*." if host.startswith("*.") else ""
-    host = host[len(below) :]
-    if not host or "*" in host:
-        raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*") and int(port) > 65_535:
-        raise ValueError("expected a port up to 65535")
-    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
-    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
-
-
-def encoded_host(host: str) -> str:
-    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
-    if host.isascii():
-        return host
-    try:
-        return idna.encode(host, uts46=True).decode()
-    except idna.IDNAError as error:
-        raise ValueError(f"expected the name of a host: {error}") from error
-
-
-def network_faults(server: ServerSettings) -> list[str]:
-    faults = []
-    listed = {"trusted_proxies": server.trusted_proxies, "metrics_from": server.metrics_from}
-    for key, networks in listed.items():
-        for text in networks:
-            try:
-                ipaddress.ip_network(text)
-            except ValueError as error:
-                faults.append(f"server.{key}: got {text}, expected a network: {error}")
-    return faults
+    return THROTTLE | {
+        event: read_value(seconds, Seconds, f'throttle."{event}"', faults)
+        for event, seconds in as_table(table, "throttle", faults).items()
+    }
 
 
 def changed_keys(old: Settings, new: Settings) -> list[str]:
@@ -737,10 +747,10 @@ def read_settings(path: Path | None) -> Settings:
                 source=f"no config.toml in {folders}",
             )
     try:
-        settings = parse_settings(read_toml(path), path.resolve().parent)
+        return parse_settings(read_toml(path), path.resolve().parent, str(path))
     except OperatorError as error:
-        raise OperatorError(*(f"{path}: {fault}" for fault in error.faults)) from error
-    return msgspec.structs.replace(settings, source=str(path))
+        error.faults = tuple(f"{path}: {fault}" for fault in error.faults)
+        raise
 
 
 #: Tables in tables: settings need four.
@@ -752,7 +762,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         tables = tomllib.loads(text)
-        if is_deeper(tables, DEEPEST):
+        if depth(tables) > DEEPEST:
             raise RecursionError
     except tomllib.TOMLDecodeError as error:
         advice = syntax_advice(text, str(error))
@@ -762,18 +772,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     return tables
 
 
-def is_deeper(value: object, depth: int) -> bool:
-    """Whether tables and lists lie more than `depth` levels in each other."""
-    level = [value]
-    for _ in range(depth):
-        level = [inner for one in level for inner in contents(one)]
-    return any(isinstance(one, dict | list) for one in level)
-
-
-def contents(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
+def depth(value: object) -> int:
+    """How many tables and lists lie in each other."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 #: What is wrong with a line that is no TOML: how it looks, and what to write instead.
@@ -923,7 +926,6 @@ class Metrics:
 # Who is there (a signed token) and what they may see (Discord's permissions, by hikari's
 # cache). The only place that decides either. It knows no sockets and no rooms.
 
-ROLES: Final = frozenset(get_args(Role))
 #: Room for some 270 guild ids; nothing longer is worth the work of checking it.
 MAX_TOKEN_BYTES: Final = 8192
 #: Seconds by which the clock of who made a token may be ahead of ours.
@@ -937,8 +939,8 @@ JWT_CHECKS: Final = jwt.types.Options(
     verify_nbf=False,
     verify_sub=False,
 )
-#: The end of the year 9999, in seconds since 1970.
-LAST_MOMENT: Final = 253_402_300_799
+#: Seconds since 1970, up to the year 9999: a page's milliseconds are not taken.
+Moment = Annotated[float, Meta(gt=0, le=253_402_300_799)]
 #: A key no shorter than the hash it makes (RFC 7518 §3.2).
 LEAST_SECRET_BYTES: Final = {"HS256": 32, "HS384": 48, "HS512": 64}
 #: Permissions are plain ints here: combining hikari's flags costs ten times as much.
@@ -953,13 +955,13 @@ LEFT_IN_TIMEOUT: Final = VIEW_CHANNEL | CONNECT | int(hikari.Permissions.READ_ME
 VOICE_TYPES: Final = (hikari.ChannelType.GUILD_VOICE, hikari.ChannelType.GUILD_STAGE)
 
 
-class Viewer(msgspec.Struct, frozen=True):
+class Viewer(msgspec.Struct, frozen=True, rename={"discord_id": "discordId", "expires": "exp"}):
     """Who a dashboard belongs to: the claims of its token (API page, Authentication)."""
 
-    discord_id: str
-    role: str
+    discord_id: Annotated[str, Meta(min_length=1)]
+    role: Role
     guilds: frozenset[str] | None = None
-    expires: float | None = None
+    expires: Moment | None = None
 
 
 class Keys(msgspec.Struct, frozen=True):
@@ -1067,26 +1069,12 @@ class Tokens:
 
     @staticmethod
     def _viewer(claims: dict[str, Any]) -> Viewer:
-        discord_id, role = claims.get("discordId"), claims.get("role")
-        guilds, expires = claims.get("guilds"), claims.get("exp")
-        sound = (
-            isinstance(discord_id, str)
-            and discord_id != ""
-            and claims.get("access") is True
-            and isinstance(role, str)
-            and role in ROLES
-            and (guilds is None or is_list_of_strings(guilds))
-            and is_moment(expires)
-            and has_begun(claims.get("nbf"))
-        )
-        if not sound:
-            raise RefusedConnectionError("Invalid token", code="claims")
-        return Viewer(
-            discord_id=str(discord_id),
-            role=str(role),
-            guilds=None if guilds is None else frozenset(guilds),
-            expires=None if expires is None else float(expires),
-        )
+        try:
+            if claims.get("access") is True and has_begun(claims.get("nbf")):
+                return msgspec.convert(claims, Viewer)
+        except msgspec.ValidationError as error:
+            raise RefusedConnectionError("Invalid token", code="claims") from error
+        raise RefusedConnectionError("Invalid token", code="claims")
 
     def issue(
         self, discord_id: str, role: str = "USER", guilds: Sequence[str] = (), ttl: float = 900.0
@@ -1135,19 +1123,10 @@ class Tokens:
         return hmac.digest(secret, f"spywatcher:{purpose}".encode(), "sha256")
 
 
-def is_moment(value: object) -> bool:
-    """None, or seconds since 1970 that a calendar knows: a page's milliseconds are not taken."""
-    return value is None or (type(value) in (int, float) and 0 < value <= LAST_MOMENT)  # type: ignore[operator]  # a number
-
-
 def has_begun(value: object) -> bool:
     """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
-
-
-def is_list_of_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 class Directory(Protocol):
@@ -1190,6 +1169,11 @@ class CacheReader:
         record = self._cache._guild_entries.get(guild_id)
         cell = record.members.get(user_id) if record and record.members else None
         return cell and cell.object
+
+    def get_user(self, guild_id: int, user_id: int) -> Any:
+        """The account of a member."""
+        member = self.get_member(guild_id, user_id)
+        return member and member.user.object
 
     def get_role(self, role_id: int) -> Any:
         return self._cache._role_entries.get(role_id)
@@ -2475,9 +2459,14 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        for handler in (self.handler, self._prober):
-            if handler is not None:
-                close_gently(handler, self.server.ending_timeout)
+        patience = self.server.ending_timeout
+        if self.handler is not None:
+            close_gently(self.handler, patience)
+        if self._prober is not None:
+            # A stock client whose probe was answered has stopped polling: it neither polls again nor
+            # reconnects when this closes before it has said "5". What it says then closes it.
+            later = asyncio.get_running_loop().call_later
+            later(patience, close_gently, self._prober, patience)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -3590,6 +3579,7 @@ class Need(NamedTuple):
 CACHE: Final = hikari.api.CacheComponents
 #: What a plugin may put into `needs`.
 NEEDS: Final = {
+    "activities": Need(CACHE.PRESENCES, hikari.PresenceUpdateEvent, ("activities", "get_presence")),
     "emojis": Need(CACHE.EMOJIS, hikari.EmojisUpdateEvent, ("old_emoji", "get_emoji")),
     "invites": Need(CACHE.INVITES, hikari.InviteCreateEvent, ("old_invite", "get_invite")),
     "messages": Need(
@@ -3750,8 +3740,8 @@ def member_name(cache: hikari.api.Cache, guild_id: int, user_id: int) -> str:
     Asks for the member, not the user: hikari 2.7 drops users still cached as members once one of
     their messages leaves its cache.
     """
-    member = cache.get_member(guild_id, user_id)
-    return user_name(member.user) if member else str(int(user_id))
+    user = CacheReader(cache).get_user(guild_id, user_id)
+    return user_name(user) if user else str(int(user_id))
 
 
 def role_name(role: hikari.Role) -> str:
@@ -3771,7 +3761,8 @@ def channel_name(cache: hikari.api.Cache, channel_id: int) -> str:
 
     Where Discord hides the name or has not sent it, it is the id.
     """
-    channel = cache.get_guild_channel(channel_id) or cache.get_thread(channel_id)
+    known = CacheReader(cache)
+    channel = known.get_guild_channel(channel_id) or known.get_thread(channel_id)
     name = channel.name if channel else None
     return shown_name(None if name == HIDDEN_CHANNEL_NAME else name, channel_id, NAME_LENGTH)
 
@@ -3849,6 +3840,20 @@ class Marks(Protocol):
         """Whether a name is remembered."""
 
 
+class Presence(NamedTuple):
+    """How a member appears, as `spy.presence` tells it:
+
+        Presence(status="dnd", platforms=frozenset({"desktop", "mobile"}))
+
+    Whoever is offline is on no platform.
+    """
+
+    #: online, idle, dnd or offline
+    status: str
+    #: Of desktop, mobile and web those that the member is on.
+    platforms: frozenset[str]
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -3905,6 +3910,7 @@ class Spy:
         self._tokens = context.tokens
         self._address = context.address
         self._lists_origin = context.lists_origin
+        self._presences = context.presences
         self._emit = emit
         self._counts = counts
         self._failed = failed
@@ -3928,6 +3934,19 @@ class Spy:
         the event is really sent: not while nobody listens, and once per window of `[throttle]`.
         """
         self._emit(event, str(int(guild_id)), payload, room)
+
+    def presence(self, guild_id: int, user_id: int) -> Presence | None:
+        """How a member, or a bot, appears now; None of whom Discord has not sent.
+
+            spy.presence(event.guild_id, event.user_id).status
+
+        It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
+        """
+        return self._presences.of(guild_id, user_id)
+
+    def online(self, guild_id: int) -> list[int]:
+        """The ids of the guild's members who are not offline; bots are left out."""
+        return self._presences.online(guild_id)
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -3993,10 +4012,23 @@ RESERVED_EVENTS: Final = frozenset(
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
+class Events(Protocol):
+    """Where to hear of what happens, as it happens: what is subscribed waits for nothing."""
+
+    def subscribe(
+        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
+    ) -> None: ...
+    def unsubscribe(
+        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
+    ) -> None: ...
+
+
 class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
     bot: hikari.GatewayBot
+    events: Events
+    presences: Presences
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
     #: Whether the gateway session is past its startup grace.
@@ -4146,24 +4178,120 @@ def camel_case(name: str) -> str:
     return first + "".join(map(str.capitalize, rest))
 
 
+# -- who is there
+
+#: In the order of the codes below.
+STATUSES: Final = ("offline", "online", "idle", "dnd")
+PLATFORMS: Final = {"desktop": 1, "mobile": 2, "web": 4}
+#: A member in a number: status * 8 + platforms, and this for who is no person.
+BOT: Final = 32
+APPEARANCES: Final = [
+    Presence(status, frozenset(name for name, bit in PLATFORMS.items() if bits & bit))
+    for status in STATUSES
+    for bits in range(8)
+]
+
+
+class Presences:
+    """Who is in which guild, and how each appears: a number for each member.
+
+    It is told what the gateway brings before anybody hears of it (Discord documentation: Gateway
+    Events). Of who leaves nothing is kept; of who is not a member yet nothing is taken.
+    """
+
+    def __init__(self) -> None:
+        self._guilds: dict[int, dict[int, int]] = {}
+
+    def of(self, guild_id: int, user_id: int) -> Presence | None:
+        code = self._guilds.get(guild_id, {}).get(user_id)
+        return None if code is None else APPEARANCES[code % BOT]
+
+    def online(self, guild_id: int) -> list[int]:
+        """People who are not offline."""
+        return [user for user, code in self._guilds.get(guild_id, {}).items() if 0 < code < BOT]
+
+    def is_person(self, guild_id: int, user_id: int) -> bool:
+        """Whether this is a member, and no bot."""
+        return self._guilds.get(guild_id, {}).get(user_id, BOT) < BOT
+
+    def clear(self) -> None:
+        self._guilds.clear()
+
+    def update(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
+        """Take how a member appears now; whether that is news."""
+        members = self._guilds.get(guild_id, {})
+        before = members.get(user_id)
+        if before is None:
+            return True
+        code = before & BOT | code_of(status, devices)
+        members[user_id] = code
+        return code != before
+
+    def knows(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
+        """Whether this is how the member appears already."""
+        code = self._guilds.get(guild_id, {}).get(user_id)
+        return code is not None and code % BOT == code_of(status, devices)
+
+    def take(self, event: str, payload: Any) -> None:
+        """What a packet other than PRESENCE_UPDATE says of who is there."""
+        if event == "GUILD_MEMBER_REMOVE":
+            self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
+        elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
+            self._enter(self._members(payload["guild_id"]), [payload], ())
+        elif event == "GUILD_MEMBERS_CHUNK":
+            members = self._members(payload["guild_id"])
+            self._enter(members, payload["members"], payload.get("presences", ()))
+        elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
+            self._guilds.pop(int(payload["id"]), None)
+            if event == "GUILD_CREATE":
+                members = self._members(payload["id"])
+                self._enter(members, payload["members"], payload.get("presences", ()))
+
+    def _members(self, guild_id: str) -> dict[int, int]:
+        return self._guilds.setdefault(int(guild_id), {})
+
+    @staticmethod
+    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        for entry in entries:
+            user = entry["user"]
+            user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
+            members[user_id] = members.get(user_id, 0) % BOT | (BOT if is_bot else 0)
+        for presence in presences:
+            user_id = int(presence["user"]["id"])
+            if user_id in members:
+                code = code_of(presence["status"], presence["client_status"])
+                members[user_id] = members[user_id] & BOT | code
+
+
+def code_of(status: str, devices: Mapping[str, str]) -> int:
+    """A status that is not known is one of being there."""
+    if status in ("offline", "invisible"):
+        return 0
+    code = 8 * (STATUSES.index(status) if status in STATUSES else 1)
+    for name, value in devices.items():
+        if value != "offline":
+            code |= PLATFORMS.get(name, 0)
+    return code
+
+
 # -- who acts
 
 
-def is_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+def is_author_person(event: Any, presences: Presences) -> bool:
     message = event.message
     return not message.webhook_id and is_person(message.author)
 
 
-def was_author_person(event: Any, cache: hikari.api.Cache) -> bool:
+def was_author_person(event: Any, presences: Presences) -> bool:
     """Discord tells nothing of a message that was deleted but its ids: unknown counts as a person's."""
     message = event.old_message
     return message is None or (not message.webhook_id and is_person(message.author))
 
 
-def is_user_person(event: Any, cache: hikari.api.Cache) -> bool:
+def is_user_person(event: Any, presences: Presences) -> bool:
     user = getattr(event, "user", None) or getattr(event, "member", None)
     if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
-        user = cache.get_member(event.guild_id, event.user_id)
+        return presences.is_person(event.guild_id, event.user_id)
     return is_person(user)
 
 
@@ -4175,14 +4303,16 @@ def is_person(user: hikari.PartialUser | hikari.UndefinedType | None) -> bool:
 #: Whether a person did what an event tells of, by the first of these attributes that its type has;
 #: events of other types are nobody's doing. Not people are bots, webhooks, Discord's own users, and
 #: whoever is not known: neither the event nor the cache says who that is.
-PERSON_RULES: Final[dict[str, Callable[[Any, hikari.api.Cache], bool]]] = {
-    "old_messages": lambda event, cache: True,  # of many authors
+PERSON_RULES: Final[dict[str, Callable[[Any, Presences], bool]]] = {
+    "old_messages": lambda event, presences: True,  # of many authors
     "is_human": is_author_person,
     "old_message": was_author_person,
     "user_id": is_user_person,
-    "state": lambda event, cache: is_person(event.state.member),
-    "interaction": lambda event, cache: is_person(event.interaction.user),
-    "invite": lambda event, cache: event.invite.inviter is None or is_person(event.invite.inviter),
+    "state": lambda event, presences: is_person(event.state.member),
+    "interaction": lambda event, presences: is_person(event.interaction.user),
+    "invite": lambda event, presences: (
+        event.invite.inviter is None or is_person(event.invite.inviter)
+    ),
 }
 
 
@@ -4810,7 +4940,7 @@ class Dispatcher:
                 hearers.setdefault(hearer.listener.source, []).append(hearer)
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
-        events = self._context.bot.event_manager
+        events = self._context.events
         for event_type in self._subscribed.keys() - wanted:
             events.unsubscribe(event_type, self._subscribed.pop(event_type))
         for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
@@ -4830,19 +4960,17 @@ class Dispatcher:
             finally:
                 CHAIN.reset(before)
 
-    def _subscription(
-        self, event_type: type[hikari.Event]
-    ) -> Callable[[Any], Coroutine[Any, Any, None]]:
-        """What hikari calls. It waits for nothing: plain functions are called one after the other."""
-        cache = self._context.bot.cache
+    def _subscription(self, event_type: type[hikari.Event]) -> Callable[[Any], None]:
+        """Calls plain functions one after the other, and waits for none that is async."""
+        presences, cache = self._context.presences, self._context.bot.cache
         rules = (rule for name, rule in PERSON_RULES.items() if hasattr(event_type, name))
         rule = next(rules, None)
 
-        async def hear(event: Any) -> None:
+        def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
             if guild_id is not None and not self._context.watches(str(int(guild_id))):
                 return
-            person = rule is None or rule(event, cache)
+            person = rule is None or rule(event, presences)
             self._count(event)
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
@@ -5065,6 +5193,8 @@ class PluginLoader:
         self.plugins: dict[str, Plugin] = {}
         #: What did not load or start, and why; the version before may be at work.
         self.failures: dict[str, str] = {}
+        #: Whose tables are wrong: that keeps the server from starting.
+        self.refused: set[str] = set()
 
     def load_all(self) -> None:
         """Load every plugin of the folders, in the order of their names.
@@ -5078,6 +5208,7 @@ class PluginLoader:
                 with fresh_modules(name):
                     self.plugins[name] = self.load(name, path, self.plugins.values())
             except OperatorError as error:
+                self.refused.add(name)
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
@@ -5117,7 +5248,7 @@ class PluginLoader:
 
     def tables_without_plugin(self) -> list[str]:
         """A line for each `[plugin.NAME]` whose plugin is not there."""
-        known = {*self.plugins, *self.failures, *self.files.disabled}
+        known = {*self.plugins, *self.failures, *self.refused, *self.files.disabled}
         return [
             f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
             for name in self.tables
@@ -5438,7 +5569,6 @@ CACHED: Final = (
     | hikari.api.CacheComponents.GUILD_THREADS
     | hikari.api.CacheComponents.MEMBERS
     | hikari.api.CacheComponents.ROLES
-    | hikari.api.CacheComponents.PRESENCES
     | hikari.api.CacheComponents.ME
 )
 
@@ -5454,6 +5584,33 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
+class PartialUser(msgspec.Struct):
+    id: str
+
+
+class PresenceUpdate(msgspec.Struct):
+    """What decides whether a presence is news (Discord documentation: Presence Update)."""
+
+    user: PartialUser
+    guild_id: str
+    status: str
+    client_status: dict[str, str]
+
+    @property
+    def content(self) -> tuple[int, int, str, dict[str, str]]:
+        return int(self.guild_id), int(self.user.id), self.status, self.client_status
+
+
+class PresencePacket(msgspec.Struct):
+    op: int
+    t: str
+    s: int
+    d: PresenceUpdate
+
+
+read_presence: Final = msgspec.json.Decoder(PresencePacket).decode
+#: Stands for the content of a packet that is no event.
+UNCHANGED: Final = object()
 #: Packets that bring a guild, and where they name it.
 GUILD_CONTENT: Final = {"GUILD_CREATE": "id", "GUILD_MEMBERS_CHUNK": "guild_id"}
 
@@ -5651,8 +5808,10 @@ def place_of(error: BaseException) -> str:
 
 
 class GatewayEvents(hikari.impl.EventManagerImpl):
-    """hikari's, but of a packet that it cannot read no payload is shown, and of who is no member
-    nothing is kept.
+    """hikari's, but plain functions may subscribe too: they are called at once, without a task, so
+    that they find everything as the packet left it. Of a packet that it cannot read no payload is
+    shown. A presence is an event where status or platforms changed, without activities; all are, as
+    they came, where hikari keeps presences for plugins that need activities.
     """
 
     #: Told the event's name, its payload and what was raised.
@@ -5660,9 +5819,17 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     #: Told each event that was read, and its payload.
     read: Callable[[str, Any], None]
 
+    def __init__(self, presences: Presences, *hikaris: Any, cache: Any) -> None:
+        super().__init__(*hikaris, cache=cache)
+        self._presences = presences
+        self._whole = bool(cache.settings.components & hikari.api.CacheComponents.PRESENCES)
+        self._plain: dict[type[Any], list[Callable[[Any], Any]]] = {}
+
     def consume_raw_event(
         self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
     ) -> None:
+        if payload is UNCHANGED:
+            return
         consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
         if self._enabled_for_event(hikari.ShardPayloadEvent):
             factory = self._event_factory
@@ -5670,8 +5837,10 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if not consumer.is_enabled:
             return
         try:
+            self._presences.take(event_name, payload)
             consumer.callback(shard, payload)
-            self._forget_strangers(event_name, payload)
+            if self._whole and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
+                self._forget_stranger(int(payload["guild_id"]), int(payload["user"]["id"]))
         except hikari.UnrecognisedEntityError:
             return
         except Exception as error:
@@ -5681,11 +5850,70 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         else:
             self.read(event_name, payload)
 
-    def _forget_strangers(self, event_name: str, payload: Any) -> None:
-        if self._cache and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
-            ids = hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
-            if self._cache.get_member(*ids) is None:
-                self._cache.delete_presence(*ids)
+    def subscribe(
+        self, event_type: type[Any], callback: Callable[[Any], Any], *, _nested: int = 0
+    ) -> None:
+        if inspect.iscoroutinefunction(callback):
+            super().subscribe(event_type, callback, _nested=_nested + 1)
+        else:
+            self._plain.setdefault(event_type, []).append(callback)
+            self._increment_listener_group_count(event_type, 1)
+
+    def unsubscribe(self, event_type: type[Any], callback: Callable[[Any], Any]) -> None:
+        if callback in self._plain.get(event_type, ()):
+            self._plain[event_type].remove(callback)
+            self._increment_listener_group_count(event_type, -1)
+        else:
+            super().unsubscribe(event_type, callback)
+
+    def _enabled_for_event(self, event_type: type[hikari.Event], /) -> bool:
+        plain = any(self._plain.get(one) for one in event_type.dispatches())
+        return plain or super()._enabled_for_event(event_type)
+
+    def dispatch(self, event: hikari.Event, *, return_tasks: bool = False) -> Any:
+        for event_type in event.dispatches():
+            for callback in tuple(self._plain.get(event_type, ())):
+                callback(event)
+        return super().dispatch(event, return_tasks=return_tasks)
+
+    def read_packet(self, data: bytes) -> Any:
+        """A packet from its JSON; in place of a presence that is no event stands `UNCHANGED`."""
+        with contextlib.suppress(msgspec.MsgspecError):
+            if b'"PRESENCE_UPDATE"' in data and not self._wants_all():
+                packet = read_presence(data)
+                if packet.t == "PRESENCE_UPDATE" and self._presences.knows(*packet.d.content):
+                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": UNCHANGED}
+            return msgspec.json.decode(data)
+        return json.loads(data)  # it takes more than the standard allows
+
+    def _wants_all(self) -> bool:
+        return self._whole or self._enabled_for_event(hikari.ShardPayloadEvent)
+
+    def _forget_stranger(self, *ids: int) -> None:
+        if self._cache and self._presences.of(*ids) is None:
+            self._cache.delete_presence(*map(hikari.Snowflake, ids))
+
+    @filtered(hikari.PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
+    def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
+        ids = int(payload["guild_id"]), int(payload["user"]["id"])
+        before = self._presences.of(*ids)
+        news = self._presences.update(*ids, payload["status"], payload["client_status"])
+        if self._whole:
+            super().on_presence_update(shard, payload)
+        elif news:
+            self.dispatch(
+                self._event_factory.deserialize_presence_update_event(
+                    shard, {**payload, "activities": ()}, old_presence=self._old(payload, before)
+                )
+            )
+
+    def _old(self, payload: Any, before: Presence | None) -> hikari.MemberPresence | None:
+        """hikari's form of how a member appeared; None for offline, as hikari has it."""
+        if before is None or before.status == "offline":
+            return None
+        devices = dict.fromkeys(before.platforms, before.status)
+        old = {"status": before.status, "client_status": devices, "activities": ()}
+        return self._entity_factory.deserialize_member_presence({**payload, **old})
 
 
 class Brake:
@@ -5896,10 +6124,10 @@ RESUME_LATER: Final = 3000
 class Bot(hikari.GatewayBot):
     """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
 
-    def __init__(self, token: str, **hikaris: Any) -> None:
+    def __init__(self, token: str, presences: Presences, **hikaris: Any) -> None:
         super().__init__(token, **hikaris)
         self._event_manager = self.events = GatewayEvents(
-            self._entity_factory, self._event_factory, self._intents, cache=self._cache
+            presences, self._entity_factory, self._event_factory, self._intents, cache=self._cache
         )
 
     async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
@@ -5928,6 +6156,7 @@ class Bot(hikari.GatewayBot):
             proxy_settings=self._proxy_settings,
             event_manager=self._event_manager,
             event_factory=self._event_factory,
+            loads=self.events.read_packet,
         )
 
 
@@ -5970,7 +6199,6 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self._token = token
-        self._cached = CACHED | cached
         self._metrics = metrics
         self._turned = time.monotonic()
         self._wanted = wanted
@@ -5982,6 +6210,7 @@ class Gateway:
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
         self.intents = intents_for(wanted)
+        self.presences = Presences()
         #: The setting that holds the bot's token.
         self.token_key = "discord.token_file" if settings.token_file else "discord.token"
         try:
@@ -5992,14 +6221,15 @@ class Gateway:
             ) from error
         self.bot.events.unreadable = self._on_unreadable
         self.bot.events.read = self._on_read
-        self.bot.event_manager.subscribe(hikari.ShardReadyEvent, self._on_ready)
-        self.bot.event_manager.subscribe(hikari.ShardResumedEvent, self._on_resumed)
+        self.bot.events.subscribe(hikari.ShardReadyEvent, self._on_ready)
+        self.bot.events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
 
     def _make_bot(self, token: str, cached: hikari.api.CacheComponents) -> Bot:
         # Well within the time of a step, so that aiohttp itself tidies up what hangs.
         timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
         return Bot(
             token,
+            self.presences,
             rest_url=self._settings.rest_url,
             intents=self.intents,
             cache_settings=hikari.impl.CacheSettings(
@@ -6025,7 +6255,8 @@ class Gateway:
                     await self._turning(self._begin())
                     failures = 0
                     await self._turning(self.bot.join())
-                    self._refuse(self._ended)
+                    if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
+                        raise UpstreamError(code)  # any other end: REST is to be asked again
                 except UpstreamError as error:
                     text = refusal(error.args[0], self._switches(), self.token_key)
                     raise UpstreamError(text) from error
@@ -6127,14 +6358,9 @@ class Gateway:
         self._unread_guilds.clear()
         if self.bot.is_alive:
             await self.bot.close()
+        self.presences.clear()
 
     # -- refused for good
-
-    def _refuse(self, error: Exception | None) -> None:
-        """Raise what the end of a shard means, if not that REST is to be asked again."""
-        code = getattr(error, "code", None)
-        if code in FINAL_CODES:
-            raise UpstreamError(code)
 
     def _switches(self) -> str:
         """The switches of the developer portal that are needed, and for what."""
@@ -6169,12 +6395,12 @@ class Gateway:
         """A shard is over, and with it the bot; `run` has to judge why."""
         self._ended = error
 
-    async def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
+    def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
         self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
 
-    async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
+    def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
         self._how = "session resumed, nothing missed"
 
@@ -6246,7 +6472,7 @@ class Node:
 
     _parts: Parts
 
-    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+    def __init__(self, settings: Settings, bot: Bot) -> None:
         self._settings = settings
         self._bot = bot
 
@@ -6357,34 +6583,26 @@ class Origins:
     "https://*.host" is any below, "http://host:*" one on any port.
     """
 
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._any = "*" in patterns
-        self._exact = frozenset(map(str.lower, patterns))
-        self._any_port = frozenset(one[:-2] for one in self._exact if one.endswith(":*"))
-        self._below = tuple(
-            tuple(pattern.split("*", 1)) for pattern in self._exact if "://*." in pattern
-        )
+    def __init__(self, patterns: Iterable[str]) -> None:
+        small = frozenset(map(str.lower, patterns))
+        self._any, self._null = "*" in small, "null" in small
+        self._named = re.compile("|".join(map(origin_pattern, small - {"*", "null"})) or "(?!)")
 
     def allow(self, origin: str | None, host: str) -> bool:
         """`origin` and `host` as in the request's headers (RFC 6454; absent outside of browsers)."""
         if origin is None or self._any:
             return True
-        origin = origin.lower()
-        scheme, _, rest = origin.partition("://")
-        if origin in self._exact or (scheme in ("http", "https") and rest == host.lower()):
-            return True
-        return self.lists(origin)
+        same = origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+        return same or (self._null and origin.lower() == "null") or self.lists(origin)
 
     def lists(self, origin: str) -> bool:
         """Whether it is named, by a pattern too; "*" and "null" are nobody's names."""
-        origin = origin.lower()
-        if origin in ("*", "null"):
-            return False
-        without_port, _, port = origin.rpartition(":")
-        if origin in self._any_port or (port.isdecimal() and without_port in self._any_port):
-            return True
-        below = any(origin.startswith(start) and origin.endswith(end) for start, end in self._below)
-        return below or origin in self._exact
+        return self._named.fullmatch(origin.lower()) is not None
+
+
+def origin_pattern(listed: str) -> str:
+    exact = re.escape(listed)
+    return exact.replace(r"://\*\.", r"://[^/]+\.").replace(r":\*", r"(:[0-9]+)?")
 
 
 #: Headers by which a request shows that a proxy passed it on; of "X-…" there are too many to name.
@@ -6666,7 +6884,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def on_message(self, message: str | bytes) -> None:
         session = self._session
-        if session is None or session.closed:
+        if session is None:
             return
         self.connection.touch()
         if session.handler is self:
@@ -6875,7 +7093,7 @@ BANNED: Final = "Access denied"
 EXPIRY_WARNING: Final = 60.0
 #: Seconds after which a subscription is answered, though other nodes' events are not heard yet.
 SUBSCRIBE_PATIENCE: Final = 0.8
-#: Seconds between two `guilds:update` to one dashboard (design: rooms).
+#: Seconds between two rounds of `guilds:update` (design: rooms).
 LIST_INTERVAL: Final = 1.0
 #: Seconds that changes of rights are collected before rooms are looked through; what is sent to a
 #: guild's rooms meanwhile has those looked through first.
@@ -7172,8 +7390,6 @@ class Told(NamedTuple):
 
     guilds: msgspec.Raw
     complete: bool
-    #: When it may be told again, by the monotonic clock.
-    until: float
 
 
 class GuildList:
@@ -7198,13 +7414,15 @@ class GuildLists:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._lists: dict[object, GuildList] = {}
-        self._telling: asyncio.TimerHandle | None = None
+        self._round: asyncio.TimerHandle | None = None
+        self._last_round = 0.0
+        self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
         guild_list = self._list_of(dashboard)
         self._refresh(guild_list)
-        self._note(guild_list, dashboard)
-        return {"guilds": guild_list.encoded, "complete": self._access.complete}
+        told = guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete)
+        return {"guilds": told.guilds, "complete": told.complete}
 
     def _list_of(self, dashboard: Dashboard) -> GuildList:
         key = self._access.list_key(dashboard.viewer)
@@ -7278,43 +7496,36 @@ class GuildLists:
 
     # -- who is told
 
-    def _tell_soon(self, seconds: float = 0.0) -> None:
+    def _tell_soon(self) -> None:
+        self._changed = bool(self._lists)
+        if self._changed and self._round is None:
+            loop = asyncio.get_running_loop()
+            self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
+
+    def _begin_round(self) -> None:
+        self._changed = False
+        self._tell(list(self._lists.values()))
+
+    def _tell(self, lists: list[GuildList]) -> None:
+        """Tell whoever has not heard of a change yet, in slices."""
         loop = asyncio.get_running_loop()
-        if self._telling is not None and self._telling.when() > loop.time() + seconds:
-            self._telling.cancel()
-            self._telling = None
-        if self._telling is None and self._lists:
-            self._telling = loop.call_later(seconds, self._tell)
+        self._round, self._last_round = None, loop.time()
+        while lists and loop.time() - self._last_round < SLICE:
+            guild_list = lists.pop()
+            if guild_list.told:
+                self._refresh(guild_list)
+                self._tell_changes(guild_list)
+        if lists:
+            self._round = loop.call_later(0, self._tell, lists)
+        elif self._changed:
+            self._tell_soon()
 
-    def _tell(self) -> None:
-        """Tell whoever may be told now; come again for the others."""
-        self._telling = None
-        began, again = time.monotonic(), math.inf
-        for guild_list in tuple(self._lists.values()):
-            self._refresh(guild_list)
-            again = min(again, self._tell_changes(guild_list))
-            if time.monotonic() - began > SLICE:
-                again = 0.0
-                break
-        if again < math.inf:
-            self._tell_soon(again)
-
-    def _tell_changes(self, guild_list: GuildList) -> float:
-        """Returns in how many seconds somebody is to be told who was told too lately."""
-        now, complete, again = time.monotonic(), self._access.complete, math.inf
+    def _tell_changes(self, guild_list: GuildList) -> None:
+        now = Told(guild_list.encoded, self._access.complete)
         for dashboard, told in tuple(guild_list.told.items()):
-            if told.guilds == guild_list.encoded and told.complete >= complete:
-                continue
-            if told.until > now:
-                again = min(again, told.until - now)
-            else:
-                dashboard.tell("guilds:update", {"guilds": guild_list.encoded})
-                self._note(guild_list, dashboard)
-        return again
-
-    def _note(self, guild_list: GuildList, dashboard: Dashboard) -> None:
-        until = time.monotonic() + LIST_INTERVAL
-        guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete, until)
+            if told.guilds != now.guilds or told.complete < now.complete:
+                dashboard.tell("guilds:update", {"guilds": now.guilds})
+                guild_list.told[dashboard] = now
 
 
 class RightsWatcher:
@@ -7378,7 +7589,7 @@ class RightsWatcher:
         """What it has to hear: intents follow from it."""
         return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
-    def subscribe(self, events: hikari.api.EventManager) -> None:
+    def subscribe(self, events: Events) -> None:
         for change in self.CHANNEL_CHANGES:
             events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
@@ -7476,13 +7687,13 @@ class RightsWatcher:
         self.subscriptions.judge_awaited(guild_id, viewers)
         self.lists.change_guild(guild_id, viewers)
 
-    async def _on_channel_change(self, event: Any) -> None:
+    def _on_channel_change(self, event: Any) -> None:
         self._forget(str(event.guild_id))
 
-    async def _on_guild_change(self, event: Any) -> None:
+    def _on_guild_change(self, event: Any) -> None:
         self.check(str(event.guild_id))
 
-    async def _on_member_change(self, event: Any) -> None:
+    def _on_member_change(self, event: Any) -> None:
         if isinstance(event, hikari.MemberDeleteEvent):
             self._access.leave(event.guild_id, event.user_id)
         discord_id = str(event.user_id)
@@ -7491,14 +7702,14 @@ class RightsWatcher:
 
     # -- while the cache is refilled
 
-    async def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
+    def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
         shard_range = shard_range_of(event.shard)
         self._access.begin(event.unavailable_guilds, shard_range)
         asked_for = filter(shard_range.has, map(int, self.subscriptions.guilds()))
         for guild_id in {*self._access.lost, *asked_for}:
             self.check(str(guild_id))
 
-    async def _on_stopping(self, event: hikari.StoppingEvent) -> None:
+    def _on_stopping(self, event: hikari.StoppingEvent) -> None:
         self._access.end()
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
@@ -7507,7 +7718,7 @@ class RightsWatcher:
             if shard_range_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
-    async def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
+    def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
         if event.chunk_nonce is None:
             self._fill(event.guild_id)
         else:  # hikari has asked for the rest of the members
@@ -7515,14 +7726,14 @@ class RightsWatcher:
             self._access.expect_members(event.guild_id)
             self.check(str(event.guild_id))
 
-    async def _on_members(self, event: hikari.MemberChunkEvent) -> None:
+    def _on_members(self, event: hikari.MemberChunkEvent) -> None:
         awaited = event.nonce == self._awaited.get(event.guild_id)
         if awaited and event.chunk_index == event.chunk_count - 1:
             self._fill(event.guild_id)
         else:
             self.check(str(event.guild_id))
 
-    async def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
+    def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
         self._fill(event.guild_id)
 
     def _fill(self, guild_id: int) -> None:
@@ -7928,7 +8139,7 @@ class Server:
         keys: Keys,
         token: str,
         sockets: Sequence[socket.socket] = (),
-        make_node: Callable[[Settings, hikari.GatewayBot], Node] = Node,
+        make_node: Callable[[Settings, Bot], Node] = Node,
     ) -> None:
         self._settings = self._started_with = settings
         self._sockets = list(sockets)
@@ -8032,7 +8243,7 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then connect to Discord. Raises OperatorError when the port cannot be had."""
-        self.rights.subscribe(self.gateway.bot.event_manager)
+        self.rights.subscribe(self.gateway.bot.events)
         sockets = self._sockets or self._bind()
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
@@ -8057,6 +8268,8 @@ class Server:
     def _workplace(self) -> HostContext:
         return HostContext(
             bot=self.gateway.bot,
+            events=self.gateway.bot.events,
+            presences=self.gateway.presences,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
             watches=self.access.watches,
@@ -8301,9 +8514,9 @@ def parse_ttl(text: str) -> float:
 
 
 def parse_id(text: str) -> int:
-    """A Discord id: 1 to 20 digits."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise argparse.ArgumentTypeError(f"got {text}, expected 1-20 digits")
+    """A Discord id: 1 to 20 digits, and not 0."""
+    if text == "0" or not is_snowflake(text):
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1-20 digits, and not 0")
     return int(text)
 
 
@@ -8315,13 +8528,26 @@ def parse_folder(text: str) -> Path:
     return path
 
 
+class CommandLine(argparse.ArgumentParser):
+    """Takes `--config` before a command and behind it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--config",
+            type=Path,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="settings (config.toml)",
+        )
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="spywatcher", description="Watch Discord guilds live, from any browser."
     )
     parser.add_argument("--version", action="version", version=f"SpyWatcher {__version__}")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings (config.toml)")
-    parser.set_defaults(command=serve_command)
+    parser.set_defaults(config=None, command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, run: Callable[..., None], about: str) -> Callable[..., argparse.Action]:
@@ -8340,7 +8566,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
     token = add("token", token_command, "make a viewer's token")
     token("--discord-id", required=True, help="the viewer's user id", **an_id)
-    token("--role", default="USER", choices=sorted(ROLES))
+    token("--role", default="USER", choices=sorted(get_args(Role)))
     token("--guild", action="append", default=[], help="may view it", **an_id)
     token("--ttl", type=parse_ttl, default=900.0, help="life time, e.g. 15m")
     forget = add("forget", forget_command, "remove a member's counts")
@@ -8364,9 +8590,9 @@ def cluster_code() -> Any:
     return code_beside("spywatcher_cluster", "redis.url")
 
 
-def node_type(settings: Settings) -> Callable[[Settings, hikari.GatewayBot], Node]:
+def node_type(settings: Settings) -> Callable[[Settings, Bot], Node]:
     """Makes this process's node: alone, or one of several where they have a Redis to meet at."""
-    makes: Callable[[Settings, hikari.GatewayBot], Node] = Node
+    makes: Callable[[Settings, Bot], Node] = Node
     return cluster_code().ClusterNode if settings.redis.url else makes
 
 
@@ -8381,13 +8607,25 @@ def bot_token_of(settings: Settings) -> str:
 
 def credentials_of(settings: Settings) -> tuple[Keys, str]:
     """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
-    keys = read_keys(settings.auth, settings.folder)
-    token = bot_token_of(settings)
+    keys, token = given_credentials(settings)
     if keys == Keys() or not token:
         raise OperatorError(
             "auth.secret and discord.token must both be set (or auth.secret_file and"
             " discord.token_file); to look around without a bot: python spywatcher.py demo"
         )
+    return keys, token
+
+
+def given_credentials(settings: Settings) -> tuple[Keys, str]:
+    """The same, as far as they are set."""
+    faults: list[str] = []
+    keys, token = Keys(), ""
+    with collecting(faults):
+        keys = read_keys(settings.auth, settings.folder)
+    with collecting(faults):
+        token = bot_token_of(settings)
+    if faults:
+        raise OperatorError(*faults)
     return keys, token
 
 
@@ -8419,27 +8657,18 @@ def reload_settings(server: Server, path: Path | None) -> None:
         log.warning("these need a restart: %s", ", ".join(for_restart))
 
 
-def loaded_plugins(settings: Settings) -> PluginHost:
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
-    host.load()
-    return host
-
-
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
-    keys, token = credentials_of(settings)
-    if settings.redis.url:
-        cluster_code().check_redis(settings)
-    host = loaded_plugins(settings)
-    host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
-    Gateway(settings.discord, token, host.event_types(), Metrics())  # takes no token that is none
-    if arguments.settings:
-        print(settings_text(settings))
-    for plugin in host.plugins.values():
-        print(plugin_text(plugin))
-    for plugin in host.plugins.values():
-        print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if faults := host.loader.faults():
+    host = plugin_host(settings)
+    faults = faults_beside_file(settings, host, credentials_of)
+    if not faults:
+        if arguments.settings:
+            print(settings_text(settings))
+        for plugin in host.plugins.values():
+            print(plugin_text(plugin))
+        for plugin in host.plugins.values():
+            print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
+    if faults := faults + host.loader.faults():
         raise OperatorError(*faults)
     print(f"all is well with {settings.source}")
 
@@ -8468,10 +8697,34 @@ def plugin_text(plugin: Plugin) -> str:
     return "\n".join([f"{plugin.name}:", *lines])
 
 
+def faults_beside_file(
+    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
+) -> list[str]:
+    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
+    faults: list[str] = []
+    with collecting(faults):
+        host.load()
+    with collecting(faults):
+        keys, token = credentials(settings)
+        if keys != Keys():
+            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+        if token:  # this takes none that is no token
+            Gateway(settings.discord, token, host.event_types(), Metrics())
+    with collecting(faults):
+        if settings.redis.url:
+            cluster_code().check_redis(settings)
+    return faults
+
+
+def plugin_host(settings: Settings) -> PluginHost:
+    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+
+
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    host = loaded_plugins(settings)
+    host = plugin_host(settings)
+    host.load()
     if faults := host.loader.faults():
         raise OperatorError(*faults)
     write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
@@ -8502,7 +8755,8 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host, member, guild = loaded_plugins(settings), arguments.member, arguments.guild
+    host, member, guild = plugin_host(settings), arguments.member, arguments.guild
+    host.load()
     if settings.redis.url:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
@@ -8575,11 +8829,12 @@ def naming_source(settings: Settings) -> Iterator[None]:
     try:
         yield
     except OperatorError as error:
-        keys = re.compile(rf"({'|'.join([*section_types(), 'plugin', 'throttle'])})\.\w")
-        told = [
-            f"{fault} ({settings.source})" if keys.match(fault) else fault for fault in error.faults
-        ]
-        raise OperatorError(*told) from error
+        raise OperatorError(*with_source(error.faults, settings)) from error
+
+
+def with_source(faults: Iterable[str], settings: Settings) -> list[str]:
+    keys = re.compile(rf"({'|'.join([*section_types(), 'plugin', 'throttle'])})\.\w")
+    return [f"{fault} ({settings.source})" if keys.match(fault) else fault for fault in faults]
 
 
 def say_faults(*faults: str) -> None:
@@ -8596,8 +8851,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_up_logging(settings.log)
         with naming_source(settings):
             parsed.command(settings, parsed)
-    except (OperatorError, UpstreamError) as error:
-        say_faults(*str(error).split("\n"))
+    except OperatorError as error:
+        faults = list(error.faults)
+        if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
+            host = plugin_host(error.sound)
+            more = faults_beside_file(error.sound, host, given_credentials)
+            faults += with_source(more + host.loader.faults(), error.sound)
+        say_faults(*faults)
+        return EXIT_OPERATOR
+    except UpstreamError as error:
+        say_faults(str(error))
         return EXIT_OPERATOR
     return 0
 

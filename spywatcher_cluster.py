@@ -42,10 +42,12 @@ from spywatcher import (
     MOST_REMEMBERED,
     Access,
     AuthSettings,
+    Bot,
     Counters,
     DataOrMaker,
     Destination,
     EventData,
+    Events,
     Marks,
     News,
     Node,
@@ -282,7 +284,8 @@ class Link:
 
     def __init__(self, settings: RedisSettings, password: str) -> None:
         self._open = functools.partial(open_redis, settings.url, password)
-        self.redis, self.errors = self._open()
+        self._closed = False
+        self.redis, self.errors = self._open(lambda: not self._closed)
         self._clients = [self.redis]
         self.up = False
         self._slow_until = float("-inf")
@@ -329,7 +332,7 @@ class Link:
 
     def client(self, may_connect: Callable[[], bool]) -> Any:
         """A client of one's own, whose connections are made, or made anew, only where one may."""
-        client, _ = self._open(may_connect)
+        client, _ = self._open(lambda: not self._closed and may_connect())
         self._clients.append(client)
         return client
 
@@ -366,7 +369,8 @@ class Link:
         log.warning("%s; dashboards stay up, trying again", why)
 
     async def close(self) -> None:
-        self.up = False
+        """What is being connected meanwhile, for a client that waits, is closed as soon as it is."""
+        self._closed, self.up = True, False
         if self._timer is not None:
             self._timer.cancel()
         for client in self._clients:
@@ -420,7 +424,7 @@ def bad_url(url: str) -> OperatorError:
 
 
 def open_redis(
-    url: str, password: str, may_connect: Callable[[], bool] | None = None
+    url: str, password: str, may_connect: Callable[[], bool] = lambda: True
 ) -> tuple[Any, tuple[type[Exception], ...]]:
     """A client for redis://, rediss://, unix:// or redis+sentinel://, and what it raises.
 
@@ -442,7 +446,7 @@ def open_redis(
         )
 
     async def greet(connection: Any) -> None:
-        if may_connect is not None and not may_connect():
+        if not may_connect():
             raise aioredis.ConnectionError("Redis closed the connection")
         await connection.on_connect()
 
@@ -1339,14 +1343,14 @@ class GuildReporter:
         """Whether this user looks on somewhere."""
         return user_id in self._wanted
 
-    def subscribe(self, events: hikari.api.EventManager) -> None:
+    def subscribe(self, events: Events) -> None:
         """Before whoever judges by what is told here."""
         for change in self.CHANGES:
             events.subscribe(change, self._on_change)
         for change in self.MEMBER_CHANGES:
             events.subscribe(change, self._on_member_change)
 
-    async def _on_change(self, event: Any) -> None:
+    def _on_change(self, event: Any) -> None:
         """Told in the guild's stream too: there each event is judged by what came before it."""
         if not self._access.is_whole(event.guild_id):
             return
@@ -1372,7 +1376,7 @@ class GuildReporter:
             channels={int(event.channel_id): channel_state(channel) if channel else None}
         )
 
-    async def _on_member_change(self, event: Any) -> None:
+    def _on_member_change(self, event: Any) -> None:
         if event.user_id in self._wanted:
             self._tell_member(int(event.user_id), int(event.guild_id))
 
@@ -1779,7 +1783,7 @@ class Windows:
 class ClusterNode(Node):
     """This process among the others: what it tells them, and what it does with what they tell."""
 
-    def __init__(self, settings: Settings, bot: hikari.GatewayBot) -> None:
+    def __init__(self, settings: Settings, bot: Bot) -> None:
         super().__init__(settings, bot)
         #: Names this run of this node.
         self.source = secrets.token_hex(8)
@@ -1794,7 +1798,7 @@ class ClusterNode(Node):
             settings.auth, watched, self.known, bot.cache, self.tell_as_holder, lambda: self.leading
         )
         self.reporter = self.access.reporter
-        self.reporter.subscribe(bot.event_manager)
+        self.reporter.subscribe(bot.events)
         self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell)
         self.reader = Reader(self.link, self.source, self)
         self.connections = SharedConnections(self.link, self.source)

@@ -111,7 +111,7 @@ def prepare(module: Any, event: Event, online: dict[int, bool], spy: Any) -> Cal
     online[number] = not was
     shown = SimpleNamespace(visible_status=hikari.Status.ONLINE)
     about.old_presence, about.presence = (shown, None) if was else (None, shown)
-    return lambda: module.presence(about, spy)
+    return lambda: module.presence(about)
 
 
 def load_plugin() -> Any:

@@ -14,7 +14,7 @@ import itertools
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -303,8 +303,7 @@ class History:
         cache = self._spy.bot.cache
         known = cache.get_members_view_for_guild(guild.id)
         self._members[int(guild.id)] = max(len(known), guild.member_count or 0)
-        present = online(cache.get_presences_view_for_guild(guild.id), known)
-        self.appear(int(guild.id), present)
+        self.appear(int(guild.id), self._spy.online(guild.id))
 
     def _this_hour(self) -> int:
         return int(self._now() // 3600)
@@ -395,20 +394,6 @@ class History:
         return HistoryUpdate(hours=hours, members=members, timestamp=timestamp())
 
 
-def online(
-    presences: Mapping[hikari.Snowflake, hikari.MemberPresence],
-    members: Mapping[hikari.Snowflake, hikari.Member],
-) -> list[int]:
-    """Which of these members are online; bots are not counted."""
-    return [
-        int(user)
-        for user, presence in presences.items()
-        if presence.visible_status != hikari.Status.OFFLINE
-        and (member := members.get(user))
-        and not member.is_bot
-    ]
-
-
 def file_of(storage: Path) -> Path:
     """A file of its own beside that of analytics: one cannot be in the way of the other."""
     return storage.with_name(f"{storage.stem}.history{storage.suffix}")
@@ -492,23 +477,22 @@ def left(event: hikari.MemberDeleteEvent) -> None:
 
 
 @on(hikari.PresenceUpdateEvent)
-def presence(event: hikari.PresenceUpdateEvent, spy: Spy) -> None:
-    member = spy.bot.cache.get_member(event.guild_id, event.user_id)
-    if member is not None:  # who is unknown may be a bot
-        present = online({event.user_id: event.presence}, {event.user_id: member})
-        history.appear(int(event.guild_id), present, {int(event.user_id)}.difference(present))
+def presence(event: hikari.PresenceUpdateEvent) -> None:
+    member, gone = [int(event.user_id)], event.presence.visible_status == hikari.Status.OFFLINE
+    history.appear(int(event.guild_id), () if gone else member, member if gone else ())
 
 
 @on(hikari.GuildAvailableEvent)
-def guild_arrived(event: hikari.GuildAvailableEvent) -> None:
+def guild_arrived(event: hikari.GuildAvailableEvent, spy: Spy) -> None:
     history.set_members(int(event.guild_id), event.guild.member_count or 0)
     history.vanish(int(event.guild_id))
-    history.appear(int(event.guild_id), online(event.presences, event.members))
+    history.appear(int(event.guild_id), spy.online(event.guild_id))
 
 
 @on(hikari.MemberChunkEvent)
-def members_arrived(event: hikari.MemberChunkEvent) -> None:
-    history.appear(int(event.guild_id), online(event.presences, event.members))
+def members_arrived(event: hikari.MemberChunkEvent, spy: Spy) -> None:
+    if event.chunk_index + 1 == event.chunk_count:
+        history.appear(int(event.guild_id), spy.online(event.guild_id))
 
 
 @on(hikari.GuildUnavailableEvent)

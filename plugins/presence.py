@@ -88,7 +88,7 @@ def multi_client(event: hikari.PresenceUpdateEvent, spy: Spy) -> MultiClient | N
 
 
 def status_of(presence: hikari.MemberPresence | None) -> str:
-    """hikari keeps no presence of members who are offline."""
+    """There is no old presence of who was offline."""
     return "offline" if presence is None else str(presence.visible_status)
 
 
@@ -132,12 +132,13 @@ class Row(NamedTuple):
 class Roster:
     """Who is in a guild: looked up slice by slice when first asked for, then where something changed."""
 
-    def __init__(self, cache: hikari.api.Cache, guild_id: int) -> None:
-        self._cache = cache
+    def __init__(self, spy: Spy, guild_id: int) -> None:
+        self._spy = spy
+        self._cache = spy.bot.cache
         self._guild_id = guild_id
         self._rows: dict[int, Row] = {}
         self.asked = time.monotonic()
-        self.changed = {int(user_id) for user_id in cache.get_members_view_for_guild(guild_id)}
+        self.changed = set(map(int, self._cache.get_members_view_for_guild(guild_id)))
 
     async def snapshot(self, longest: int) -> PresenceSnapshot:
         """True at the moment at which it returns."""
@@ -159,13 +160,14 @@ class Roster:
         if member is None or member.is_bot or member.is_system:
             self._rows.pop(user_id, None)
             return
-        status = status_of(self._cache.get_presence(self._guild_id, user_id))
+        presence = self._spy.presence(self._guild_id, user_id)
+        status = presence.status if presence else "offline"
         name = user_name(member.user)
         self._rows[user_id] = Row(status == "offline", name.casefold(), user_id, name, status)
 
     def _present(self, row: Row) -> Present:
-        presence = self._cache.get_presence(self._guild_id, row.user_id)
-        platforms = sorted(platforms_of(presence))
+        presence = self._spy.presence(self._guild_id, row.user_id)
+        platforms = sorted(presence.platforms) if presence else []
         return Present(
             user_id=str(row.user_id), username=row.username, status=row.status, platforms=platforms
         )
@@ -179,7 +181,7 @@ rosters: dict[int, Roster] = {}
 async def presence_snapshot(guild_id: str, spy: Spy) -> PresenceSnapshot:
     guild = int(guild_id)
     if guild not in rosters:
-        rosters[guild] = Roster(spy.bot.cache, guild)
+        rosters[guild] = Roster(spy, guild)
     return await rosters[guild].snapshot(spy.settings.snapshot_members)
 
 

@@ -44,6 +44,9 @@ from spywatcher import Marks, PluginSettings, Spy, route, timestamp, user_name
 
 SESSION: Final = "spywatcher_session"
 STATE: Final = "spywatcher_signin"
+#: Tells scripts that there is a session, which they cannot see: to ask in vain is an error in the
+#: browser's console. Nothing follows from it here.
+HINT: Final = "spywatcher_signed_in"
 #: Seconds in which a sign-in must be finished.
 STATE_LASTS: Final = 600
 #: Seconds for all that Discord is asked about one sign-in, and for handing its token back.
@@ -332,10 +335,18 @@ def status_of(error: Exception) -> str:
 
 # ---- pages ----
 
-STYLE: Final = (
-    "body{font:1rem/1.5 system-ui,sans-serif;max-width:30rem;margin:15vh auto;padding:0 1rem}"
-    ":root{color-scheme:light dark}"
-)
+#: In the colours of the page in the box (plugins/dashboard/static/style.css).
+STYLE: Final = """
+:root{color-scheme:light dark;--paper:#fbfaf7;--ink:#17191d;--accent:#0b6f6a;--on-accent:#fff}
+@media(prefers-color-scheme:dark){
+:root{--paper:#101214;--ink:#eceae5;--accent:#4fc3b5;--on-accent:#06201d}}
+body{margin:0 auto;padding:20vh 16px 0;max-width:34rem;background:var(--paper);color:var(--ink);
+font:17px/1.5 Inter,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1{font-size:28px;line-height:1.2;font-weight:650;letter-spacing:-.01em;margin:0 0 12px}
+a{display:inline-block;margin-top:12px;padding:8px 16px;border-radius:6px;
+background:var(--accent);color:var(--on-accent);font-weight:600;text-decoration:none}
+a:focus-visible{outline:2px solid var(--ink);outline-offset:2px}
+"""
 STYLE_HASH: Final = b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 HEADERS: Final = {
     "Cache-Control": "no-store",
@@ -350,7 +361,7 @@ HEADERS: Final = {
 PAGE: Final = Template(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Not signed in</title>
-<meta name="viewport" content="width=device-width"><style>{% raw style %}</style></head>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{% raw style %}</style></head>
 <body><h1>You are not signed in</h1>
 <p>{{ message }}</p>
 <p><a href="{{ again }}">Try again</a></p>
@@ -391,6 +402,11 @@ class SignInHandler(RequestHandler):
         """Only this server reads it, only over TLS, and not when a foreign page asks."""
         signed = create_signed_value(self.spy.key(name), name, msgspec.json.encode(value))
         self.set_cookie(name, signed.decode(), path=path, max_age=int(seconds), **self._flags())
+
+    def give_hint(self, seconds: float) -> None:
+        """With 0 seconds it is taken back."""
+        flags = self._flags() | {"httponly": False}
+        self.set_cookie(HINT, "1", path="/", max_age=int(seconds), **flags)
 
     def take_cookie(self, name: str, path: str) -> None:
         self.clear_cookie(name, path=path, **self._flags())
@@ -485,9 +501,9 @@ class Callback(PageHandler):
 
     async def get(self) -> None:
         under_way = await self._under_way()
-        if self.get_query_argument("error", ""):
-            message = "You, or Discord, have cancelled it."
-            raise RefusedError(403, "cancelled", message)
+        if error := self.get_query_argument("error", ""):
+            who = "You have" if error == "access_denied" else "Discord has"
+            raise RefusedError(403, "cancelled", f"{who} cancelled the sign-in on Discord's page.")
         code = self.get_query_argument("code", "")
         if not code:
             raise RefusedError(400, "code", "Discord has sent nothing that says who you are.")
@@ -500,7 +516,9 @@ class Callback(PageHandler):
         session = Session(
             secrets.token_urlsafe(16), str(int(user.id)), user_name(user), avatar_of(user)
         )
-        self.give_cookie(SESSION, session, self.spy.settings.session_days * DAY, "/")
+        lasts = self.spy.settings.session_days * DAY
+        self.give_cookie(SESSION, session, lasts, "/")
+        self.give_hint(lasts)
         self.spy.count("signed in")
         self.redirect(under_way.next)
 
@@ -578,6 +596,7 @@ class Token(CallHandler):
         settings: Settings = self.spy.settings
         session = await self.session()
         if session is None:
+            self.give_hint(0)
             raise RefusedError(401, "signed_out", "Not signed in")
         if session.id in settings.banned:
             raise RefusedError(403, "banned", "Access denied")
@@ -598,4 +617,5 @@ class SignOut(CallHandler):
         if session is not None:
             await self.remember(f"ended {session.key}", self.spy.settings.session_days * DAY)
         self.take_cookie(SESSION, "/")
+        self.give_hint(0)
         self.set_status(204)

@@ -2,9 +2,17 @@
 
 One Chromium serves all tests; each gets a context of its own, without cookies and storage of others::
 
+    import browser as fixtures
+    pytestmark = fixtures.IN_ONE_LOOP
+    browser, chromium = fixtures.browser, fixtures.chromium
+    discord, js = fixtures.discord, fixtures.js
+
     async def test_...(browser, spy):
-        page = await browser.open(spy.url("/"), token=viewer_token())
+        page = await browser.open(spy.url)
         await page.get_by_text("Live").wait_for()
+
+Playwright's driver takes half a second to start and belongs to one event loop, so these tests and
+what they use of the network share theirs.
 
 What the page writes to its console as an error, or does not catch, fails the test at its end.
 """
@@ -15,14 +23,18 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import pytest_asyncio
+from jsclient import JavaScript, Node
 from playwright.async_api import Browser as Chromium
-from playwright.async_api import ConsoleMessage, Page, expect
+from playwright.async_api import BrowserContext, ConsoleMessage, Page, async_playwright, expect
+
+from simulator import PretendDiscord
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "plugins" / "dashboard"
@@ -39,6 +51,7 @@ SWITCHES = (
     "--disable-dev-shm-usage",
     "--hide-scrollbars",
     "--remote-debugging-port=0",
+    "--test-third-party-cookie-phaseout",  # no page of ours may need cookies of others
 )
 LAPTOP = {"width": 1366, "height": 860}
 DEADLINE_MS = 10_000
@@ -84,6 +97,7 @@ class Browser:
 
     def __init__(self, chromium: Chromium) -> None:
         self.chromium = chromium
+        self._contexts: list[BrowserContext] = []
         self.faults: list[str] = []
         #: Console errors that the test means to cause. Those of each: no sign-in is set up here, a busy
         #: machine is late, which its health says, and the server of a test may end before the page.
@@ -94,11 +108,16 @@ class Browser:
             "WebSocket connection",
         ]
 
-    async def open(self, url: str, **context: Any) -> Page:
-        """A new page as a new visitor has it, at `url`."""
+    async def open(self, url: str, *, fake_clock: bool = False, **context: Any) -> Page:
+        """A new page as a new visitor has it, at `url`. With a fake clock time passes in it as ever,
+        and `page.clock.fast_forward(ms)` skips what the page would wait for.
+        """
         made = await self.chromium.new_context(**{"viewport": LAPTOP, **context})
+        self._contexts.append(made)
         made.set_default_timeout(DEADLINE_MS)
         page = await made.new_page()
+        if fake_clock:
+            await page.clock.install()
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         await page.goto(url)
@@ -109,7 +128,7 @@ class Browser:
             self.faults.append(f"{message.text} ({message.location.get('url')})")
 
     async def close(self) -> None:
-        for context in self.chromium.contexts:
+        for context in self._contexts:
             await context.close()
 
     def unexpected(self) -> list[str]:
@@ -118,6 +137,42 @@ class Browser:
             for fault in self.faults
             if not any(re.search(pattern, fault) for pattern in self.expected)
         ]
+
+
+# ---- fixtures --------------------------------------------------------------
+
+IN_ONE_LOOP = pytest.mark.asyncio(loop_scope="session")
+
+
+@pytest_asyncio.fixture(loop_scope="session", scope="session")
+async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chromium]:
+    need_built_page()
+    with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
+        async with async_playwright() as playwright:
+            yield await playwright.chromium.connect_over_cdp(address)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def browser(chromium: Chromium) -> AsyncIterator[Browser]:
+    browser = Browser(chromium)
+    yield browser
+    await browser.close()
+    assert browser.unexpected() == []
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def discord() -> AsyncIterator[PretendDiscord]:
+    async with PretendDiscord() as discord:
+        yield discord
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def js(node: Node) -> AsyncIterator[JavaScript]:
+    async with JavaScript(node) as js:
+        yield js
+
+
+# ---- faults of accessibility -----------------------------------------------
 
 
 async def axe_faults(page: Page) -> list[str]:

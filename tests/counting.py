@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import hikari
 import msgspec
 
 from simulator import Guild, Json, PretendShard, User, guild_create_json, make_token
-from spywatcher import HostContext, Metrics, PluginHost, Shared, intents_for, parse_settings
+from spywatcher import (
+    DiscordSettings,
+    Gateway,
+    HostContext,
+    Metrics,
+    PluginHost,
+    Shared,
+    parse_settings,
+)
 
 ROOT = Path(__file__).parent.parent
 HOUR = 3600.0
@@ -73,17 +80,16 @@ class Counting:
 
     async def __aenter__(self) -> Self:
         self._host.load()
-        self._bot = hikari.GatewayBot(
-            make_token(BOT.id),
-            intents=intents_for(self._host.event_types()),
-            banner=None,
-            logs=None,
-            suppress_optimization_warning=True,
-        )
+        wanted = self._host.event_types()
+        token = make_token(BOT.id)
+        gateway = Gateway(DiscordSettings(), token, wanted, self._metrics)
+        self._bot = gateway.bot
         self.module: Any = self._host.plugins[self.plugin].module
         self.module.now = self.module.elapsed = self.clock
         place = HostContext(
             bot=self._bot,
+            events=self._bot.events,
+            presences=gateway.presences,
             emit=lambda event, guild_id, content, room: self.emitted.append((event, guild_id)),
             settled=lambda: True,
             watches=lambda guild_id: True,

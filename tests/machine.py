@@ -50,6 +50,8 @@ def make_image() -> None:
     (tree / "etc/systemd/network/all.network").write_text(NETWORK)
     (tree / "etc/hostname").write_text("vps\n")
     (tree / "etc/hosts").write_text("127.0.0.1 localhost vps\n::1 localhost\n")
+    # Without it each login writes an error, and the last line of the journal is none of ours.
+    (tree / "etc/default/locale").touch()
     run("chroot", str(tree), "systemctl", "enable", "systemd-networkd", "ssh")
     run("chroot", str(tree), "systemctl", "disable", "apt-daily.timer", "apt-daily-upgrade.timer")
     for kind in ("vmlinuz", "initrd.img"):

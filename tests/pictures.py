@@ -15,8 +15,10 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from browser import Browser, running_chromium
 from playwright.async_api import Page, async_playwright
@@ -32,6 +34,12 @@ PICTURES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("page-phone.png", "now", {**PHONE, "color_scheme": "light"}),
 )
 GUILD = "Night Owls 🦉"
+#: In one of them it is evening now, as it is in the pretend guild.
+ZONES = ("Pacific/Auckland", "Asia/Tokyo", "Asia/Kolkata", "Europe/Berlin", "America/New_York")
+
+
+def evening_zone() -> str:
+    return min(ZONES, key=lambda zone: abs(datetime.now(ZoneInfo(zone)).hour - 20))
 
 
 @asynccontextmanager
@@ -53,6 +61,7 @@ async def demo(*arguments: str) -> AsyncIterator[str]:
 
 
 async def look(browser: Browser, url: str, view: str, options: dict[str, Any]) -> Page:
+    options = {"timezone_id": evening_zone(), "locale": "en-GB", **options}
     page = await browser.open(url.replace("#", f"#{view}&"), **options)
     await page.locator("#guilds").select_option(label=GUILD)
     return page

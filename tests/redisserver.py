@@ -106,7 +106,8 @@ class RedisServer:
 
     async def clients(self) -> int:
         """Connections but the one that asks."""
-        return len(await self.ask("CLIENT", "LIST")) - 1
+        found: bytes = await self.ask("CLIENT", "LIST")
+        return found.count(b"\n") - 1
 
     async def is_replica(self) -> bool:
         role, *_ = await self.ask("ROLE")

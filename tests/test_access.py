@@ -596,7 +596,7 @@ class History:
             author = self.guild.owner
             self.feed("MESSAGE_CREATE", simulator.message_json(self.guild, author, place, "x"))
         await settle()
-        self.server.rights.look_through()
+        self.server.rights.look_through(seconds=60)
         delivered = 0
         for ear in self.ears:
             thrown_out = ear.inside and not self.oracle.may_view(ear)
@@ -720,7 +720,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Ru
         async def begin() -> None:
             server.access.begin([], spywatcher.ShardRange(0, 1))
             bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-            await server.plugins.start(HostContext(bot, emit, lambda: True, watches, storage))
+            await server.plugins.start(
+                HostContext(
+                    bot, bot.events, server.gateway.presences, emit, lambda: True, watches, storage
+                )
+            )
 
         runner.run(begin())
         yield runner, server

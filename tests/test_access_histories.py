@@ -367,7 +367,7 @@ class LongHistory(History):
         if self.oracle.present:
             self.feed("GUILD_CREATE", self.created())
         await settle()
-        self.server.rights.look_through()
+        self.server.rights.look_through(seconds=60)
         for ear in self.pending:
             ear.inside = ear.inside or self.oracle.may_view(ear)
         self.pending.clear()
@@ -407,7 +407,7 @@ class LongHistory(History):
         if self.away:
             return
         await settle()
-        self.server.rights.look_through()
+        self.server.rights.look_through(seconds=60)
         ear.inside = ear.inside and self.oracle.may_view(ear)
         ear.role, ear.guilds = role, guilds
         ear.token = self.server.tokens.issue(str(ear.id), role, guilds)
@@ -429,7 +429,7 @@ class LongHistory(History):
         if self.away:
             return
         await settle()
-        self.server.rights.look_through()
+        self.server.rights.look_through(seconds=60)
         for ear in self.ears:
             ear.inside = ear.inside and self.oracle.may_view(ear)
         settings = self.server._settings
@@ -470,7 +470,17 @@ async def server(tmp_path: pathlib.Path) -> AsyncIterator[Server]:
     server = offline_server(simulator.snowflake())
     server.access.begin([], ShardRange(0, 1))
     bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(HostContext(bot, emit, lambda: True, watches, tmp_path / "x.db"))
+    await server.plugins.start(
+        HostContext(
+            bot,
+            bot.events,
+            server.gateway.presences,
+            emit,
+            lambda: True,
+            watches,
+            tmp_path / "x.db",
+        )
+    )
     yield server
     await server.plugins.stop()
 

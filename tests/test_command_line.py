@@ -12,6 +12,7 @@ from service import ROOT, SECRET, running, tables_for, write_settings
 import spywatcher
 from simulator import make_token, snowflake
 
+SOUND = {"auth": {"secret": SECRET}, "discord": {"token": make_token(snowflake())}}
 BROKEN = {"folders": [str(ROOT / "tests" / "plugins" / "raises_at_import")]}
 
 
@@ -57,9 +58,7 @@ def test_faults_in_the_settings_are_one_line_each(tmp_path, command):
 
 def test_a_redis_without_the_code_for_it_is_a_fault(tmp_path, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "spywatcher_cluster", None)  # as where it was not copied
-    tables = {"auth": {"secret": SECRET}, "discord": {"token": "a bot's"}}
-    tables["redis"] = {"url": "redis://127.0.0.1"}
-    config = write_settings(tmp_path, tables)
+    config = write_settings(tmp_path, SOUND | {"redis": {"url": "redis://127.0.0.1"}})
     assert command("--config", config, "check") == (
         2,
         [],
@@ -129,7 +128,32 @@ async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, g
 # ---- check
 
 
-SOUND = {"auth": {"secret": SECRET}, "discord": {"token": make_token(snowflake())}}
+@pytest.mark.parametrize("name", ["check", "serve"])
+def test_all_that_is_to_be_changed_is_told_at_once(tmp_path, command, name):
+    tables = {
+        "auth": {"secret": "short"},
+        "discord": {"token": "Bot x"},
+        "limits": {"block_for": "10m"},
+        "plugin.messages": {"foo": 1},
+        "plugin.mesages": {},
+    }
+    config = write_settings(tmp_path, tables)
+    status, out, log = command("--config", config, name)
+    assert (status, out, len(log)) == (2, [], 5)
+    assert [line.split(" ", 1)[1].split(",")[0] for line in log] == [
+        f'{config}: limits.block_for: got "10m"',
+        f"plugin.messages.foo: unknown key ({config})",
+        "auth.secret: got 5 bytes",
+        'discord.token: begins with "Bot "',
+        "plugin.mesages: no such plugin",
+    ]
+
+
+def test_the_settings_file_may_be_named_behind_the_command(tmp_path, command):
+    config = write_settings(tmp_path, SOUND)
+    assert command("check", "--config", config)[1][-1] == f"all is well with {config}"
+    other = tmp_path / "other"
+    assert command("--config", other, "check", "--config", config)[0] == 0
 
 
 def test_check_says_that_all_is_well(tmp_path, command):
@@ -244,7 +268,13 @@ async def test_token_makes_a_token_that_the_server_accepts(tmp_path, spy, comman
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--discord-id", "ada"], ["--discord-id=1", "--guild=Night Owls"]]
+    "wrong",
+    [
+        ["--discord-id", "ada"],
+        ["--discord-id=0"],
+        ["--discord-id=007"],
+        ["--discord-id=1", "--guild=Night Owls"],
+    ],
 )
 def test_what_is_no_id_is_refused(wrong, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -71,6 +71,47 @@ def test_a_large_guild_is_known_as_on_a_real_connection() -> None:
         assert h.emitted[0].fields["username"] == "owl7"
 
 
+PRESENCES = """
+    @on(hikari.PresenceUpdateEvent, emit="seen")
+    def seen(event, spy):
+        old, now = event.old_presence, spy.presence(event.guild_id, event.user_id)
+        names = [one.name for one in getattr(event.presence, "activities")]
+        was = old and [str(old.visible_status), str(old.client_status.mobile)]
+        return {"names": names, "was": was, "now": [now.status, *sorted(now.platforms)]}
+"""
+
+
+@pytest.mark.parametrize("needs", ["", '    needs = {"activities"}'])
+def test_another_song_is_an_event_for_who_needs_activities(plugin: Any, needs: str) -> None:
+    with Harness(plugin(PRESENCES + needs)) as h:
+        ada = h.guild.add_member("ada")
+        ada.appear("idle", ["mobile"], [])
+        song = [{"name": "Chess"}]
+        h.run(h.discord.presence(h.guild, ada, "idle", ["mobile"], song))
+        h.run(h.discord.presence(h.guild, ada, "dnd", ["mobile", "web"], song))
+        seen = [one.fields for one in h.emitted]
+    assert [one["names"] for one in seen] == ([["Chess"], ["Chess"]] if needs else [[]])
+    assert seen[-1]["was"] == ["idle", "idle"]
+    assert seen[-1]["now"] == ["dnd", "mobile", "web"]
+
+
+def test_who_is_online_is_told_without_bots_and_who_is_offline(plugin: Any) -> None:
+    path = plugin("""
+        @on(hikari.PresenceUpdateEvent, emit="online")
+        def online(event, spy):
+            return {"ids": [str(one) for one in spy.online(event.guild_id)]}
+    """)
+    with Harness(path) as h:
+        ada, eve = h.guild.add_member("ada"), h.guild.add_member("eve")
+        h.guild.add_member("robot", bot=True).appear("online", ["web"])
+        for member, status in ((ada, "idle"), (eve, "dnd"), (ada, "offline")):
+            h.run(h.discord.presence(h.guild, member, status))
+        h.run(h.discord.leave(h.guild, eve))
+        h.run(h.discord.presence(h.guild, ada, "online"))
+    told = [one.fields["ids"] for one in h.emitted]
+    assert told == [[str(ada.id)], [str(ada.id), str(eve.id)], [str(eve.id)], [str(ada.id)]]
+
+
 def test_what_people_wrote_is_not_there_to_read(plugin: Any) -> None:
     path = plugin("""
         @on(hikari.GuildMessageCreateEvent, emit="said")

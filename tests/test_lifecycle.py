@@ -13,7 +13,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import hikari
 import pytest
 import tornado.websocket
 from jsclient import JavaScript
@@ -30,7 +29,7 @@ from service import (
 from waiting import eventually
 
 from simulator import Guild, PretendDiscord
-from spywatcher import GOING_AWAY, Keys, Server, Tokens
+from spywatcher import GOING_AWAY, Gateway, Keys, Server, Tokens
 
 GRACE = 5.0
 
@@ -419,11 +418,11 @@ async def test_a_stopped_service_refuses_new_connections(discord: PretendDiscord
 async def test_plugins_are_torn_down_even_if_the_gateway_died_of_a_bug(
     discord: PretendDiscord, guild: Guild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def start(self: hikari.GatewayBot, **options: object) -> None:
+    async def run(self: Gateway) -> None:
         raise ZeroDivisionError
 
     (tmp_path / "counts.py").write_text("async def teardown(spy):\n    raise KeyError\n")
-    monkeypatch.setattr(hikari.GatewayBot, "start", start)
+    monkeypatch.setattr(Gateway, "run", run)
     with pytest.raises(ZeroDivisionError):
         async with server_for(discord, plugins={"folders": [str(tmp_path)]}) as server:
             await server.wait_closed()

@@ -35,7 +35,7 @@ WHY = {
     "link": "link.py is no file",
     "need": "need is no hook, did you mean needs",
     "needs_more": r"old_state stays empty without needs = \{\"voice\"\}",
-    "needs_what": "needs: got .*coffee.*, expected some of emojis, invites, messages, stickers, voice",
+    "needs_what": "needs: got .*coffee.*, expected some of activities, emojis, invites, messages, stickers, voice",
     "no_arguments": r"broken takes \(\), expected \(spy\)",
     "no_event": r"on\(Member\): expected a class of hikari's events.*no_event.py, line 6",
     "not_called": r"every\(.*\): expected seconds.*not_called.py, line 4",

@@ -112,7 +112,7 @@ def test_faults_in_a_plugins_table_are_told_with_their_key_path():
     with pytest.raises(OperatorError) as caught:
         loaded("bad_settings", tables={"strict": {"limit": 0, "nmes": []}})
     assert list(caught.value.faults) == [
-        "plugin.strict.limit: got 0, expected `int` >= 1",
+        "plugin.strict.limit: got 0, expected a whole number from 1",
         "plugin.strict.nmes: unknown key, did you mean names?",
     ]
 

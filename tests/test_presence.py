@@ -102,8 +102,7 @@ def chunk(guild, *members):
 
 async def test_of_who_left_nothing_is_told_or_kept(spy, guild, discord):
     dashboard = await spy.dashboard()
-    cache = spy.server.gateway.bot.cache
-    before = len(cache.get_presences_view_for_guild(guild.id))
+    presences = spy.server.gateway.presences
     for _ in range(3):
         ada = await discord.join(guild, "ada")
         await discord.presence(guild, ada, "online", ["desktop", "mobile"])
@@ -111,7 +110,8 @@ async def test_of_who_left_nothing_is_told_or_kept(spy, guild, discord):
         await discord.leave(guild, ada)
         await discord.presence(guild, ada, "idle")
     await spy.nothing(dashboard, "presence:update")
-    assert len(cache.get_presences_view_for_guild(guild.id)) == before
+    assert presences.of(guild.id, ada.id) is None
+    assert not presences.online(guild.id)
 
 
 async def test_who_joins_again_comes_online_anew(spy, guild, discord):

@@ -140,7 +140,6 @@ async def test_whoever_is_cut_off_again_and_again_misses_nothing(
         await storm(spy, proxy, dashboards, cut, cuts)
 
 
-@pytest.mark.unsettled  # on a machine at rest a client stays without a session for 30 s
 async def test_whoever_is_cut_off_in_the_middle_of_the_upgrade_misses_nothing(
     discord, guild, watching, cuts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

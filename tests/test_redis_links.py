@@ -34,8 +34,8 @@ from waiting import eventually
 import spywatcher
 import spywatcher_cluster
 from simulator import Guild, PretendDiscord, make_token, snowflake
-from spywatcher import Server
-from spywatcher_cluster import Note
+from spywatcher import RedisSettings, Server
+from spywatcher_cluster import Link, Note
 
 #: Of characters that mean something in a URL.
 PASSWORD = "hush: p@ss/w%41rd?#"
@@ -182,6 +182,21 @@ async def test_two_nodes_meet_over_valkey(pair, tmp_path):
         assert (await valkey.ask("INFO", "server"))["server_name"] == "valkey"
         async with pair(url=valkey.url) as nodes:
             await nodes.exchange()
+
+
+async def test_a_connection_that_is_made_while_its_node_stops_is_closed(redis) -> None:
+    for turns in range(12):
+        link = Link(RedisSettings(url=redis.url), "")
+        asking = asyncio.create_task(link.redis.ping())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await link.close()
+        await asyncio.gather(asking, return_exceptions=True)
+    await eventually(lambda: no_clients(redis))
+
+
+async def no_clients(redis: RedisServer) -> bool:
+    return not await redis.clients()
 
 
 # ---- passwords and users
@@ -468,7 +483,7 @@ class Watched:
 
     async def is_replaced(self) -> bool:
         """Whether the replica is the master."""
-        return await self.sentinel.master() == self.known.port
+        return await self.sentinel.master() == self.replica.port
 
 
 @pytest.fixture
@@ -515,17 +530,17 @@ async def test_what_a_replica_has_missed_it_gets_when_it_becomes_the_master(pair
     async with pair(url=watched.url) as nodes:
         await nodes.ready()
         await nodes.connect()
-        watched.known.freeze()
+        watched.replica.freeze()
         await watched.master.ask("CLIENT", "KILL", "TYPE", "replica")
         nodes.say(1)
         await eventually(lambda: nodes.heard() == [[1, 1], [1, 1]])
         await watched.master.kill()
-        watched.known.thaw()
+        watched.replica.thaw()
         await eventually(watched.is_replaced, timeout=20)
         await eventually(lambda: nodes.problems() == [None, None], timeout=10)
 
         async def everything_is_kept() -> bool:
-            kept = await watched.known.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
+            kept = await watched.replica.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
             notes = [msgspec.msgpack.decode(fields[b"n"], type=Note) for _, fields in kept]
             assert {note.source for note in notes} == {s.node.source for s in nodes.servers}
             return True

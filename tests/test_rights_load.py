@@ -73,7 +73,17 @@ async def crowd(tmp_path) -> AsyncIterator[Crowd]:
     server = offline_server(simulator.snowflake())
     server.access.begin([], spywatcher.ShardRange(0, 1))
     bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(HostContext(bot, emit, lambda: True, watches, tmp_path / "x.db"))
+    await server.plugins.start(
+        HostContext(
+            bot,
+            bot.events,
+            server.gateway.presences,
+            emit,
+            lambda: True,
+            watches,
+            tmp_path / "x.db",
+        )
+    )
     crowd = Crowd(server)
     await crowd.come()
     yield crowd

@@ -81,7 +81,8 @@ async def test_python_socketios_polling_client_comes_back_after_a_stop(tmp_path,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    write_settings(tmp_path, tables_for(discord, server={"port": port}))
+    heartbeat = {"interval": 1.0, "timeout": 5.0}  # the client waits out its last poll
+    write_settings(tmp_path, tables_for(discord, server={"port": port}, heartbeat=heartbeat))
     connects = []
     async with aiohttp.ClientSession() as http:  # its own sessions it does not close
         client = socketio.AsyncClient(http_session=http, reconnection_delay=0.1)

@@ -114,8 +114,9 @@ def test_all_faults_are_told_at_once_with_key_path_and_expectation():
         'server.port: got "http", expected a whole number from 0 to 65535',
         "server.hots: unknown key, did you mean host?",
         "heartbeat: got 3, expected a table",
+        'auth.viewer_permissions: got "MANAGE_GILD", expected a Discord permission in capitals,'
+        ' such as "MANAGE_GUILD"',
         "sever: unknown table, did you mean server?",
-        "auth.viewer_permissions: MANAGE_GILD is no Discord permission, did you mean MANAGE_GUILD?",
     ]
 
 
@@ -205,11 +206,11 @@ MISTAKES = {
     ),
     "a role in small letters": (
         '[auth]\nadmin_roles = ["admin"]',
-        r'got \["admin"\], expected .*one of "USER", "ADMIN".*, did you mean ADMIN\?',
+        r'got \["admin"\], expected .*one of "USER", "ADMIN"',
     ),
     "a permission in small letters": (
         '[auth]\nviewer_permissions = ["manage guild"]',
-        'expected .* a Discord permission in capitals, such as "MANAGE_GUILD"',
+        'got "manage guild", expected a Discord permission in capitals, such as "MANAGE_GUILD"',
     ),
     "a rate without unit": (
         "[limits]\nattempts_per_ip = 60",

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import browser as chromium
+import browser as fixtures
 import pytest
-from browser import Browser, running_chromium
-from playwright.async_api import Page, async_playwright, expect
-from service import merged, running, server_of
+from browser import Browser, axe_faults
+from playwright.async_api import Page, expect
+from service import running, server_of
 from signing import signing_tables
+from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
 
-
-@pytest.fixture(scope="session")
-def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Chromium that takes no third-party cookies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            chromium, "SWITCHES", (*chromium.SWITCHES, "--test-third-party-cookie-phaseout")
-        )
-        with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
-            yield address
-
-
-@pytest.fixture
-async def browser(devtools: str) -> AsyncIterator[Browser]:
-    """Whose console says that a token was refused, before anybody has signed in."""
-    async with async_playwright() as playwright:
-        browser = Browser(await playwright.chromium.connect_over_cdp(devtools))
-        browser.expected += ["40[013].*signin", "favicon", "ERR_CONNECTION_REFUSED", "WebSocket"]
-        yield browser
-        await browser.close()
-    assert browser.unexpected() == []
+pytestmark = fixtures.IN_ONE_LOOP
+browser, chromium = fixtures.browser, fixtures.chromium
+discord, js = fixtures.discord, fixtures.js
+#: What the console says of a sign-in that was refused.
+REFUSED = "403.*signin/callback"
 
 
 @pytest.fixture
@@ -62,6 +47,7 @@ def state(page: Page) -> Any:
 async def test_in_the_demo_each_of_four_people_sees_what_they_may(
     browser: Browser, tmp_path: Path
 ) -> None:
+    browser.expected.append(REFUSED)
     async with running(tmp_path, "demo", "--port", 0) as demo:
         await demo.wrote(r"Open this address")
         url = f"http://localhost:{demo.port}"
@@ -83,10 +69,15 @@ async def test_who_cancels_may_try_again(
     browser: Browser, discord: PretendDiscord, guild: Guild
 ) -> None:
     tables, url = tables_of(discord)
+    browser.expected.append(REFUSED)
     async with server_of(discord, tables):
         page = await browser.open(url)
         await sign_in(page, "Cancel")
         await expect(page.locator("h1")).to_have_text("You are not signed in")
+        await expect(page.locator("p").first).to_have_text(
+            "You have cancelled the sign-in on Discord's page."
+        )
+        assert await axe_faults(page) == []
         await page.get_by_role("link", name="Try again").click()
         await page.get_by_role("button", name="owner").click()
         await state(page).to_have_text("Live")
@@ -108,23 +99,26 @@ async def test_who_is_signed_in_stays_so_over_a_restart(
         await state(page).to_have_text("Live")
 
 
-async def test_a_token_is_renewed_without_a_gap(
-    browser: Browser, discord: PretendDiscord, guild: Guild, mod: Member
+async def test_whoever_is_signed_in_never_sees_a_token_end(
+    browser: Browser, discord: PretendDiscord, mod: Member
 ) -> None:
-    """One that lasts 61 s is to be replaced at once, and again a second later."""
-    tables, url = tables_of(discord)
-    tables = merged(
-        tables, {"plugin": {"signin": tables["plugin"]["signin"] | {"token_ttl": 62.0}}}
-    )
+    """One that lasts a few seconds is to end soon from the first on, and is kept for half of them."""
+    tables = signing_tables(discord, signin={"token_ttl": 20.0})
     async with server_of(discord, tables) as server:
-        page = await browser.open(url)
+        page = await browser.open(tables["plugin"]["signin"]["public_url"], fake_clock=True)
         await sign_in(page, "mod")
         await state(page).to_have_text("Live")
-        async with page.expect_response("**/signin/token") as renewed:
-            pass
-        assert (await renewed.value).status == 200
+        sockets = list(server.socketio.eio.sockets)
+        asked: list[str] = []
+        page.on("response", lambda answer: asked.append(answer.url))
+        for number in (1, 2):
+            await page.clock.fast_forward(10_000)
+            await eventually(
+                partial(lambda wanted: sum("token" in url for url in asked) == wanted, number)
+            )
         await state(page).to_have_text("Live")
-        assert len(server.socketio.eio.sockets) == 1
+        await expect(page.locator("#notice")).to_be_hidden()
+        assert list(server.socketio.eio.sockets) == sockets
 
 
 async def test_signing_out_ends_the_second_tab_too(
@@ -143,6 +137,22 @@ async def test_signing_out_ends_the_second_tab_too(
         await state(second).to_have_text("Signed out")
         await second.reload()
         await expect(second.get_by_role("link", name="Sign in with Discord")).to_be_visible()
+
+
+@pytest.mark.logs("cannot be told|signin.db", required=False)
+async def test_who_cannot_be_signed_out_is_told_so(
+    browser: Browser, discord: PretendDiscord, mod: Member, tmp_path: Path
+) -> None:
+    tables, url = tables_of(discord)
+    browser.expected.append("503.*signout")
+    async with server_of(discord, tables):
+        page = await browser.open(url)
+        await sign_in(page, "mod")
+        await state(page).to_have_text("Live")
+        (tmp_path / "signin.db").write_text("no database")
+        await page.get_by_role("button", name="Sign out").click()
+        await expect(page.locator("#notice")).to_contain_text("You are still signed in")
+        await state(page).to_have_text("Live")
 
 
 async def test_who_loses_the_role_while_looking_is_told_so(

@@ -1,4 +1,4 @@
-"""The way of one event: how many of our own calls lie between hikari's listener and the socket."""
+"""The way of one event: how many of our own calls lie between the gateway's listener and the socket."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 import spywatcher
 
-#: From the plugin host's subscription, which hikari calls, to what writes to the client's socket.
+#: From the plugin host's subscription, which the gateway calls, to what writes to the client's socket.
 MOST_STEPS = 12
+FIRST = "Dispatcher._subscription.<locals>.hear"
 #: As the map at the top of the file has it: plugin, throttle, address, room, clients.
 ORDER = [
     "Guarded.call",
@@ -52,5 +53,6 @@ async def test_an_event_takes_twelve_steps_at_most_to_the_socket(spy, monkeypatc
         await spy.discord.join(spy.guild, "ada")
         await dashboard.next("user:join")
     [way] = [way for way in ways if "Guarded.call" in way]
+    way = way[way.index(FIRST) :]
     assert len(way) <= MOST_STEPS, way
     assert [step for step in way if step in ORDER] == ORDER

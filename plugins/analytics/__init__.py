@@ -83,10 +83,7 @@ def reaction(event: hikari.GuildReactionAddEvent) -> None:
 
 
 @on(hikari.PresenceUpdateEvent)
-def presence(event: hikari.PresenceUpdateEvent, spy: Spy) -> None:
-    member = spy.bot.cache.get_member(event.guild_id, event.user_id)
-    if member is None or member.is_bot:  # who is unknown may be a bot
-        return
+def presence(event: hikari.PresenceUpdateEvent) -> None:
     if status_of(event.presence) != status_of(event.old_presence):
         analytics.count(PRESENCES, int(event.guild_id), int(event.user_id))
 
@@ -119,5 +116,5 @@ async def members_arrived(event: hikari.MemberChunkEvent) -> None:
 
 
 def status_of(presence: hikari.MemberPresence | None) -> str:
-    """hikari keeps no presence of members who are offline."""
+    """There is no old presence of who was offline."""
     return "offline" if presence is None else str(presence.visible_status)

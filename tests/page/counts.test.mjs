@@ -6,6 +6,7 @@ import test from "node:test";
 import { Guild, KEPT } from "../../plugins/dashboard/static/guild.js";
 import { HOUR, History } from "../../plugins/dashboard/static/history.js";
 import { Live, STEP } from "../../plugins/dashboard/static/live.js";
+import { brief } from "../../plugins/dashboard/static/words.js";
 
 // In the week before, clocks in Europe went back by an hour: one of its days has 25 of them.
 const NOW = Date.parse("2026-10-28T15:20:00Z");
@@ -90,6 +91,11 @@ test("live charts put what comes late where it belongs, and go on with who was o
   assert.deepEqual(messages.slice(-12), [null, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1]);
   assert.deepEqual(online.slice(-12), [null, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]);
   assert.equal(live.columns(NOW + 3600 * 1000).online.at(-1), 3);
+});
+
+test("numbers on an axis or in a comparison take five characters", () => {
+  const written = [0, 500, 9_000, 20_000, 250_000, 1_500_000].map((value) => brief(value).toLowerCase()); // 20K or 20k, by the browser
+  assert.deepEqual(written, ["0", "500", "9,000", "20k", "250k", "1.5m"]);
 });
 
 // ---- the guild

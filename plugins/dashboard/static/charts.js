@@ -2,6 +2,7 @@
 // the pointer or the arrow keys point at, and words for who does not see the picture.
 
 import { el, say } from "./dom.js";
+import { brief } from "./words.js";
 
 /** Whole numbers alone: there are no halves of messages or members. */
 const INCREMENTS = Array.from({ length: 8 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
@@ -89,7 +90,7 @@ export class Chart {
       scales: { x: { time: true, range: (_plot, min, max) => this.#span(min, max) }, y: { range: (_plot, min, max) => this.#range(min, max) } },
       axes: [
         { ...axis, grid: { show: false }, size: 2 * em, gap: 4, space: 5.5 * em, values: this.#spec.times },
-        { ...axis, grid: line, size: 3.2 * em, gap: 6, space: 3 * em, incrs: INCREMENTS },
+        { ...axis, grid: line, size: 3.2 * em, gap: 6, space: 3 * em, incrs: INCREMENTS, values: (_, ticks) => ticks.map(brief) },
       ],
       series: [{}, ...this.#spec.series.map((each) => series(each, this.#spec.step ? 1 : 0))],
       hooks: { setCursor: [(plot) => this.#read(plot.cursor.idx)] },

@@ -13,6 +13,7 @@ const ROOMS = ["guild", "analytics", "history"];
 const OWN = new Set(["session", "guilds:update", "auth:expiring", "error"]);
 const ASK_AGAIN = 5_000;
 const HEALTH_INTERVAL = 5_000;
+const STILL_SIGNED_IN = "You are still signed in: the server could not end your session. Try again in a moment.";
 
 export class Connection extends EventTarget {
   state = "starting";
@@ -33,6 +34,7 @@ export class Connection extends EventTarget {
   #lostAt = null;
   #reconnecting; // timers
   #asking;
+  #renewing;
   #tabs = new BroadcastChannel("spywatcher"); // the same page in other tabs of this browser
 
   constructor(tokens) {
@@ -68,7 +70,7 @@ export class Connection extends EventTarget {
 
   async signOut() {
     const throughDiscord = this.#tokens.user !== null;
-    await this.#tokens.signOut();
+    if (!(await this.#tokens.signOut())) return this.#tell("problem", { message: STILL_SIGNED_IN });
     if (throughDiscord) this.#tabs.postMessage("signed out");
     this.#leaveAll();
   }
@@ -105,7 +107,7 @@ export class Connection extends EventTarget {
     socket.on("connect_error", (error) => this.#onRefusal(error));
     socket.on("session", ({ recovered, rooms }) => recovered && this.#enterMissing(rooms));
     socket.on("guilds:update", ({ guilds }) => this.#onGuilds({ guilds, complete: true }));
-    socket.on("auth:expiring", ({ expiresAt }) => this.#renew(expiresAt));
+    socket.on("auth:expiring", ({ expiresAt }) => this.#onExpiring(expiresAt));
     socket.on("error", (error) => this.#onError(error));
     socket.onAny((name, data) => this.#onEvent(name, data));
   }
@@ -136,6 +138,7 @@ export class Connection extends EventTarget {
 
   #onDisconnect(reason) {
     this.#lostAt ??= Date.now();
+    clearTimeout(this.#renewing); // it is said again on the return
     this.#pending.clear();
     if (reason === "io client disconnect") return;
     if (this.state !== "expired") this.#set("reconnecting");
@@ -206,6 +209,11 @@ export class Connection extends EventTarget {
   /** The answer, or null when the connection was lost before. */
   async #request(...request) {
     return this.connected ? this.#socket.timeout(10_000).emitWithAck(...request).catch(() => null) : null;
+  }
+
+  #onExpiring(expiresAt) {
+    clearTimeout(this.#renewing);
+    this.#renewing = setTimeout(() => this.#renew(expiresAt), this.#tokens.young);
   }
 
   async #renew(expiresAt) {

@@ -19,6 +19,8 @@ const SELDOM = 4;
 /** Of each guild on the wall; #wall&every=60 says otherwise. */
 const WALL_SECONDS = 20;
 const WALL_GUILDS = 10;
+/** Milliseconds in which guilds say how many are online, before one is chosen for who comes first. */
+const COMPARE_FOR = 1_500;
 const ANNOUNCE_INTERVAL = 10_000;
 const REMEMBERED = "spywatcher.guild";
 const VIEWS = ["now", "time", "people", "wall"];
@@ -29,6 +31,7 @@ class Page {
   #status = new Status(this.#connection, this.#tokens);
   #guilds = new Map(); // id -> Guild, of those that are watched
   #chosen = null; // id of the guild on the page
+  #comparing = false; // whether all are heard, to begin with the liveliest
   #turned = Date.now(); // when the wall came to the guild it shows
   #announced = 0;
   #view = "now";
@@ -70,6 +73,7 @@ class Page {
 
   #take(name, data) {
     this.#guilds.get(data.guildId)?.take(name, data);
+    if (this.#comparing && [...this.#guilds.values()].every(({ counts }) => counts)) this.#chooseLiveliest();
     if (name === "alert:multiClient" && data.guildId === this.#chosen) this.#announce(data);
   }
 
@@ -87,13 +91,27 @@ class Page {
     $("#guilds").replaceChildren(...options);
     for (const { id, name } of guilds) if (this.#guilds.has(id)) this.#guilds.get(id).name = name;
     const ids = guilds.map(({ id }) => id);
-    const wanted = [this.#chosen, remembered(), ids[0]].find((id) => ids.includes(id));
-    this.#choose(wanted ?? null);
+    const wanted = [this.#chosen, remembered()].find((id) => ids.includes(id));
+    if (wanted || ids.length < 2) this.#choose(wanted ?? ids[0] ?? null);
+    else this.#compare();
+  }
+
+  #compare() {
+    this.#chosen = null;
+    this.#comparing = true;
+    this.#watch();
+    setTimeout(() => this.#comparing && this.#chooseLiveliest(), COMPARE_FOR);
+  }
+
+  #chooseLiveliest() {
+    const [first] = [...this.#guilds.values()].sort((one, other) => (other.online ?? 0) - (one.online ?? 0));
+    this.#choose(first?.id ?? null);
   }
 
   #choose(id) {
     if (id !== this.#chosen) this.#turned = Date.now();
     this.#chosen = id;
+    this.#comparing = false;
     if (id) $("#guilds").value = id;
     if (id && this.#view !== "wall") remember(id);
     this.#watch();
@@ -103,7 +121,7 @@ class Page {
   /** Hear of the chosen guild; on the wall of all, so that none is empty when its turn comes. */
   #watch() {
     const all = this.#connection.guilds;
-    const shown = this.#view === "wall" ? all.slice(0, WALL_GUILDS) : [];
+    const shown = this.#view === "wall" || this.#comparing ? all.slice(0, WALL_GUILDS) : [];
     const wanted = all.filter((guild) => guild.id === this.#chosen || shown.includes(guild));
     const ids = wanted.map(({ id }) => id);
     for (const id of this.#guilds.keys()) if (!ids.includes(id)) this.#guilds.delete(id);

@@ -3,7 +3,7 @@
 import { Chart, around } from "./charts.js";
 import { el, say } from "./dom.js";
 import { STEP } from "./live.js";
-import { count, decimal, hourMinute, number, time } from "./words.js";
+import { brief, count, decimal, hourMinute, number, time } from "./words.js";
 
 const WAITING = "–";
 
@@ -59,7 +59,7 @@ function compare(node, current, before, guild, now) {
   const known = current !== null && before !== null;
   const way = known && before >= 1 ? wayOf(current / before) : "";
   node.dataset.way = way;
-  say(node, known ? `${change(way, current / before)}${number(before)} a week ago` : whyNot(guild, now));
+  say(node, known ? `${change(way, current / before)}${brief(before)} a week ago` : whyNot(guild, now));
 }
 
 /** Less than half a percent is no change. */

@@ -32,6 +32,9 @@ const MESSAGE_SECONDS = 10;
 /** Milliseconds: a connection that is back before is no news. */
 const PATIENCE = 2_000;
 
+/** In the place of a picture, which would be loaded from Discord's servers. */
+const initial = (user) => [...(user?.username ?? "")][0]?.toUpperCase() ?? "";
+
 export class Status {
   #connection;
   #tokens;
@@ -56,7 +59,9 @@ export class Status {
     $("#door").hidden = !door;
     $("#main").hidden = door || !listed;
     $("#leave").hidden = door || !this.#tokens.held;
-    say($("#leave"), this.#tokens.user ? `Sign out ${this.#tokens.user.username}` : "Sign out");
+    say($("#leave span"), this.#tokens.user?.username ?? "");
+    $("#face").hidden = door || !this.#tokens.user;
+    say($("#face"), initial(this.#tokens.user));
     $(".picker").hidden = door || !guilds.length;
     $("#signin").hidden = !this.#tokens.signIn;
     $("#no-guild").hidden = guilds.length > 0;

@@ -1,7 +1,7 @@
 // Where tokens come from: the address (#token=…), Discord's sign-in, or what was pasted. A token is
 // kept in this page's memory alone: not in the address, not in any storage.
 
-/** Seconds before its end in which a token is not used for a new connection if there is a way to another. */
+/** Milliseconds before its end in which a token is not used for a new connection if there is a way to another. */
 const TOO_OLD = 30_000;
 
 /** The token in the address, which is taken out of it and of the browser's history; or null. */
@@ -24,9 +24,13 @@ function viewerOf(token) {
   }
 }
 
+/** Whether somebody has signed in here; to ask for a token in vain is an error in the console. */
+const signedInHere = () => /(^|; )spywatcher_signed_in=1/.test(document.cookie);
+
 export class Tokens {
   #token = null;
-  #ends = Infinity; // ms since 1970, of tokens from the sign-in
+  #ends = Infinity; // ms since 1970 by this computer's clock, of tokens from the sign-in
+  #half = 0; // when half of its life is over
   /** Who is signed in through Discord: {id, username}; null with any other token. */
   user = null;
   /** Whether this server has a sign-in; null until it was asked. */
@@ -42,11 +46,19 @@ export class Tokens {
   use(token) {
     this.#token = token.trim() || null;
     this.#ends = Infinity;
+    this.#half = 0;
     this.user = null;
   }
 
   forget() {
     this.use("");
+  }
+
+  /** Milliseconds in which the token is too young to be replaced: one that lasts less than a minute
+   *  is said to end soon from its first moment on, and would be asked for without end.
+   */
+  get young() {
+    return Math.max(0, this.#half - Date.now());
   }
 
   get held() {
@@ -55,7 +67,7 @@ export class Tokens {
 
   /** What to connect with now: the token held, or a new one where it is about to end; null without any. */
   async current() {
-    const fresh = this.#token !== null && Date.now() < this.#ends - TOO_OLD;
+    const fresh = this.#token !== null && (this.young > 0 || Date.now() < this.#ends - TOO_OLD);
     if (!fresh && (this.#token === null || this.user)) await this.renew();
     return this.#token;
   }
@@ -63,24 +75,32 @@ export class Tokens {
   /** Ask the sign-in for a token; whether there is a new one. */
   async renew() {
     const answer = await this.askSignIn();
-    if (!answer?.ok) return false;
+    if (answer?.status !== 200) return false;
     const { token, expiresAt, user } = await answer.json();
+    const life = Date.parse(expiresAt) - Date.parse(answer.headers.get("Date")); // both by the server's clock
     this.use(token);
-    this.#ends = Date.parse(expiresAt) || Infinity;
+    this.#ends = Date.now() + (life || Infinity);
+    this.#half = Date.now() + (life / 2 || 0);
     this.user = user;
     return true;
   }
 
-  /** The answer of the sign-in, and with it whether there is one; null without an answer. */
+  /** The answer of the sign-in, and with it whether there is one; null without an answer.
+   *  It holds a token only for who has signed in.
+   */
   async askSignIn() {
-    const answer = await fetch("/signin/token", { method: "POST" }).catch(() => null);
+    const method = signedInHere() ? "POST" : "OPTIONS";
+    const answer = await fetch("/signin/token", { method }).catch(() => null);
     this.status = answer?.status ?? 0;
     if (answer) this.signIn = answer.status !== 404 && answer.status !== 405;
     return answer;
   }
 
+  /** End the session at the sign-in, if there is one; whether that is done. */
   async signOut() {
-    if (this.user) await fetch("/signout", { method: "POST" }).catch(() => null);
+    const answer = this.user && (await fetch("/signout", { method: "POST" }).catch(() => null));
+    if (this.user && !answer?.ok) return false;
     this.forget();
+    return true;
   }
 }

@@ -14,6 +14,8 @@ export const zone = clock.resolvedOptions().timeZone;
 
 /** 1,234 up to 99,999; above that 123K, which still fits where it stands. */
 export const number = (value) => (Math.abs(value) < 100_000 ? whole : short).format(value);
+/** In five characters, for an axis or a comparison. */
+export const brief = (value) => (Math.abs(value) < 10_000 ? whole : short).format(value);
 export const decimal = (value) => fine.format(value);
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
 export const count = (value, one, many = `${one}s`) => `${number(value)} ${value === 1 ? one : many}`;
