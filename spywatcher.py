@@ -126,7 +126,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import CounterMetricFamily
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPServerRequest
+from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from tornado.ioloop import IOLoop
 from tornado.iostream import IOStream, SSLIOStream, StreamBufferFullError, StreamClosedError
 from tornado.netutil import bind_sockets
@@ -274,19 +274,23 @@ def plain_origin(text: str) -> str:
     host = host[len(below) :]
     if not host or "*" in host:
         raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*") and int(port) > 65_535:
-        raise ValueError("expected a port up to 65535")
+    if port not in (None, "*"):
+        port = str(int(port))
+        if int(port) > 65_535:
+            raise ValueError("expected a port up to 65535")
     shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
     return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
 
 
 def encoded_host(host: str) -> str:
     """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
-    if host.isascii():
-        return host
     try:
+        if host.startswith("["):
+            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
+        if host.isascii():
+            return host
         return idna.encode(host, uts46=True).decode()
-    except idna.IDNAError as error:
+    except ValueError as error:
         raise ValueError(f"expected the name of a host: {error}") from error
 
 
@@ -1945,10 +1949,12 @@ class Limits:
         """A token was accepted: refusals are counted from the beginning again."""
         await self._counters.clear(f"refused/{address}")
 
-    async def enter(self, discord_id: str) -> None:
-        """A viewer has one more connection; raises RefusedConnectionError if that is one too many."""
-        whose = viewer_name(discord_id)
-        if await self.open.enter(whose) >= self.settings.connections_per_viewer:
+    async def enter(self, discord_id: str, *, replaces: bool = False) -> None:
+        """A viewer has one more connection; raises RefusedConnectionError if that is one too many,
+        unless it replaces one that may still be counted.
+        """
+        whose, most = viewer_name(discord_id), self.settings.connections_per_viewer
+        if await self.open.enter(whose) >= most and not replaces:
             self.open.leave(whose)
             raise self.over("connections_per_viewer")
 
@@ -2392,7 +2398,7 @@ class Session:
         if not self._become(State.WEBSOCKET):
             handler.close()
             return
-        self.from_browser = "Origin" in handler.request.headers
+        self.from_browser = handler.from_browser
         self.handler, self._prober = handler, None
         self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
@@ -2459,14 +2465,10 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        patience = self.server.ending_timeout
         if self.handler is not None:
-            close_gently(self.handler, patience)
+            close_gently(self.handler, self.server.ending_timeout)
         if self._prober is not None:
-            # A stock client whose probe was answered has stopped polling: it neither polls again nor
-            # reconnects when this closes before it has said "5". What it says then closes it.
-            later = asyncio.get_running_loop().call_later
-            later(patience, close_gently, self._prober, patience)
+            close_after_upgrade(self._prober, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2481,6 +2483,15 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
+
+
+def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
+    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
+
+    A stock client whose probe was answered has stopped polling: when this closes before, it takes
+    that for a failed attempt, and neither polls again nor reconnects.
+    """
+    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:
@@ -2998,6 +3009,11 @@ class Logged(NamedTuple):
     to: Destination
     frame: Frame
 
+    @classmethod
+    def of(cls, to: Destination, frame: RoomFrame, position: int) -> Logged:
+        """As of now; kept is the form with the offset."""
+        return cls(position, time.monotonic(), to, frame.tracked)
+
 
 class GuildLog:
     """The latest events of one guild; knows up to where it has none."""
@@ -3019,9 +3035,25 @@ class GuildLog:
             self._trimmed = self._events[0].position
             self.bytes -= len(self._events.popleft().frame.bytes)
 
+    def reaches(self, position: int) -> bool:
+        """Whether all is here that came after it."""
+        return position >= self._trimmed
+
+    def fill(self, since: int, events: Iterable[Logged], max_events: int) -> bool:
+        """Have all that came after `since`, if that may be kept: these, and what is here."""
+        first = self._events[0].position if self._events else math.inf
+        older = [event for event in events if event.position < first]
+        size = sum(len(event.frame.bytes) for event in older)
+        if len(older) + len(self._events) > max_events or size + self.bytes > MAX_LOG_BYTES:
+            return False
+        self._events.extendleft(reversed(older))
+        self.bytes += size
+        self._trimmed = min(self._trimmed, since)
+        return True
+
     def since(self, position: int) -> list[Logged] | None:
         """What came after it, oldest first; None where some of that is here no more."""
-        if position < self._trimmed:
+        if not self.reaches(position):
             return None
         missed = list(itertools.takewhile(lambda e: e.position > position, reversed(self._events)))
         return missed[::-1]
@@ -3029,9 +3061,9 @@ class GuildLog:
 
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
-# count of all events of this process, so one of them says how far a client is in every guild. The count
-# begins at what the clock says: a stock client may still say an offset from before a restart, which is
-# then before all that its new ticket is owed.
+# count of all events, which one process keeps at a time, so one of them says how far a client is in every
+# guild. The count begins at what the clock says: a stock client may still say an offset from before a
+# restart, which is then before all that its new ticket is owed.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -3039,30 +3071,44 @@ class GuildLog:
 #   gone          `window` seconds of that, or at once where its client said DISCONNECT
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False):
     """What a client that can recover is known by, and the rooms that it is in."""
 
-    def __init__(self, pid: str, viewer: Viewer) -> None:
-        self.pid = pid
-        #: By its latest token.
-        self.viewer = viewer
-        #: By room, the position at which the client entered it: nothing from before is owed.
-        self.rooms: dict[str, int] = {}
-        #: Rooms that it is to be in once it is known that it may.
-        self.pending: set[str] = set()
-        #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
-        self.greeted: dict[str, float] = {}
-        self.until = math.inf  # awaited until then, by the monotonic clock
+    pid: str
+    #: By its latest token.
+    viewer: Viewer
+    #: By room, the position at which the client entered it: nothing from before is owed.
+    rooms: dict[str, int] = {}
+    #: Rooms that it is to be in once it is known that it may.
+    pending: set[str] = set()
+    #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
+    greeted: dict[str, float] = {}
+    until: float = math.inf  # awaited until then, by the monotonic clock
+
+    def since(self, seen: int) -> dict[str, int]:
+        """By guild, the position after which its client is owed something, if it has `seen` so much."""
+        since: dict[str, int] = {}
+        for room, entered in self.rooms.items():
+            guild_id = room_guild(room)
+            position = max(entered, seen)
+            since[guild_id] = min(position, since.get(guild_id, position))
+        return since
 
 
 class Recovery:
     """Keeps logs and tickets, for as long as somebody may come back for them."""
 
-    def __init__(self, settings: RecoverySettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        key: bytes,
+        changed: Callable[[Ticket], None] = lambda ticket: None,
+    ) -> None:
+        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
         self._settings = settings
-        self._metrics = metrics
-        self._key = secrets.token_bytes(32)
-        self._position = time.time_ns() // POSITION_NS
+        self._key = key
+        self._changed = changed
+        self.position = clock_position()
         self._tickets: dict[str, Ticket] = {}
         self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
@@ -3082,7 +3128,15 @@ class Recovery:
     @property
     def offset(self) -> str:
         """Where all logs are now."""
-        return encode_offset(self._position)
+        return encode_offset(self.position)
+
+    def reach(self, position: int) -> None:
+        """All events up to there have been here."""
+        self.position = max(self.position, position)
+
+    def has_reached(self, position: int) -> bool:
+        """Whether all events up to there have been here."""
+        return self.position // POSITION_STEP >= position // POSITION_STEP
 
     # -- events
 
@@ -3096,17 +3150,33 @@ class Recovery:
         self._forget_late()
         return tuple(self._in_room)
 
-    def add(self, to: Destination, packet: bytes) -> RoomFrame:
-        """The event as it goes out; it is kept where somebody may recover it."""
+    def count(self) -> int:
+        """The position of the next event."""
+        self.position += POSITION_STEP - self.position % POSITION_STEP
+        return self.position
+
+    def add(self, to: Destination, packet: bytes, position: int) -> RoomFrame:
+        """The event of this position as it goes out; it is kept where somebody may recover it."""
+        self.reach(position)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
             return RoomFrame(packet)
-        self._position += 1
-        frame = RoomFrame(packet, self.offset)
-        now, kept = time.monotonic(), frame.tracked
-        event = Logged(self._position, now, to, kept)
+        frame = RoomFrame(packet, encode_offset(position))
+        event = Logged.of(to, frame, position)
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
+
+    def reaches(self, guild_id: str, position: int) -> bool:
+        """Whether all is here that came in the guild after that."""
+        return guild_id in self._logs and self._logs[guild_id].reaches(position)
+
+    def fill(self, guild_id: str, since: int, events: Iterable[Logged]) -> bool:
+        """Put before what is here of a guild what else has come after `since`, oldest first.
+
+        Returns whether all that came since is here then.
+        """
+        guild_log, most = self._logs.get(guild_id), self._settings.max_events
+        return guild_log is not None and guild_log.fill(since, events, most)
 
     # -- tickets
 
@@ -3114,9 +3184,24 @@ class Recovery:
         """A ticket for a new session of this viewer."""
         nonce = secrets.token_urlsafe(12)
         ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
-        self._tickets[ticket.pid] = ticket
-        self._of_viewer[viewer.discord_id] += 1
+        self._register(ticket)
+        self._changed(ticket)
         return ticket
+
+    def adopt(self, ticket: Ticket) -> None:
+        """A client is awaited here that had its ticket elsewhere; what is here of it is outdated."""
+        if (before := self._tickets.get(ticket.pid)) is not None:
+            self._drop(before)
+        self._register(ticket)
+        rooms, ticket.rooms = ticket.rooms, {}
+        for room, position in rooms.items():
+            self.enter(ticket, room)
+            ticket.rooms[room] = position
+        self.await_return(ticket)
+
+    def _register(self, ticket: Ticket) -> None:
+        self._tickets[ticket.pid] = ticket
+        self._of_viewer[ticket.viewer.discord_id] += 1
 
     def _signature(self, nonce: str, discord_id: str) -> str:
         """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
@@ -3124,22 +3209,40 @@ class Recovery:
         return urlsafe_b64encode(made[:18]).decode()
 
     def find(self, pid: object, discord_id: str) -> Ticket | None:
-        """The ticket that this viewer was given."""
+        """The ticket that this viewer was given, if it is here."""
         self._forget_late()
+        return self._tickets.get(str(pid)) if self.is_genuine(pid, discord_id) else None
+
+    def is_genuine(self, pid: object, discord_id: str) -> bool:
+        """Whether this viewer was given it."""
         if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
-            return None
+            return False
         nonce, _, signature = pid.partition(".")
         expected = self._signature(nonce, discord_id)
-        genuine = hmac.compare_digest(signature.encode(), expected.encode())
-        return self._tickets.get(pid) if genuine else None
+        return hmac.compare_digest(signature.encode(), expected.encode())
+
+    def disown(self, pid: str) -> None:
+        """Its client has come back elsewhere."""
+        if (ticket := self._tickets.get(pid)) is not None:
+            self._drop(ticket)
+
+    def held(self) -> list[Ticket]:
+        """Those whose clients are connected."""
+        return [ticket for ticket in self._tickets.values() if ticket.until == math.inf]
+
+    def has(self, ticket: Ticket) -> bool:
+        return ticket.pid in self._tickets
 
     def hold(self, ticket: Ticket) -> None:
         """Its client is connected."""
         ticket.until = math.inf
         self._awaited.pop(ticket.pid, None)
+        self._changed(ticket)
 
     def await_return(self, ticket: Ticket) -> None:
         """Its client has lost its connection."""
+        if self._tickets.get(ticket.pid) is not ticket:
+            return  # it has come back elsewhere
         ticket.until = time.monotonic() + self._settings.window
         self._awaited[ticket.pid] = ticket
         if len(self._awaited) > MOST_REMEMBERED:
@@ -3147,11 +3250,15 @@ class Recovery:
 
     def forget(self, ticket: Ticket) -> None:
         """Its client will not come back with it."""
+        self._drop(ticket)
+        self._changed(ticket)
+
+    def _drop(self, ticket: Ticket) -> None:
         self._awaited.pop(ticket.pid, None)
         if self._tickets.pop(ticket.pid, None) is not None:
             remove_one(self._of_viewer, ticket.viewer.discord_id)
         for room in tuple(ticket.rooms):
-            self.leave(ticket, room)
+            self._leave(ticket, room)
 
     def has_ticket(self, discord_id: str) -> bool:
         """Whether a client of this viewer's is there, or awaited, that can recover."""
@@ -3174,19 +3281,29 @@ class Recovery:
     def _forget_late(self) -> None:
         now = time.monotonic()
         while self._awaited and (first := next(iter(self._awaited.values()))).until < now:
-            self.forget(first)
+            self._drop(first)
 
     def enter(self, ticket: Ticket, room: str) -> None:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
-            ticket.rooms[room] = self._position
+            ticket.rooms[room] = self.position
             guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
-            self._logs.setdefault(guild_id, GuildLog(self._position))
+            self._logs.setdefault(guild_id, GuildLog(self.position))
+            self._changed(ticket)
+
+    def wait_for(self, ticket: Ticket, room: str) -> None:
+        """Its client is to be in the room once it is known that it may."""
+        ticket.pending.add(room)
+        self._changed(ticket)
 
     def leave(self, ticket: Ticket, room: str) -> None:
         """Its client is owed nothing more of the room."""
+        self._leave(ticket, room)
+        self._changed(ticket)
+
+    def _leave(self, ticket: Ticket, room: str) -> None:
         if ticket.rooms.pop(room, None) is not None:
             guild_id = room_guild(room)
             ticket.greeted.pop(room, None)
@@ -3198,28 +3315,26 @@ class Recovery:
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         seen = decode_offset(offset)
-        if seen is None or seen > self._position:  # of a process whose clock was ahead
+        if seen is None or not self.has_reached(seen):  # of a process whose clock was ahead
             return None
-        entered: dict[str, int] = {}  # by guild, where the client came into the first of its rooms
-        for room, position in ticket.rooms.items():
-            guild_id = room_guild(room)
-            entered[guild_id] = min(position, entered.get(guild_id, position))
         missed: list[Logged] = []
-        for guild_id, position in entered.items():
-            events = self._logs[guild_id].since(max(seen, position))
+        for guild_id, position in ticket.since(seen).items():
+            events = self._logs[guild_id].since(position)
             if events is None:
                 return None
             missed += [
                 event
                 for event in events
-                if event.position > ticket.rooms.get(event.to.room, math.inf)
+                if event.position > max(seen, ticket.rooms.get(event.to.room, math.inf))
             ]
         return sorted(missed)
 
     def greet(self, ticket: Ticket, room: str) -> str:
         """The offset of what its client is sent now as a new subscriber of the room."""
-        self._position += 1
-        ticket.greeted[room] = self._position
+        if (self.position + 1) % POSITION_STEP:
+            self.position += 1
+        ticket.greeted[room] = self.position
+        self._changed(ticket)
         return self.offset
 
     @staticmethod
@@ -3240,12 +3355,20 @@ def remove_one(counter: collections.Counter[str], key: str) -> None:
         del counter[key]
 
 
-#: Nanoseconds of the clock for each position: no process has had more events than that since it began.
+#: Nanoseconds of the clock for each position,
 POSITION_NS: Final = 10_000
+#: and positions for each event: no process has had more since it began. Those between are for what
+#: single clients are sent.
+POSITION_STEP: Final = 4
 #: Bytes of a position, enough until 2059. They go out with every event, so they are few.
 POSITION_BYTES: Final = 6
 #: An offset as this server makes them.
 OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}")
+
+
+def clock_position() -> int:
+    """Where a count begins now."""
+    return time.time_ns() // POSITION_NS
 
 
 def encode_offset(position: int) -> str:
@@ -3935,18 +4058,18 @@ class Spy:
         """
         self._emit(event, str(int(guild_id)), payload, room)
 
-    def presence(self, guild_id: int, user_id: int) -> Presence | None:
+    def presence(self, guild_id: int | str, user_id: int | str) -> Presence | None:
         """How a member, or a bot, appears now; None of whom Discord has not sent.
 
             spy.presence(event.guild_id, event.user_id).status
 
         It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
         """
-        return self._presences.of(guild_id, user_id)
+        return self._presences.of(int(guild_id), int(user_id))
 
-    def online(self, guild_id: int) -> list[int]:
+    def online(self, guild_id: int | str) -> list[int]:
         """The ids of the guild's members who are not offline; bots are left out."""
-        return self._presences.online(guild_id)
+        return self._presences.online(int(guild_id))
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -5823,7 +5946,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         super().__init__(*hikaris, cache=cache)
         self._presences = presences
         self._whole = bool(cache.settings.components & hikari.api.CacheComponents.PRESENCES)
-        self._plain: dict[type[Any], list[Callable[[Any], Any]]] = {}
+        self._plain: dict[type[Any], tuple[Callable[[Any], Any], ...]] = {}
 
     def consume_raw_event(
         self, event_name: str, shard: hikari.api.GatewayShard, payload: Any
@@ -5856,23 +5979,26 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if inspect.iscoroutinefunction(callback):
             super().subscribe(event_type, callback, _nested=_nested + 1)
         else:
-            self._plain.setdefault(event_type, []).append(callback)
+            self._plain[event_type] = (*self._plain.get(event_type, ()), callback)
             self._increment_listener_group_count(event_type, 1)
 
     def unsubscribe(self, event_type: type[Any], callback: Callable[[Any], Any]) -> None:
-        if callback in self._plain.get(event_type, ()):
-            self._plain[event_type].remove(callback)
+        plain = self._plain.get(event_type, ())
+        if callback in plain:
+            self._plain[event_type] = tuple(one for one in plain if one != callback)
             self._increment_listener_group_count(event_type, -1)
         else:
             super().unsubscribe(event_type, callback)
 
     def _enabled_for_event(self, event_type: type[hikari.Event], /) -> bool:
-        plain = any(self._plain.get(one) for one in event_type.dispatches())
-        return plain or super()._enabled_for_event(event_type)
+        for one in event_type.dispatches():
+            if one in self._listeners or one in self._waiters or self._plain.get(one):
+                return True
+        return False
 
     def dispatch(self, event: hikari.Event, *, return_tasks: bool = False) -> Any:
         for event_type in event.dispatches():
-            for callback in tuple(self._plain.get(event_type, ())):
+            for callback in self._plain.get(event_type, ()):
                 callback(event)
         return super().dispatch(event, return_tasks=return_tasks)
 
@@ -5914,6 +6040,28 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         devices = dict.fromkeys(before.platforms, before.status)
         old = {"status": before.status, "client_status": devices, "activities": ()}
         return self._entity_factory.deserialize_member_presence({**payload, **old})
+
+
+class TakingTurns:
+    """A gateway connection whose reader lets others have their turn: hikari takes all packets that
+    have come in one go, and after a pause these may be thousands.
+    """
+
+    #: Seconds for which it may go on.
+    TURN: Final = 0.005
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._until = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def receive_json(self) -> Any:
+        if time.monotonic() > self._until:
+            await asyncio.sleep(0)
+            self._until = time.monotonic() + self.TURN
+        return await self._connection.receive_json()
 
 
 class Brake:
@@ -6053,6 +6201,7 @@ class Shard(hikari.impl.GatewayShardImpl):
 
     async def _poll_events(self) -> None:
         with self._lifelong():
+            self._ws = TakingTurns(self._ws)  # type: ignore[assignment]  # all that is asked of it
             await super()._poll_events()
 
     @contextlib.contextmanager
@@ -6443,8 +6592,15 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
     return Destination(guild_id, kind, str(channel_id))
 
 
+#: Seconds in which a client's return waits for what this process is still to hear.
+RECALL_PATIENCE: Final = 12.0
+
+
 class Audience(Protocol):
     """This process's own dashboards."""
+
+    def end(self, pid: str) -> None:
+        """Close the connection that is left of a client which has come back elsewhere."""
 
     def send(self, to: Destination, frame: RoomFrame) -> None:
         """Hand them an event, each of them that may see it."""
@@ -6538,7 +6694,9 @@ class Node:
         if self.has_listeners(guild_id, kind):
             self._parts.metrics.sent.labels(event).inc()
             to = destination_of(guild_id, kind, fields)
-            self._parts.clients.send(to, self._parts.recovery.add(to, event_packet(event, fields)))
+            recovery = self._parts.recovery
+            packet = event_packet(event, fields)
+            self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
         else:
             self._parts.metrics.dropped.labels("nobody listens").inc()
 
@@ -6548,6 +6706,16 @@ class Node:
         """As the throttle tells it (`Outlet.window_changed`), for whoever leads next."""
 
     # -- dashboards
+
+    def ticket_changed(self, ticket: Ticket) -> None:
+        """A client that can recover has come, or is in other rooms; or its ticket is gone."""
+
+    async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
+        """Have here what the client is owed that says this pid; returns in `RECALL_PATIENCE`.
+
+        Returns whether it was another process's client: its connection there counts no more.
+        """
+        return False
 
     def viewer_entered(self, discord_id: str) -> None:
         """A viewer has one dashboard more here."""
@@ -6744,11 +6912,20 @@ class Handler(RequestHandler):
         self.clear_header("Server")
         self.set_header("Cache-Control", "no-store")
 
+    def compute_etag(self) -> None:
+        """None: an answer that nobody keeps is never answered with 304."""
+
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """What Tornado refuses by itself: above all other methods than those that there are."""
         if status_code == 405:
             self.set_header("Allow", allowed_methods(self))
         self.finish({"message": self._reason})
+
+
+#: In the place of each request that has become a WebSocket.
+UPGRADED: Final = HTTPServerRequest(
+    start_line=RequestStartLine("GET", SOCKET_PATH, "HTTP/1.1"), headers=HTTPHeaders(Host="")
+)
 
 
 class SocketHandler(Handler, WebSocketHandler):
@@ -6759,6 +6936,8 @@ class SocketHandler(Handler, WebSocketHandler):
         self._door = door
         self._address = door.address(self.request)
         self._sid = parse_sid(self.request)
+        #: Whether the request names a page's origin.
+        self.from_browser = "Origin" in self.request.headers
         self._session: Session | None = None
         self._stream = stream_of(self)
         connection = door.connection(self.request)
@@ -6819,7 +6998,7 @@ class SocketHandler(Handler, WebSocketHandler):
         session.posting = True
         try:
             session.carried_by(self.connection, "POST")
-            session.from_browser = "Origin" in self.request.headers
+            session.from_browser = self.from_browser
             for message in self.request.body.decode().split("\x1e"):
                 await session.feed(message)
         except UnicodeDecodeError:
@@ -6868,6 +7047,7 @@ class SocketHandler(Handler, WebSocketHandler):
         self.set_nodelay(True)  # Tornado takes it back after each answer, that of the upgrade too
         # Until it is a session's, nothing that Tornado writes by itself may pile up either.
         self._stream.max_write_buffer_size = self._engine.max_queue_bytes
+        self._forget_handshake()
         if self._sid is None:
             session = await self._engine.admit(self._address, "websocket")
             if self.ws_connection is None:
@@ -6881,6 +7061,17 @@ class SocketHandler(Handler, WebSocketHandler):
                 self.close()
         else:
             self.close()
+
+    def _detach_stream(self) -> IOStream:
+        """Tornado's puts a refusal in the place of eleven methods: a kilobyte for each client."""
+        return self.detach()
+
+    def _forget_handshake(self) -> None:
+        """An idle WebSocket lives for hours; the request, its connection and the answer need not."""
+        self.request.headers.clear()  # Tornado's frames still have them
+        self.request = UPGRADED
+        self._headers = UPGRADED.headers
+        self.ui = None  # type: ignore[assignment]  # as Tornado itself has it at the end
 
     async def on_message(self, message: str | bytes) -> None:
         session = self._session
@@ -7254,6 +7445,8 @@ class Subscriptions:
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         if room not in self._rooms.rooms_of(sid):
             dashboard.pending.add(room)
+            if dashboard.ticket is not None:
+                self._recovery.wait_for(dashboard.ticket, room)
             self._in_guild.setdefault(guild_id, {})[sid] = None
             if (following := self.judge(sid, guild_id)) is not None:
                 await asyncio.wait({following}, timeout=SUBSCRIBE_PATIENCE)
@@ -7628,6 +7821,11 @@ class RightsWatcher:
             channels[room, channel_id] = members, hidden, until
         return hidden
 
+    def end(self, pid: str) -> None:
+        for dashboard in tuple(self.subscriptions.connected.values()):
+            if dashboard.ticket is not None and dashboard.ticket.pid == pid:
+                dashboard.session.lose()
+
     # -- what is judged anew
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
@@ -7787,7 +7985,6 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        self._limits.strangers.leave(session)
         ticket = self._take_ticket(sid, session, viewer, comeback)
         self._connected[sid] = Dashboard(viewer, session, ticket)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
@@ -7809,11 +8006,13 @@ class Dashboards:
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
-        replaced = await self._end_half_open(viewer, comeback)
+        self._limits.strangers.leave(session)
+        moved = await self._node.recall(comeback.pid, viewer, comeback.offset)
+        replaced = await self._end_half_open(viewer, comeback) or moved
         if session.refusal is not None and not replaced:
             raise session.refusal
         await self._limits.accepted(session.address)
-        await self._limits.enter(viewer.discord_id)
+        await self._limits.enter(viewer.discord_id, replaces=replaced)
         return viewer
 
     # -- coming back (design: recovery)
@@ -8163,7 +8362,8 @@ class Server:
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
         self.rooms = Rooms(*fanout, self.metrics)
         self.socketio = make_socketio(settings, self.rooms, self.limits)
-        self.recovery = Recovery(settings.recovery, self.metrics)
+        key = self.tokens.derive_key("recovery") if self.tokens.can_issue else os.urandom(32)
+        self.recovery = Recovery(settings.recovery, key, self.node.ticket_changed)
         timeout = settings.plugins.handler_timeout
         self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
         self.rights = self._make_rights()
@@ -8673,6 +8873,29 @@ def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     print(f"all is well with {settings.source}")
 
 
+def faults_beside_file(
+    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
+) -> list[str]:
+    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
+    faults: list[str] = []
+    with collecting(faults):
+        host.load()
+    with collecting(faults):
+        keys, token = credentials(settings)
+        if keys != Keys():
+            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+        if token:  # this takes none that is no token
+            Gateway(settings.discord, token, host.event_types(), Metrics())
+    with collecting(faults):
+        if settings.redis.url:
+            cluster_code().check_redis(settings)
+    return faults
+
+
+def plugin_host(settings: Settings) -> PluginHost:
+    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+
+
 def plugin_text(plugin: Plugin) -> str:
     """What a plugin is called for, what it needs and what it serves, but its events."""
     nothing = hikari.Intents.NONE
@@ -8695,29 +8918,6 @@ def plugin_text(plugin: Plugin) -> str:
     }
     lines = [f"  {what:<10}{', '.join(sorted(set(of)))}" for what, of in rows.items() if of]
     return "\n".join([f"{plugin.name}:", *lines])
-
-
-def faults_beside_file(
-    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
-) -> list[str]:
-    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
-    faults: list[str] = []
-    with collecting(faults):
-        host.load()
-    with collecting(faults):
-        keys, token = credentials(settings)
-        if keys != Keys():
-            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
-        if token:  # this takes none that is no token
-            Gateway(settings.discord, token, host.event_types(), Metrics())
-    with collecting(faults):
-        if settings.redis.url:
-            cluster_code().check_redis(settings)
-    return faults
-
-
-def plugin_host(settings: Settings) -> PluginHost:
-    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:

@@ -40,6 +40,7 @@ import msgspec
 
 from spywatcher import (
     MOST_REMEMBERED,
+    RECALL_PATIENCE,
     Access,
     AuthSettings,
     Bot,
@@ -48,6 +49,7 @@ from spywatcher import (
     Destination,
     EventData,
     Events,
+    Logged,
     Marks,
     News,
     Node,
@@ -56,17 +58,23 @@ from spywatcher import (
     Parts,
     PluginHost,
     Recovery,
+    RecoverySettings,
     RedisSettings,
+    RoomFrame,
     SectionT,
     Settings,
     ShardRange,
     Shared,
     Tell,
     Throttle,
+    Ticket,
     Topic,
     Viewer,
     being_cancelled,
+    clock_position,
+    decode_offset,
     destination_of,
+    encode_offset,
     event_packet,
     is_snowflake,
     log,
@@ -108,12 +116,16 @@ LAST_DELAY: Final = 0.5
 #: Milliseconds of a stream's entries that are kept, and the most entries of one.
 STREAM_AGE: Final = 60_000
 STREAM_LENGTH: Final = 20_000
+#: Milliseconds for which a stream lasts that gets nothing: its last entry tells who comes back that
+#: nothing was missed.
+STREAM_LASTS: Final = 86_400_000
 #: Entries and bytes that may wait for Redis, and that are kept to be sent again to an emptied one.
 MOST_WAITING: Final = 100_000
 MOST_WAITING_BYTES: Final = 67_108_864
 MOST_RECENT: Final = 20_000
 RECENT_AGE: Final = 30.0
 BATCH: Final = 256
+BATCH_READ: Final = 1_000  # of one stream
 #: Seconds between two reads or writes while there is much to do: a burst then shares them.
 BUSY_REST: Final = 0.005
 #: Seconds for which a guild that nobody watches any more is still read: a page that reloads.
@@ -130,6 +142,8 @@ CHANGE_OF_SOURCE: Final = 1_000
 MOST_SNAPSHOTS: Final = 1_000
 #: Seconds between two tellings of who watches here; what was not told three times is forgotten.
 ROLL_CALL: Final = 20.0
+#: Positions that the last holder may have come to since it was heard: ten seconds.
+UNHEARD_POSITIONS: Final = 1_000_000
 CLAIM: Final = """
 local holder, term = redis.call('GET', KEYS[1]), tonumber(redis.call('GET', KEYS[2]) or 0)
 local me, ttl, mine, known = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -202,6 +216,7 @@ return elsewhere
 #: SHARED:PLUGIN the term and number of the last write. The list of whom to forget is short-lived.
 SHARED: Final = "spywatcher:shared"
 MARKS: Final = "spywatcher:marks"
+TICKET: Final = "spywatcher:ticket:"  # by pid: the run of a node, Ticket
 FORGOTTEN: Final = "spywatcher:forgotten"
 #: Seconds for which the holder, or one that takes over meanwhile, can read whom to forget.
 FORGOTTEN_AGE: Final = 300
@@ -269,6 +284,14 @@ class Note(msgspec.Struct, array_like=True, frozen=True):
     topic: str
     detail: str = ""
     body: bytes = b""
+    #: Of the holder, as it was told: how far its count of events was, here and in what it told before
+    #: in the same stream; in its first of a term, when that began.
+    position: int = 0
+    before: int = 0
+
+
+#: Entries of a stream, as Redis answers.
+Found = list[tuple[bytes, dict[bytes, bytes]]]
 
 
 class Entry(NamedTuple):
@@ -521,10 +544,15 @@ class Publisher:
         lease: Lease,
         guild_data: Callable[[str], bytes | None],
         on_restart: Callable[[], None],
+        window: float,
     ) -> None:
         """`guild_data` is what GUILDS is to hold of a guild, as of now; `on_restart` is called when
-        Redis came back as another run of it, perhaps without its data.
+        Redis came back as another run of it, perhaps without its data. Entries of the last `window`
+        seconds can be recovered.
         """
+        self._age = STREAM_AGE + int(window * 1000)
+        self._began = 0
+        self._positions: dict[str, int] = {}  # what each stream was told last in this term
         self._link = link
         self._lease = lease
         self._guild_data = guild_data
@@ -560,9 +588,13 @@ class Publisher:
         *,
         term: int = 0,
         guild: str = "",
+        position: int = 0,
     ) -> None:
         """Never waits; past the bounds the oldest goes."""
-        note = Note(self._lease.source, term, topic, detail, body)
+        before = self._positions.get(stream, self._began) if position else 0
+        if position:
+            self._positions[stream] = position
+        note = Note(self._lease.source, term, topic, detail, body, position, before)
         data = msgspec.msgpack.encode(note)
         self._queue.append(Waiting(stream, term, data, guild, time.monotonic()))
         self._bytes += len(data)
@@ -573,6 +605,11 @@ class Publisher:
             self.dropped += 1
         self._wake.set()
         self._drained.clear()
+
+    def begin_term(self, position: int) -> None:
+        """From here on this node's count of events is that of all."""
+        self._began = position
+        self._positions.clear()
 
     def _drop_oldest(self) -> Waiting:
         item = self._queue.popleft()
@@ -640,10 +677,10 @@ class Publisher:
             pipe.hdel(GUILDS, guild) if data is None else pipe.hset(GUILDS, guild, data)
         for item in self._batch:
             fields = {"n": item.data, "i": item.number}
-            pipe.xadd(item.stream, fields, minid=max(0, self._now - STREAM_AGE))
+            pipe.xadd(item.stream, fields, minid=max(0, self._now - self._age))
         for stream in streams:
             pipe.xtrim(stream, maxlen=STREAM_LENGTH, approximate=True)
-            pipe.pexpire(stream, STREAM_AGE * 2)
+            pipe.pexpire(stream, STREAM_LASTS)
         answers = await pipe.execute()
         self._now = int(next(a for a in answers if isinstance(a, bytes)).partition(b"-")[0])
         self._bytes -= sum(len(item.data) for item in self._batch)
@@ -696,6 +733,9 @@ class Listener(Protocol):
 
     def take_event(self, stream: str, entry: Entry) -> None:
         """Take an entry of a guild's stream."""
+
+    def caught_up(self) -> None:
+        """All has been taken that was told before the latest note."""
 
 
 class Reader:
@@ -787,13 +827,17 @@ class Reader:
                 await self._listener.catch_up()
                 self.missed = False
             where = {stream: tail.last for stream, tail in self._tails.items()}
-            found = await self._link.redis.xread(where, count=1000, block=1000)
+            answer = await self._link.redis.xread(where, count=BATCH_READ, block=1000)
             self._link.found()
             self._notice_gap()
+            found = {stream.decode(): entries for stream, entries in answer}
+            if own := found.pop(self._own, None):
+                self._heard = time.monotonic()
+                self._end(self._own, own)
             # Rights travel in the control stream, and were put there before what they decide.
-            for stream, entries in sorted(found, key=lambda one: one[0] != CONTROL.encode()):
-                await self._take(stream.decode(), entries)
-            if found:
+            await self._take_control(found.pop(CONTROL, []))
+            self._take_events(found)
+            if answer:
                 await asyncio.sleep(BUSY_REST)
 
     def _notice_gap(self) -> None:
@@ -808,23 +852,56 @@ class Reader:
             if numbers_of(tail.last)[0] > now + 1:
                 tail.last = "0-0"
 
-    async def _take(self, stream: str, found: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
+    async def _take_control(self, found: Found) -> None:
+        entries = list(self.decode(CONTROL, found))
+        take = await self._listener.prepare([entry.note for entry in entries])
+        for entry in entries:
+            self._admit(CONTROL, entry, lambda entry: take(entry.note))
+        self._end(CONTROL, found)
+
+    def _take_events(self, found: dict[str, Found]) -> None:
+        """All guilds' events in the order of the holder's count: how far that is for one of them, it
+        then is for all. Beyond what was cut off of a long answer nothing is taken yet.
+        """
+        streams = {stream: list(self.decode(stream, found[stream])) for stream in found}
+        cut = [
+            entries[-1].note.position
+            for stream, entries in streams.items()
+            if entries and len(found[stream]) == BATCH_READ
+        ]
+        limit = min(cut, default=math.inf)
+        batch = [(entry, stream) for stream, entries in streams.items() for entry in entries]
+        for entry, stream in sorted(batch, key=lambda one: one[0].note.position):
+            if entry.note.position <= limit:
+                self._admit(stream, entry, functools.partial(self._listener.take_event, stream))
+        if not cut:
+            for stream, entries in found.items():
+                self._end(stream, entries)
+            self._listener.caught_up()
+
+    def _admit(self, stream: str, entry: Entry, take: Callable[[Entry], None]) -> None:
         tail = self._tails.get(stream)
         if tail is None:
             return
-        if stream == self._own:
-            self._heard = time.monotonic()
-        else:
-            entries = list(self._decode(stream, found))
-            take: Callable[[Entry], None]
-            take = functools.partial(self._listener.take_event, stream)
-            if stream == CONTROL:
-                take = await self._take_control(entries)
-            for entry in filter(tail.admits, entries):
-                if entry.note.source != self._source and not self._comes_again(stream, entry):
-                    self._handle(take, entry)
-        tail.last = found[-1][0].decode()
-        self._look_for_losses(stream, tail)
+        if (
+            tail.admits(entry)
+            and entry.note.source != self._source
+            and not self._comes_again(stream, entry)
+        ):
+            self._handle(take, entry)
+        tail.last = entry.id
+
+    def _end(self, stream: str, found: Found) -> None:
+        """All that was found in a stream is taken, also what could not be read of it."""
+        tail = self._tails.get(stream)
+        if tail is not None and found:
+            tail.last = found[-1][0].decode()
+            self._look_for_losses(stream, tail)
+
+    def has_read(self, stream: str, entry_id: str) -> bool:
+        """Whether this entry does not come any more."""
+        tail = self._tails.get(stream)
+        return tail is not None and numbers_of(entry_id) <= numbers_of(tail.last)
 
     def _look_for_losses(self, stream: str, tail: Tail) -> None:
         lost, tail.lost = tail.lost, 0
@@ -833,13 +910,7 @@ class Reader:
         elif lost:
             log.error("%d events of another node were lost", lost)
 
-    async def _take_control(self, entries: list[Entry]) -> Callable[[Entry], None]:
-        take = await self._listener.prepare([entry.note for entry in entries])
-        return lambda entry: take(entry.note)
-
-    def _decode(
-        self, stream: str, found: list[tuple[bytes, dict[bytes, bytes]]]
-    ) -> Iterator[Entry]:
+    def decode(self, stream: str, found: Found) -> Iterator[Entry]:
         """What can be read of these; of the rest the first is told."""
         for entry_id, fields in found:
             try:
@@ -1149,14 +1220,14 @@ class KnownGuilds:
         self._heard = boot_clock()
         news, self.complete = complete and not known, complete
         if news:
-            self._wake()
+            self.wake()
         return news
 
     async def wait(self) -> None:
         """Until something changes."""
         await self._changed.wait()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -1182,7 +1253,7 @@ class KnownGuilds:
             self.guilds[guild_id] = guild
             self._role_guild.update(dict.fromkeys(guild.roles, guild_id))
             self._channel_guild.update(dict.fromkeys((*guild.channels, *guild.threads), guild_id))
-        self._wake()
+        self.wake()
 
     def change_guild(self, guild_id: int, change: GuildChange) -> None:
         guild = self.guilds.get(guild_id)
@@ -1199,7 +1270,7 @@ class KnownGuilds:
             name, icon, owner = change.about
             about = {"name": name, "icon_hash": icon, "owner_id": owner}
             self.guilds[guild_id] = msgspec.structs.replace(guild, **about)
-        self._wake()
+        self.wake()
 
     def put_members(self, user_id: int, news: Memberships, whole: bool) -> set[int]:
         """`whole`: nothing else is known or true. Returns the guilds in which this changes anything."""
@@ -1210,7 +1281,7 @@ class KnownGuilds:
         if whole and user_id not in self.whole:
             self.whole.add(user_id)
             changed |= self.guilds.keys()
-        self._wake()
+        self.wake()
         return changed
 
     def knows_member(self, user_id: int, guild_id: int) -> bool:
@@ -1551,7 +1622,7 @@ class Viewers:
         """A viewer has a dashboard here."""
         if is_snowflake(discord_id):
             self._dashboards[int(discord_id)] += 1
-            self._ask(int(discord_id))
+            self.ask(int(discord_id))
 
     def leave(self, discord_id: str) -> None:
         """One dashboard of this viewer is gone."""
@@ -1568,9 +1639,9 @@ class Viewers:
         self._reporter.want(viewers)
         self._node.tell("viewers", body=msgspec.msgpack.encode(viewers))
         for user_id in viewers:
-            self._ask(user_id)
+            self.ask(user_id)
 
-    def _ask(self, user_id: int) -> None:
+    def ask(self, user_id: int) -> None:
         if user_id not in self._known.whole:
             self._node.tell("ask", str(user_id))
             self._answer(user_id)
@@ -1585,6 +1656,133 @@ class Viewers:
 
     def on_viewers(self, note: Note) -> None:
         self._reporter.want(msgspec.msgpack.decode(note.body, type=list[int]))
+
+
+class Tickets:
+    """What clients that can recover are known by, in Redis for the node to which they come back."""
+
+    def __init__(self, node: ClusterNode, parts: Parts, settings: RecoverySettings) -> None:
+        self._node = node
+        self._recovery = parts.recovery
+        self._clients = parts.clients
+        self._max_events = settings.max_events
+        self._lasts = int((settings.window + ROLL_CALL) * 1000)
+        self._news: dict[str, Ticket] = {}
+        self._wake = asyncio.Event()
+        self._writing = asyncio.Lock()
+
+    def change(self, ticket: Ticket) -> None:
+        """As Redis is to know it, soon; what is not told again lasts as long as a client may be away."""
+        self._news[ticket.pid] = ticket
+        self._wake.set()
+
+    def tell_all(self) -> None:
+        for ticket in self._recovery.held():
+            self.change(ticket)
+
+    async def work(self) -> None:
+        """Tell Redis for as long as it answers."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            async with self._writing:
+                await self._write()
+            await asyncio.sleep(BUSY_REST)
+
+    async def _write(self) -> None:
+        news, self._news = self._news, {}
+        pipe = self._node.link.redis.pipeline(transaction=False)
+        for pid, ticket in news.items():
+            if self._recovery.has(ticket):
+                data = msgspec.msgpack.encode((self._node.source, ticket))
+                pipe.set(TICKET + pid, data, px=self._lasts)
+            else:
+                pipe.delete(TICKET + pid)
+        try:
+            await pipe.execute()
+        except BaseException:
+            self._news = news | self._news
+            raise
+
+    # -- a client that comes back
+
+    async def complete(self, pid: str, viewer: Viewer, seen: int, moved: bool) -> None:
+        """Have here what its guilds' streams have of what came after `seen`, or forget it.
+
+        What is here already is enough for this node's own clients: they heard it from here.
+        """
+        ticket = self._recovery.find(pid, viewer.discord_id)
+        if ticket is None:
+            return
+        if is_snowflake(viewer.discord_id):
+            self._node.viewers.ask(int(viewer.discord_id))
+        for guild_id in ticket.since(seen):
+            if (following := self._node.follow(guild_id)) is not None:
+                await following
+        while not self._is_known(ticket, viewer, seen):
+            await self._node.known.wait()
+        for guild_id, since in ticket.since(seen).items():
+            here = not moved and self._recovery.reaches(guild_id, since)
+            if not here and not await self._fill(guild_id, since):
+                self._recovery.forget(ticket)
+
+    async def take(self, pid: str) -> bool:
+        """The ticket is this node's from now on. Returns whether it was another's."""
+        async with self._writing:
+            data = await self._node.link.redis.get(TICKET + pid)
+            source, ticket = (
+                msgspec.msgpack.decode(data, type=tuple[str, Ticket]) if data else ("", None)
+            )
+            if ticket is None or source == self._node.source:
+                return False
+            self._node.tell("moved", pid)
+            self._recovery.adopt(ticket)
+            self.change(ticket)
+            await self._write()
+            return True
+
+    def _is_known(self, ticket: Ticket, viewer: Viewer, seen: int) -> bool:
+        """Whether this node has heard as much as the client, and what the viewer may view."""
+        may_view = self._node.access.may_view
+        return self._recovery.has_reached(seen) and all(
+            may_view(viewer, guild_id) is not None for guild_id in ticket.since(seen)
+        )
+
+    async def _fill(self, guild_id: str, since: int) -> bool:
+        """Put what the stream has before what was heard here, unless something in between is gone."""
+        if self._node.leading:
+            await self._node.publisher.drained()
+        stream, reader, tail = guild_stream(guild_id), self._node.reader, Tail("0-0")
+        found = await self._node.link.redis.xrevrange(stream, count=self._max_events * 2)
+        entries = list(filter(tail.admits, reader.decode(stream, found[::-1])))
+        if tail.lost or not (not found or has_all_after(entries, since)):
+            return False
+        return self._recovery.fill(
+            guild_id,
+            since,
+            [
+                logged(guild_id, entry.note)
+                for entry in entries
+                if entry.note.position > since
+                and entry.note.topic not in (CHANGE, MEMBER)
+                and (entry.note.source == self._node.source or reader.has_read(stream, entry.id))
+            ],
+        )
+
+    def on_moved(self, note: Note) -> None:
+        self._recovery.disown(note.detail)
+        self._clients.end(note.detail)
+
+
+def has_all_after(entries: list[Entry], position: int) -> bool:
+    """Whether these are all of a guild's that came after it: none before the oldest was trimmed."""
+    oldest = entries[0].note if entries else Note("", 0, "")
+    return min(oldest.position, oldest.before or math.inf) <= position and oldest.position > 0
+
+
+def logged(guild_id: str, note: Note) -> Logged:
+    frame = RoomFrame(note.body, encode_offset(note.position))
+    return Logged.of(Destination(guild_id, note.topic, note.detail), frame, note.position)
 
 
 class Peers:
@@ -1799,13 +1997,17 @@ class ClusterNode(Node):
         )
         self.reporter = self.access.reporter
         self.reporter.subscribe(bot.events)
-        self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell)
+        window = settings.recovery.window
+        self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell, window)
+        self._told_position = 0  # how far the holder was that was heard last
         self.reader = Reader(self.link, self.source, self)
         self.connections = SharedConnections(self.link, self.source)
         self._tasks: list[asyncio.Task[Any]] = []
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
+        parts.recovery.position = 0  # nothing has been heard yet
+        self.tickets = Tickets(self, parts, self._settings.recovery)
         self.follower = GuildFollower(self.link, self.known, self.reporter, parts)
         self.viewers = Viewers(self.reporter, self.known, self, parts.recovery)
         self.peers = Peers(parts, self.lease, self.tell)
@@ -1824,6 +2026,8 @@ class ClusterNode(Node):
             "subscribed": self.snapshots.on_subscribed,
             "snapshot": self.snapshots.on_snapshot,
             "bye": self.peers.on_bye,
+            "moved": self.tickets.on_moved,
+            "event": self._on_event,
         }
         gauge = parts.metrics.gauge
         gauge("redis_connected", "1 while Redis answers.", lambda: self.link.up)
@@ -1852,7 +2056,7 @@ class ClusterNode(Node):
 
     def start(self) -> None:
         works = [self.publisher.work, self.reader.work, self.lease.work, self.reader.probe]
-        works += [self.windows.work, self.connections.work, self._beat]
+        works += [self.windows.work, self.connections.work, self._beat, self.tickets.work]
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
 
     async def stop(self, grace: float) -> None:
@@ -1909,6 +2113,9 @@ class ClusterNode(Node):
         while True:
             await self.lease.wait(lambda term: term > 0)
             self.term = term = self.lease.term
+            recovery = self._parts.recovery
+            recovery.reach(max(clock_position(), recovery.position + UNHEARD_POSITIONS))
+            self.publisher.begin_term(recovery.position)
             self._begin_term(term)
             self.tell("who")
             tasks = [
@@ -1959,6 +2166,7 @@ class ClusterNode(Node):
             if count % ROLL_CALL == 0:
                 self.viewers.call_roll()
                 self.connections.tell_all()
+                self.tickets.tell_all()
                 self.peers.introduce()
             await asyncio.sleep(BEAT_INTERVAL)
 
@@ -1981,7 +2189,7 @@ class ClusterNode(Node):
         return super().has_listeners(guild_id, kind) or self.peers.has_listeners(room)
 
     def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
-        """To this node's clients at once, and to the other nodes as soon as Redis can.
+        """By the holder: one node counts events, so that they have one order.
 
         Other nodes' listeners of a moment ago are not known yet: it goes out for them all the same.
         """
@@ -1989,8 +2197,21 @@ class ClusterNode(Node):
             return  # this node has lost the gateway: another one is its clients' source now
         self._parts.metrics.sent.labels(event).inc()
         to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
-        self._parts.clients.send(to, self._parts.recovery.add(to, packet))
-        self.publisher.put(guild_stream(guild_id), kind, to.channel_id, packet, term=self.term)
+        if self.leading:
+            self._send(to, packet)
+        else:
+            self.tell("event", msgspec.json.encode(to).decode(), packet)
+
+    def _on_event(self, note: Note) -> None:
+        if self.leading:
+            self._send(msgspec.json.decode(note.detail, type=Destination), note.body)
+
+    def _send(self, to: Destination, packet: bytes) -> None:
+        """To this node's clients at once, and to the other nodes as soon as Redis can."""
+        recovery = self._parts.recovery
+        self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
+        stream = guild_stream(to.guild_id)
+        self.tell_as_holder(to.kind, to.channel_id, packet, stream=stream)
 
     def take_event(self, stream: str, entry: Entry) -> None:
         note = entry.note
@@ -1999,7 +2220,14 @@ class ClusterNode(Node):
                 self._topics[note.topic](note)
         elif self._counts(note) and not self._may_have_been_had(entry):
             to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
-            self._parts.clients.send(to, self._parts.recovery.add(to, note.body))
+            recovery = self._parts.recovery
+            frame = recovery.add(to, note.body, note.position or recovery.count())
+            self._parts.clients.send(to, frame)
+
+    def caught_up(self) -> None:
+        if not self.leading:
+            self._parts.recovery.reach(self._told_position)
+        self.known.wake()
 
     def _counts(self, note: Note) -> bool:
         """Whether to hear another holder: not beside this node's own gateway."""
@@ -2011,6 +2239,19 @@ class ClusterNode(Node):
         return entry.note.term > 0 and milliseconds < self.lease.lost_at + CHANGE_OF_SOURCE
 
     # -- dashboards
+
+    def ticket_changed(self, ticket: Ticket) -> None:
+        self.tickets.change(ticket)
+
+    async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
+        seen, moved = decode_offset(offset), False
+        genuine = self._parts.recovery.is_genuine(pid, viewer.discord_id)
+        if genuine and seen is not None and self.link.up:
+            with contextlib.suppress(*self.link.errors):
+                async with asyncio.timeout(RECALL_PATIENCE):
+                    moved = await self.tickets.take(str(pid))
+                    await self.tickets.complete(str(pid), viewer, seen, moved)
+        return moved
 
     def viewer_entered(self, discord_id: str) -> None:
         self.viewers.enter(discord_id)
@@ -2043,7 +2284,9 @@ class ClusterNode(Node):
     ) -> None:
         """Say what only the holder of the gateway may say; without a term, nothing."""
         if self.leading:
-            self.publisher.put(stream, topic, detail, body, term=self.term, guild=guild)
+            position = self._parts.recovery.position
+            put = functools.partial(self.publisher.put, stream, topic, detail, body)
+            put(term=self.term, guild=guild, position=position)
 
     async def catch_up(self) -> None:
         if not self.leading:
@@ -2057,6 +2300,7 @@ class ClusterNode(Node):
         self.lease.saw_term(note.term)
         if not self._counts(note):
             return
+        self._told_position = max(self._told_position, note.position)
         if note.term > self._heard_term:
             self._begin_term(note.term)
         if note.topic == "guild":
@@ -2077,6 +2321,7 @@ class ClusterNode(Node):
     def _retell(self) -> None:
         """Redis may have lost everything."""
         self.connections.tell_all()
+        self.tickets.tell_all()
         if self.leading:
             self.reporter.tell_all()
             self.windows.tell_all()

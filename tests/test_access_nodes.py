@@ -17,7 +17,7 @@ from waiting import eventually
 
 import simulator
 from simulator import Channel, Thread
-from spywatcher import Keys, Server
+from spywatcher import Keys
 
 pytestmark = pytest.mark.logs(
     r"no connection to Redis|not connected to Discord|Redis does not get the counts", required=False
@@ -34,7 +34,7 @@ SLOW = ("takeover", "new_session", "resume")
 class NodesHistory(LongHistory):
     """The same viewers on each node; packets come by the holder's gateway session."""
 
-    def __init__(self, nodes: Nodes) -> None:
+    def __init__(self, nodes: Nodes) -> None:  # noqa: F811  # the fixture
         self.nodes, self.fed, self.told = nodes, [], 0
         first, second = nodes.servers
         super().__init__(first)
@@ -171,7 +171,7 @@ class NodesHistory(LongHistory):
         self.oracle.visibility = changed.channel_visibility
 
 
-async def relive(nodes: Nodes, seed: int, steps: int) -> int:
+async def relive(nodes: Nodes, seed: int, steps: int) -> int:  # noqa: F811  # the fixture
     quick = [kind for kind in KINDS if kind not in LEFT_OUT and kind not in SLOW]
     chance, history, done, delivered = random.Random(seed), NodesHistory(nodes), [], 0
     await history.begin()
@@ -189,8 +189,8 @@ async def relive(nodes: Nodes, seed: int, steps: int) -> int:
     "steps", [40, pytest.param(2_000, marks=pytest.mark.faults)], ids=["40", "2000"]
 )
 async def test_on_two_nodes_nothing_goes_to_the_wrong_viewer(
-    nodes: Nodes,  # noqa: F811
-    redis: RedisServer,  # noqa: F811
+    nodes: Nodes,  # noqa: F811  # the fixture
+    redis: RedisServer,  # noqa: F811  # the fixture
     steps: int,
 ) -> None:
     limits = {"events_per_connection": "1000000/second", "connections_per_viewer": 1_000_000}

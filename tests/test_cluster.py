@@ -31,7 +31,7 @@ from waiting import eventually
 import spywatcher
 import spywatcher_cluster
 from simulator import Guild, Permission, PretendDiscord, hidden_except
-from spywatcher import Keys, Server, Tokens
+from spywatcher import Keys, Server, Tokens, Viewer
 
 pytestmark = pytest.mark.logs(
     r"no connection to Redis",
@@ -184,8 +184,7 @@ async def test_who_comes_back_to_its_node_gets_what_it_missed_once(nodes, guild,
                 await dashboard.drop()
             await asyncio.gather(*(dashboard.reconnected() for dashboard in dashboards))
     await everything_came(dashboards, len(sent))
-    for dashboard in dashboards:
-        assert all(session["recovered"] for session in dashboard.received("session")[1:])
+    assert all(map(always_recovered, dashboards))
 
 
 async def test_a_node_reads_on_for_who_may_come_back_alone(nodes, guild, monkeypatch):
@@ -202,17 +201,91 @@ async def test_a_node_reads_on_for_who_may_come_back_alone(nodes, guild, monkeyp
     await everything_came([dashboard], len(sent))
 
 
-async def test_who_comes_back_to_another_node_begins_anew(nodes, guild):
+@asynccontextmanager
+async def balanced(nodes: Nodes) -> AsyncIterator[Balancer]:
+    """Two nodes behind one address; each connection goes to the next of them."""
     for _ in range(2):
         await nodes.add()
     await nodes.ready()
     async with Balancer(*(server.port for server in nodes.servers)) as balancer:
-        dashboard = await page(nodes, balancer)
+        yield balancer
+
+
+def always_recovered(dashboard: Dashboard) -> bool:
+    return all(session["recovered"] for session in dashboard.received("session")[1:])
+
+
+async def test_who_comes_back_to_another_node_gets_what_it_missed_once(nodes, guild):
+    async with balanced(nodes) as balancer:
+        dashboards = [await page(nodes, balancer) for _ in range(3)]
+        async with talking(nodes.holder, guild) as sent:
+            for _ in range(20):
+                for dashboard in dashboards:
+                    await dashboard.drop()
+                await asyncio.gather(*(dashboard.reconnected() for dashboard in dashboards))
+        await everything_came(dashboards, len(sent))
+        assert all(map(always_recovered, dashboards))
+
+
+async def test_a_viewer_comes_back_to_a_node_that_has_not_heard_of_it(nodes, guild):
+    ada = guild.add_member("ada", roles=[guild.add_role("staff", Permission.MANAGE_GUILD)])
+    async with balanced(nodes) as balancer:
+        dashboard = await page(nodes, balancer, viewer=str(ada.id), role="USER", reconnection=False)
         await dashboard.drop()
+        async with talking(nodes.holder, guild) as sent:
+            await eventually(lambda: len(sent) > 20)
+        await dashboard.reconnect()
+        await everything_came([dashboard], len(sent))
+
+
+async def test_of_a_stream_that_was_trimmed_no_part_comes(nodes, redis, guild):
+    async with balanced(nodes) as balancer:
+        dashboard = await page(nodes, balancer, reconnection=False)
+        await dashboard.drop()
+        for number in range(5):
+            say(nodes.holder, guild, number)
+        stream = f"spywatcher:guild:{guild.id}"
+        await eventually(lambda: redis.ask("XLEN", stream))
+        await nodes.holder.node.publisher.drained()
+        await redis.ask("XTRIM", stream, "MAXLEN", 3)
+        await dashboard.reconnect()
         await dashboard.reconnected()
-        assert not dashboard.recovered
-        for _ in range(2):
-            assert await dashboard.next("session") == {"recovered": False, "rooms": []}
+        await dashboard.next("session")
+        assert await dashboard.next("session") == {"recovered": False, "rooms": []}
+        await dashboard.quiet("test:event")
+
+
+async def test_the_pid_of_another_viewer_is_of_no_use_at_any_node(nodes, redis, guild):
+    async with balanced(nodes) as balancer:
+        victim = await page(nodes, balancer)
+        [key] = await eventually(lambda: redis.ask("KEYS", "spywatcher:ticket:*"))
+        pid, offset = key.decode().rpartition(":")[2], nodes.holder.recovery.offset
+        before = await redis.ask("GET", key)
+        for said in (pid, pid[::-1], "x.y"):
+            for server in nodes.servers:
+                await server.node.recall(said, Viewer("666", "ADMIN"), offset)
+                assert server.recovery.find(said, "666") is None
+        assert await redis.ask("GET", key) == before
+        assert (await victim.state()).connected
+
+
+@pytest.mark.faults
+async def test_who_was_at_a_node_that_is_killed_misses_nothing(nodes, processes):
+    holder = await find_holder(processes)
+    killed = processes[holder - 1]
+    ports = [service.port for service in processes if service is not killed]
+    async with Balancer(killed.port) as balancer, chatting(nodes) as sent:
+        dashboards = [await page(nodes, balancer) for _ in range(20)]
+        balancer.ports[:] = ports
+        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
+        killed.process.kill()
+        await asyncio.gather(*(dashboard.reconnected() for dashboard in dashboards))
+        back = len(sent)
+        await eventually(lambda: all(authors(d)[-1] > back + 20 for d in dashboards))
+    for dashboard in dashboards:
+        got = authors(dashboard)
+        assert got == list(range(got[0], got[-1] + 1))
+        assert always_recovered(dashboard)
 
 
 @pytest.mark.faults
@@ -1014,16 +1087,16 @@ class Balancer(Proxy):
 
     def __init__(self, *ports: int) -> None:
         super().__init__(0)
-        self._ports = list(ports)
+        self.ports = list(ports)
         #: When each connection came.
         self.moments: list[float] = []
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         self.moments.append(time.monotonic())
-        for _ in self._ports:
-            self._ports.append(self._ports.pop(0))
+        for _ in range(len(self.ports)):
+            self.ports.append(self.ports.pop(0))
             with suppress(OSError):
-                return await asyncio.open_connection("127.0.0.1", self._ports[-1])
+                return await asyncio.open_connection("127.0.0.1", self.ports[-1])
         raise ConnectionRefusedError
 
 

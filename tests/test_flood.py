@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator
+from statistics import median
 
 import pytest
 from service import ROOT, Service, running, tables_for, viewer_token, write_settings
@@ -159,19 +160,106 @@ async def test_strangers_cost_little_and_keep_nobody_out(service, js):
     assert len(os.listdir(f"/proc/{process}/fd")) <= files + 5
 
 
-#: What `ulimit -n` does between fork and exec.
-FEW_DESCRIPTORS = (
-    "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150));"
-    " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-)
+# ---- ten ways to be a stranger
+
+FLOOD = 1_000
+FLOOD_SECONDS = 8.0
+PAUSE = 5.0
+"""Seconds between two things that one stranger does: 200 a second in all."""
+OPEN = WEBSOCKET.format(query="", header="") + "\r\n"
+POLLING = POLL.format(header="")
+POST = "POST /socket.io/?EIO=4&transport=polling&sid=x HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n"
+
+
+def frame(text: str, opcode: int = 1) -> bytes:
+    """A masked WebSocket frame; the mask is zero."""
+    data = text.encode()
+    return bytes([0x80 | opcode, 0x80 | len(data), 0, 0, 0, 0]) + data
+
+
+#: What each says first, and then again and again.
+WAYS: dict[str, tuple[str, bytes]] = {
+    "silent": ("", b""),
+    "slow headers": ("GET /socket.io/ HTTP/1.1\r\n", b"X-A: b\r\n"),
+    "slow body": (POST, b"x"),
+    "half a handshake": (WEBSOCKET.format(query="", header=""), b""),
+    "OPTIONS": ("", b"OPTIONS /socket.io/ HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "polls": (POLLING, POLLING.encode()),
+    "upgrades": (WEBSOCKET.format(query="&sid=x", header="") + "\r\n", b""),
+    "CONNECT": (OPEN, frame('40{"token":"a.b.c"}')),
+    "pings": (OPEN, frame("", 9) + frame("2") + frame("3")),
+    "out of descriptors": ("", b""),
+}
+
+
+def with_descriptors(most: int) -> tuple[str, ...]:
+    """The server with what `ulimit -n` does between fork and exec."""
+    text = (
+        f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}));"
+        " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    return sys.executable, "-c", text, str(ROOT / "spywatcher.py")
+
+
+async def flood(port: int, way: str, number: int, until: float) -> None:
+    """One stranger, who comes again whenever it is thrown out."""
+    first, more = WAYS[way]
+    address = f"127.{1 + number % 200}.{number // 200}.1"
+    await asyncio.sleep(number / FLOOD * PAUSE)
+    while time.monotonic() < until:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
+            writer.write(first.encode())
+            while time.monotonic() < until and not writer.transport.is_closing():
+                writer.write(more)
+                await asyncio.sleep(PAUSE)
+            writer.close()
+        except OSError:
+            await asyncio.sleep(PAUSE)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_thousand_strangers_of_any_kind_keep_nobody_out(tmp_path, discord, guild, js, way):
+    write_settings(tmp_path, tables_for(discord, plugins={}))
+    more = {"command": with_descriptors(600)} if way == "out of descriptors" else {}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    async with running(tmp_path, **more) as service:
+        await discord.wait_for_bot()
+        inside = await js.connect(service.url, token=viewer_token())
+        await inside.call("subscribe:guild", str(guild.id))
+        memory, until = resident(service.process.pid), time.monotonic() + FLOOD_SECONDS
+        strangers = [
+            asyncio.create_task(flood(service.port, way, number, until)) for number in range(FLOOD)
+        ]
+        delays, entries = [], []
+        while time.monotonic() < until:
+            began = time.monotonic()
+            dashboard = await js.connect(service.url, token=viewer_token())
+            entries.append(time.monotonic() - began)
+            await dashboard.disconnect()
+            began = time.monotonic()
+            await discord.message(guild, guild.owner, guild.general)
+            delays.append((await inside.next_event("message:new")).monotonic - began)
+            await asyncio.sleep(0.1)
+        grown = resident(service.process.pid) - memory
+        await asyncio.gather(*strangers)
+    size = sum(len(line) for line in service.log)
+    print(f"{way}: in after {median(entries):.2f} s, {max(entries):.2f} at most; events after")
+    print(
+        f"{median(delays) * 1000:.0f} ms, {max(delays) * 1000:.0f} at most; +{grown:.1f} MB, log {size}"
+    )
+    assert median(entries) < 1
+    assert median(delays) < 0.1
+    assert grown < 30
+    assert size < 1_000_000
 
 
 async def test_out_of_file_descriptors_it_pauses_and_lets_the_oldest_strangers_go(
     tmp_path, discord, guild, js
 ):
     write_settings(tmp_path, tables_for(discord, plugins={"folders": [str(tmp_path)]}))
-    command = (sys.executable, "-c", FEW_DESCRIPTORS, str(ROOT / "spywatcher.py"))
-    async with running(tmp_path, command=command) as service:
+    async with running(tmp_path, command=with_descriptors(150)) as service:
         await discord.wait_for_bot()
         inside = await js.connect(service.url, token=viewer_token())
         strangers = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(400)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 
 import hikari
 import pytest
@@ -140,3 +141,23 @@ async def test_a_token_that_is_none_is_refused_before_any_network(tmp_path, disc
     assert status == 2
     assert log == [line for line in log if line.startswith("spywatcher: discord.token: got what")]
     assert discord.rest_calls == 0
+
+
+async def test_others_have_their_turn_while_thousands_of_packets_are_taken():
+    def work():
+        time.sleep(0.001)  # what a packet makes
+
+    class Full:
+        async def receive_json(self):
+            work()
+
+    async def take():
+        connection = spywatcher.TakingTurns(Full())
+        for _ in range(100):
+            await connection.receive_json()
+
+    taking, turns = asyncio.create_task(take()), 0
+    while not taking.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 10

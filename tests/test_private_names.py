@@ -56,6 +56,7 @@ METHODS = [
     (tornado.web.RequestHandler, "_unimplemented_method", "args kwargs"),
     (tornado.web.Application, "find_handler", "request kwargs"),
     (tornado.web.Application, "log_request", "handler"),
+    (WebSocketHandler, "_detach_stream", ""),
     (WebSocketHandler, "on_ping", "data"),
 ]
 

@@ -16,7 +16,6 @@ from simulator import Guild, Member, Permission, PretendDiscord, Role, hidden_ex
 from spywatcher import (
     MAX_LOG_BYTES,
     Destination,
-    Metrics,
     Recovery,
     RecoverySettings,
     Viewer,
@@ -424,7 +423,7 @@ async def test_who_had_its_snapshot_gets_it_once(spy: Watch) -> None:
 
 
 def test_twenty_busy_guilds_keep_no_more_than_their_bounds() -> None:
-    recovery = Recovery(RecoverySettings(), Metrics())
+    recovery = Recovery(RecoverySettings(), b"key")
     ticket = recovery.issue(Viewer("1", "ADMIN"))
     guilds = [str(number) for number in range(20)]
     for guild_id in guilds:
@@ -432,7 +431,7 @@ def test_twenty_busy_guilds_keep_no_more_than_their_bounds() -> None:
     for size in (100, 5_000):
         packet = event_packet("x", {"text": "x" * size})
         for guild_id in guilds * 2_000:
-            recovery.add(Destination(guild_id, "guild"), packet)
+            recovery.add(Destination(guild_id, "guild"), packet, recovery.count())
         assert recovery.size <= 20 * min(MAX_LOG_BYTES, 1_000 * (len(packet) + 40))
     recovery.forget(ticket)
     assert recovery.size == 0

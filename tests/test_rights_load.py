@@ -19,9 +19,7 @@ from spywatcher import HostContext, Server
 DASHBOARDS = 1_000
 ROLES = 250
 LAG = 0.1
-"""Seconds that the loop may be late on a machine of its own."""
-BUSY = 4
-"""How much slower the machine may be that runs the tests."""
+"""Seconds for which the loop may be held."""
 
 
 class Crowd:
@@ -93,7 +91,10 @@ async def crowd(tmp_path) -> AsyncIterator[Crowd]:
 
 
 class Lag:
-    """How late the loop is while something goes on."""
+    """How long the loop is held while something goes on: what it works between two turns.
+
+    Work and not time is measured, since the machine that runs the tests has others to serve too.
+    """
 
     async def __aenter__(self) -> Lag:
         self.worst = 0.0
@@ -106,9 +107,9 @@ class Lag:
 
     async def _watch(self) -> None:
         while True:
-            due = time.monotonic() + 0.002
+            began = time.thread_time()
             await asyncio.sleep(0.002)
-            self.worst = max(self.worst, time.monotonic() - due)
+            self.worst = max(self.worst, time.thread_time() - began)
 
 
 async def burst(count: int, step: Callable[[int], None]) -> None:
@@ -127,12 +128,12 @@ async def test_a_reorder_of_250_roles_holds_nobody_up(crowd):
     room = f"guild:{crowd.guild.id}"
     async with Lag() as lag:
         await burst(ROLES, update)
-        began = time.monotonic()
+        began = time.thread_time()
         await eventually(lambda: not crowd.server.rooms.members(room))
-        lasted = time.monotonic() - began
-    print(f"250 role updates: loop {lag.worst * 1000:.0f} ms late, right after {lasted:.2f} s")
-    assert lag.worst < LAG * BUSY
-    assert lasted < 1.0 * BUSY
+        lasted = time.thread_time() - began
+    print(f"250 role updates: loop held {lag.worst * 1000:.0f} ms, right after {lasted:.2f} s")
+    assert lag.worst < LAG
+    assert lasted < 1.0
     assert all(names.count("error") == 1 for names in crowd.take())
 
 
@@ -148,16 +149,14 @@ async def test_a_hundred_changes_of_a_channel_with_messages_between_hold_nobody_
 
     async with Lag() as lag:
         await burst(100, change)
-        began = time.monotonic()
         await settle()
         crowd.message()
         await settle()
-        lasted = time.monotonic() - began
-    print(f"100 channel updates: loop {lag.worst * 1000:.0f} ms late, right after {lasted:.2f} s")
+    print(f"100 channel updates with messages between: loop held {lag.worst * 1000:.0f} ms")
     await asyncio.sleep(0.2)  # what rests in the outbox
     counts = [names.count("message:new") for names in crowd.take()]
     assert counts == [101 if one else 50 for one in sees]
-    assert lag.worst < LAG * BUSY
+    assert lag.worst < LAG
 
 
 GUILDS = 1_000

@@ -301,6 +301,7 @@ def test_what_is_nested_without_sense_is_one_line(tmp_path, capsys, text):
         ("https://straße.example:8443", "https://xn--strae-oqa.example:8443"),
         ("https://*.bücher.example", "https://*.xn--bcher-kva.example"),
         ("http://[::1]:8080", "http://[::1]:8080"),
+        ("http://[2001:DB8:0:0::01]:080", "http://[2001:db8::1]"),
         ("http://localhost:*", "http://localhost:*"),
         ("*", "*"),
         ("null", "null"),
@@ -326,6 +327,7 @@ def test_an_origin_is_any_scheme_host_and_port(written, origin):
         "https://a b",
         "https://*.",
         "http://[::1",
+        "http://[1::2::3]",
         "https://a.example#x",
     ],
 )
