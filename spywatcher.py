@@ -2465,10 +2465,9 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        if self.handler is not None:
-            close_gently(self.handler, self.server.ending_timeout)
-        if self._prober is not None:
-            close_after_upgrade(self._prober, self.server.ending_timeout)
+        for handler, close in (self.handler, close_gently), (self._prober, close_after_upgrade):
+            if handler is not None:
+                close(handler, self.server.ending_timeout)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -3021,6 +3020,7 @@ class GuildLog:
     def __init__(self, begin: int) -> None:
         self._events: collections.deque[Logged] = collections.deque()
         self._trimmed = begin
+        self.filled = math.inf  # from there on all is here, also what was not heard here
         self.bytes = 0
 
     def add(self, event: Logged, window: float, max_events: int) -> None:
@@ -3048,7 +3048,7 @@ class GuildLog:
             return False
         self._events.extendleft(reversed(older))
         self.bytes += size
-        self._trimmed = min(self._trimmed, since)
+        self._trimmed, self.filled = min(self._trimmed, since), min(self.filled, since)
         return True
 
     def since(self, position: int) -> list[Logged] | None:
@@ -3166,9 +3166,12 @@ class Recovery:
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
 
-    def reaches(self, guild_id: str, position: int) -> bool:
-        """Whether all is here that came in the guild after that."""
-        return guild_id in self._logs and self._logs[guild_id].reaches(position)
+    def reaches(self, guild_id: str, position: int, heard_elsewhere: bool) -> bool:
+        """Whether all is here that came in the guild after that, to the clients of this node or of all."""
+        found = self._logs.get(guild_id)
+        if found is None or not found.reaches(position):
+            return False
+        return position >= found.filled or not heard_elsewhere
 
     def fill(self, guild_id: str, since: int, events: Iterable[Logged]) -> bool:
         """Put before what is here of a guild what else has come after `since`, oldest first.

@@ -1722,7 +1722,7 @@ class Tickets:
         while not self._is_known(ticket, viewer, seen):
             await self._node.known.wait()
         for guild_id, since in ticket.since(seen).items():
-            here = not moved and self._recovery.reaches(guild_id, since)
+            here = self._recovery.reaches(guild_id, since, heard_elsewhere=moved)
             if not here and not await self._fill(guild_id, since):
                 self._recovery.forget(ticket)
 
@@ -1752,12 +1752,9 @@ class Tickets:
         """Put what the stream has before what was heard here, unless something in between is gone."""
         if self._node.leading:
             await self._node.publisher.drained()
-        stream, reader, tail = guild_stream(guild_id), self._node.reader, Tail("0-0")
-        found = await self._node.link.redis.xrevrange(stream, count=self._max_events * 2)
-        entries = list(filter(tail.admits, reader.decode(stream, found[::-1])))
-        if tail.lost or not (not found or has_all_after(entries, since)):
-            return False
-        return self._recovery.fill(
+        stream, reader = guild_stream(guild_id), self._node.reader
+        entries = await self._read_back(stream, since)
+        return entries is not None and self._recovery.fill(
             guild_id,
             since,
             [
@@ -1768,6 +1765,16 @@ class Tickets:
                 and (entry.note.source == self._node.source or reader.has_read(stream, entry.id))
             ],
         )
+
+    async def _read_back(self, stream: str, since: int) -> list[Entry] | None:
+        """The latest entries, back to this position; None where some are gone. Most are away shortly."""
+        for count in (self._max_events // 10 + 1, self._max_events * 2):
+            tail = Tail("0-0")
+            found = await self._node.link.redis.xrevrange(stream, count=count)
+            entries = list(filter(tail.admits, self._node.reader.decode(stream, found[::-1])))
+            if not tail.lost and (not found or has_all_after(entries, since)):
+                return entries
+        return None
 
     def on_moved(self, note: Note) -> None:
         self._recovery.disown(note.detail)

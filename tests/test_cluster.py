@@ -211,6 +211,10 @@ async def balanced(nodes: Nodes) -> AsyncIterator[Balancer]:
         yield balancer
 
 
+#: The client's own way to come back.
+STOCK = {"reconnectionDelay": 1000, "reconnectionDelayMax": 5000, "randomizationFactor": 0.5}
+
+
 def always_recovered(dashboard: Dashboard) -> bool:
     return all(session["recovered"] for session in dashboard.received("session")[1:])
 
@@ -246,7 +250,8 @@ async def test_of_a_stream_that_was_trimmed_no_part_comes(nodes, redis, guild):
             say(nodes.holder, guild, number)
         stream = f"spywatcher:guild:{guild.id}"
         await eventually(lambda: redis.ask("XLEN", stream))
-        await nodes.holder.node.publisher.drained()
+        position = nodes.holder.recovery.position
+        await eventually(lambda: all(s.recovery.position >= position for s in nodes.servers))
         await redis.ask("XTRIM", stream, "MAXLEN", 3)
         await dashboard.reconnect()
         await dashboard.reconnected()
@@ -1124,7 +1129,10 @@ async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_on
 ):
     async with AsyncExitStack() as stack:
         balancer = await stack.enter_async_context(Balancer(*(s.port for s in processes)))
-        dashboards = [await nodes.dashboard(balancer, str(number)) for number in range(300)]
+        dashboards = [
+            await page(nodes, balancer, viewer=str(number), **STOCK) for number in range(300)
+        ]
+        await stack.enter_async_context(chatting(nodes, rate=2))
         for number, service in enumerate(processes):
             leaving = await clients_of(service)
             before = {dashboard.id for dashboard in dashboards}
@@ -1138,7 +1146,16 @@ async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_on
             assert await service.exit_status() == 0
             again = await restart(service, tmp_path / f"node{number}", stack)
             await eventually(lambda s=again: part(s, "server", "redis"), timeout=15)
+        last = authors(dashboards[0])[-1] + 2
+        await eventually(lambda: all(authors(d)[-1] >= last for d in dashboards), timeout=15)
+        for dashboard in dashboards:
+            assert up_to(last, dashboard) == up_to(last, dashboards[0])
+        assert all(map(always_recovered, dashboards))
         await balancer.cut()
+
+
+def up_to(last: int, dashboard: Dashboard) -> list[int]:
+    return [number for number in authors(dashboard) if number <= last]
 
 
 def places(dashboard: Dashboard) -> list[str]:
