@@ -5871,8 +5871,10 @@ async def fetch_gateway(rest_url: str, token: str, patience: Patience) -> Gatewa
         request_timeout=patience.step,
         follow_redirects=False,
     )
+    answer = asyncio.ensure_future(client.fetch(request, raise_error=False))
+    answer.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
-        response = await client.fetch(request, raise_error=False)
+        response = await asyncio.shield(answer)  # Tornado logs what fails after it was cancelled
     except Exception as error:  # whatever a server may send
         raise AwayError("rest", f"its REST API cannot be reached: {reason_of(error)}") from error
     finally:
@@ -7571,7 +7573,8 @@ class Subscriptions:
 
         def end(task: asyncio.Task[None]) -> None:
             self._under_way.discard(task)
-            if ticket is not None and ticket.greeted.get(room) == math.inf:
+            here = sid in self.connected  # else it was not sent, and is after the return
+            if here and ticket is not None and ticket.greeted.get(room) == math.inf:
                 del ticket.greeted[room]  # nobody had anything
 
         if ticket is not None:

@@ -227,7 +227,10 @@ class LongHistory(History):
             await super().do_join(a, b, c)
 
     async def do_leave_and_join(self, a: int, b: int, c: int) -> None:
+        """Who has left is out, however soon the return."""
         await self.do_leave(a, b, c)
+        if not self.away:
+            await self.judge(self.guild.general)
         await self.do_join(a, b, c)
 
     # -- roles
@@ -332,7 +335,7 @@ class LongHistory(History):
     async def ready(self, *guilds: int) -> None:
         shard: Any = SimpleNamespace(id=0, shard_count=1)
         event: Any = SimpleNamespace(unavailable_guilds=list(guilds), shard=shard)
-        await self.server.rights._on_new_session(event)
+        self.server.rights._on_new_session(event)
 
     async def do_resume(self, a: int, b: int, c: int) -> None:
         bot = self.server.gateway.bot

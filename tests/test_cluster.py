@@ -974,16 +974,18 @@ async def test_what_waits_for_redis_is_bounded_and_the_oldest_goes(
 ):
     monkeypatch.setattr(spywatcher_cluster, "MOST_WAITING", 100)
     dashboards = await two_nodes(nodes)
-    say(nodes.servers[0], guild, 0)
-    await eventually(lambda: len(numbers(dashboards[1])) == 1)
-    await nodes.proxies[0].cut()
+    at = nodes.servers.index(nodes.holder)
+    here, elsewhere = dashboards[at], dashboards[1 - at]
+    say(nodes.holder, guild, 0)
+    await eventually(lambda: len(numbers(elsewhere)) == 1)
+    await nodes.proxies[at].cut()
     for number in range(1, 1001):
-        say(nodes.servers[0], guild, number)
-    assert len(nodes.servers[0].node.publisher) <= 100
-    await nodes.proxies[0].mend()
-    await eventually(lambda: numbers(dashboards[1])[-1] == 1000)
-    assert numbers(dashboards[0]) == list(range(1001))
-    got = numbers(dashboards[1])[1:]
+        say(nodes.servers[at], guild, number)
+    assert len(nodes.servers[at].node.publisher) <= 100
+    await nodes.proxies[at].mend()
+    await eventually(lambda: numbers(elsewhere)[-1] == 1000)
+    assert numbers(here) == list(range(1001))
+    got = numbers(elsewhere)[1:]
     assert got == list(range(1001 - len(got), 1001))
 
 
