@@ -53,6 +53,7 @@ import math
 import random
 import secrets
 import signal
+import socket as tcp  # a gateway's socket is called `socket` here
 import sys
 import tempfile
 import textwrap
@@ -2281,6 +2282,7 @@ class PretendDiscord(Happenings):
         self.oauth2 = OAuth2(self.bot, self.guilds)
         self._application = self._routed(heartbeat_interval)
         self._server: tornado.httpserver.HTTPServer | None = None
+        self._kept: tcp.socket | None = None  # keeps the port while connections are refused
 
     @property
     def bot_id(self) -> int:
@@ -2318,8 +2320,9 @@ class PretendDiscord(Happenings):
 
     async def __aexit__(self, *_: object) -> None:
         await self.refuse()
-        for socket in self._detach_all():
-            socket.close(CloseCode.GOING_AWAY, "Going away.")
+        self._release_port()
+        for gateway in self._detach_all():
+            gateway.close(CloseCode.GOING_AWAY, "Going away.")
         with contextlib.suppress(TimeoutError):
             await self.wait_until(lambda: not self.sockets, CLOSING_GRACE)
         await self.drop(None)
@@ -2328,6 +2331,7 @@ class PretendDiscord(Happenings):
         """Listen: the first time on the port asked for, afterwards on the same one again."""
         if self._server is not None:
             return
+        self._release_port()
         listeners = tornado.netutil.bind_sockets(self.port, "127.0.0.1")
         self.port = listeners[0].getsockname()[1]
         self.gateway_url = f"ws://127.0.0.1:{self.port}{GATEWAY_PATH}"
@@ -2337,9 +2341,17 @@ class PretendDiscord(Happenings):
     async def refuse(self) -> None:
         """Refuse connections until `accept`, REST and gateway; open gateway sockets stay."""
         if self._server is not None:
-            self._server.stop()
-            await self._server.close_all_connections()
-            self._server = None
+            server, self._server = self._server, None
+            server.stop()
+            self._kept = tcp.socket()
+            self._kept.setsockopt(tcp.SOL_SOCKET, tcp.SO_REUSEADDR, 1)
+            self._kept.bind(("127.0.0.1", self.port))
+            await server.close_all_connections()
+
+    def _release_port(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
     def _routed(self, heartbeat_interval: float) -> tornado.web.Application:
         socket = {"gateway": self, "heartbeat_interval": heartbeat_interval}

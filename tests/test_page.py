@@ -54,6 +54,12 @@ def state(page: Page) -> Any:
     return expect(page.locator("#state"))
 
 
+async def looks_on(page: Page, spy: Watch) -> None:
+    """The page is connected, and has chosen the guild that it hears of."""
+    await state(page).to_have_text("Live")
+    await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
+
+
 # ---- coming in -------------------------------------------------------------
 
 
@@ -100,7 +106,7 @@ async def test_who_looks_next_in_the_same_window_sees_nothing_of_what_was_seen_b
     browser: Browser, spy: Watch
 ) -> None:
     page = await browser.open(address(spy))
-    await state(page).to_have_text("Live")
+    await looks_on(page, spy)
     ada = await spy.discord.join(spy.guild, "ada")
     await expect(page.locator("#events li")).to_have_count(1)
     await page.goto(address(spy, token=spy.token("2", role="ADMIN")))
@@ -170,7 +176,7 @@ async def test_discord_signs_in_and_a_reload_keeps_one_signed_in(
 
 async def test_each_kind_of_event_appears(browser: Browser, spy: Watch) -> None:
     page = await browser.open(address(spy))
-    await state(page).to_have_text("Live")
+    await looks_on(page, spy)
     discord, guild = spy.discord, spy.guild
     rank = await discord.role_create(guild, "Veteran")
     ada = await discord.join(guild, "ada", account_age_days=3)
@@ -239,7 +245,7 @@ async def test_members_are_found_by_status_device_and_name(
 
 async def test_members_come_and_go_while_one_looks(browser: Browser, spy: Watch) -> None:
     page = await browser.open(address(spy))
-    await state(page).to_have_text("Live")
+    await looks_on(page, spy)
     ada = await spy.discord.join(spy.guild, "ada")
     await spy.discord.presence(spy.guild, ada, "dnd", ["web"])
     await expect(page.locator("#members li", has_text="ada")).to_contain_text("do not disturb")
@@ -254,7 +260,7 @@ async def test_the_stream_can_be_filtered_and_paused(browser: Browser, spy: Watc
     ada = await discord.join(guild, "ada")
     bob = await discord.join(guild, "bob")
     page = await browser.open(address(spy))
-    await state(page).to_have_text("Live")
+    await looks_on(page, spy)
     await discord.message(guild, ada, art)
     await discord.message(guild, bob, guild.general)
     rows = page.locator("#events li:visible p")
@@ -271,7 +277,7 @@ async def test_the_stream_can_be_filtered_and_paused(browser: Browser, spy: Watc
 
 async def test_no_more_than_500_events_are_kept(browser: Browser, spy: Watch) -> None:
     page = await browser.open(address(spy))
-    await state(page).to_have_text("Live")
+    await looks_on(page, spy)
     ada = await spy.discord.join(spy.guild, "ada")
     for _ in range(600):
         await spy.discord.message(spy.guild, ada, spy.guild.general)
@@ -340,7 +346,7 @@ async def test_names_are_text_whatever_they_are(
     people = [guild.add_member(name) for name in (*HOSTILE, "W" * 10_000)]
     async with watching(plugins=OWN_PLUGINS) as spy:
         page = await browser.open(address(spy), viewport={"width": 360, "height": 780})
-        await state(page).to_have_text("Live")
+        await looks_on(page, spy)
         for person in people:
             await discord.message(guild, person, guild.general)
             await discord.typing(guild, person, guild.general)
@@ -362,13 +368,13 @@ async def test_the_page_comes_back_after_a_restart(
     ada = guild.add_member("ada")
     async with watching() as spy:
         page = await browser.open(address(spy))
-        await state(page).to_have_text("Live")
+        await looks_on(page, spy)
         await spy.discord.message(guild, ada, guild.general)
         await expect(page.locator("#events li")).to_have_count(1)
         port = spy.server.port
     await state(page).to_have_text("Reconnecting")
     async with watching(server={"port": port}) as spy:
-        await state(page).to_have_text("Live")
+        await looks_on(page, spy)
         await spy.discord.message(guild, ada, guild.general)
         await expect(page.locator("#events li:not([data-kind=gap])")).to_have_count(2)
         await expect(page.locator("#events [data-kind=gap]")).to_contain_text("connection was lost")
@@ -383,7 +389,7 @@ async def test_after_a_short_cut_not_a_row_is_missed(
     ada = guild.add_member("ada")
     async with watching() as spy:
         page = await browser.open(address(spy))
-        await state(page).to_have_text("Live")
+        await looks_on(page, spy)
         await spy.discord.message(guild, ada, guild.general)
         await expect(page.locator("#events li")).to_have_count(1)
         await page.context.set_offline(True)
