@@ -3063,12 +3063,22 @@ class GuildLog:
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
 # count of all events, which one process keeps at a time, so one of them says how far a client is in every
 # guild. The count begins at what the clock says: a stock client may still say an offset from before a
-# restart, which is then before all that its new ticket is owed.
+# restart, which is then before all that its new ticket is owed. A snapshot is sent to one client, between
+# two events: its offset adds the number of the client's snapshots.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
 #   awaited       its connection was lost    CONNECT with its pid     yes
 #   gone          `window` seconds of that, or at once where its client said DISCONNECT
+
+
+class Seen(NamedTuple):
+    """How far a client is, as an offset says it."""
+
+    #: Of the latest event it has, in the count of all.
+    position: int
+    #: How many snapshots it had by then; an event's offset does not say.
+    snapshots: int = 0
 
 
 class Ticket(msgspec.Struct, eq=False):
@@ -3081,8 +3091,10 @@ class Ticket(msgspec.Struct, eq=False):
     rooms: dict[str, int] = {}
     #: Rooms that it is to be in once it is known that it may.
     pending: set[str] = set()
-    #: By room, the position of what its client was sent as a new subscriber; not sent yet: inf.
-    greeted: dict[str, float] = {}
+    #: How many snapshots its client was sent,
+    snapshots: int = 0
+    #: and by room where the latest is that may not have reached it; None: not sent yet.
+    unseen: dict[str, Seen | None] = {}
     until: float = math.inf  # awaited until then, by the monotonic clock
 
     def since(self, seen: int) -> dict[str, int]:
@@ -3134,10 +3146,6 @@ class Recovery:
         """All events up to there have been here."""
         self.position = max(self.position, position)
 
-    def has_reached(self, position: int) -> bool:
-        """Whether all events up to there have been here."""
-        return self.position // POSITION_STEP >= position // POSITION_STEP
-
     # -- events
 
     def has_listeners(self, room: str) -> bool:
@@ -3152,7 +3160,7 @@ class Recovery:
 
     def count(self) -> int:
         """The position of the next event."""
-        self.position += POSITION_STEP - self.position % POSITION_STEP
+        self.position += 1
         return self.position
 
     def add(self, to: Destination, packet: bytes, position: int) -> RoomFrame:
@@ -3309,7 +3317,7 @@ class Recovery:
     def _leave(self, ticket: Ticket, room: str) -> None:
         if ticket.rooms.pop(room, None) is not None:
             guild_id = room_guild(room)
-            ticket.greeted.pop(room, None)
+            ticket.unseen.pop(room, None)
             remove_one(self._in_room, room)
             remove_one(self._in_guild, guild_id)
             if guild_id not in self._in_guild:
@@ -3318,33 +3326,35 @@ class Recovery:
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         seen = decode_offset(offset)
-        if seen is None or not self.has_reached(seen):  # of a process whose clock was ahead
+        if seen is None or seen.position > self.position:  # of a process whose clock was ahead
             return None
         missed: list[Logged] = []
-        for guild_id, position in ticket.since(seen).items():
+        for guild_id, position in ticket.since(seen.position).items():
             events = self._logs[guild_id].since(position)
             if events is None:
                 return None
             missed += [
                 event
                 for event in events
-                if event.position > max(seen, ticket.rooms.get(event.to.room, math.inf))
+                if event.position > max(seen.position, ticket.rooms.get(event.to.room, math.inf))
             ]
         return sorted(missed)
 
-    def greet(self, ticket: Ticket, room: str) -> str:
-        """The offset of what its client is sent now as a new subscriber of the room."""
-        if (self.position + 1) % POSITION_STEP:
-            self.position += 1
-        ticket.greeted[room] = self.position
+    def number_snapshot(self, ticket: Ticket, room: str) -> str:
+        """The offset of a snapshot of the room that its client is sent now."""
+        ticket.snapshots += 1
+        ticket.unseen[room] = Seen(self.position, ticket.snapshots)
         self._changed(ticket)
-        return self.offset
+        return encode_offset(self.position, ticket.snapshots)
 
     @staticmethod
-    def not_greeted(ticket: Ticket, offset: object) -> list[str]:
-        """The rooms for which what its client was sent as a new subscriber has not reached it."""
-        seen = decode_offset(offset) or 0
-        return [room for room, sent in ticket.greeted.items() if sent > seen]
+    def rooms_without_snapshot(ticket: Ticket, offset: object) -> list[str]:
+        """Those of which its client, by what it says, has not received what it was sent last."""
+        seen = decode_offset(offset) or Seen(0)
+        ticket.unseen = {
+            room: sent for room, sent in ticket.unseen.items() if sent is None or sent > seen
+        }
+        return list(ticket.unseen)
 
 
 def room_guild(room: str) -> str:
@@ -3358,15 +3368,14 @@ def remove_one(counter: collections.Counter[str], key: str) -> None:
         del counter[key]
 
 
-#: Nanoseconds of the clock for each position,
+#: Nanoseconds of the clock for each position: no process has had more events since it began.
 POSITION_NS: Final = 10_000
-#: and positions for each event: no process has had more since it began. Those between are for what
-#: single clients are sent.
-POSITION_STEP: Final = 4
 #: Bytes of a position, enough until 2059. They go out with every event, so they are few.
 POSITION_BYTES: Final = 6
+#: Bytes of the number of a client's snapshots, which follow in a snapshot's offset.
+SNAPSHOTS_BYTES: Final = 3
 #: An offset as this server makes them.
-OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}")
+OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}([A-Za-z0-9_-]{4})?")
 
 
 def clock_position() -> int:
@@ -3374,15 +3383,20 @@ def clock_position() -> int:
     return time.time_ns() // POSITION_NS
 
 
-def encode_offset(position: int) -> str:
-    return urlsafe_b64encode(position.to_bytes(POSITION_BYTES, "big")).decode()
+def encode_offset(position: int, snapshots: int = 0) -> str:
+    data = position.to_bytes(POSITION_BYTES, "big")
+    if snapshots:
+        data += snapshots.to_bytes(SNAPSHOTS_BYTES, "big")
+    return urlsafe_b64encode(data).decode()
 
 
-def decode_offset(offset: object) -> int | None:
-    """The position; None for what is no offset."""
+def decode_offset(offset: object) -> Seen | None:
+    """How far a client is that says this; None for what is no offset."""
     if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
         return None
-    return int.from_bytes(urlsafe_b64decode(offset), "big")
+    data = urlsafe_b64decode(offset)
+    position, snapshots = data[:POSITION_BYTES], data[POSITION_BYTES:]
+    return Seen(int.from_bytes(position, "big"), int.from_bytes(snapshots, "big"))
 
 
 # ----------------------------------------------------------------------------- throttle
@@ -7568,17 +7582,17 @@ class Subscriptions:
             offset: tuple[str, ...] = ()
             if ticket is not None:
                 self._rooms.catch_up(sid)  # its offset says that all before it has come
-                offset = (self._recovery.greet(ticket, room),)
+                offset = (self._recovery.number_snapshot(ticket, room),)
             self.connected[sid].tell(event, payload, *offset)
 
         def end(task: asyncio.Task[None]) -> None:
             self._under_way.discard(task)
             here = sid in self.connected  # else it was not sent, and is after the return
-            if here and ticket is not None and ticket.greeted.get(room) == math.inf:
-                del ticket.greeted[room]  # nobody had anything
+            if here and ticket is not None and ticket.unseen.get(room, ticket) is None:
+                del ticket.unseen[room]  # nobody had anything
 
         if ticket is not None:
-            ticket.greeted[room] = math.inf
+            ticket.unseen[room] = None
         task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
         self._under_way.add(task)
         task.add_done_callback(end)
@@ -8073,7 +8087,7 @@ class Dashboards:
         for room in tuple(ticket.rooms):
             self._subscriptions.enter(sid, room)
         dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
-        for room in self._recovery.not_greeted(ticket, comeback.offset):
+        for room in self._recovery.rooms_without_snapshot(ticket, comeback.offset):
             self._subscriptions.send_snapshots_soon(sid, room)
         self._subscriptions.wait_again(sid)
 

@@ -1744,7 +1744,7 @@ class Tickets:
     def _is_known(self, ticket: Ticket, viewer: Viewer, seen: int) -> bool:
         """Whether this node has heard as much as the client, and what the viewer may view."""
         may_view = self._node.access.may_view
-        return self._recovery.has_reached(seen) and all(
+        return self._recovery.position >= seen and all(
             may_view(viewer, guild_id) is not None for guild_id in ticket.since(seen)
         )
 
@@ -2257,7 +2257,7 @@ class ClusterNode(Node):
             with contextlib.suppress(*self.link.errors):
                 async with asyncio.timeout(RECALL_PATIENCE):
                     moved = await self.tickets.take(str(pid))
-                    await self.tickets.complete(str(pid), viewer, seen, moved)
+                    await self.tickets.complete(str(pid), viewer, seen.position, moved)
         return moved
 
     def viewer_entered(self, discord_id: str) -> None:

@@ -406,16 +406,19 @@ async def test_a_snapshot_that_never_arrived_comes_after_the_return(spy: Watch) 
     await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
     await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
     await lose(spy, raw)
-    _, back, session = await bare_page(spy, **said)
-    assert session == {"recovered": True, "rooms": [f"guild:{spy.guild.id}"]}
-    assert str(await back.read()).startswith('42["presence:snapshot"')
+    for _ in range(5):  # as often as that one is lost, too
+        _, back, session = await bare_page(spy, **said)
+        assert session == {"recovered": True, "rooms": [f"guild:{spy.guild.id}"]}
+        assert str(await back.read()).startswith('42["presence:snapshot"')
+        await lose(spy, back)
 
 
 async def test_who_had_its_snapshot_gets_it_once(spy: Watch) -> None:
     dashboard = await page(spy)
-    await away(spy, dashboard)
-    await dashboard.reconnected()
-    await dashboard.next("session")
+    for _ in range(2):
+        await away(spy, dashboard)
+        await dashboard.reconnected()
+        assert (await dashboard.next("session"))["recovered"]
     await dashboard.quiet("presence:snapshot")
 
 
