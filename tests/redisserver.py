@@ -198,6 +198,10 @@ class Proxy:
         except OSError:
             writer.close()
             return
+        if self._server is None:  # cut meanwhile
+            writer.transport.abort()
+            other.transport.abort()
+            return
         self._writers.add(other)
         for source, target in ((reader, other), (other_reader, writer)):
             task = asyncio.create_task(self._pass(source, target))
@@ -234,6 +238,8 @@ class Proxy:
         if self._server is not None:
             self._server.close()
             self._server = None
+            for _ in range(10):  # turns of the loop, in which what was accepted gets its writer
+                await asyncio.sleep(0)
         for writer in [*self._writers]:
             writer.transport.abort()
         self._flowing.set()
