@@ -90,7 +90,7 @@ from collections.abc import (
 from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, coroutine
 from typing import (
     Annotated,
     Any,
@@ -4152,22 +4152,10 @@ RESERVED_EVENTS: Final = frozenset(
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
-class Events(Protocol):
-    """Where to hear of what happens, as it happens: what is subscribed waits for nothing."""
-
-    def subscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-    def unsubscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-
-
 class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
-    bot: hikari.GatewayBot
-    events: Events
+    bot: Bot
     presences: Presences
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
@@ -4473,7 +4461,8 @@ class Fence:
 
     def __init__(self, name: str, metrics: Metrics) -> None:
         self.name = name
-        self._failures = metrics.plugin_failures.labels(name)
+        #: Count a fault.
+        self.count = metrics.plugin_failures.labels(name).inc
         self._seconds = metrics.plugin_seconds.counts
         self._pauses = metrics.plugin_pauses.labels(name)
         self._told: set[object] = set()
@@ -4481,7 +4470,7 @@ class Fence:
         self._waited = self._waited_at = 0.0
 
     def failed(self, what: str, error: BaseException) -> None:
-        self._failures.inc()
+        self.count()
         kind = (what, type(error), kind_of_fault(error))
         if kind in self._told or len(self._told) >= MOST_KINDS:
             return
@@ -4566,20 +4555,24 @@ class Guarded:
     def __init__(
         self,
         function: Callable[..., Any],
-        arguments: tuple[object, ...],
         name: str,
         fence: Fence,
         time_limit: float | None,
+        *arguments: object,
         where: str = "",
+        then: Callable[[Any, Any], None] | None = None,
     ) -> None:
         self._function = function
-        self._arguments = arguments
         #: As log lines name it.
         self.name = name
         self._where = where
         self._fence = fence
         #: Seconds for which it may be awaited; None: for ever.
         self._time_limit = time_limit
+        #: What it is handed behind what it is called with.
+        self._arguments = arguments
+        #: What takes what it was called with and what it returned, where that is not None.
+        self._then = then
         self._failed_in_row = 0
         self._paused_until = 0.0
         self._running: set[asyncio.Task[None]] = set()
@@ -4588,19 +4581,19 @@ class Guarded:
     def paused(self) -> bool:
         return self._paused_until > time.monotonic()
 
-    def call(self, subject: object, then: Callable[[Any, Any], None]) -> None:
-        """Call it with a subject, and `then` with that and what it returns, when that is there."""
+    def call(self, event: object) -> None:
+        """Call it with an event, and `then` once what it returns is there."""
         if self._paused_until and self.paused:
             return
         try:
-            result = self._call(subject)
+            result = self._call(event)
             if hasattr(result, "__await__"):
-                task = asyncio.create_task(self._finish(result, subject, then))
+                task = asyncio.create_task(self._finish(event, result))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
-            if result is not None:
-                then(subject, result)
+            if result is not None and self._then:
+                self._then(event, result)
         except FAULTS as error:
             self._failed(error)
         else:
@@ -4635,13 +4628,11 @@ class Guarded:
         finally:
             self._fence.took(self.name, began)
 
-    async def _finish(
-        self, result: Awaitable[Any], subject: object, then: Callable[[Any, Any], None]
-    ) -> None:
+    async def _finish(self, event: object, result: Awaitable[Any]) -> None:
         with caught(self._failed):
             answer = await self._awaited(result)
-            if answer is not None:
-                then(subject, answer)
+            if answer is not None and self._then:
+                self._then(event, answer)
             self._failed_in_row = 0
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
@@ -4661,7 +4652,7 @@ class Guarded:
             task.cancel()
 
     async def _in_steps(self, result: Awaitable[Any]) -> Any:
-        return await Steps(result, self._fence, self.name)
+        return await in_steps(result, self._fence, self.name)
 
     def _failed(self, error: BaseException) -> None:
         self._fence.failed(f"{self.name} failed{self._where}", error)
@@ -4671,28 +4662,23 @@ class Guarded:
             self._fence.paused(self.name + self._where)
 
 
-class Steps(NamedTuple):
+@coroutine
+def in_steps(awaitable: Awaitable[Any], fence: Fence, name: str) -> Generator[Any, Any, Any]:
     """Awaits something, and has each step of it counted: each holds up the loop."""
-
-    awaitable: Awaitable[Any]
-    fence: Fence
-    name: str
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        steps: Any = self.awaitable.__await__()  # a coroutine's or a future's: both have all three
-        resume, value = steps.send, None
-        while True:
-            began = self.fence.begin()
-            try:
-                awaited = resume(value)
-            except StopIteration as end:
-                return end.value
-            finally:
-                self.fence.took(self.name, began)
-            try:
-                resume, value = steps.send, (yield awaited)
-            except BaseException as error:  # a cancellation, most often: it is for what is awaited
-                resume, value = steps.throw, error
+    steps: Any = awaitable.__await__()  # a coroutine's or a future's: both have all three
+    resume, value = steps.send, None
+    while True:
+        began = fence.begin()
+        try:
+            awaited = resume(value)
+        except StopIteration as end:
+            return end.value
+        finally:
+            fence.took(name, began)
+        try:
+            resume, value = steps.send, (yield awaited)
+        except BaseException as error:  # a cancellation, most often: it is for what is awaited
+            resume, value = steps.throw, error
 
 
 # -- one plugin
@@ -4884,13 +4870,8 @@ class PluginHandler(RequestHandler):
             type(self).failed(f"{type(self).__name__} failed", value)
 
 
-class Hearer(NamedTuple):
-    """One listener at work."""
-
-    listener: Listener
-    guarded: Guarded
-    #: Takes an event and what the function returned for it.
-    send: Callable[[Any, Any], None]
+#: A function that hears events, and its mark.
+Listening = tuple[Listener, Guarded]
 
 
 class Runner:
@@ -4921,19 +4902,11 @@ class Runner:
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
         counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        failed = metrics.plugin_failures.labels(plugin.name).inc
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, failed)
-        self.listeners = [self._hearer(*marked) for marked in plugin.listeners]
-        self.greeters = [
-            (
-                mark,
-                Guarded(f, (), f"making {mark.emit}", fence, time_limit, f" in {f.__name__}"),
-                takes,
-            )
-            for f, mark, takes in plugin.greeters
-        ]
+        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, fence.count)
+        self.listeners = [self._listening(*marked) for marked in plugin.listeners]
+        self.greeters = [(marked, self._greeter(marked)) for marked in plugin.greeters]
         self.repeated = [
-            (Guarded(f, (self.spy,), f.__name__, fence, None), mark.seconds)
+            (Guarded(f, f.__name__, fence, None, self.spy), mark.seconds)
             for f, mark, _ in plugin.repeated
         ]
         own = {"spy": self.spy, "failed": fence.failed}
@@ -4943,16 +4916,25 @@ class Runner:
             for handler, mark, _ in plugin.routes
         ]
 
-    def _hearer(self, function: Callable[..., Any], mark: Listener, takes: int) -> Hearer:
-        where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        more, limit = (self.spy,)[: takes - 1], self._time_limit
-        guarded = Guarded(function, more, function.__name__, self.fence, limit, where)
-        return Hearer(mark, guarded, functools.partial(self._send_result, mark))
+    def _listening(self, function: Callable[..., Any], mark: Listener, takes: int) -> Listening:
+        source = mark.source if isinstance(mark.source, str) else mark.source.__name__
+        return mark, Guarded(
+            function,
+            function.__name__,
+            self.fence,
+            self._time_limit,
+            *(self.spy,)[: takes - 1],
+            where=f" on {source}",
+            then=functools.partial(self._send_result, mark),
+        )
+
+    def _greeter(self, marked: Marked) -> Guarded:
+        name, where = f"making {marked.mark.emit}", f" in {marked.function.__name__}"
+        return Guarded(marked.function, name, self.fence, self._time_limit, where=where)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = [hearer.guarded for hearer in self.listeners]
-        everything += [guarded for _, guarded, _ in self.greeters]
+        everything = [guarded for _, guarded in (*self.listeners, *self.greeters)]
         everything += [guarded for guarded, _ in self.repeated]
         return [f"{self.plugin.name}.{one.name}" for one in everything if one.paused]
 
@@ -4982,14 +4964,14 @@ class Runner:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for hearer in self.listeners:
-            await hearer.guarded.wait()
+        for _, guarded in self.listeners:
+            await guarded.wait()
         with caught(functools.partial(self.fence.failed, "teardown failed")):
             await self._run_hook("teardown", self._time_limit)
 
     async def _run_hook(self, name: str, seconds: float) -> None:
         if hook := self.plugin.hooks.get(name):
-            await Guarded(hook, (self.spy,), name, self.fence, seconds).run()
+            await Guarded(hook, name, self.fence, seconds, self.spy).run()
 
     @staticmethod
     async def _repeat(guarded: Guarded, seconds: float) -> None:
@@ -5007,7 +4989,7 @@ class Runner:
         Without a subscriber, what all of them would get.
         """
         finish = functools.partial(finish_payload, guild_id=guild_id)
-        for mark, guarded, takes in self.greeters:
+        for (_, mark, takes), guarded in self.greeters:
             if mark.kind == kind and (subscriber or takes < 3):
                 arguments = (guild_id, self.spy, subscriber)[:takes]
                 fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
@@ -5021,7 +5003,9 @@ class Runner:
         if listener.settled and not self._context.settled():
             self._dropped("startup grace").inc()
             return
-        self._send(listener.emit, guild_of(event), result, listener.room)
+        guild_id = guild_of(event)
+        fields = self._finished(listener.emit, guild_id, result)
+        self._context.emit(listener.emit, guild_id, fields, listener.room)
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         """What `spy.emit` does."""
@@ -5029,15 +5013,12 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            guarded = Guarded(payload, (), f"making {event}", self.fence, self._time_limit)
+            guarded = Guarded(payload, f"making {event}", self.fence, self._time_limit)
             finish = functools.partial(self._finished, event, guild_id)
             make = functools.partial(guarded.ask, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
-            self._send(event, guild_id, payload, room)
-
-    def _send(self, event: str, guild_id: str, payload: object, room: str) -> None:
-        self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
+            self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
 
     def _finished(self, event: str, guild_id: str, payload: object) -> EventData:
         fields = finish_payload(event, payload, guild_id)
@@ -5057,8 +5038,6 @@ def guild_of(event: Any) -> str:
 
 #: How many plugins may hear each other's events one after the other, of one event of hikari's.
 MOST_CHAINED: Final = 8
-#: Seconds between two looks at the plugins' files.
-LOOK_EVERY: Final = 0.4
 CHAIN: Final = contextvars.ContextVar("how many plugins' events led here", default=0)
 
 
@@ -5067,26 +5046,26 @@ class Dispatcher:
 
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
-        self._metrics = metrics
-        self._hearers: dict[type | str, list[Hearer]] = {}
-        self._subscribed: dict[type[hikari.Event], Any] = {}
+        self._received = metrics.received.counts
+        self._hearers: dict[type | str, list[Listening]] = {}
+        self._subscribed: dict[type[hikari.Event], Callable[[Any], None]] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[Hearer]] = {}
+        hearers: dict[type | str, list[Listening]] = {}
         for runner in runners:
-            for hearer in runner.listeners:
-                hearers.setdefault(hearer.listener.source, []).append(hearer)
+            for listener, guarded in runner.listeners:
+                hearers.setdefault(listener.source, []).append((listener, guarded))
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
-        events = self._context.events
+        bot = self._context.bot
         for event_type in self._subscribed.keys() - wanted:
-            events.unsubscribe(event_type, self._subscribed.pop(event_type))
+            bot.events.unsubscribe(event_type, self._subscribed.pop(event_type))
         for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
-            if not missing_intents(event_type, self._context.bot.intents):
+            if not missing_intents(event_type, bot.intents):
                 self._subscribed[event_type] = self._subscription(event_type)
-                events.subscribe(event_type, self._subscribed[event_type])
+                bot.events.subscribe(event_type, self._subscribed[event_type])
 
     def publish(self, event: str, fields: EventData) -> None:
         """Hand a plugin's event to other plugins."""
@@ -5095,8 +5074,8 @@ class Dispatcher:
                 raise PluginError(f"{event} comes of itself, through plugins that hear each other")
             before = CHAIN.set(CHAIN.get() + 1)
             try:
-                for hearer in hearers:
-                    hearer.guarded.call(copy.deepcopy(fields), hearer.send)
+                for _, guarded in hearers:
+                    guarded.call(copy.deepcopy(fields))
             finally:
                 CHAIN.reset(before)
 
@@ -5111,21 +5090,19 @@ class Dispatcher:
             if guild_id is not None and not self._context.watches(str(int(guild_id))):
                 return
             person = rule is None or rule(event, presences)
-            self._count(event)
+            if (
+                self._counted is not event
+            ):  # it comes to the subscription of each type that it is of
+                self._counted = event
+                self._received[type(event).__name__] += 1
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
                 event.old_member = cache.get_member(event.guild_id, event.user_id)
-            for listener, guarded, send in self._hearers.get(event_type, ()):
+            for listener, guarded in self._hearers.get(event_type, ()):
                 if person or listener.bots:
-                    guarded.call(event, send)
+                    guarded.call(event)
 
         return hear
-
-    def _count(self, event: hikari.Event) -> None:
-        """Once per event, though it comes to the subscription of each type that it is of."""
-        if self._counted is not event:
-            self._counted = event
-            self._metrics.received.counts[type(event).__name__] += 1
 
 
 def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hikari.Intents:
@@ -5154,9 +5131,15 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     return folders
 
 
+#: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
+Contents = list[tuple[Path, bytes | None]]
+
+
 class PluginFiles:
     """Where plugins are, and which of them have changed since they were taken."""
 
+    #: Seconds between two looks.
+    pace: ClassVar[float] = 0.4
     #: Seconds for which a change must have rested, for editors write in several steps;
     rest: ClassVar[float] = 0.3
     #: and for which more is awaited where a file is empty or no Python.
@@ -5164,12 +5147,11 @@ class PluginFiles:
 
     def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
         self._folders = folders
-        self.disabled = frozenset(disabled)
-        #: Of each plugin that was taken, the stamps and the contents of its files;
-        self._stamps: dict[str, FilesState] = {}
-        self._contents: dict[str, FilesState] = {}
-        #: of each that has changed since, its stamps now, and since when.
-        self._seen: dict[str, tuple[FilesState, float]] = {}
+        self._disabled = frozenset(disabled)
+        #: Each plugin as it was taken;
+        self._taken: dict[str, Contents] = {}
+        #: each that has changed since as it is now, and since when.
+        self._seen: dict[str, tuple[Contents, float]] = {}
 
     def find(self) -> dict[str, Path]:
         """The plugins that there are, by name: a file of each."""
@@ -5179,14 +5161,18 @@ class PluginFiles:
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
             if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
                 found.setdefault(name, path)
-        return {name: path for name, path in sorted(found.items()) if name not in self.disabled}
+        return {name: path for name, path in sorted(found.items()) if name not in self._disabled}
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._stamps = {name: state_of(path, stamp) for name, path in found.items()}
-        self._contents = {name: state_of(path, digest) for name, path in found.items()}
+        self._taken = {name: contents_of(path) for name, path in found.items()}
         return found
+
+    @property
+    def names(self) -> set[str]:
+        """Of all plugins that there are, loaded or not."""
+        return {*self._taken, *self._disabled}
 
     @property
     def resting(self) -> bool:
@@ -5196,28 +5182,21 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        changed = [name for name in {**self._stamps, **found} if self._has_settled(name, found)]
-        return {name: found.get(name) for name in sorted(changed)}
+        names = sorted({*self._taken, *found})
+        return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
-    def _has_settled(self, name: str, found: Mapping[str, Path]) -> bool:
-        path = found.get(name)
-        current, now = state_of(path, stamp), time.monotonic()
-        if current == self._stamps.get(name, []):
+    def _has_settled(self, name: str, path: Path | None) -> bool:
+        contents, now = contents_of(path) if path else [], time.monotonic()
+        if contents == self._taken.get(name, []):
             self._seen.pop(name, None)
             return False
-        if name not in self._seen or self._seen[name][0] != current:
-            self._seen[name] = (current, now)
+        if name not in self._seen or self._seen[name][0] != contents:
+            self._seen[name] = (contents, now)
         rests = now - self._seen[name][1]
         if rests < (self.rest if path is None or is_python(path) else self.patience):
             return False
-        del self._seen[name]
-        before, self._stamps[name] = self._contents.get(name), current
-        self._contents[name] = state_of(path, digest)
-        return self._contents[name] != before  # it may have been written anew without a change
-
-
-#: The files of a plugin, with something of each.
-FilesState = list[tuple[Path, object]]
+        self._taken[name], _ = self._seen.pop(name)
+        return True
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5232,24 +5211,21 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def state_of(path: Path | None, look: Callable[[Path], object]) -> FilesState:
-    """What `look` finds in each of a plugin's files; None where it has gone or leads nowhere."""
-    state: FilesState = []
-    for file in files_of(path) if path else ():
+def contents_of(path: Path) -> Contents:
+    """What is in a plugin's files now; read only where a file was written since the last look."""
+    contents: Contents = []
+    for file in files_of(path):
         found = None
         with contextlib.suppress(OSError):
-            found = look(file)
-        state.append((file, found))
-    return state
+            status = file.stat()
+            found = digest(file, status.st_mtime_ns, status.st_size, status.st_ino)
+        contents.append((file, found))
+    return contents
 
 
-def stamp(file: Path) -> tuple[int, int, int]:
-    """What changes when the file is written; costs no reading."""
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def digest(file: Path) -> bytes:
+@functools.lru_cache(maxsize=4096)
+def digest(file: Path, *written: int) -> bytes:
+    """Of a file that was written then."""
     return hashlib.sha256(file.read_bytes()).digest()
 
 
@@ -5318,23 +5294,24 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
 
 
 class PluginLoader:
-    """Makes plugins of files; one whose file is wrong is named, and what was loaded before stays."""
+    """Makes plugins of files, and knows what they ask for; one whose file is wrong is named, and
+    what was loaded before stays.
+    """
 
     def __init__(
         self,
-        files: PluginFiles,
+        settings: PluginsSettings,
         tables: Mapping[str, dict[str, Any]],
+        folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = files
+        self.files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
-        self._metrics = metrics
+        self._failures = metrics.plugin_failures
         self.plugins: dict[str, Plugin] = {}
         #: What did not load or start, and why; the version before may be at work.
         self.failures: dict[str, str] = {}
-        #: Whose tables are wrong: that keeps the server from starting.
-        self.refused: set[str] = set()
 
     def load_all(self) -> None:
         """Load every plugin of the folders, in the order of their names.
@@ -5345,41 +5322,35 @@ class PluginLoader:
         faults: list[str] = []
         for name, path in self.files.take().items():
             try:
-                with fresh_modules(name):
-                    self.plugins[name] = self.load(name, path, self.plugins.values())
+                self.plugins[name] = self.load(name, path, self.plugins)
             except OperatorError as error:
-                self.refused.add(name)
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
         if faults:
             raise OperatorError(*faults)
 
-    def load(self, name: str, path: Path, others: Iterable[Plugin]) -> Plugin:
+    def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
-        plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-        for other in others:
-            if other.name != name and (both := plugin.events & other.events):
-                raise PluginError(
-                    f"plugins {other.name} and {name} both claim the event {min(both)};"
-                    f" disable one of them in [plugins] disabled"
-                )
+        with fresh_modules(name):
+            plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
+            for other in others.values():
+                if other.name != name and (both := plugin.events & other.events):
+                    raise PluginError(
+                        f"plugins {other.name} and {name} both claim the event {min(both)};"
+                        f" disable one of them in [plugins] disabled"
+                    )
         return plugin
-
-    def check_secret(self, tokens: Tokens) -> None:
-        """Raises OperatorError for each plugin that signs where nothing can be signed."""
-        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
-        if signing and not tokens.can_issue:
-            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
-            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
 
     def report(self, name: str, path: Path, error: BaseException) -> None:
         """Say once why a plugin did not load."""
         self.failures[name] = why = reason_not_loaded(error, path)
-        self._metrics.plugin_failures.labels(name).inc()
+        self._failures.labels(name).inc()
         kept = "; the version before goes on" if name in self.plugins else ""
         shown = None if isinstance(error, SyntaxError) else traceback_of(error)
         log.error("plugin %s: not loaded: %s%s", name, why, kept, exc_info=shown)
+
+    # -- what is wrong
 
     def faults(self) -> list[str]:
         """What is wrong with the plugins, a line each."""
@@ -5388,11 +5359,11 @@ class PluginLoader:
 
     def tables_without_plugin(self) -> list[str]:
         """A line for each `[plugin.NAME]` whose plugin is not there."""
-        known = {*self.plugins, *self.failures, *self.refused, *self.files.disabled}
+        names = sorted(self.files.names)
         return [
-            f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
+            f"plugin.{name}: no such plugin{nearest(name, names)}"
             for name in self.tables
-            if name not in known
+            if name not in names
         ]
 
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -5406,35 +5377,12 @@ class PluginLoader:
             raise OperatorError(*faults)
         return checked
 
-
-class PluginHost:
-    """All plugins at work: set up, heard, served and ended, and replaced while everything goes on."""
-
-    def __init__(
-        self,
-        settings: PluginsSettings,
-        tables: dict[str, dict[str, Any]],
-        folder: Path,
-        metrics: Metrics,
-    ) -> None:
-        files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
-        self.loader = PluginLoader(files, tables, metrics)
-        self.load = self.loader.load_all
-        self.check = self.loader.check
-        self.plugins = self.loader.plugins
-        self.failures = self.loader.failures
-        #: The loaded plugins with what they work with.
-        self.runners: dict[str, Runner] = {}
-        self._settings = settings
-        self._metrics = metrics
-        self._context: HostContext | None = None
-        self._dispatcher: Dispatcher | None = None
-        self._routes: Routes = []
-        #: Whether plugins are at work here, and what is held while that or they change.
-        self.leading = False
-        self.changing = asyncio.Lock()
-        #: What the instances of a plugin, by its name, take in turn.
-        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
+    def check_secret(self, tokens: Tokens) -> None:
+        """Raises OperatorError for each plugin that signs where nothing can be signed."""
+        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
+        if signing and not tokens.can_issue:
+            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
+            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
 
     # -- what plugins ask for
 
@@ -5459,89 +5407,7 @@ class PluginHost:
         """The kinds of room that there are: `guild`, and those that the plugins name."""
         return frozenset({"guild"}).union(*(plugin.kinds for plugin in self.plugins.values()))
 
-    # -- at work
-
-    def attach(self, context: HostContext) -> None:
-        """Give the plugins what they work with. What they serve is there from now on, on every node.
-
-        Raises OperatorError where one needs a secret that is not there.
-        """
-        if self._dispatcher is None:
-            self.loader.check_secret(context.tokens)
-            self._context, self._dispatcher = context, Dispatcher(context, self._metrics)
-            self.runners = {name: self.make_runner(plugin) for name, plugin in self.plugins.items()}
-            self.take_over()
-            for line in self.loader.tables_without_plugin():
-                log.warning("%s; it may come later", line)
-
-    def make_runner(self, plugin: Plugin) -> Runner:
-        """What has the plugin at work, once it is set up and taken over."""
-        assert self._context is not None
-        assert self._dispatcher is not None
-        limit, publish = self._settings.handler_timeout, self._dispatcher.publish
-        return Runner(plugin, self._context, self._metrics, limit, self._claim, publish)
-
-    async def start(self, context: HostContext) -> None:
-        """Set each plugin up, all at once, and let it hear hikari's events.
-
-        One that cannot be set up is left out until it changes or, of several nodes, the gateway
-        comes here again.
-        """
-        self.attach(context)
-        async with self.changing:
-            self.leading = True
-            ready = await asyncio.gather(*map(self._set_up, self.runners.values()))
-            for runner in filter(None, ready):
-                runner.begin()
-            self.take_over()
-
-    async def _set_up(self, runner: Runner) -> Runner | None:
-        def failed(error: BaseException) -> None:
-            self.failures[runner.plugin.name] = f"setup failed: {reason(error)}"
-            runner.fence.failed("setup failed", error)
-
-        with caught(failed):
-            await runner.set_up()
-            self.failures.pop(runner.plugin.name, None)
-            return runner
-
-    @property
-    def running(self) -> dict[str, Runner]:
-        """Those that are at work."""
-        return {name: runner for name, runner in self.runners.items() if runner.at_work}
-
-    def enter(self, runner: Runner) -> None:
-        """Have a plugin that was not there, or was removed; at work, if it is set up."""
-        name = runner.plugin.name
-        self.plugins[name], self.runners[name] = runner.plugin, runner
-        if self.leading:
-            runner.begin()
-
-    def remove(self, name: str) -> Runner | None:
-        """Have a plugin no more; what was at work is still to be torn down."""
-        self.plugins.pop(name, None)
-        self.failures.pop(name, None)
-        runner = self.runners.pop(name, None)
-        return runner if runner and runner.end() else None
-
-    def take_over(self) -> None:
-        """Have all that happens go to those that are there now, in one step."""
-        runners = [self.runners[name] for name in sorted(self.runners)]
-        self._routes = [route for runner in runners for route in runner.routes]
-        if self._dispatcher is not None:
-            self._dispatcher.connect(runner for runner in runners if runner.at_work)
-
-    async def stop(self) -> None:
-        """Stop hearing events and tear the plugins down."""
-        async with self.changing:
-            self.leading = False
-            ending = [runner for runner in self.runners.values() if runner.end()]
-            for runner in ending:
-                self.failures.pop(runner.plugin.name, None)  # it is not to be at work here now
-            self.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending))
-
-    def _claim(self, plugin: Plugin, event: str, room: str) -> None:
+    def claim(self, plugin: Plugin, event: str, room: str) -> None:
         """Let a plugin emit an event that nobody else does, to a kind of room that there is."""
         if room not in plugin.kinds and room not in (kinds := self.kinds):
             raise PluginError(
@@ -5556,6 +5422,169 @@ class PluginHost:
             whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
             raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
         plugin.events.add(event)
+
+
+class PluginHost:
+    """The loaded plugins at work: set up, heard, served and ended, and replaced when they are saved.
+
+    What they serve is there from the start, on every node; raises OperatorError where one needs a
+    secret that is not there.
+    """
+
+    def __init__(
+        self, loader: PluginLoader, context: HostContext, metrics: Metrics, time_limit: float
+    ) -> None:
+        loader.check_secret(context.tokens)
+        self.loader = loader
+        self.plugins = loader.plugins
+        self.failures = loader.failures
+        self._context = context
+        self._metrics = metrics
+        #: Seconds that an async function of a plugin may take.
+        self._time_limit = time_limit
+        self._dispatcher = Dispatcher(context, metrics)
+        #: The loaded plugins with what they work with.
+        self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
+        self._routes: Routes = []
+        #: Whether plugins are at work here, and what is held while that or they change.
+        self._leading = False
+        self._changing = asyncio.Lock()
+        self._look_now = asyncio.Event()
+        self._take_over()
+        for line in loader.tables_without_plugin():
+            log.warning("%s; it may come later", line)
+
+    def _runner(self, plugin: Plugin) -> Runner:
+        publish, claim = self._dispatcher.publish, self.loader.claim
+        return Runner(plugin, self._context, self._metrics, self._time_limit, claim, publish)
+
+    # -- start and stop
+
+    async def start(self) -> None:
+        """Set each plugin up, all at once, and let it hear hikari's events.
+
+        One that cannot be set up is left out until it changes or, of several nodes, the gateway
+        comes here again.
+        """
+        async with self._changing:
+            self._leading = True
+            await asyncio.gather(*map(self._begin, self.runners.values()))
+            self._take_over()
+
+    async def _begin(self, runner: Runner) -> None:
+        name = runner.plugin.name
+
+        def failed(error: BaseException) -> None:
+            self.failures[name] = f"setup failed: {reason(error)}"
+            runner.fence.failed("setup failed", error)
+
+        with caught(failed):
+            await runner.set_up()
+            self.failures.pop(name, None)
+            runner.begin()
+
+    @property
+    def running(self) -> dict[str, Runner]:
+        """Those that are at work."""
+        return {name: runner for name, runner in self.runners.items() if runner.at_work}
+
+    def _take_over(self) -> None:
+        """Have all that happens go to those that are there now, in one step."""
+        runners = [runner for _, runner in sorted(self.runners.items())]
+        self._routes = [route for runner in runners for route in runner.routes]
+        self._dispatcher.connect(runner for runner in runners if runner.at_work)
+
+    async def stop(self) -> None:
+        """Stop hearing events and tear the plugins down."""
+        async with self._changing:
+            self._leading = False
+            ending = self.running
+            for name, runner in ending.items():
+                runner.end()
+                self.failures.pop(name, None)  # it is not to be at work here now
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending.values()))
+
+    # -- what is saved meanwhile
+
+    async def follow(self, *, watch: bool) -> None:
+        """Take over what changes in the plugins' files, for as long as this runs.
+
+        Without `watch` only when asked to `look`.
+        """
+        files = self.loader.files
+        while True:
+            watching = watch or not files.resting
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(files.pace if watching else None):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            try:
+                if changed := files.take_changed():
+                    await self._change(changed)
+            except Exception:  # the next change gets its chance
+                log.exception("the plugins' files could not be followed")
+
+    def look(self) -> None:
+        """Look at the plugins' files now, watched or not."""
+        self._look_now.set()
+
+    async def _change(self, changed: dict[str, Path | None]) -> None:
+        """Set up what is new, and then, in one step, let it take the place of what was before."""
+        async with self._changing:
+            others = {name: one for name, one in self.plugins.items() if changed.get(name, True)}
+            coming: list[Runner] = []
+            for name, path in changed.items():
+                if path and (runner := await self._prepare(name, path, others)):
+                    coming.append(runner)
+                    others[name] = runner.plugin
+            gone = [name for name, path in changed.items() if path is None]
+            ending = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
+            for name in gone:
+                take_modules(name)
+                log.info("plugin %s: gone", name)
+            for runner in coming:
+                self._enter(runner)
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
+
+    async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
+        """A new version, set up where plugins are at work; None where anything of that fails."""
+        with caught(functools.partial(self.loader.report, name, path)), fresh_modules(name):
+            plugin = self.loader.load(name, path, others)
+            for need in sorted(plugin.needs):
+                if NEEDS[need].components & ~self._context.bot.cache.settings.components:
+                    raise PluginError(
+                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
+                    )
+            runner = self._runner(plugin)
+            if self._leading:
+                await runner.set_up()
+            return runner
+
+    def _remove(self, name: str) -> Runner | None:
+        """Have a plugin no more; what was at work is still to be torn down."""
+        self.plugins.pop(name, None)
+        self.failures.pop(name, None)
+        runner = self.runners.pop(name, None)
+        return runner if runner and runner.end() else None
+
+    def _enter(self, runner: Runner) -> None:
+        """Have a plugin that was not there, or was removed; at work, if it is set up."""
+        plugin = runner.plugin
+        self.plugins[plugin.name], self.runners[plugin.name] = plugin, runner
+        if self._leading:
+            runner.begin()
+        log.info("plugin %s: loaded", plugin.name)
+        for event_type in plugin.event_types():
+            if missing := missing_intents(event_type, self._context.bot.intents):
+                log.warning(
+                    "plugin %s: hears %s only after a restart: the session with Discord began"
+                    " without the intent %s",
+                    plugin.name,
+                    event_type.__name__,
+                    missing.name,
+                )
 
     # -- requests and subscriptions
 
@@ -5580,7 +5609,6 @@ class PluginHost:
         await asyncio.gather(*(one.greet(kind, guild_id, tell, subscriber) for one in runners))
 
     def _subscriber(self, viewer: Viewer, guild_id: str) -> Subscriber:
-        assert self._context is not None
         may_see = self._context.may_see
         return Subscriber(
             discord_id=viewer.discord_id,
@@ -5605,88 +5633,12 @@ class PluginHost:
             "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
+    def reconfigure(self, tables: Mapping[str, dict[str, Any]], checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `PluginLoader.check` made of these."""
+        self.loader.tables = tables
         for name, settings in checked.items():
             self.plugins[name].settings = settings
-            if name in self.runners:
-                self.runners[name].spy.settings = settings
-
-
-class PluginWatcher:
-    """Takes over what changes in the plugins' files, while everything else goes on."""
-
-    def __init__(self, host: PluginHost, bot: hikari.GatewayBot, *, watch: bool) -> None:
-        self._host = host
-        self._bot = bot
-        self._watch = watch
-        self._look_now = asyncio.Event()
-
-    async def run(self) -> None:
-        """Take over what changes in the folders, for as long as this runs."""
-        files = self._host.loader.files
-        while True:
-            watching = self._watch or not files.resting
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY if watching else None):
-                    await self._look_now.wait()
-            self._look_now.clear()
-            try:
-                if changed := files.take_changed():
-                    await self._change(changed)
-            except Exception:  # the next change gets its chance
-                log.exception("the plugins' files could not be followed")
-
-    def look(self) -> None:
-        """Look at the plugins' files now, watched or not."""
-        self._look_now.set()
-
-    async def _change(self, changed: dict[str, Path | None]) -> None:
-        """Set up what is new, and then, in one step, let it take the place of what was before."""
-        host = self._host
-        async with host.changing:
-            gone = [name for name, path in changed.items() if path is None]
-            others = {name: one for name, one in host.plugins.items() if name not in gone}
-            coming: dict[str, Runner] = {}
-            for name, path in changed.items():
-                if path and (runner := await self._prepare(name, path, others.values())):
-                    coming[name], others[name] = runner, runner.plugin
-            ending = [host.remove(name) for name in (*gone, *coming)]
-            for name in gone:
-                take_modules(name)
-                log.info("plugin %s: gone", name)
-            for runner in coming.values():
-                host.enter(runner)
-                self._say_loaded(runner.plugin)
-            host.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
-
-    async def _prepare(self, name: str, path: Path, others: Iterable[Plugin]) -> Runner | None:
-        """A new version, set up where plugins are at work; None where anything of that fails."""
-        host = self._host
-        with caught(functools.partial(host.loader.report, name, path)), fresh_modules(name):
-            plugin = host.loader.load(name, path, others)
-            for need in sorted(plugin.needs):
-                if NEEDS[need].components & ~self._bot.cache.settings.components:
-                    raise PluginError(
-                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
-                    )
-            runner = host.make_runner(plugin)
-            if host.leading:
-                await runner.set_up()
-            return runner
-
-    def _say_loaded(self, plugin: Plugin) -> None:
-        log.info("plugin %s: loaded", plugin.name)
-        for event_type in plugin.event_types():
-            if missing := missing_intents(event_type, self._bot.intents):
-                log.warning(
-                    "plugin %s: hears %s only after a restart: the session with Discord began"
-                    " without the intent %s",
-                    plugin.name,
-                    event_type.__name__,
-                    missing.name,
-                )
+            self.runners[name].spy.settings = settings
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -7413,7 +7365,7 @@ class Subscriptions:
         rooms: Rooms,
         access: Access,
         limits: Limits,
-        plugins: PluginHost,
+        plugins: PluginLoader,
         node: Node,
         recovery: Recovery,
     ) -> None:
@@ -7802,7 +7754,7 @@ class RightsWatcher:
         """What it has to hear: intents follow from it."""
         return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
-    def subscribe(self, events: Events) -> None:
+    def subscribe(self, events: GatewayEvents) -> None:
         for change in self.CHANNEL_CHANGES:
             events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
@@ -8344,6 +8296,14 @@ def listening(family: socket.AddressFamily, host: str, port: int) -> socket.sock
     return listener
 
 
+def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:
+    """Which events are needed, and by whom."""
+    wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
+    for event_type, names in plugins.event_types().items():
+        wanted[event_type] = [*wanted.get(event_type, ()), *names]
+    return wanted
+
+
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
@@ -8365,10 +8325,10 @@ class Server:
         self.metrics = Metrics()
         self.pulse = Pulse()
         self.draining = False
-        self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder, self.metrics)
-        self.plugins.load()
-        cached = self.plugins.cached()
-        self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics, cached)
+        loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, self.metrics)
+        loader.load_all()
+        wanted, cached = wanted_events(loader), loader.cached()
+        self.gateway = Gateway(settings.discord, token, wanted, self.metrics, cached)
         self.node = make_node(settings, self.gateway.bot)
         self.access = self.node.make_access()
         self.tokens = Tokens(keys, settings.auth.algorithms)
@@ -8386,23 +8346,21 @@ class Server:
         self.recovery = Recovery(settings.recovery, key, self.node.ticket_changed)
         timeout = settings.plugins.handler_timeout
         self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
+        self.door = FrontDoor(settings.server, self.limits)
+        self.plugins = PluginHost(loader, self._workplace(), self.metrics, timeout)
         self.rights = self._make_rights()
         self.dashboards = self._make_dashboards()
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
-        self.door = FrontDoor(settings.server, self.limits)
         measure(self)
-        self.plugins.attach(self._workplace())
-        watch = settings.plugins.watch
-        self.plugin_watcher = PluginWatcher(self.plugins, self.gateway.bot, watch=watch)
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     def _make_rights(self) -> RightsWatcher:
         subscriptions = Subscriptions(
-            self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+            self.rooms, self.access, self.limits, self.plugins.loader, self.node, self.recovery
         )
         return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
 
@@ -8416,13 +8374,6 @@ class Server:
             self.recovery,
             self.rights,
         )
-
-    def _wanted(self) -> dict[type[hikari.Event], list[str]]:
-        """Which events are needed, and by whom."""
-        wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
-        for event_type, names in self.plugins.event_types().items():
-            wanted[event_type] = [*wanted.get(event_type, ()), *names]
-        return wanted
 
     # -- how things stand
 
@@ -8470,7 +8421,9 @@ class Server:
         self.node.start()
         self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
-        files = asyncio.create_task(self.plugin_watcher.run(), name="plugins' files")
+        files = asyncio.create_task(
+            self.plugins.follow(watch=self._settings.plugins.watch), name="plugins' files"
+        )
         self._tasks = [self._gateway_task, pulse, files]
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
@@ -8478,7 +8431,7 @@ class Server:
     async def _lead(self) -> None:
         """Have plugins at work and the gateway running: both are one node's alone."""
         try:
-            await self.plugins.start(self._workplace())
+            await self.plugins.start()
             if not being_cancelled():
                 await self.gateway.run()
         finally:
@@ -8486,9 +8439,9 @@ class Server:
             await self.plugins.stop()
 
     def _workplace(self) -> HostContext:
+        locks = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
         return HostContext(
             bot=self.gateway.bot,
-            events=self.gateway.bot.events,
             presences=self.gateway.presences,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
@@ -8501,7 +8454,7 @@ class Server:
             rest_url=self._settings.discord.rest_url,
             address=self.door.address,
             lists_origin=self.door.lists,
-            alone=self.plugins.locks.__getitem__,
+            alone=locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:
@@ -8524,10 +8477,9 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.check(settings.plugin)
+        plugin_settings = self.plugins.loader.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(plugin_settings)
-        self.plugins.loader.tables = settings.plugin
+        self.plugins.reconfigure(settings.plugin, plugin_settings)
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -8535,7 +8487,7 @@ class Server:
         self.throttle.windows = settings.throttle
         self.rights.check_all()
         self._settings = settings
-        self.plugin_watcher.look()
+        self.plugins.look()
         return [key for key in changed if not key.startswith(LIVE)]
 
     async def stop(self) -> None:
@@ -8879,41 +8831,41 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
-    host = plugin_host(settings)
-    faults = faults_beside_file(settings, host, credentials_of)
+    plugins = plugin_loader(settings)
+    faults = faults_beside_file(settings, plugins, credentials_of)
     if not faults:
         if arguments.settings:
             print(settings_text(settings))
-        for plugin in host.plugins.values():
+        for plugin in plugins.plugins.values():
             print(plugin_text(plugin))
-        for plugin in host.plugins.values():
+        for plugin in plugins.plugins.values():
             print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if faults := faults + host.loader.faults():
+    if faults := faults + plugins.faults():
         raise OperatorError(*faults)
     print(f"all is well with {settings.source}")
 
 
 def faults_beside_file(
-    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
+    settings: Settings, plugins: PluginLoader, credentials: Callable[[Settings], tuple[Keys, str]]
 ) -> list[str]:
     """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
     faults: list[str] = []
     with collecting(faults):
-        host.load()
+        plugins.load_all()
     with collecting(faults):
         keys, token = credentials(settings)
         if keys != Keys():
-            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+            plugins.check_secret(Tokens(keys, settings.auth.algorithms))
         if token:  # this takes none that is no token
-            Gateway(settings.discord, token, host.event_types(), Metrics())
+            Gateway(settings.discord, token, plugins.event_types(), Metrics())
     with collecting(faults):
         if settings.redis.url:
             cluster_code().check_redis(settings)
     return faults
 
 
-def plugin_host(settings: Settings) -> PluginHost:
-    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+def plugin_loader(settings: Settings) -> PluginLoader:
+    return PluginLoader(settings.plugins, settings.plugin, settings.folder, Metrics())
 
 
 def plugin_text(plugin: Plugin) -> str:
@@ -8943,12 +8895,12 @@ def plugin_text(plugin: Plugin) -> str:
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    host = plugin_host(settings)
-    host.load()
-    if faults := host.loader.faults():
+    plugins = plugin_loader(settings)
+    plugins.load_all()
+    if faults := plugins.faults():
         raise OperatorError(*faults)
     write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
-    print(write(host))
+    print(write(plugins))
 
 
 def settings_text(settings: Settings) -> str:
@@ -8975,19 +8927,19 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host, member, guild = plugin_host(settings), arguments.member, arguments.guild
-    host.load()
+    plugins, member, guild = plugin_loader(settings), arguments.member, arguments.guild
+    plugins.load_all()
     if settings.redis.url:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
-    for name, plugin in host.plugins.items():
+    for name, plugin in plugins.plugins.items():
         if forget := plugin.hooks.get("forget"):
             try:
                 print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
             except FAULTS as error:  # as in PluginLoader.load_all
                 raise OperatorError(f"plugin {name} could not forget: {error}") from error
-    if host.failures:
-        raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
+    if plugins.failures:
+        raise OperatorError(*(f"plugin {name}: {e}" for name, e in plugins.failures.items()))
 
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -9074,9 +9026,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
-            host = plugin_host(error.sound)
-            more = faults_beside_file(error.sound, host, given_credentials)
-            faults += with_source(more + host.loader.faults(), error.sound)
+            plugins = plugin_loader(error.sound)
+            more = faults_beside_file(error.sound, plugins, given_credentials)
+            faults += with_source(more + plugins.faults(), error.sound)
         say_faults(*faults)
         return EXIT_OPERATOR
     except UpstreamError as error:

@@ -31,7 +31,7 @@ from simulator import (
     hidden_except,
     iso,
 )
-from spywatcher import HostContext, Keys, Server, parse_settings
+from spywatcher import Keys, Server, parse_settings
 
 VIEW = Permission.VIEW_CHANNEL
 MANAGE = Permission.MANAGE_GUILD
@@ -711,20 +711,14 @@ STEPS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Runner, Server]]:
+def stage() -> Iterator[tuple[asyncio.Runner, Server]]:
     """A server in a loop of its own, for all histories."""
     with asyncio.Runner() as runner:
         server = offline_server(simulator.snowflake())
-        storage = tmp_path_factory.mktemp("storage") / "spywatcher.db"
 
         async def begin() -> None:
             server.access.begin([], spywatcher.ShardRange(0, 1))
-            bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-            await server.plugins.start(
-                HostContext(
-                    bot, bot.events, server.gateway.presences, emit, lambda: True, watches, storage
-                )
-            )
+            await server.plugins.start()
 
         runner.run(begin())
         yield runner, server

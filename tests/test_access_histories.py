@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import pathlib
 import random
 import time
 from collections.abc import AsyncIterator
@@ -26,7 +25,7 @@ from test_access import MANAGE, VIEW, Ear, History, Oracle, offline_server, sett
 import simulator
 import spywatcher
 from simulator import Channel, Permission, Thread, iso
-from spywatcher import HostContext, Keys, Server, ShardRange
+from spywatcher import Keys, Server, ShardRange
 
 THREADS = spywatcher.MANAGE_THREADS
 POWERS = (0, VIEW, MANAGE, VIEW | MANAGE, VIEW | MANAGE | THREADS, Permission.ADMINISTRATOR)
@@ -469,21 +468,10 @@ KINDS = sorted(name[3:] for name in dir(LongHistory) if name.startswith("do_"))
 
 
 @pytest.fixture
-async def server(tmp_path: pathlib.Path) -> AsyncIterator[Server]:
+async def server() -> AsyncIterator[Server]:
     server = offline_server(simulator.snowflake())
     server.access.begin([], ShardRange(0, 1))
-    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(
-        HostContext(
-            bot,
-            bot.events,
-            server.gateway.presences,
-            emit,
-            lambda: True,
-            watches,
-            tmp_path / "x.db",
-        )
-    )
+    await server.plugins.start()
     yield server
     await server.plugins.stop()
 

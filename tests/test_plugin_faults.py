@@ -17,7 +17,7 @@ from waiting import eventually
 from watching import Watch, Watching
 
 import spywatcher
-from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
+from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
 #: Why each plugin of tests/plugins/wrong_at_load is not loaded.
@@ -58,12 +58,12 @@ WHY = {
 def test_each_plugin_that_does_not_load_is_named_in_a_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    host = PluginHost(PluginsSettings(folders=("wrong_at_load",)), {}, FOLDER, Metrics())
-    host.load()
-    assert sorted(host.plugins) == ["a_good", "json"]
-    assert sorted(host.failures) == sorted(WHY)
+    loader = PluginLoader(PluginsSettings(folders=("wrong_at_load",)), {}, FOLDER, Metrics())
+    loader.load_all()
+    assert sorted(loader.plugins) == ["a_good", "json"]
+    assert sorted(loader.failures) == sorted(WHY)
     for name, why in WHY.items():
-        [line] = [line for line in host.loader.faults() if line.startswith(f"plugin {name}: ")]
+        [line] = [line for line in loader.faults() if line.startswith(f"plugin {name}: ")]
         assert re.search(why, line), line
         assert f"spywatcher_plugins.{name}" not in sys.modules
     assert len([r for r in caplog.records if r.levelno >= logging.ERROR]) == len(WHY)
@@ -71,9 +71,9 @@ def test_each_plugin_that_does_not_load_is_named_in_a_line(
 
 def test_a_key_for_a_plugin_without_settings_is_refused() -> None:
     tables = {"messages": {"foo": 1}}
-    host = PluginHost(PluginsSettings(), tables, ROOT, Metrics())
+    loader = PluginLoader(PluginsSettings(), tables, ROOT, Metrics())
     with pytest.raises(OperatorError, match=r"plugin.messages.foo: unknown key"):
-        host.load()
+        loader.load_all()
 
 
 # ---- at work ---------------------------------------------------------------
@@ -202,9 +202,9 @@ async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.Monke
         calls.append(subject)
         raise ValueError
 
-    guarded = spywatcher.Guarded(fails, (), "fails", fence, 1.0)
+    guarded = spywatcher.Guarded(fails, "fails", fence, 1.0)
     for number in range(21):
-        guarded.call(number, lambda subject, result: None)
+        guarded.call(number)
     assert calls == [*range(20), "paused", 20]
 
 

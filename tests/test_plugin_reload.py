@@ -223,7 +223,7 @@ async def test_a_reload_of_the_settings_looks_at_the_files_though_none_are_watch
         save(folder, 2)
         await asyncio.sleep(1.0)  # nobody looks
         assert await version(spy, dashboard) == 1
-        spy.server.plugin_watcher.look()
+        spy.server.plugins.look()
         await becomes(spy, dashboard, 2)
 
 

@@ -14,7 +14,7 @@ from waiting import eventually
 import simulator
 import spywatcher
 from simulator import Guild, Member, Permission
-from spywatcher import HostContext, Server
+from spywatcher import Server
 
 DASHBOARDS = 1_000
 ROLES = 250
@@ -67,21 +67,10 @@ pytestmark = pytest.mark.logs("presence:snapshot held up", required=False)
 
 
 @pytest.fixture
-async def crowd(tmp_path) -> AsyncIterator[Crowd]:
+async def crowd() -> AsyncIterator[Crowd]:
     server = offline_server(simulator.snowflake())
     server.access.begin([], spywatcher.ShardRange(0, 1))
-    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(
-        HostContext(
-            bot,
-            bot.events,
-            server.gateway.presences,
-            emit,
-            lambda: True,
-            watches,
-            tmp_path / "x.db",
-        )
-    )
+    await server.plugins.start()
     crowd = Crowd(server)
     await crowd.come()
     yield crowd
