@@ -64,6 +64,7 @@ import math
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -4467,7 +4468,7 @@ class Fence:
         self._pauses = metrics.plugin_pauses.labels(name)
         self._told: set[object] = set()
         self._longest: dict[str, float] = {}
-        self._waited = self._waited_at = 0.0
+        self._standing, self._stood_at = Standing(), 0.0
 
     def failed(self, what: str, error: BaseException) -> None:
         self.count()
@@ -4480,8 +4481,8 @@ class Fence:
     def begin(self) -> float:
         """The moment at which a function of the plugin is called."""
         now = time.perf_counter()
-        if now > self._waited_at + 0.01:  # to ask each time would cost more than most calls
-            self._waited, self._waited_at = seconds_waited(), now
+        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), now
         return now
 
     def took(self, what: str, began: float) -> None:
@@ -4489,7 +4490,7 @@ class Fence:
         seconds = time.perf_counter() - began
         self._seconds[self.name] += seconds
         if seconds > BLOCKING:
-            seconds -= seconds_waited() - self._waited
+            seconds = seconds_held(seconds, self._standing, standing())
             if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
                 self._longest[what] = seconds
                 held_up = "plugin %s: %s held up the server for %.0f ms"
@@ -4501,25 +4502,50 @@ class Fence:
         log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
 
 
-def seconds_waited() -> float:
-    """For how long this thread was kept from running by others; 0 where no kernel tells (proc(5)).
+class Standing(NamedTuple):
+    """What a thread has had so far, in seconds; two of them tell what kept it (proc(5), getrusage(2))."""
 
-    A busy machine is no plugin's fault.
-    """
+    #: It ran;
+    ran: float = 0.0
+    #: it was ready to run, and other threads of the machine ran;
+    queued: float = 0.0
+    #: the other threads of this process ran;
+    others: float = 0.0
+    #: and so many times they were interrupted.
+    interrupted: int = 0
+
+
+def standing() -> Standing:
+    """Of the thread that asks; nothing where no kernel tells."""
     try:
-        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
-    except OSError:
-        return 0.0
+        own = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
+            queued = int(file.read().split()[1]) / 1e9
+    except (OSError, AttributeError):
+        return Standing()
+    ran, all_ran = time.thread_time(), time.process_time()
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own
+    return Standing(ran, queued, all_ran - ran, interrupted)
+
+
+def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
+    """For how much of so many seconds the thread itself kept everybody waiting.
+
+    It worked, or it slept. It did not sleep while it was queued, nor while it waited for the
+    interpreter: another thread had it and ran, or was kept from running, for nobody knows how long.
+    """
+    worked = min(seconds, now.ran - before.ran)
+    if now.interrupted > before.interrupted:
+        return worked
+    return max(worked, seconds - (now.queued - before.queued) - (now.others - before.others))
 
 
 def kind_of_fault(error: BaseException) -> object:
     """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
     if isinstance(error, SpyWatcherError):
         return re.sub(r"'.*'|\d+", "", str(error))
-    where = error.__traceback__
-    while where is not None and where.tb_next is not None:
-        where = where.tb_next
-    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    return where and (where[0].filename, where[0].lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -4549,33 +4575,25 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+@dataclasses.dataclass(eq=False)
 class Guarded:
     """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        fence: Fence,
-        time_limit: float | None,
-        *arguments: object,
-        where: str = "",
-        then: Callable[[Any, Any], None] | None = None,
-    ) -> None:
-        self._function = function
-        #: As log lines name it.
-        self.name = name
-        self._where = where
-        self._fence = fence
-        #: Seconds for which it may be awaited; None: for ever.
-        self._time_limit = time_limit
-        #: What it is handed behind what it is called with.
-        self._arguments = arguments
-        #: What takes what it was called with and what it returned, where that is not None.
-        self._then = then
-        self._failed_in_row = 0
-        self._paused_until = 0.0
-        self._running: set[asyncio.Task[None]] = set()
+    function: Callable[..., Any]
+    #: As log lines name it.
+    name: str
+    fence: Fence
+    #: Seconds for which it may be awaited; None: for ever.
+    time_limit: float | None
+    #: What it is handed behind what it is called with.
+    arguments: tuple[object, ...] = ()
+    #: Whose failure it is, for the log.
+    where: str = ""
+    #: What takes an event and what the function returned for it.
+    then: Callable[[Any, Any], object] = lambda event, result: None
+    _failed_in_row: int = 0
+    _paused_until: float = 0.0
+    _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     @property
     def paused(self) -> bool:
@@ -4592,8 +4610,8 @@ class Guarded:
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
-            if result is not None and self._then:
-                self._then(event, result)
+            if result is not None:
+                self.then(event, result)
         except FAULTS as error:
             self._failed(error)
         else:
@@ -4622,44 +4640,44 @@ class Guarded:
             await asyncio.wait(self._running)
 
     def _call(self, *subject: object) -> Any:
-        began = self._fence.begin()
+        began = self.fence.begin()
         try:
-            return self._function(*subject, *self._arguments)
+            return self.function(*subject, *self.arguments)
         finally:
-            self._fence.took(self.name, began)
+            self.fence.took(self.name, began)
 
     async def _finish(self, event: object, result: Awaitable[Any]) -> None:
         with caught(self._failed):
             answer = await self._awaited(result)
-            if answer is not None and self._then:
-                self._then(event, answer)
+            if answer is not None:
+                self.then(event, answer)
             self._failed_in_row = 0
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
         steps = self._in_steps(result)
-        if self._time_limit is None:
+        if self.time_limit is None:
             return await steps
         task = asyncio.create_task(steps)
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await asyncio.wait([task], timeout=self._time_limit)
+            await asyncio.wait([task], timeout=self.time_limit)
             if task.done():
                 return task.result()
-            raise PluginError(f"took longer than {self._time_limit:g} s and was cancelled")
+            raise PluginError(f"took longer than {self.time_limit:g} s and was cancelled")
         finally:
             task.cancel()
 
     async def _in_steps(self, result: Awaitable[Any]) -> Any:
-        return await in_steps(result, self._fence, self.name)
+        return await in_steps(result, self.fence, self.name)
 
     def _failed(self, error: BaseException) -> None:
-        self._fence.failed(f"{self.name} failed{self._where}", error)
+        self.fence.failed(f"{self.name} failed{self.where}", error)
         self._failed_in_row += 1
         if self._failed_in_row % MOST_FAILURES == 0:
             self._paused_until = time.monotonic() + PAUSE
-            self._fence.paused(self.name + self._where)
+            self.fence.paused(self.name + self.where)
 
 
 @coroutine
@@ -4906,7 +4924,7 @@ class Runner:
         self.listeners = [self._listening(*marked) for marked in plugin.listeners]
         self.greeters = [(marked, self._greeter(marked)) for marked in plugin.greeters]
         self.repeated = [
-            (Guarded(f, f.__name__, fence, None, self.spy), mark.seconds)
+            (Guarded(f, f.__name__, fence, None, (self.spy,)), mark.seconds)
             for f, mark, _ in plugin.repeated
         ]
         own = {"spy": self.spy, "failed": fence.failed}
@@ -4923,14 +4941,14 @@ class Runner:
             function.__name__,
             self.fence,
             self._time_limit,
-            *(self.spy,)[: takes - 1],
-            where=f" on {source}",
-            then=functools.partial(self._send_result, mark),
+            (self.spy,)[: takes - 1],
+            f" on {source}",
+            functools.partial(self._send_result, mark),
         )
 
     def _greeter(self, marked: Marked) -> Guarded:
         name, where = f"making {marked.mark.emit}", f" in {marked.function.__name__}"
-        return Guarded(marked.function, name, self.fence, self._time_limit, where=where)
+        return Guarded(marked.function, name, self.fence, self._time_limit, (), where)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
@@ -4971,7 +4989,7 @@ class Runner:
 
     async def _run_hook(self, name: str, seconds: float) -> None:
         if hook := self.plugin.hooks.get(name):
-            await Guarded(hook, name, self.fence, seconds, self.spy).run()
+            await Guarded(hook, name, self.fence, seconds, (self.spy,)).run()
 
     @staticmethod
     async def _repeat(guarded: Guarded, seconds: float) -> None:

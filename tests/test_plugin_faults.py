@@ -8,6 +8,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +211,46 @@ async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.Monke
     assert calls == [*range(20), "paused", 20]
 
 
-def test_who_was_only_kept_from_running_by_others_is_not_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    waited = iter([5.0, 5.3])
-    monkeypatch.setattr(spywatcher, "seconds_waited", lambda: next(waited))
-    fence = spywatcher.Fence("any", Metrics())
-    fence.took("patient", fence.begin() - 0.3)
+def work(seconds: float) -> None:
+    """Compute for so long, by this thread's own clock."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def held(doing: Callable[[], object]) -> float:
+    """For how long this is said to have held up the server."""
+    began, before = time.perf_counter(), spywatcher.standing()
+    doing()
+    return spywatcher.seconds_held(time.perf_counter() - began, before, spywatcher.standing())
+
+
+@pytest.mark.parametrize("blocks", [work, time.sleep], ids=["computes", "sleeps"])
+def test_who_works_or_sleeps_is_named_with_how_long(blocks: Callable[[float], None]) -> None:
+    assert max(held(lambda: blocks(0.15)) for _ in range(3)) > 0.14
+
+
+def test_many_short_waits_are_a_long_one() -> None:
+    assert max(held(lambda: [time.sleep(0.003) for _ in range(40)]) for _ in range(3)) > 0.1
+
+
+def test_who_waited_for_the_interpreter_is_not_named() -> None:
+    """Four other threads want it all the time, on a machine that has others to serve too."""
+    ended = threading.Event()
+    others = [threading.Thread(target=spin, args=(ended,)) for _ in range(4)]
+    for other in others:
+        other.start()
+    try:
+        assert max(held(lambda: work(0.03)) for _ in range(5)) < spywatcher.BLOCKING
+    finally:
+        ended.set()
+        for other in others:
+            other.join()
+
+
+def spin(ended: threading.Event) -> None:
+    while not ended.is_set():
+        pass
 
 
 def test_reasons_never_show_more_than_the_beginning_of_a_value() -> None:
