@@ -90,7 +90,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from operator import itemgetter
+from operator import call, itemgetter
 from pathlib import Path
 from types import ModuleType, coroutine
 from typing import (
@@ -4017,9 +4017,8 @@ class Spy:
         name: str,
         settings: Any,
         context: HostContext,
+        metrics: Metrics,
         emit: Callable[..., None],
-        counts: Callable[[str], Counter],
-        failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -4041,9 +4040,8 @@ class Spy:
         self.alone = context.alone(name)
         self._name = name
         self._context = context
+        self._metrics = metrics
         self._emit = emit
-        self._counts = counts
-        self._failed = failed
         self._problem: str | None = None
 
     @property
@@ -4053,7 +4051,7 @@ class Spy:
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
-        self._counts(what).inc(amount)
+        self._metrics.plugin_counts.labels(self._name, what).inc(amount)
 
     def emit(
         self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
@@ -4117,7 +4115,7 @@ class Spy:
     @problem.setter
     def problem(self, text: str | None) -> None:
         if text is not None:
-            self._failed()
+            self._metrics.plugin_failures.labels(self._name).inc()
         if text != self._problem:
             level = logging.INFO if text is None else logging.WARNING
             self.log.log(level, "%s", text or "all is well again")
@@ -4318,7 +4316,7 @@ class Presences:
     """
 
     def __init__(self) -> None:
-        self._guilds: dict[int, dict[int, int]] = {}
+        self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
 
     def of(self, guild_id: int, user_id: int) -> Presence | None:
         code = self._guilds.get(guild_id, {}).get(user_id)
@@ -4353,23 +4351,18 @@ class Presences:
     def take(self, event: str, payload: Any) -> None:
         """What a packet other than PRESENCE_UPDATE says of who is there."""
         if event == "GUILD_MEMBER_REMOVE":
-            self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
+            self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
         elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
-            self._enter(self._members(payload["guild_id"]), [payload], ())
+            self._enter(payload["guild_id"], [payload], ())
         elif event == "GUILD_MEMBERS_CHUNK":
-            members = self._members(payload["guild_id"])
-            self._enter(members, payload["members"], payload.get("presences", ()))
+            self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
         elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
             if event == "GUILD_CREATE":
-                members = self._members(payload["id"])
-                self._enter(members, payload["members"], payload.get("presences", ()))
+                self._enter(payload["id"], payload["members"], payload.get("presences", ()))
 
-    def _members(self, guild_id: str) -> dict[int, int]:
-        return self._guilds.setdefault(int(guild_id), {})
-
-    @staticmethod
-    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+    def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        members = self._guilds[int(guild_id)]
         for entry in entries:
             user = entry["user"]
             user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
@@ -4442,53 +4435,8 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Kinds of faults remembered as told, of one plugin.
+#: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
-
-
-class Fence:
-    """Keeps the account of one plugin's faults: each is counted, and logged once of its kind."""
-
-    def __init__(self, name: str, metrics: Metrics) -> None:
-        self.name = name
-        #: Count a fault.
-        self.count = metrics.plugin_failures.labels(name).inc
-        self._seconds = metrics.plugin_seconds.counts
-        self._pauses = metrics.plugin_pauses.labels(name)
-        self._told: set[object] = set()
-        self._longest: dict[str, float] = {}
-        self._standing, self._stood_at = Standing(), 0.0
-
-    def failed(self, what: str, error: BaseException) -> None:
-        self.count()
-        kind = (what, type(error), kind_of_fault(error))
-        if kind in self._told or len(self._told) >= MOST_KINDS:
-            return
-        self._told.add(kind)
-        log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
-
-    def begin(self) -> float:
-        """The moment at which a function of the plugin is called."""
-        now = time.perf_counter()
-        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
-            self._standing, self._stood_at = standing(), now
-        return now
-
-    def took(self, what: str, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self._seconds[self.name] += seconds
-        if seconds > BLOCKING:
-            seconds = seconds_held(seconds, self._standing, standing())
-            if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
-                self._longest[what] = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.name, what, seconds * 1000)
-
-    def paused(self, what: str) -> None:
-        self._pauses.inc()
-        paused = "plugin %s: %s failed %d times in a row and is paused for %.0f s"
-        log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
 
 
 class Standing(NamedTuple):
@@ -4566,22 +4514,29 @@ def being_cancelled() -> bool:
 
 @dataclasses.dataclass(eq=False)
 class Guarded:
-    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
+    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
+    counted, and logged once of its kind.
+    """
 
+    plugin: str
+    metrics: Metrics
     function: Callable[..., Any]
     #: As log lines name it.
     name: str
-    fence: Fence
     #: Seconds for which it may be awaited; None: for ever.
     time_limit: float | None
     #: What it is handed behind what it is called with.
     arguments: tuple[object, ...] = ()
-    #: Whose failure it is, for the log.
+    #: What failed in it or with it, for the log.
     where: str = ""
     #: What takes an event and what the function returned for it.
     then: Callable[[Any, Any], object] = lambda event, result: None
+    _told: set[object] = dataclasses.field(default_factory=set)
     _failed_in_row: int = 0
     _paused_until: float = 0.0
+    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _stood_at: float = 0.0
+    _longest: float = 0.0
     _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     @property
@@ -4629,11 +4584,11 @@ class Guarded:
             await asyncio.wait(self._running)
 
     def _call(self, *subject: object) -> Any:
-        began = self.fence.begin()
+        began = self._begin()
         try:
             return self.function(*subject, *self.arguments)
         finally:
-            self.fence.took(self.name, began)
+            self._took(began)
 
     async def _finish(self, event: object, result: Awaitable[Any]) -> None:
         with caught(self._failed):
@@ -4659,33 +4614,64 @@ class Guarded:
             task.cancel()
 
     async def _in_steps(self, result: Awaitable[Any]) -> Any:
-        return await in_steps(result, self.fence, self.name)
+        return await self._steps(result)
+
+    @coroutine
+    def _steps(self, result: Awaitable[Any]) -> Generator[Any, Any, Any]:
+        """Awaits it, and has each step of it counted: each holds up the loop."""
+        steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
+        resume, value = steps.send, None
+        while True:
+            began = self._begin()
+            try:
+                awaited = resume(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._took(began)
+            try:
+                resume, value = steps.send, (yield awaited)
+            except BaseException as error:  # a cancellation, most often: it is for what is awaited
+                resume, value = steps.throw, error
+
+    # -- its account
+
+    def _begin(self) -> float:
+        """The moment at which the function goes on."""
+        now = time.perf_counter()
+        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), now
+        return now
+
+    def _took(self, began: float) -> None:
+        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        seconds = time.perf_counter() - began
+        self.metrics.plugin_seconds.counts[self.plugin] += seconds
+        if seconds > BLOCKING:
+            seconds = seconds_held(seconds, self._standing, standing())
+            if seconds > max(BLOCKING, 2 * self._longest):
+                self._longest = seconds
+                held_up = "plugin %s: %s held up the server for %.0f ms"
+                log.warning(held_up, self.plugin, self.name, seconds * 1000)
 
     def _failed(self, error: BaseException) -> None:
-        self.fence.failed(f"{self.name} failed{self.where}", error)
+        self.report(error)
         self._failed_in_row += 1
         if self._failed_in_row % MOST_FAILURES == 0:
             self._paused_until = time.monotonic() + PAUSE
-            self.fence.paused(self.name + self.where)
+            self.metrics.plugin_pauses.labels(self.plugin).inc()
+            paused = "plugin %s: %s%s failed %d times in a row and is paused for %.0f s"
+            log.error(paused, self.plugin, self.name, self.where, MOST_FAILURES, PAUSE)
 
-
-@coroutine
-def in_steps(awaitable: Awaitable[Any], fence: Fence, name: str) -> Generator[Any, Any, Any]:
-    """Awaits something, and has each step of it counted: each holds up the loop."""
-    steps: Any = awaitable.__await__()  # a coroutine's or a future's: both have all three
-    resume, value = steps.send, None
-    while True:
-        began = fence.begin()
-        try:
-            awaited = resume(value)
-        except StopIteration as end:
-            return end.value
-        finally:
-            fence.took(name, began)
-        try:
-            resume, value = steps.send, (yield awaited)
-        except BaseException as error:  # a cancellation, most often: it is for what is awaited
-            resume, value = steps.throw, error
+    def report(self, error: BaseException) -> None:
+        """Count a fault, and log it if it is the first of its kind."""
+        self.metrics.plugin_failures.labels(self.plugin).inc()
+        kind = type(error), kind_of_fault(error)
+        if kind not in self._told and len(self._told) < MOST_KINDS:
+            self._told.add(kind)
+            failed = "plugin %s: %s failed%s: %s"
+            why, trace = reason(error), traceback_of(error)
+            log.error(failed, self.plugin, self.name, self.where, why, exc_info=trace)
 
 
 # -- one plugin
@@ -4853,8 +4839,7 @@ class PluginHandler(RequestHandler):
     """The host's side of a plugin's route."""
 
     spy: Spy
-    #: Told what failed, and what it raised.
-    failed: Callable[[str, BaseException], None]
+    guarded: Guarded
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4863,7 +4848,7 @@ class PluginHandler(RequestHandler):
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
-            type(self).failed(f"{type(self).__name__} failed", value)
+            self.guarded.report(value)
 
 
 #: A function that hears events, and its mark.
@@ -4886,7 +4871,6 @@ class Runner:
         publish: Callable[[str, EventData], None],
     ) -> None:
         self.plugin = plugin
-        self.fence = fence = Fence(plugin.name, metrics)
         self._context = context
         self._time_limit = time_limit
         #: Refuses an event and a kind of room that are not the plugin's to use.
@@ -4897,28 +4881,41 @@ class Runner:
         #: From its `setup` to its `teardown`.
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
-        counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, fence.count)
-        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
-        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
-        self.repeated = [(one.mark, self._guarded(one)) for one in plugin.marked(Repeated)]
-        own = {"spy": self.spy, "failed": fence.failed}
+        self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
+        self._guard = guard = functools.partial(Guarded, plugin.name, metrics)
+        #: What makes an event's payload when it is really sent, by event.
+        self._makers: dict[str, Guarded] = {}
+        self.setup = self._hook("setup", self.setup_limit)
+        self.teardown = self._hook("teardown", time_limit)
+        self.listeners = [(one.mark, self._listener(*one)) for one in plugin.listeners]
+        self.greeters = [(one, self._greeter(*one)) for one in plugin.greeters]
+        self.repeated = [
+            (mark.seconds, guard(function, function.__name__, None, (self.spy,)))
+            for function, mark, _ in plugin.marked(Repeated)
+        ]
         #: What the plugin serves: a pattern of the whole path, and what answers there.
-        self.routes: Routes = [
-            (PathMatches(mark.pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, mark, _ in plugin.marked(Route)
+        self.routes = [
+            (PathMatches(one.mark.pattern), self._page(one.function))
+            for one in plugin.marked(Route)
         ]
 
-    def _guarded(self, marked: Marked) -> Guarded:
-        function, mark, takes = marked
-        name, limit = function.__name__, self._time_limit
-        if isinstance(mark, Greeter):
-            return Guarded(function, f"making {mark.emit}", self.fence, limit, (), f" in {name}")
-        if isinstance(mark, Repeated):
-            return Guarded(function, name, self.fence, None, (self.spy,))
+    def _hook(self, name: str, seconds: float) -> Guarded:
+        hook = self.plugin.hooks.get(name, lambda spy: None)
+        return self._guard(hook, name, seconds, (self.spy,))
+
+    def _listener(self, function: Callable[..., Any], mark: Listener, takes: int) -> Guarded:
         where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        then = functools.partial(self._send_result, mark)
-        return Guarded(function, name, self.fence, limit, (self.spy,)[: takes - 1], where, then)
+        then, more = functools.partial(self._send_result, mark), (self.spy,)[: takes - 1]
+        return self._guard(function, function.__name__, self._time_limit, more, where, then)
+
+    def _greeter(self, function: Callable[..., Any], mark: Greeter, takes: int) -> Guarded:
+        name, where = f"making {mark.emit}", f" in {function.__name__}"
+        return self._guard(function, name, self._time_limit, (), where)
+
+    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
+        name = handler.__name__
+        own = {"spy": self.spy, "guarded": self._guard(handler, name, None)}
+        return type(name, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
@@ -4930,7 +4927,7 @@ class Runner:
     async def set_up(self) -> None:
         """Run the plugin's `setup`; raises whatever that raises."""
         self.spy.shared = self._context.share(self.plugin.name)
-        await self._run_hook("setup", self.setup_limit)
+        await self.setup.run()
 
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
@@ -4953,17 +4950,13 @@ class Runner:
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
         for _, guarded in self.listeners:
             await guarded.wait()
-        with caught(functools.partial(self.fence.failed, "teardown failed")):
-            await self._run_hook("teardown", self._time_limit)
-
-    async def _run_hook(self, name: str, seconds: float) -> None:
-        if hook := self.plugin.hooks.get(name):
-            await Guarded(hook, name, self.fence, seconds, (self.spy,)).run()
+        with caught(self.teardown.report):
+            await self.teardown.run()
 
     @staticmethod
-    async def _repeat(mark: Repeated, guarded: Guarded) -> None:
+    async def _repeat(seconds: float, guarded: Guarded) -> None:
         while True:
-            await asyncio.sleep(mark.seconds)
+            await asyncio.sleep(seconds)
             await guarded.ask()
 
     # -- events
@@ -5000,9 +4993,12 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            guarded = Guarded(payload, f"making {event}", self.fence, self._time_limit)
+            maker = self._makers.get(event) or self._guard(
+                call, f"making {event}", self._time_limit
+            )
+            self._makers[event] = maker
             finish = functools.partial(self._finished, event, guild_id)
-            make = functools.partial(guarded.ask, then=finish)
+            make = functools.partial(maker.ask, payload, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
             self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
@@ -5463,7 +5459,7 @@ class PluginHost:
 
         def failed(error: BaseException) -> None:
             self.failures[name] = f"setup failed: {reason(error)}"
-            runner.fence.failed("setup failed", error)
+            runner.setup.report(error)
 
         with caught(failed):
             await runner.set_up()
