@@ -4701,7 +4701,12 @@ class Plugin:
         self.settings = self.check_settings(table, faults)
         if faults:
             raise OperatorError(*faults)
-        self._marked = marked_in(module)
+        #: Functions and handlers with each mark on them, in the order of the file.
+        self._marked = [
+            Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
+            for _, value in own_things(module)
+            for mark in getattr(value, "__dict__", {}).get(MARKS, ())
+        ]
         self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
@@ -4738,15 +4743,6 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
         if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
             seen.setdefault(id(value), (name, value))
     return list(seen.values())
-
-
-def marked_in(module: ModuleType) -> list[Marked]:
-    """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
-    return [
-        Marked(value, mark, arguments_taken(value, HOOKS[type(mark)]) if type(mark) in HOOKS else 0)
-        for _, value in own_things(module)
-        for mark in getattr(value, "__dict__", {}).get(MARKS, ())
-    ]
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4808,8 +4804,10 @@ def attributes_used(path: Path) -> dict[str, str]:
     }
 
 
-def arguments_taken(function: Any, forms: Sequence[str]) -> int:
+def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
     """How many arguments the function takes, in the longest of these forms that it allows."""
+    if forms is None:
+        return 0
     expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) or not hasattr(function, "__name__"):
@@ -4882,17 +4880,14 @@ class Runner:
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
         self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
-        self._guard = guard = functools.partial(Guarded, plugin.name, metrics)
+        self._guard = functools.partial(Guarded, plugin.name, metrics)
         #: What makes an event's payload when it is really sent, by event.
         self._makers: dict[str, Guarded] = {}
         self.setup = self._hook("setup", self.setup_limit)
         self.teardown = self._hook("teardown", time_limit)
-        self.listeners = [(one.mark, self._listener(*one)) for one in plugin.listeners]
-        self.greeters = [(one, self._greeter(*one)) for one in plugin.greeters]
-        self.repeated = [
-            (mark.seconds, guard(function, function.__name__, None, (self.spy,)))
-            for function, mark, _ in plugin.marked(Repeated)
-        ]
+        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
+        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
+        self.repeated = [(one.mark.seconds, self._guarded(one)) for one in plugin.marked(Repeated)]
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes = [
             (PathMatches(one.mark.pattern), self._page(one.function))
@@ -4903,14 +4898,16 @@ class Runner:
         hook = self.plugin.hooks.get(name, lambda spy: None)
         return self._guard(hook, name, seconds, (self.spy,))
 
-    def _listener(self, function: Callable[..., Any], mark: Listener, takes: int) -> Guarded:
+    def _guarded(self, marked: Marked) -> Guarded:
+        function, mark, takes = marked
+        name, limit = function.__name__, self._time_limit
+        if isinstance(mark, Greeter):
+            return self._guard(function, f"making {mark.emit}", limit, (), f" in {name}")
+        if isinstance(mark, Repeated):
+            return self._guard(function, name, None, (self.spy,))
         where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        then, more = functools.partial(self._send_result, mark), (self.spy,)[: takes - 1]
-        return self._guard(function, function.__name__, self._time_limit, more, where, then)
-
-    def _greeter(self, function: Callable[..., Any], mark: Greeter, takes: int) -> Guarded:
-        name, where = f"making {mark.emit}", f" in {function.__name__}"
-        return self._guard(function, name, self._time_limit, (), where)
+        then = functools.partial(self._send_result, mark)
+        return self._guard(function, name, limit, (self.spy,)[: takes - 1], where, then)
 
     def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
         name = handler.__name__
@@ -4993,12 +4990,10 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            maker = self._makers.get(event) or self._guard(
-                call, f"making {event}", self._time_limit
-            )
-            self._makers[event] = maker
+            if event not in self._makers:
+                self._makers[event] = self._guard(call, f"making {event}", self._time_limit)
             finish = functools.partial(self._finished, event, guild_id)
-            make = functools.partial(maker.ask, payload, then=finish)
+            make = functools.partial(self._makers[event].ask, payload, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
             self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
@@ -5097,29 +5092,14 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
     return min(in_guilds, key=int) & ~had
 
 
-def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
-    """Where to look, an operator's own before the shipped ones of the same name.
-
-    Raises OperatorError for a folder that is not there.
-    """
-    folders: list[Path] = []
-    for name in names:
-        places = [folder / name]
-        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
-            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
-        found = [place for place in places if place.is_dir()]
-        if not found:
-            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-        folders += found
-    return folders
-
-
 #: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
 Contents = list[tuple[Path, bytes | None]]
 
 
 class PluginFiles:
-    """Where plugins are, and which of them have changed since they were taken."""
+    """Where plugins are, an operator's own before the shipped ones, and which have changed since they
+    were taken. Raises OperatorError for a folder that is not there.
+    """
 
     #: Seconds between two looks.
     pace: ClassVar[float] = 0.4
@@ -5128,9 +5108,17 @@ class PluginFiles:
     #: and for which more is awaited where a file is empty or no Python.
     patience: ClassVar[float] = 1.5
 
-    def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
-        self._folders = folders
-        self._disabled = frozenset(disabled)
+    def __init__(self, settings: PluginsSettings, folder: Path) -> None:
+        self._folders: list[Path] = []
+        for name in settings.folders:
+            places = [folder / name]
+            if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
+                places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
+            found = [place for place in places if place.is_dir()]
+            if not found:
+                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+            self._folders += found
+        self._disabled = frozenset(settings.disabled)
         #: Each plugin as it was taken;
         self._taken: dict[str, Contents] = {}
         #: each that has changed since as it is now, and since when.
@@ -5288,7 +5276,7 @@ class PluginLoader:
         folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
+        self.files = PluginFiles(settings, folder)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
         self._failures = metrics.plugin_failures
@@ -5592,12 +5580,10 @@ class PluginHost:
         await asyncio.gather(*(one.greet(kind, guild_id, tell, subscriber) for one in runners))
 
     def _subscriber(self, viewer: Viewer, guild_id: str) -> Subscriber:
-        may_see = self._context.may_see
-        return Subscriber(
-            discord_id=viewer.discord_id,
-            role=viewer.role,
-            may_see=lambda channel_id: may_see(viewer, guild_id, str(int(channel_id))),
-        )
+        def may_see(channel_id: int | str) -> bool:
+            return self._context.may_see(viewer, guild_id, str(int(channel_id)))
+
+        return Subscriber(viewer.discord_id, viewer.role, may_see)
 
     # -- how things stand, live settings
 
@@ -8943,7 +8929,7 @@ def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 async def run_server(
-    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] | None = None
+    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] = lambda: None
 ) -> None:
     """Serve until a signal comes or Discord refuses us for good."""
     systemd = systemd or Systemd({})
@@ -8955,8 +8941,7 @@ async def run_server(
     def on_sighup() -> None:
         systemd.tell_reloading()
         try:
-            if reload:
-                reload()
+            reload()
         finally:
             systemd.tell("READY=1")
 
@@ -9020,7 +9005,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
-            plugins = plugin_loader(error.sound)
+            plugins = plugin_loader(error.sound, getattr(parsed, "plugins", None))
             more = faults_beside_file(error.sound, plugins, complete=False)
             faults += with_source(more, error.sound)
         say_faults(*faults)
