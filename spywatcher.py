@@ -4837,7 +4837,7 @@ class PluginHandler(RequestHandler):
     """The host's side of a plugin's route."""
 
     spy: Spy
-    guarded: Guarded
+    _guarded: Guarded
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4846,7 +4846,7 @@ class PluginHandler(RequestHandler):
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
-            self.guarded.report(value)
+            self._guarded.report(value)
 
 
 #: A function that hears events, and its mark.
@@ -4911,7 +4911,7 @@ class Runner:
 
     def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
         name = handler.__name__
-        own = {"spy": self.spy, "guarded": self._guard(handler, name, None)}
+        own = {"spy": self.spy, "_guarded": self._guard(handler, name, None)}
         return type(name, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
@@ -5119,6 +5119,8 @@ class PluginFiles:
                 raise OperatorError(f"plugins.folders: {places[0]} is no folder")
             self._folders += found
         self._disabled = frozenset(settings.disabled)
+        #: What each file held when it was read, and when it had been written by then.
+        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
         #: Each plugin as it was taken;
         self._taken: dict[str, Contents] = {}
         #: each that has changed since as it is now, and since when.
@@ -5137,7 +5139,7 @@ class PluginFiles:
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._taken = {name: contents_of(path) for name, path in found.items()}
+        self._taken = {name: self._contents(path) for name, path in found.items()}
         return found
 
     @property
@@ -5157,7 +5159,7 @@ class PluginFiles:
         return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
     def _has_settled(self, name: str, path: Path | None) -> bool:
-        contents, now = contents_of(path) if path else [], time.monotonic()
+        contents, now = self._contents(path) if path else [], time.monotonic()
         if contents == self._taken.get(name, []):
             self._seen.pop(name, None)
             return False
@@ -5168,6 +5170,20 @@ class PluginFiles:
             return False
         self._taken[name], _ = self._seen.pop(name)
         return True
+
+    def _contents(self, path: Path) -> Contents:
+        """What is in a plugin's files now; read only where one was written since the last look."""
+        contents: Contents = []
+        for file in files_of(path):
+            found = None
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                written = status.st_mtime_ns, status.st_size, status.st_ino
+                if self._read.get(file, ((), b""))[0] != written and file.is_file():
+                    self._read[file] = written, hashlib.sha256(file.read_bytes()).digest()
+                _, found = self._read.get(file, ((), None))
+            contents.append((file, found))
+        return contents
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5182,28 +5198,10 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def contents_of(path: Path) -> Contents:
-    """What is in a plugin's files now; read only where a file was written since the last look."""
-    contents: Contents = []
-    for file in files_of(path):
-        found = None
-        with contextlib.suppress(OSError):
-            status = file.stat()
-            found = digest(file, status.st_mtime_ns, status.st_size, status.st_ino)
-        contents.append((file, found))
-    return contents
-
-
-@functools.lru_cache(maxsize=4096)
-def digest(file: Path, *written: int) -> bytes:
-    """Of a file that was written then."""
-    return hashlib.sha256(file.read_bytes()).digest()
-
-
 def is_python(path: Path) -> bool:
     """Whether a file has something in it, and that can be compiled."""
     try:
-        source = path.read_bytes()
+        source = path.read_bytes() if path.is_file() else b""
         compile(source, path, "exec")
     except (OSError, SyntaxError, ValueError):
         return False
