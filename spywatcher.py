@@ -324,148 +324,116 @@ READ_EACH: Final[dict[str, Callable[[str], str]]] = {
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One table of config.toml; `Meta(description=…)` is what the README says of a key."""
+    """One table of config.toml; above each key stands what config.toml and docs/settings.md say of it."""
 
 
 class ServerSettings(Section, frozen=True):
-    host: Annotated[
-        str, Meta(description='Address to listen on; "localhost" is both of 127.0.0.1 and ::1.')
-    ] = "localhost"
-    port: Annotated[Port, Meta(description="Port to listen on; 0 picks a free one.")] = 3001
-    cors_origins: Annotated[
-        tuple[str, ...],
-        Meta(description='Pages that may connect from another origin; "*" is any.'),
-    ] = ("http://localhost:5173", "http://127.0.0.1:5173")
-    trusted_proxies: Annotated[
-        tuple[str, ...],
-        Meta(description="Addresses or networks that may set X-Forwarded-For."),
-    ] = ("127.0.0.1", "::1")
-    transports: Annotated[
-        tuple[Transport, ...], Meta(min_length=1, description="Engine.IO transports offered.")
-    ] = ("websocket", "polling")
-    max_message_bytes: Annotated[
-        Positive, Meta(description="Largest message a client may send.")
-    ] = 16_384
-    max_queue_bytes: Annotated[
-        Positive, Meta(description="Unsent bytes a client may pile up before it is cut off.")
-    ] = 1_048_576
-    shutdown_grace: Annotated[Seconds, Meta(description="Seconds that a stop may take.")] = 5.0
-    metrics_from: Annotated[
-        tuple[str, ...],
-        Meta(description="Addresses or networks besides this host that may read /metrics."),
-    ] = ()
+    #: Address to listen on; "localhost" is both of 127.0.0.1 and ::1.
+    host: str = "localhost"
+    #: Port to listen on; 0 picks a free one.
+    port: Port = 3001
+    #: Pages that may connect from another origin; "*" is any.
+    cors_origins: tuple[str, ...] = ("http://localhost:5173", "http://127.0.0.1:5173")
+    #: Addresses or networks that may set X-Forwarded-For.
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
+    #: Engine.IO transports offered.
+    transports: Annotated[tuple[Transport, ...], Meta(min_length=1)] = ("websocket", "polling")
+    #: Largest message a client may send.
+    max_message_bytes: Positive = 16_384
+    #: Unsent bytes a client may pile up before it is cut off.
+    max_queue_bytes: Positive = 1_048_576
+    #: Seconds that a stop may take.
+    shutdown_grace: Seconds = 5.0
+    #: Addresses or networks besides this host that may read /metrics.
+    metrics_from: tuple[str, ...] = ()
 
 
 class HeartbeatSettings(Section, frozen=True):
-    interval: Annotated[Seconds, Meta(description="Seconds between two pings to a client.")] = 25.0
-    timeout: Annotated[Seconds, Meta(description="Seconds a client has to answer a ping.")] = 60.0
+    #: Seconds between two pings to a client.
+    interval: Seconds = 25.0
+    #: Seconds a client has to answer a ping.
+    timeout: Seconds = 60.0
 
 
 class AuthSettings(Section, frozen=True):
-    secret: Annotated[
-        str | tuple[str, ...],
-        Meta(description="Key that signs the viewers' tokens; a list rotates keys, newest first."),
-    ] = ""
-    secret_file: Annotated[
-        str, Meta(description="File that holds the key instead, one a line.")
-    ] = ""
-    public_key_file: Annotated[
-        str, Meta(description="PEM file of the public key for RS256 or ES256.")
-    ] = ""
-    algorithms: Annotated[
-        tuple[Algorithm, ...], Meta(min_length=1, description="JWT algorithms accepted.")
-    ] = ("HS256",)
-    admin_roles: Annotated[
-        tuple[Role, ...], Meta(description="Token roles that may view every watched guild.")
-    ] = ("ADMIN",)
-    viewer_permissions: Annotated[
-        tuple[str, ...],
-        Meta(description="Discord permissions of which others need one in the guild."),
-    ] = ("MANAGE_GUILD",)
-    channel_visibility: Annotated[
-        bool, Meta(description="Channel events reach only viewers who may see the channel.")
-    ] = True
-    connect_timeout: Annotated[
-        Seconds, Meta(description="Seconds a connection may stay open without a valid token.")
-    ] = 10.0
+    #: Key that signs the viewers' tokens; a list rotates keys, newest first.
+    secret: str | tuple[str, ...] = ""
+    #: File that holds the key instead, one a line.
+    secret_file: str = ""
+    #: PEM file of the public key for RS256 or ES256.
+    public_key_file: str = ""
+    #: JWT algorithms accepted.
+    algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ("HS256",)
+    #: Token roles that may view every watched guild.
+    admin_roles: tuple[Role, ...] = ("ADMIN",)
+    #: Discord permissions of which others need one in the guild.
+    viewer_permissions: tuple[str, ...] = ("MANAGE_GUILD",)
+    #: Channel events reach only viewers who may see the channel.
+    channel_visibility: bool = True
+    #: Seconds a connection may stay open without a valid token.
+    connect_timeout: Seconds = 10.0
 
 
 class DiscordSettings(Section, frozen=True):
-    token: Annotated[str, Meta(description="The bot's token.")] = ""
-    token_file: Annotated[str, Meta(description="File that holds the token instead.")] = ""
-    guilds: Annotated[
-        tuple[GuildId, ...], Meta(description="Watch only these; empty: every guild the bot is in.")
-    ] = ()
-    rest_url: Annotated[str, Meta(description="Where Discord's REST API answers.")] = (
-        "https://discord.com/api/v10"
-    )
-    startup_grace: Annotated[
-        SecondsOrZero,
-        Meta(description="Seconds after a new gateway session without alerts and role changes."),
-    ] = 5.0
+    #: The bot's token.
+    token: str = ""
+    #: File that holds the token instead.
+    token_file: str = ""
+    #: Watch only these; empty: every guild the bot is in.
+    guilds: tuple[GuildId, ...] = ()
+    #: Where Discord's REST API answers.
+    rest_url: str = "https://discord.com/api/v10"
+    #: Seconds after a new gateway session without alerts and role changes.
+    startup_grace: SecondsOrZero = 5.0
 
 
 class LimitsSettings(Section, frozen=True):
-    connections_per_ip: Annotated[
-        Positive,
-        Meta(
-            description="Open connections of one address, on all nodes together; IPv6 counts by /64."
-        ),
-    ] = 50
-    connections_per_viewer: Annotated[
-        Positive, Meta(description="Open connections of one viewer, on all nodes together.")
-    ] = 20
-    unauthenticated: Annotated[
-        Positive, Meta(description="Connections without a valid token yet, all together.")
-    ] = 1_000
-    attempts_per_ip: Annotated[
-        Rate, Meta(description="Connections that one address may begin.")
-    ] = "60/minute"
-    block_after: Annotated[
-        Positive, Meta(description="Refused attempts in a row before the address is blocked.")
-    ] = 5
-    block_for: Annotated[Seconds, Meta(description="Seconds that a block lasts.")] = 600.0
-    events_per_connection: Annotated[Rate, Meta(description="Events that one client may send.")] = (
-        "20/second"
-    )
-    rooms_per_connection: Annotated[
-        Positive, Meta(description="Rooms that one client may be in.")
-    ] = 200
+    #: Open connections of one address, on all nodes together; IPv6 counts by /64.
+    connections_per_ip: Positive = 50
+    #: Open connections of one viewer, on all nodes together.
+    connections_per_viewer: Positive = 20
+    #: Connections without a valid token yet, all together.
+    unauthenticated: Positive = 1_000
+    #: Connections that one address may begin.
+    attempts_per_ip: Rate = "60/minute"
+    #: Refused attempts in a row before the address is blocked.
+    block_after: Positive = 5
+    #: Seconds that a block lasts.
+    block_for: Seconds = 600.0
+    #: Events that one client may send.
+    events_per_connection: Rate = "20/second"
+    #: Rooms that one client may be in.
+    rooms_per_connection: Positive = 200
 
 
 class FanoutSettings(Section, frozen=True):
-    max_delay: Annotated[
-        SecondsOrZero, Meta(description="Longest seconds a burst may be held to share a write.")
-    ] = 0.05
+    #: Longest seconds a burst may be held to share a write.
+    max_delay: SecondsOrZero = 0.05
 
 
 class RecoverySettings(Section, frozen=True):
-    window: Annotated[
-        SecondsOrZero,
-        Meta(description="Seconds of missed events that a client which comes back gets; 0: none."),
-    ] = 120.0
-    max_events: Annotated[
-        Positive, Meta(description="Missed events of one guild beyond which a client starts anew.")
-    ] = 1_000
+    #: Seconds of missed events that a client which comes back gets; 0: none.
+    window: SecondsOrZero = 120.0
+    #: Missed events of one guild beyond which a client starts anew.
+    max_events: Positive = 1_000
 
 
 class RedisSettings(Section, frozen=True):
+    #: Redis that several servers share; empty: one process, all in memory.
     url: Annotated[
         str,
         Meta(
             pattern=r"^(|(rediss?|unix|redis\+sentinel)://.+)$",
             title='a URL in quotes, such as "redis://127.0.0.1:6379"',
-            description="Redis that several servers share; empty: one process, all in memory.",
         ),
     ] = ""
-    password_file: Annotated[str, Meta(description="File that holds Redis' password.")] = ""
+    #: File that holds Redis' password.
+    password_file: str = ""
 
 
 class StorageSettings(Section, frozen=True):
-    path: Annotated[
-        str,
-        Meta(min_length=1, description="SQLite file of counts, relative to the settings file."),
-    ] = "spywatcher.db"
+    #: SQLite file of counts, relative to the settings file.
+    path: Annotated[str, Meta(min_length=1)] = "spywatcher.db"
 
 
 #: The folder of an operator's own plugins. Its name also stands for the plugins shipped with
@@ -474,25 +442,21 @@ OWN_PLUGINS: Final = "plugins"
 
 
 class PluginsSettings(Section, frozen=True):
-    folders: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Where plugins are, relative to the settings file;"
-            ' "plugins" brings the shipped ones too.'
-        ),
-    ] = (OWN_PLUGINS,)
-    disabled: Annotated[tuple[str, ...], Meta(description="Plugins not to load, by name.")] = ()
-    watch: Annotated[bool, Meta(description="Reload a plugin when its file changes.")] = True
-    handler_timeout: Annotated[
-        Seconds, Meta(description="Seconds that an async function of a plugin may take.")
-    ] = 5.0
+    #: Where plugins are, relative to the settings file; "plugins" brings the shipped ones too.
+    folders: tuple[str, ...] = (OWN_PLUGINS,)
+    #: Plugins not to load, by name.
+    disabled: tuple[str, ...] = ()
+    #: Reload a plugin when its file changes.
+    watch: bool = True
+    #: Seconds that an async function of a plugin may take.
+    handler_timeout: Seconds = 5.0
 
 
 class LogSettings(Section, frozen=True):
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")
-    ] = "info"
-    format: Annotated[Literal["text", "json"], Meta(description="Form of a log line.")] = "text"
+    #: Least level logged.
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    #: Form of a log line.
+    format: Literal["text", "json"] = "text"
 
 
 #: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
@@ -509,13 +473,8 @@ class Settings(Section, frozen=True):
     auth: AuthSettings = AuthSettings()
     discord: DiscordSettings = DiscordSettings()
     limits: LimitsSettings = LimitsSettings()
-    throttle: Annotated[
-        dict[str, Seconds],
-        Meta(
-            description="Seconds between two broadcasts of this event to one guild;"
-            " any event may have a row."
-        ),
-    ] = msgspec.field(default_factory=THROTTLE.copy)
+    #: Seconds between two broadcasts of this event to one guild; any event may have a row.
+    throttle: dict[str, Seconds] = msgspec.field(default_factory=THROTTLE.copy)
     fanout: FanoutSettings = FanoutSettings()
     recovery: RecoverySettings = RecoverySettings()
     redis: RedisSettings = RedisSettings()
