@@ -21,12 +21,12 @@ import hikari
 import msgspec
 import pytest
 from service import SECRET
-from test_access import MANAGE, VIEW, Ear, History, Oracle, offline_server, settle
+from test_access import MANAGE, VIEW, Ear, History, Oracle, begin_offline, offline_server, settle
 
 import simulator
 import spywatcher
 from simulator import Channel, Permission, Thread, iso
-from spywatcher import HostContext, Keys, Server, ShardRange
+from spywatcher import Keys, Server
 
 THREADS = spywatcher.MANAGE_THREADS
 POWERS = (0, VIEW, MANAGE, VIEW | MANAGE, VIEW | MANAGE | THREADS, Permission.ADMINISTRATOR)
@@ -471,19 +471,7 @@ KINDS = sorted(name[3:] for name in dir(LongHistory) if name.startswith("do_"))
 @pytest.fixture
 async def server(tmp_path: pathlib.Path) -> AsyncIterator[Server]:
     server = offline_server(simulator.snowflake())
-    server.access.begin([], ShardRange(0, 1))
-    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(
-        HostContext(
-            bot,
-            bot.events,
-            server.gateway.presences,
-            emit,
-            lambda: True,
-            watches,
-            tmp_path / "x.db",
-        )
-    )
+    await begin_offline(server, tmp_path / "x.db")
     yield server
     await server.plugins.stop()
 

@@ -8,13 +8,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from test_access import Ear, Nobody, member_chunk, offline_server, settle
+from test_access import Ear, Nobody, begin_offline, member_chunk, offline_server, settle
 from waiting import eventually
 
 import simulator
 import spywatcher
 from simulator import Guild, Member, Permission
-from spywatcher import HostContext, Server
+from spywatcher import Server
 
 DASHBOARDS = 1_000
 ROLES = 250
@@ -69,19 +69,7 @@ pytestmark = pytest.mark.logs("presence:snapshot held up", required=False)
 @pytest.fixture
 async def crowd(tmp_path) -> AsyncIterator[Crowd]:
     server = offline_server(simulator.snowflake())
-    server.access.begin([], spywatcher.ShardRange(0, 1))
-    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(
-        HostContext(
-            bot,
-            bot.events,
-            server.gateway.presences,
-            emit,
-            lambda: True,
-            watches,
-            tmp_path / "x.db",
-        )
-    )
+    await begin_offline(server, tmp_path / "x.db")
     crowd = Crowd(server)
     await crowd.come()
     yield crowd
