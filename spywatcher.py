@@ -1291,11 +1291,6 @@ class Access:
             self._set(guild_id, Cached.COMING)
 
     @property
-    def all_begun(self) -> bool:
-        """Whether every shard has said which guilds it brings."""
-        return any(len(self._begun) == one.shards for one in self._begun)
-
-    @property
     def lost(self) -> frozenset[int]:
         """Guilds that hikari still has and the bot has not."""
         return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
@@ -1306,9 +1301,10 @@ class Access:
 
     @property
     def all_whole(self) -> bool:
-        """Whether the cache holds all of every guild."""
+        """Whether every shard has said which guilds it brings, and the cache holds all of each."""
+        begun = any(len(self._begun) == one.shards for one in self._begun)
         filling = (Cached.COMING, Cached.MEMBERS_COMING)
-        return self.all_begun and not any(state in filling for state in self._states.values())
+        return begun and not any(state in filling for state in self._states.values())
 
     @property
     def complete(self) -> bool:
@@ -1914,11 +1910,6 @@ class Limits:
             await self._counters.count(f"blocked/{address}", seconds)
             self.metrics.blocked.inc()
             log.warning("address %s blocked for %g s", address, seconds)
-
-    async def let_try(self, address: str) -> None:
-        """Before a token is looked at; raises RefusedConnectionError where it makes no difference."""
-        if seconds := await self.blocked_for(address):
-            raise self.over("blocked", seconds)
 
     async def accepted(self, address: str) -> None:
         """A token was accepted: refusals are counted from the beginning again."""
@@ -7568,24 +7559,33 @@ class Subscriptions:
         dashboard.tell(event, payload, *offset)
 
 
-class Told(NamedTuple):
-    """What `guilds:list` or `guilds:update` told a dashboard last."""
-
-    guilds: msgspec.Raw
-    complete: bool
-
-
 class GuildList:
-    """The guilds that viewers of one kind may see, and which dashboards have been told what of it."""
+    """The guilds that all viewers with one `Access.list_key` may see."""
 
-    def __init__(self, viewer: Viewer) -> None:
-        self.viewer = viewer
+    def __init__(self, key: object, viewer: Viewer) -> None:
+        self.key = key
+        self.viewer = viewer  # any of them
+        self.dashboards = 0  # that have asked
         #: Guilds to judge anew; None: all.
         self.stale: set[int] | None = None
         self.summaries: dict[int, GuildSummary] = {}
-        self.encoded = msgspec.Raw(b"[]")
-        self.told: dict[Dashboard, Told] = {}  # who has asked
+        self.encoded = b"[]"
+        self.update = event_frame("guilds:update", {"guilds": []})
         self.timeouts: dict[int, asyncio.TimerHandle] = {}
+
+    def encode(self) -> None:
+        """Once for all who are told."""
+        ordered = sorted(self.summaries.values(), key=itemgetter("name", "id"))
+        self.encoded = msgspec.json.encode(ordered)
+        self.update = event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
+
+
+class Told(NamedTuple):
+    """What `guilds:list` or `guilds:update` told a dashboard last, and from which list."""
+
+    source: GuildList
+    guilds: bytes
+    complete: bool
 
 
 class GuildLists:
@@ -7597,118 +7597,112 @@ class GuildLists:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._lists: dict[object, GuildList] = {}
+        self._told: dict[Dashboard, Told] = {}  # who has asked
         self._round: asyncio.TimerHandle | None = None
         self._last_round = 0.0
         self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
-        guild_list = self._list_of(dashboard)
-        self._refresh(guild_list)
-        told = guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete)
-        return {"guilds": told.guilds, "complete": told.complete}
+        told = self._told.get(dashboard)
+        now = self._told[dashboard] = self._now(told.source if told else self._join(dashboard))
+        return {"guilds": msgspec.Raw(now.guilds), "complete": now.complete}
 
-    def _list_of(self, dashboard: Dashboard) -> GuildList:
+    def _join(self, dashboard: Dashboard) -> GuildList:
         key = self._access.list_key(dashboard.viewer)
-        return self._lists.setdefault(key, GuildList(dashboard.viewer))
+        source = self._lists.setdefault(key, GuildList(key, dashboard.viewer))
+        source.dashboards += 1
+        return source
 
-    def remove(self, dashboard: Dashboard) -> Told | None:
-        """What it was told, if it has asked."""
-        for key, guild_list in self._lists.items():
-            if (told := guild_list.told.pop(dashboard, None)) is not None:
-                if not guild_list.told:
-                    for timer in self._lists.pop(key).timeouts.values():
-                        timer.cancel()
-                return told
-        return None
+    def remove(self, dashboard: Dashboard) -> None:
+        """It is told no more; a list goes with the last of its dashboards."""
+        told = self._told.pop(dashboard, None)
+        if told is None:
+            return
+        told.source.dashboards -= 1
+        if not told.source.dashboards:
+            del self._lists[told.source.key]
+            for timer in told.source.timeouts.values():
+                timer.cancel()
 
     def change_viewer(self, dashboard: Dashboard) -> None:
         """It has another token."""
-        told = self.remove(dashboard)
+        told = self._told.get(dashboard)
         if told is not None:
-            self._list_of(dashboard).told[dashboard] = told
+            self.remove(dashboard)
+            self._told[dashboard] = told._replace(source=self._join(dashboard))
             self._tell_soon()
 
     def change_guild(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
         """Something has changed in a guild, for these viewers or (None) for all."""
-        for guild_list in self._lists.values():
-            if guild_list.stale is not None and (
-                discord_ids is None or guild_list.viewer.discord_id in discord_ids
+        for source in self._lists.values():
+            if source.stale is not None and (
+                discord_ids is None or source.viewer.discord_id in discord_ids
             ):
-                guild_list.stale.add(int(guild_id))
+                source.stale.add(int(guild_id))
         self._tell_soon()
 
     def change_all(self) -> None:
-        for guild_list in tuple(self._lists.values()):
-            guild_list.stale = None
-            for dashboard in tuple(guild_list.told):
-                self.change_viewer(dashboard)  # what makes an admin may have changed
-        self._tell_soon()
+        for source in self._lists.values():
+            source.stale = None
+        for dashboard in tuple(self._told):
+            self.change_viewer(dashboard)  # what makes an admin may have changed
 
-    # -- what is in it
+    # -- what is in a list
 
-    def _refresh(self, guild_list: GuildList) -> None:
-        stale, guild_list.stale = guild_list.stale, set()
-        summaries = guild_list.summaries
+    def _now(self, source: GuildList) -> Told:
+        """What there is to tell."""
+        stale, source.stale = source.stale, set()
         if stale is None:
-            stale = {*summaries, *self._access.guilds_to_judge(guild_list.viewer)}
+            stale = {*source.summaries, *self._access.guilds_to_judge(source.viewer)}
         changed = False
         for guild_id in stale:
-            summary = self._access.summary(guild_list.viewer, guild_id)
-            changed |= summary != summaries.get(guild_id)
-            if summary is None:
-                summaries.pop(guild_id, None)
-            else:
-                summaries[guild_id] = summary
-            self._watch_timeout(guild_list, guild_id)
+            summary = self._access.summary(source.viewer, guild_id)
+            changed |= summary != source.summaries.pop(guild_id, None)
+            if summary is not None:
+                source.summaries[guild_id] = summary
+            self._watch_timeout(source, guild_id)
         if changed:
-            ordered = sorted(summaries.values(), key=itemgetter("name", "id"))
-            guild_list.encoded = msgspec.Raw(msgspec.json.encode(ordered))
+            source.encode()
+        return Told(source, source.encoded, self._access.complete)
 
-    def _watch_timeout(self, guild_list: GuildList, guild_id: int) -> None:
+    def _watch_timeout(self, source: GuildList, guild_id: int) -> None:
         """Discord says nothing when a time-out ends."""
-        until = self._access.timed_out_until(guild_list.viewer, guild_id)
-        timer = guild_list.timeouts.pop(guild_id, None)
+        until = self._access.timed_out_until(source.viewer, guild_id)
+        timer = source.timeouts.pop(guild_id, None)
         if timer is not None:
             timer.cancel()
         if until is not None:
-            viewers = (guild_list.viewer.discord_id,)
+            viewers = (source.viewer.discord_id,)
             later = asyncio.get_running_loop().call_later
-            guild_list.timeouts[guild_id] = later(
+            source.timeouts[guild_id] = later(
                 until - time.time(), self.change_guild, str(guild_id), viewers
             )
 
     # -- who is told
 
     def _tell_soon(self) -> None:
-        self._changed = bool(self._lists)
+        self._changed = bool(self._told)
         if self._changed and self._round is None:
             loop = asyncio.get_running_loop()
             self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
 
     def _begin_round(self) -> None:
-        self._changed = False
-        self._tell(list(self._lists.values()))
+        self._changed, self._last_round = False, asyncio.get_running_loop().time()
+        self._tell(list(self._told))
 
-    def _tell(self, lists: list[GuildList]) -> None:
+    def _tell(self, dashboards: list[Dashboard]) -> None:
         """Tell whoever has not heard of a change yet, in slices."""
-        loop = asyncio.get_running_loop()
-        self._round, self._last_round = None, loop.time()
-        while lists and loop.time() - self._last_round < SLICE:
-            guild_list = lists.pop()
-            if guild_list.told:
-                self._refresh(guild_list)
-                self._tell_changes(guild_list)
-        if lists:
-            self._round = loop.call_later(0, self._tell, lists)
+        began, self._round = time.monotonic(), None
+        while dashboards and time.monotonic() - began < SLICE:
+            dashboard = dashboards.pop()
+            if (told := self._told.get(dashboard)) is not None:
+                now = self._told[dashboard] = self._now(told.source)
+                if told.guilds != now.guilds or told.complete < now.complete:
+                    dashboard.write([now.source.update])
+        if dashboards:
+            self._round = asyncio.get_running_loop().call_later(0, self._tell, dashboards)
         elif self._changed:
             self._tell_soon()
-
-    def _tell_changes(self, guild_list: GuildList) -> None:
-        now = Told(guild_list.encoded, self._access.complete)
-        for dashboard, told in tuple(guild_list.told.items()):
-            if told.guilds != now.guilds or told.complete < now.complete:
-                dashboard.tell("guilds:update", {"guilds": now.guilds})
-                guild_list.told[dashboard] = now
 
 
 class RightsWatcher:
@@ -7947,6 +7941,7 @@ class Comebacks:
             return None
         obstacle = self._obstacle(ticket, viewer, comeback)
         if ticket is not None and obstacle is None:
+            ticket.viewer = viewer
             self._recovery.hold(ticket)
             return ticket
         self._metrics.not_recovered.labels(obstacle).inc()
@@ -8056,7 +8051,8 @@ class Dashboards:
     async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
         if session.refusal is not None and comeback.pid is None:
             raise session.refusal
-        await self._limits.let_try(session.address)
+        if seconds := await self._limits.blocked_for(session.address):
+            raise self._limits.over("blocked", seconds)
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
             viewer = self._tokens.verify(token)
@@ -8992,8 +8988,10 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     else:
         loop_factory = uvloop.new_event_loop
-    # Nearly all that the garbage collector walks lives as long as its client: let it walk less.
+    # Nearly all that the garbage collector walks lives as long as its client: let it walk less, and
+    # never through what was imported: that alone takes 50 ms.
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main)
 

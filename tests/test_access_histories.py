@@ -86,7 +86,7 @@ class Asker:
     def __init__(self, server: Server, token: str) -> None:
         self.token, self.viewer = token, server.tokens.verify(token)
 
-    def tell(self, event: str, *arguments: object) -> None:
+    def write(self, frames: object) -> None:
         """What is told is what is asked for next."""
 
 
