@@ -48,7 +48,7 @@ from spywatcher import (
     DataOrMaker,
     Destination,
     EventData,
-    Events,
+    GatewayEvents,
     Logged,
     Marks,
     News,
@@ -1414,7 +1414,7 @@ class GuildReporter:
         """Whether this user looks on somewhere."""
         return user_id in self._wanted
 
-    def subscribe(self, events: Events) -> None:
+    def subscribe(self, events: GatewayEvents) -> None:
         """Before whoever judges by what is told here."""
         for change in self.CHANGES:
             events.subscribe(change, self._on_change)
