@@ -315,6 +315,8 @@ class Link:
         self.redis, self.errors = self._open(lambda: not self._closed)
         self._clients = [self.redis]
         self.up = False
+        #: Set once Redis has answered.
+        self.reached = asyncio.Event()
         self._slow_until = float("-inf")
         self._why = self._fault = ""
         self._faulty_until = float("-inf")
@@ -373,6 +375,7 @@ class Link:
         if time.monotonic() < self._faulty_until:
             return
         self.up = True
+        self.reached.set()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -2218,9 +2221,10 @@ class ClusterNode(Node):
     async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
         seen, moved = decode_offset(offset), False
         genuine = self._parts.recovery.is_genuine(pid, viewer.discord_id)
-        if genuine and seen is not None and self.link.up:
+        if genuine and seen is not None and (self.link.up or not self.link.reached.is_set()):
             with contextlib.suppress(*self.link.errors):
                 async with asyncio.timeout(RECALL_PATIENCE):
+                    await self.link.reached.wait()  # this node has only just begun
                     moved = await self.tickets.take(str(pid))
                     await self.tickets.complete(str(pid), viewer, seen.position, moved)
         return moved
