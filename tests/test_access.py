@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hikari
@@ -454,6 +455,16 @@ def offline_server(bot_id: int) -> Server:
     return server
 
 
+async def begin_offline(server: Server, storage: Path) -> None:
+    """Its shard has said that there are no guilds yet, and its plugins are at work."""
+    server.access.begin([], spywatcher.ShardRange(0, 1))
+    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
+    presences = server.gateway.presences
+    await server.plugins.start(
+        HostContext(bot, bot.events, presences, emit, lambda: True, watches, storage)
+    )
+
+
 async def settle() -> None:
     """Let everything run that is ready to."""
     for _ in range(6):
@@ -717,16 +728,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Ru
         server = offline_server(simulator.snowflake())
         storage = tmp_path_factory.mktemp("storage") / "spywatcher.db"
 
-        async def begin() -> None:
-            server.access.begin([], spywatcher.ShardRange(0, 1))
-            bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-            await server.plugins.start(
-                HostContext(
-                    bot, bot.events, server.gateway.presences, emit, lambda: True, watches, storage
-                )
-            )
-
-        runner.run(begin())
+        runner.run(begin_offline(server, storage))
         yield runner, server
         runner.run(server.plugins.stop())
 

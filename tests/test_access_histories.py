@@ -22,12 +22,12 @@ import msgspec
 import pytest
 from length import length
 from service import SECRET
-from test_access import MANAGE, VIEW, Ear, History, Oracle, offline_server, settle
+from test_access import MANAGE, VIEW, Ear, History, Oracle, begin_offline, offline_server, settle
 
 import simulator
 import spywatcher
 from simulator import Channel, Permission, Thread, iso
-from spywatcher import HostContext, Keys, Server, ShardRange
+from spywatcher import Keys, Server
 
 HISTORIES = length(20, 200)
 THREADS = spywatcher.MANAGE_THREADS
@@ -88,7 +88,7 @@ class Asker:
     def __init__(self, server: Server, token: str) -> None:
         self.token, self.viewer = token, server.tokens.verify(token)
 
-    def tell(self, event: str, *arguments: object) -> None:
+    def write(self, frames: object) -> None:
         """What is told is what is asked for next."""
 
 
@@ -473,19 +473,7 @@ KINDS = sorted(name[3:] for name in dir(LongHistory) if name.startswith("do_"))
 @pytest.fixture
 async def server(tmp_path: pathlib.Path) -> AsyncIterator[Server]:
     server = offline_server(simulator.snowflake())
-    server.access.begin([], ShardRange(0, 1))
-    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    await server.plugins.start(
-        HostContext(
-            bot,
-            bot.events,
-            server.gateway.presences,
-            emit,
-            lambda: True,
-            watches,
-            tmp_path / "x.db",
-        )
-    )
+    await begin_offline(server, tmp_path / "x.db")
     yield server
     await server.plugins.stop()
 
