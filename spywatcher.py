@@ -83,6 +83,7 @@ from collections.abc import (
     Collection,
     Coroutine,
     Generator,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -3329,7 +3330,10 @@ def room_guild(room: str) -> str:
     return room.partition(":")[2]
 
 
-def remove_one(counter: collections.Counter[str], key: str) -> None:
+CountedT = TypeVar("CountedT", bound=Hashable)
+
+
+def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
     """One fewer; what has none takes no memory."""
     counter[key] -= 1
     if not counter[key]:
