@@ -306,6 +306,7 @@ class User:
     name: str
     display_name: str | None = None
     bot: bool = False
+    avatar: str | None = None  # 32 hexadecimal digits
 
     def to_json(self) -> Json:
         """Resources: User object, as other users see it."""
@@ -314,7 +315,7 @@ class User:
             "username": self.name,
             "global_name": self.display_name,
             "discriminator": "0",
-            "avatar": None,
+            "avatar": self.avatar,
             "avatar_decoration_data": None,
             "bot": self.bot,
             "public_flags": 0,
@@ -2011,11 +2012,12 @@ def by_path(routes: Mapping[str, Answer]) -> dict[str, dict[str, Answer]]:
 # ---- signing in ----
 # Discord's side of OAuth2 (Topics: OAuth2, authorization code grant, RFC 6749 and 7636): a page on which
 # one picks whom of the pretend people to be, the token that a code is traded for, its revocation,
-# and who it belongs to. Nobody has a password here.
+# who it belongs to, and their picture. Nobody has a password here.
 
 AUTHORIZE_PATH = "/oauth2/authorize"
 CODE_LASTS = 60.0  # seconds until a code that nobody trades is void
 TOKEN_LASTS = 604_800  # seconds, as Discord's
+ONE_PIXEL = b"GIF89a\1\0\1\0\x80\0\0%s\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 AUTHORIZE_PAGE = tornado.template.Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pretend Discord</title>
@@ -2050,7 +2052,7 @@ class OAuth2:
     """The application of the bot, as the developer portal has it, and who has let it in.
 
     `people` are those whom the authorise page offers, by label; with none it offers all members. A
-    handler in `instead`, by `token`, `revoke` or `me`, answers in that route's place: how a test has
+    handler in `instead`, by `token`, `revoke`, `me` or `picture`, answers in that route's place: how a test has
     Discord fail. `revoked` are the access tokens that were handed back.
     """
 
@@ -2227,6 +2229,17 @@ class BearerHandler(OAuth2Handler):
         self.finish(grant.user.to_json() | more)
 
 
+class PictureHandler(OAuth2Handler):
+    """A picture as Discord's CDN has it: one pixel, of the colour that its hash begins with."""
+
+    name = "picture"
+
+    def get(self, colour: str) -> None:
+        """Answer whoever asks."""
+        self.set_header("Content-Type", "image/gif")
+        self.finish(ONE_PIXEL % bytes.fromhex(colour))
+
+
 class BearsToken(tornado.routing.Matcher):
     """Requests that carry somebody's access token."""
 
@@ -2239,6 +2252,7 @@ def sign_in_routes(oauth2: OAuth2, api: str) -> list[tornado.routing.Rule]:
     """Where all that is, below the API's path; before the bot's routes."""
     handlers = {
         AUTHORIZE_PATH: AuthorizeHandler,
+        r"/avatars/\d+/(?:a_)?([0-9a-f]{6})[0-9a-f]{26}\.png": PictureHandler,
         f"{api}/oauth2/token": TokenHandler,
         f"{api}/oauth2/token/revoke": RevokeHandler,
     }
