@@ -8622,45 +8622,30 @@ def parse_folder(text: str) -> Path:
     return path
 
 
-class CommandLine(argparse.ArgumentParser):
-    """Takes `--config` before a command and behind it."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_argument(
-            "--config",
-            type=Path,
-            default=argparse.SUPPRESS,
-            metavar="FILE",
-            help="settings (config.toml)",
-        )
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(
-        prog="spywatcher", description="Watch Discord guilds live, from any browser."
-    )
+    everywhere = argparse.ArgumentParser(add_help=False)  # before a command and behind it
+    no_default, about = argparse.SUPPRESS, "settings (config.toml)"
+    everywhere.add_argument("--config", type=Path, default=no_default, metavar="FILE", help=about)
+    about = "Watch Discord guilds live, from any browser."
+    parser = argparse.ArgumentParser("spywatcher", description=about, parents=[everywhere])
     parser.add_argument("--version", action="version", version=f"SpyWatcher {__version__}")
-    parser.set_defaults(config=None, command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, run: Callable[..., None], about: str) -> Callable[..., argparse.Action]:
-        command = commands.add_parser(name, help=about)
+        command = commands.add_parser(name, help=about, parents=[everywhere])
         command.set_defaults(command=run)
         return command.add_argument
 
     an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
-    a_folder: dict[str, Any] = {"type": parse_folder, "metavar": "DIR"}
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
     demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo("--plugins", help="more plugins to load", **a_folder)
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
-    check("--plugins", help="more plugins to load", **a_folder)
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
     types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
-    types("--plugins", help="more plugins to load", **a_folder)
+    for command in (demo, check, types):
+        command("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     token = add("token", token_command, "make a viewer's token")
     token("--discord-id", required=True, help="the viewer's user id", **an_id)
     token("--role", default="USER", choices=sorted(get_args(Role)))
@@ -8669,7 +8654,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     forget = add("forget", forget_command, "remove a member's counts")
     forget("--member", required=True, help="the member", **an_id)
     forget("--guild", help="in this guild only", **an_id)
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, argparse.Namespace(config=None, command=serve_command))
 
 
 def code_beside(name: str, use: str) -> Any:
