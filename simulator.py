@@ -306,6 +306,7 @@ class User:
     name: str
     display_name: str | None = None
     bot: bool = False
+    avatar: str | None = None  # 32 hexadecimal digits
 
     def to_json(self) -> Json:
         """Resources: User object, as other users see it."""
@@ -314,7 +315,7 @@ class User:
             "username": self.name,
             "global_name": self.display_name,
             "discriminator": "0",
-            "avatar": None,
+            "avatar": self.avatar,
             "avatar_decoration_data": None,
             "bot": self.bot,
             "public_flags": 0,
@@ -2011,11 +2012,12 @@ def by_path(routes: Mapping[str, Answer]) -> dict[str, dict[str, Answer]]:
 # ---- signing in ----
 # Discord's side of OAuth2 (Topics: OAuth2, authorization code grant, RFC 6749 and 7636): a page on which
 # one picks whom of the pretend people to be, the token that a code is traded for, its revocation,
-# and who it belongs to. Nobody has a password here.
+# who it belongs to, and their picture. Nobody has a password here.
 
 AUTHORIZE_PATH = "/oauth2/authorize"
 CODE_LASTS = 60.0  # seconds until a code that nobody trades is void
 TOKEN_LASTS = 604_800  # seconds, as Discord's
+ONE_PIXEL = b"GIF89a\1\0\1\0\x80\0\0%s\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 AUTHORIZE_PAGE = tornado.template.Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pretend Discord</title>
@@ -2050,7 +2052,7 @@ class OAuth2:
     """The application of the bot, as the developer portal has it, and who has let it in.
 
     `people` are those whom the authorise page offers, by label; with none it offers all members. A
-    handler in `instead`, by `token`, `revoke` or `me`, answers in that route's place: how a test has
+    handler in `instead`, by `token`, `revoke`, `me` or `picture`, answers in that route's place: how a test has
     Discord fail. `revoked` are the access tokens that were handed back.
     """
 
@@ -2227,6 +2229,17 @@ class BearerHandler(OAuth2Handler):
         self.finish(grant.user.to_json() | more)
 
 
+class PictureHandler(OAuth2Handler):
+    """A picture as Discord's CDN has it: one pixel, of the colour that its hash begins with."""
+
+    name = "picture"
+
+    def get(self, colour: str) -> None:
+        """Answer whoever asks."""
+        self.set_header("Content-Type", "image/gif")
+        self.finish(ONE_PIXEL % bytes.fromhex(colour))
+
+
 class BearsToken(tornado.routing.Matcher):
     """Requests that carry somebody's access token."""
 
@@ -2239,6 +2252,7 @@ def sign_in_routes(oauth2: OAuth2, api: str) -> list[tornado.routing.Rule]:
     """Where all that is, below the API's path; before the bot's routes."""
     handlers = {
         AUTHORIZE_PATH: AuthorizeHandler,
+        r"/avatars/\d+/(?:a_)?([0-9a-f]{6})[0-9a-f]{26}\.png": PictureHandler,
         f"{api}/oauth2/token": TokenHandler,
         f"{api}/oauth2/token/revoke": RevokeHandler,
     }
@@ -2471,16 +2485,13 @@ class Harness:
         folders = dict.fromkeys(path.parent for path in self._paths)
         others = {entry.stem for folder in folders for entry in folder.iterdir()} - names
         settings = spywatcher.PluginsSettings(tuple(map(str, folders)), tuple(sorted(others)))
-        self.host = spywatcher.PluginHost(settings, self._tables, self._folder, metrics)
-        self.host.load()
-        wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
-        wanted |= self.host.event_types()
-        discord, kept = spywatcher.DiscordSettings(), self.host.cached()
-        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept)
+        plugins = spywatcher.PluginLoader(settings, self._tables, self._folder, metrics)
+        plugins.load_all()
+        discord, wanted = spywatcher.DiscordSettings(), spywatcher.wanted_events(plugins)
+        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, plugins.cached())
         self.bot = gateway.bot
         place = spywatcher.HostContext(
             bot=self.bot,
-            events=self.bot.events,
             presences=gateway.presences,
             emit=self._emit,
             settled=lambda: True,
@@ -2488,7 +2499,8 @@ class Harness:
             storage=self._folder / "counts.db",
             tokens=spywatcher.Tokens(spywatcher.Keys((secrets.token_hex(32),)), ("HS256",)),
         )
-        await self.host.start(place)
+        self.host = spywatcher.PluginHost(plugins, place, metrics, settings.handler_timeout)
+        await self.host.start()
         self._resting = asyncio.all_tasks()
 
     def _emit(self, event: str, guild_id: str, content: Any, kind: str) -> None:
@@ -2505,7 +2517,7 @@ class Harness:
 
     async def _tick(self) -> None:
         for runner in self.host.runners.values():
-            for guarded, _ in runner.repeated:
+            for _, guarded in runner.repeated:
                 await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
@@ -3076,7 +3088,7 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
     joined: set[str] = set()
     try:
         while True:  # a plugin that is saved meanwhile may open rooms of another kind
-            for kind in sorted(server.plugins.kinds - joined):
+            for kind in sorted(server.plugins.loader.kinds - joined):
                 joined.add(kind)
                 for guild in guilds:
                     await client.emit(f"subscribe:{kind}", guild["id"])

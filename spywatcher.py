@@ -64,10 +64,12 @@ import math
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
 import sys
+import textwrap
 import time
 import tomllib
 import traceback
@@ -81,6 +83,7 @@ from collections.abc import (
     Collection,
     Coroutine,
     Generator,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -88,9 +91,9 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from operator import itemgetter
+from operator import call, itemgetter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, coroutine
 from typing import (
     Annotated,
     Any,
@@ -3327,7 +3330,10 @@ def room_guild(room: str) -> str:
     return room.partition(":")[2]
 
 
-def remove_one(counter: collections.Counter[str], key: str) -> None:
+CountedT = TypeVar("CountedT", bound=Hashable)
+
+
+def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
     """One fewer; what has none takes no memory."""
     counter[key] -= 1
     if not counter[key]:
@@ -3651,24 +3657,15 @@ Mark = Listener | Repeated | Greeter | Route
 MARKS: Final = "__spywatcher__"
 
 
-class Hook(NamedTuple):
-    """How one kind of a plugin's functions is called."""
-
-    #: What it is handed, in this order,
-    arguments: tuple[str, ...]
-    #: and how many of them it has to take at least.
-    least: int
-
-
-#: Every function of a plugin that the host calls: by its mark, or by its name in the module.
-#: Besides there are `class Settings(PluginSettings)`, `needs`, and `route`, which marks a class.
-HOOKS: Final[dict[type | str, Hook]] = {
-    Listener: Hook(("event", "spy"), 1),
-    Repeated: Hook(("spy",), 1),
-    Greeter: Hook(("guild_id", "spy", "viewer"), 2),
-    "setup": Hook(("spy",), 1),
-    "teardown": Hook(("spy",), 1),
-    "forget": Hook(("storage", "member_id", "guild_id"), 3),
+#: Every function of a plugin that the host calls, by its mark or by its name in the module, and what
+#: it may take. Besides there are `class Settings(PluginSettings)`, `needs`, and `route`'s classes.
+HOOKS: Final[dict[type | str, tuple[str, ...]]] = {
+    Listener: ("event", "event, spy"),
+    Repeated: ("spy",),
+    Greeter: ("guild_id, spy", "guild_id, spy, viewer"),
+    "setup": ("spy",),
+    "teardown": ("spy",),
+    "forget": ("storage, member_id, guild_id",),
 }
 
 
@@ -3702,8 +3699,7 @@ NEEDS: Final = {
 
 def marked(function: Maker, mark: Mark) -> Maker:
     """The same function (or class) with one more mark on it."""
-    marks = [*vars(function).get(MARKS, ()), mark]
-    setattr(function, MARKS, marks)
+    setattr(function, MARKS, [*vars(function).get(MARKS, ()), mark])
     return function
 
 
@@ -3751,8 +3747,10 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     and counted, and it goes on. Of several nodes (docs/scale.md) only the one that holds the
     gateway calls it: a plugin is at work there alone, from its `setup` to its `teardown`.
     """
-    check_seconds(seconds)
-    return lambda function: marked(function, Repeated(float(seconds)))
+    given: object = seconds  # the function itself, where the brackets were left out
+    if not isinstance(given, int | float) or not 0 < given < math.inf:
+        raise PluginError(f"every({shown(given)}): expected seconds, as in @every(60)")
+    return lambda function: marked(function, Repeated(seconds))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
@@ -3790,13 +3788,12 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     if not pattern.startswith("/"):
         raise PluginError(f"route({shown(pattern)}): expected a path that begins with /")
 
-    return lambda handler: marked(handler, Route(pattern))
+    def mark(handler: Any) -> Any:
+        if not (isinstance(handler, type) and issubclass(handler, RequestHandler)):
+            raise PluginError(f"route({shown(pattern)}) belongs on a RequestHandler")
+        return marked(handler, Route(pattern))
 
-
-def check_seconds(seconds: object) -> None:
-    """Refuse what is no time to wait; raises PluginError."""
-    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise PluginError(f"every({shown(seconds)}): expected seconds, as in @every(60)")
+    return mark
 
 
 def check_source(event: object) -> None:
@@ -3990,9 +3987,8 @@ class Spy:
         name: str,
         settings: Any,
         context: HostContext,
+        metrics: Metrics,
         emit: Callable[..., None],
-        counts: Callable[[str], Counter],
-        failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -4013,13 +4009,9 @@ class Spy:
         #: the `teardown` of the old one: what must not be done by both is done under this.
         self.alone = context.alone(name)
         self._name = name
-        self._tokens = context.tokens
-        self._address = context.address
-        self._lists_origin = context.lists_origin
-        self._presences = context.presences
+        self._context = context
+        self._metrics = metrics
         self._emit = emit
-        self._counts = counts
-        self._failed = failed
         self._problem: str | None = None
 
     @property
@@ -4029,7 +4021,7 @@ class Spy:
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
-        self._counts(what).inc(amount)
+        self._metrics.plugin_counts.labels(self._name, what).inc(amount)
 
     def emit(
         self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
@@ -4048,11 +4040,11 @@ class Spy:
 
         It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
         """
-        return self._presences.of(int(guild_id), int(user_id))
+        return self._context.presences.of(int(guild_id), int(user_id))
 
     def online(self, guild_id: int | str) -> list[int]:
         """The ids of the guild's members who are not offline; bots are left out."""
-        return self._presences.online(int(guild_id))
+        return self._context.presences.online(int(guild_id))
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -4062,7 +4054,7 @@ class Spy:
         `guilds` are those that it may view, whatever Discord says; none: what Discord says counts.
         Raises an exception where the server has no secret.
         """
-        return self._tokens.issue(discord_id, role, guilds, ttl)
+        return self._context.tokens.issue(discord_id, role, guilds, ttl)
 
     def key(self, purpose: str) -> bytes:
         """32 bytes for signatures of the plugin's own, derived from `[auth] secret`.
@@ -4072,15 +4064,15 @@ class Spy:
 
             hmac.digest(spy.key("cookie"), value, "sha256")
         """
-        return self._tokens.derive_key(f"plugin {self._name}: {purpose}")
+        return self._context.tokens.derive_key(f"plugin {self._name}: {purpose}")
 
     def address(self, request: HTTPServerRequest) -> str:
         """Whom a request counts for: the client's address, behind a trusted proxy too; of IPv6 the /64."""
-        return self._address(request)
+        return self._context.address(request)
 
     def lists_origin(self, origin: str) -> bool:
         """Whether `[server] cors_origins` names this page's origin; "*" and "null" name nobody."""
-        return self._lists_origin(origin)
+        return self._context.lists_origin(origin)
 
     @property
     def problem(self) -> str | None:
@@ -4093,7 +4085,7 @@ class Spy:
     @problem.setter
     def problem(self, text: str | None) -> None:
         if text is not None:
-            self._failed()
+            self._metrics.plugin_failures.labels(self._name).inc()
         if text != self._problem:
             level = logging.INFO if text is None else logging.WARNING
             self.log.log(level, "%s", text or "all is well again")
@@ -4118,22 +4110,10 @@ RESERVED_EVENTS: Final = frozenset(
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
-class Events(Protocol):
-    """Where to hear of what happens, as it happens: what is subscribed waits for nothing."""
-
-    def subscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-    def unsubscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-
-
 class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
-    bot: hikari.GatewayBot
-    events: Events
+    bot: Bot
     presences: Presences
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
@@ -4306,7 +4286,7 @@ class Presences:
     """
 
     def __init__(self) -> None:
-        self._guilds: dict[int, dict[int, int]] = {}
+        self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
 
     def of(self, guild_id: int, user_id: int) -> Presence | None:
         code = self._guilds.get(guild_id, {}).get(user_id)
@@ -4341,23 +4321,18 @@ class Presences:
     def take(self, event: str, payload: Any) -> None:
         """What a packet other than PRESENCE_UPDATE says of who is there."""
         if event == "GUILD_MEMBER_REMOVE":
-            self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
+            self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
         elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
-            self._enter(self._members(payload["guild_id"]), [payload], ())
+            self._enter(payload["guild_id"], [payload], ())
         elif event == "GUILD_MEMBERS_CHUNK":
-            members = self._members(payload["guild_id"])
-            self._enter(members, payload["members"], payload.get("presences", ()))
+            self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
         elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
             if event == "GUILD_CREATE":
-                members = self._members(payload["id"])
-                self._enter(members, payload["members"], payload.get("presences", ()))
+                self._enter(payload["id"], payload["members"], payload.get("presences", ()))
 
-    def _members(self, guild_id: str) -> dict[int, int]:
-        return self._guilds.setdefault(int(guild_id), {})
-
-    @staticmethod
-    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+    def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        members = self._guilds[int(guild_id)]
         for entry in entries:
             user = entry["user"]
             user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
@@ -4430,73 +4405,54 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Kinds of faults remembered as told, of one plugin.
+#: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
 
-class Fence:
-    """Keeps the account of one plugin's faults: each is counted, and logged once of its kind."""
+class Standing(NamedTuple):
+    """What a thread has had so far, in seconds; two of them tell what kept it (proc(5), getrusage(2))."""
 
-    def __init__(self, name: str, metrics: Metrics) -> None:
-        self.name = name
-        self._failures = metrics.plugin_failures.labels(name)
-        self._seconds = metrics.plugin_seconds.counts
-        self._pauses = metrics.plugin_pauses.labels(name)
-        self._told: set[object] = set()
-        self._longest: dict[str, float] = {}
-        self._waited = self._waited_at = 0.0
-
-    def failed(self, what: str, error: BaseException) -> None:
-        self._failures.inc()
-        kind = (what, type(error), kind_of_fault(error))
-        if kind in self._told or len(self._told) >= MOST_KINDS:
-            return
-        self._told.add(kind)
-        log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
-
-    def begin(self) -> float:
-        """The moment at which a function of the plugin is called."""
-        now = time.perf_counter()
-        if now > self._waited_at + 0.01:  # to ask each time would cost more than most calls
-            self._waited, self._waited_at = seconds_waited(), now
-        return now
-
-    def took(self, what: str, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self._seconds[self.name] += seconds
-        if seconds > BLOCKING:
-            seconds -= seconds_waited() - self._waited
-            if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
-                self._longest[what] = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.name, what, seconds * 1000)
-
-    def paused(self, what: str) -> None:
-        self._pauses.inc()
-        paused = "plugin %s: %s failed %d times in a row and is paused for %.0f s"
-        log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
+    #: It ran;
+    ran: float = 0.0
+    #: it was ready to run, and other threads of the machine ran;
+    queued: float = 0.0
+    #: the other threads of this process ran;
+    others: float = 0.0
+    #: and so many times they were interrupted.
+    interrupted: int = 0
 
 
-def seconds_waited() -> float:
-    """For how long this thread was kept from running by others; 0 where no kernel tells (proc(5)).
-
-    A busy machine is no plugin's fault.
-    """
+def standing() -> Standing:
+    """Of the thread that asks; nothing where no kernel tells."""
     try:
-        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
-    except OSError:
-        return 0.0
+        own = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
+            queued = int(file.read().split()[1]) / 1e9
+    except (OSError, AttributeError):
+        return Standing()
+    ran, all_ran = time.thread_time(), time.process_time()
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own
+    return Standing(ran, queued, all_ran - ran, interrupted)
+
+
+def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
+    """For how much of so many seconds the thread itself kept everybody waiting.
+
+    It worked, or it slept. It did not sleep while it was queued, nor while it waited for the
+    interpreter: another thread had it and ran, or was kept from running, for nobody knows how long.
+    """
+    worked = min(seconds, now.ran - before.ran)
+    if now.interrupted > before.interrupted:
+        return worked
+    return max(worked, seconds - (now.queued - before.queued) - (now.others - before.others))
 
 
 def kind_of_fault(error: BaseException) -> object:
     """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
     if isinstance(error, SpyWatcherError):
         return re.sub(r"'.*'|\d+", "", str(error))
-    where = error.__traceback__
-    while where is not None and where.tb_next is not None:
-        where = where.tb_next
-    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    return where and (where[0].filename, where[0].lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -4526,47 +4482,50 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+@dataclasses.dataclass(eq=False)
 class Guarded:
-    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
+    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
+    counted, and logged once of its kind.
+    """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        arguments: tuple[object, ...],
-        name: str,
-        fence: Fence,
-        time_limit: float | None,
-        where: str = "",
-    ) -> None:
-        self._function = function
-        self._arguments = arguments
-        #: As log lines name it.
-        self.name = name
-        self._where = where
-        self._fence = fence
-        #: Seconds for which it may be awaited; None: for ever.
-        self._time_limit = time_limit
-        self._failed_in_row = 0
-        self._paused_until = 0.0
-        self._running: set[asyncio.Task[None]] = set()
+    plugin: str
+    metrics: Metrics
+    function: Callable[..., Any]
+    #: As log lines name it.
+    name: str
+    #: Seconds for which it may be awaited; None: for ever.
+    time_limit: float | None
+    #: What it is handed behind what it is called with.
+    arguments: tuple[object, ...] = ()
+    #: What failed in it or with it, for the log.
+    where: str = ""
+    #: What takes an event and what the function returned for it.
+    then: Callable[[Any, Any], object] = lambda event, result: None
+    _told: set[object] = dataclasses.field(default_factory=set)
+    _failed_in_row: int = 0
+    _paused_until: float = 0.0
+    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _stood_at: float = 0.0
+    _longest: float = 0.0
+    _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     @property
     def paused(self) -> bool:
         return self._paused_until > time.monotonic()
 
-    def call(self, subject: object, then: Callable[[Any, Any], None]) -> None:
-        """Call it with a subject, and `then` with that and what it returns, when that is there."""
+    def call(self, event: object) -> None:
+        """Call it with an event, and `then` once what it returns is there."""
         if self._paused_until and self.paused:
             return
         try:
-            result = self._call(subject)
+            result = self._call(event)
             if hasattr(result, "__await__"):
-                task = asyncio.create_task(self._finish(result, subject, then))
+                task = asyncio.create_task(self._finish(event, result))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
             if result is not None:
-                then(subject, result)
+                self.then(event, result)
         except FAULTS as error:
             self._failed(error)
         else:
@@ -4595,70 +4554,94 @@ class Guarded:
             await asyncio.wait(self._running)
 
     def _call(self, *subject: object) -> Any:
-        began = self._fence.begin()
+        began = self._begin()
         try:
-            return self._function(*subject, *self._arguments)
+            return self.function(*subject, *self.arguments)
         finally:
-            self._fence.took(self.name, began)
+            self._took(began)
 
-    async def _finish(
-        self, result: Awaitable[Any], subject: object, then: Callable[[Any, Any], None]
-    ) -> None:
+    async def _finish(self, event: object, result: Awaitable[Any]) -> None:
         with caught(self._failed):
             answer = await self._awaited(result)
             if answer is not None:
-                then(subject, answer)
+                self.then(event, answer)
             self._failed_in_row = 0
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
         steps = self._in_steps(result)
-        if self._time_limit is None:
+        if self.time_limit is None:
             return await steps
         task = asyncio.create_task(steps)
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await asyncio.wait([task], timeout=self._time_limit)
+            await asyncio.wait([task], timeout=self.time_limit)
             if task.done():
                 return task.result()
-            raise PluginError(f"took longer than {self._time_limit:g} s and was cancelled")
+            raise PluginError(f"took longer than {self.time_limit:g} s and was cancelled")
         finally:
             task.cancel()
 
     async def _in_steps(self, result: Awaitable[Any]) -> Any:
-        return await Steps(result, self._fence, self.name)
+        return await self._steps(result)
 
-    def _failed(self, error: BaseException) -> None:
-        self._fence.failed(f"{self.name} failed{self._where}", error)
-        self._failed_in_row += 1
-        if self._failed_in_row % MOST_FAILURES == 0:
-            self._paused_until = time.monotonic() + PAUSE
-            self._fence.paused(self.name + self._where)
-
-
-class Steps(NamedTuple):
-    """Awaits something, and has each step of it counted: each holds up the loop."""
-
-    awaitable: Awaitable[Any]
-    fence: Fence
-    name: str
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        steps: Any = self.awaitable.__await__()  # a coroutine's or a future's: both have all three
+    @coroutine
+    def _steps(self, result: Awaitable[Any]) -> Generator[Any, Any, Any]:
+        """Awaits it, and has each step of it counted: each holds up the loop."""
+        steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            began = self.fence.begin()
+            began = self._begin()
             try:
                 awaited = resume(value)
             except StopIteration as end:
                 return end.value
             finally:
-                self.fence.took(self.name, began)
+                self._took(began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
                 resume, value = steps.throw, error
+
+    # -- its account
+
+    def _begin(self) -> float:
+        """The moment at which the function goes on."""
+        now = time.perf_counter()
+        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), now
+        return now
+
+    def _took(self, began: float) -> None:
+        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        seconds = time.perf_counter() - began
+        self.metrics.plugin_seconds.counts[self.plugin] += seconds
+        if seconds > BLOCKING:
+            seconds = seconds_held(seconds, self._standing, standing())
+            if seconds > max(BLOCKING, 2 * self._longest):
+                self._longest = seconds
+                held_up = "plugin %s: %s held up the server for %.0f ms"
+                log.warning(held_up, self.plugin, self.name, seconds * 1000)
+
+    def _failed(self, error: BaseException) -> None:
+        self.report(error)
+        self._failed_in_row += 1
+        if self._failed_in_row % MOST_FAILURES == 0:
+            self._paused_until = time.monotonic() + PAUSE
+            self.metrics.plugin_pauses.labels(self.plugin).inc()
+            paused = "plugin %s: %s%s failed %d times in a row and is paused for %.0f s"
+            log.error(paused, self.plugin, self.name, self.where, MOST_FAILURES, PAUSE)
+
+    def report(self, error: BaseException) -> None:
+        """Count a fault, and log it if it is the first of its kind."""
+        self.metrics.plugin_failures.labels(self.plugin).inc()
+        kind = type(error), kind_of_fault(error)
+        if kind not in self._told and len(self._told) < MOST_KINDS:
+            self._told.add(kind)
+            failed = "plugin %s: %s failed%s: %s"
+            why, trace = reason(error), traceback_of(error)
+            log.error(failed, self.plugin, self.name, self.where, why, exc_info=trace)
 
 
 # -- one plugin
@@ -4671,7 +4654,7 @@ class Marked(NamedTuple):
 
     function: Any
     mark: Any
-    #: How many of the hook's arguments it takes.
+    #: How many arguments it takes of those that it may.
     takes: int
 
 
@@ -4688,11 +4671,8 @@ class Plugin:
         self.settings = self.check_settings(table, faults)
         if faults:
             raise OperatorError(*faults)
-        marked = marked_in(module)
-        self.listeners = [one for one in marked if isinstance(one.mark, Listener)]
-        self.repeated = [one for one in marked if isinstance(one.mark, Repeated)]
-        self.greeters = [one for one in marked if isinstance(one.mark, Greeter)]
-        self.routes = [one for one in marked if isinstance(one.mark, Route)]
+        self._marked = marked_in(module)
+        self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
         check_payloads(module)
@@ -4703,10 +4683,13 @@ class Plugin:
         if reserved := self.events & RESERVED_EVENTS:
             raise PluginError(f"the event name {min(reserved)} is reserved")
 
+    def marked(self, kind: type[Mark]) -> list[Marked]:
+        """What has such a mark."""
+        return [one for one in self._marked if isinstance(one.mark, kind)]
+
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {one.mark.source for one in self.listeners}
-        heard = {source for source in heard if not isinstance(source, str)}
+        heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
@@ -4730,19 +4713,10 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
 def marked_in(module: ModuleType) -> list[Marked]:
     """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
     return [
-        Marked(value, mark, check_marked(value, mark))
+        Marked(value, mark, arguments_taken(value, HOOKS[type(mark)]) if type(mark) in HOOKS else 0)
         for _, value in own_things(module)
         for mark in getattr(value, "__dict__", {}).get(MARKS, ())
     ]
-
-
-def check_marked(value: Any, mark: Mark) -> int:
-    """How many arguments the function takes of those that it is handed; raises PluginError."""
-    if not isinstance(mark, Route):
-        return arguments_taken(value, HOOKS[type(mark)])
-    if not (isinstance(value, type) and issubclass(value, RequestHandler)):
-        raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
-    return 0
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4804,21 +4778,19 @@ def attributes_used(path: Path) -> dict[str, str]:
     }
 
 
-def arguments_taken(function: Any, hook: Hook) -> int:
-    """How many of a hook's arguments the function takes."""
-    most = len(hook.arguments)
-    forms = [f"({', '.join(hook.arguments[:count])})" for count in range(hook.least, most + 1)]
+def arguments_taken(function: Any, forms: Sequence[str]) -> int:
+    """How many arguments the function takes, in the longest of these forms that it allows."""
+    expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) or not hasattr(function, "__name__"):
-        raise PluginError(f"{name}: expected a function of {' or '.join(forms)}")
+        raise PluginError(f"{name}: expected a function of {expected}")
     signature = inspect.signature(function)
-    for count in range(most, hook.least - 1, -1):
+    for form in reversed(forms):
         with contextlib.suppress(TypeError):
-            signature.bind(*hook.arguments[:count])
-            return count
+            return len(signature.bind(*form.split(", ")).args)
     code = inspect.unwrap(function).__code__
     where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
+    raise PluginError(f"{name} takes {signature}, expected {expected} {where}")
 
 
 def check_payloads(module: ModuleType) -> None:
@@ -4837,8 +4809,7 @@ class PluginHandler(RequestHandler):
     """The host's side of a plugin's route."""
 
     spy: Spy
-    #: Told what failed, and what it raised.
-    failed: Callable[[str, BaseException], None]
+    guarded: Guarded
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4847,16 +4818,11 @@ class PluginHandler(RequestHandler):
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
-            type(self).failed(f"{type(self).__name__} failed", value)
+            self.guarded.report(value)
 
 
-class Hearer(NamedTuple):
-    """One listener at work."""
-
-    listener: Listener
-    guarded: Guarded
-    #: Takes an event and what the function returned for it.
-    send: Callable[[Any, Any], None]
+#: A function that hears events, and its mark.
+Listening = tuple[Listener, Guarded]
 
 
 class Runner:
@@ -4875,7 +4841,6 @@ class Runner:
         publish: Callable[[str, EventData], None],
     ) -> None:
         self.plugin = plugin
-        self.fence = fence = Fence(plugin.name, metrics)
         self._context = context
         self._time_limit = time_limit
         #: Refuses an event and a kind of room that are not the plugin's to use.
@@ -4886,48 +4851,53 @@ class Runner:
         #: From its `setup` to its `teardown`.
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
-        counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        failed = metrics.plugin_failures.labels(plugin.name).inc
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, failed)
-        self.listeners = [self._hearer(*marked) for marked in plugin.listeners]
-        self.greeters = [
-            (
-                mark,
-                Guarded(f, (), f"making {mark.emit}", fence, time_limit, f" in {f.__name__}"),
-                takes,
-            )
-            for f, mark, takes in plugin.greeters
-        ]
+        self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
+        self._guard = guard = functools.partial(Guarded, plugin.name, metrics)
+        #: What makes an event's payload when it is really sent, by event.
+        self._makers: dict[str, Guarded] = {}
+        self.setup = self._hook("setup", self.setup_limit)
+        self.teardown = self._hook("teardown", time_limit)
+        self.listeners = [(one.mark, self._listener(*one)) for one in plugin.listeners]
+        self.greeters = [(one, self._greeter(*one)) for one in plugin.greeters]
         self.repeated = [
-            (Guarded(f, (self.spy,), f.__name__, fence, None), mark.seconds)
-            for f, mark, _ in plugin.repeated
+            (mark.seconds, guard(function, function.__name__, None, (self.spy,)))
+            for function, mark, _ in plugin.marked(Repeated)
         ]
-        own = {"spy": self.spy, "failed": fence.failed}
         #: What the plugin serves: a pattern of the whole path, and what answers there.
-        self.routes: Routes = [
-            (PathMatches(mark.pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, mark, _ in plugin.routes
+        self.routes = [
+            (PathMatches(one.mark.pattern), self._page(one.function))
+            for one in plugin.marked(Route)
         ]
 
-    def _hearer(self, function: Callable[..., Any], mark: Listener, takes: int) -> Hearer:
+    def _hook(self, name: str, seconds: float) -> Guarded:
+        hook = self.plugin.hooks.get(name, lambda spy: None)
+        return self._guard(hook, name, seconds, (self.spy,))
+
+    def _listener(self, function: Callable[..., Any], mark: Listener, takes: int) -> Guarded:
         where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        more, limit = (self.spy,)[: takes - 1], self._time_limit
-        guarded = Guarded(function, more, function.__name__, self.fence, limit, where)
-        return Hearer(mark, guarded, functools.partial(self._send_result, mark))
+        then, more = functools.partial(self._send_result, mark), (self.spy,)[: takes - 1]
+        return self._guard(function, function.__name__, self._time_limit, more, where, then)
+
+    def _greeter(self, function: Callable[..., Any], mark: Greeter, takes: int) -> Guarded:
+        name, where = f"making {mark.emit}", f" in {function.__name__}"
+        return self._guard(function, name, self._time_limit, (), where)
+
+    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
+        name = handler.__name__
+        own = {"spy": self.spy, "guarded": self._guard(handler, name, None)}
+        return type(name, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = [hearer.guarded for hearer in self.listeners]
-        everything += [guarded for _, guarded, _ in self.greeters]
-        everything += [guarded for guarded, _ in self.repeated]
-        return [f"{self.plugin.name}.{one.name}" for one in everything if one.paused]
+        everything = (*self.listeners, *self.greeters, *self.repeated)
+        return [f"{self.plugin.name}.{one.name}" for _, one in everything if one.paused]
 
     # -- life
 
     async def set_up(self) -> None:
         """Run the plugin's `setup`; raises whatever that raises."""
         self.spy.shared = self._context.share(self.plugin.name)
-        await self._run_hook("setup", self.setup_limit)
+        await self.setup.run()
 
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
@@ -4948,17 +4918,13 @@ class Runner:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for hearer in self.listeners:
-            await hearer.guarded.wait()
-        with caught(functools.partial(self.fence.failed, "teardown failed")):
-            await self._run_hook("teardown", self._time_limit)
-
-    async def _run_hook(self, name: str, seconds: float) -> None:
-        if hook := self.plugin.hooks.get(name):
-            await Guarded(hook, (self.spy,), name, self.fence, seconds).run()
+        for _, guarded in self.listeners:
+            await guarded.wait()
+        with caught(self.teardown.report):
+            await self.teardown.run()
 
     @staticmethod
-    async def _repeat(guarded: Guarded, seconds: float) -> None:
+    async def _repeat(seconds: float, guarded: Guarded) -> None:
         while True:
             await asyncio.sleep(seconds)
             await guarded.ask()
@@ -4973,7 +4939,7 @@ class Runner:
         Without a subscriber, what all of them would get.
         """
         finish = functools.partial(finish_payload, guild_id=guild_id)
-        for mark, guarded, takes in self.greeters:
+        for (_, mark, takes), guarded in self.greeters:
             if mark.kind == kind and (subscriber or takes < 3):
                 arguments = (guild_id, self.spy, subscriber)[:takes]
                 fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
@@ -4987,7 +4953,9 @@ class Runner:
         if listener.settled and not self._context.settled():
             self._dropped("startup grace").inc()
             return
-        self._send(listener.emit, guild_of(event), result, listener.room)
+        guild_id = guild_of(event)
+        fields = self._finished(listener.emit, guild_id, result)
+        self._context.emit(listener.emit, guild_id, fields, listener.room)
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         """What `spy.emit` does."""
@@ -4995,15 +4963,15 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            guarded = Guarded(payload, (), f"making {event}", self.fence, self._time_limit)
+            maker = self._makers.get(event) or self._guard(
+                call, f"making {event}", self._time_limit
+            )
+            self._makers[event] = maker
             finish = functools.partial(self._finished, event, guild_id)
-            make = functools.partial(guarded.ask, then=finish)
+            make = functools.partial(maker.ask, payload, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
-            self._send(event, guild_id, payload, room)
-
-    def _send(self, event: str, guild_id: str, payload: object, room: str) -> None:
-        self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
+            self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
 
     def _finished(self, event: str, guild_id: str, payload: object) -> EventData:
         fields = finish_payload(event, payload, guild_id)
@@ -5023,8 +4991,6 @@ def guild_of(event: Any) -> str:
 
 #: How many plugins may hear each other's events one after the other, of one event of hikari's.
 MOST_CHAINED: Final = 8
-#: Seconds between two looks at the plugins' files.
-LOOK_EVERY: Final = 0.4
 CHAIN: Final = contextvars.ContextVar("how many plugins' events led here", default=0)
 
 
@@ -5033,26 +4999,26 @@ class Dispatcher:
 
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
-        self._metrics = metrics
-        self._hearers: dict[type | str, list[Hearer]] = {}
-        self._subscribed: dict[type[hikari.Event], Any] = {}
+        self._received = metrics.received.counts
+        self._hearers: dict[type | str, list[Listening]] = {}
+        self._subscribed: dict[type[hikari.Event], Callable[[Any], None]] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[Hearer]] = {}
+        hearers: dict[type | str, list[Listening]] = {}
         for runner in runners:
-            for hearer in runner.listeners:
-                hearers.setdefault(hearer.listener.source, []).append(hearer)
+            for listener, guarded in runner.listeners:
+                hearers.setdefault(listener.source, []).append((listener, guarded))
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
-        events = self._context.events
+        bot = self._context.bot
         for event_type in self._subscribed.keys() - wanted:
-            events.unsubscribe(event_type, self._subscribed.pop(event_type))
+            bot.events.unsubscribe(event_type, self._subscribed.pop(event_type))
         for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
-            if not missing_intents(event_type, self._context.bot.intents):
+            if not missing_intents(event_type, bot.intents):
                 self._subscribed[event_type] = self._subscription(event_type)
-                events.subscribe(event_type, self._subscribed[event_type])
+                bot.events.subscribe(event_type, self._subscribed[event_type])
 
     def publish(self, event: str, fields: EventData) -> None:
         """Hand a plugin's event to other plugins."""
@@ -5061,8 +5027,8 @@ class Dispatcher:
                 raise PluginError(f"{event} comes of itself, through plugins that hear each other")
             before = CHAIN.set(CHAIN.get() + 1)
             try:
-                for hearer in hearers:
-                    hearer.guarded.call(copy.deepcopy(fields), hearer.send)
+                for _, guarded in hearers:
+                    guarded.call(copy.deepcopy(fields))
             finally:
                 CHAIN.reset(before)
 
@@ -5077,21 +5043,19 @@ class Dispatcher:
             if guild_id is not None and not self._context.watches(str(int(guild_id))):
                 return
             person = rule is None or rule(event, presences)
-            self._count(event)
+            if (
+                self._counted is not event
+            ):  # it comes to the subscription of each type that it is of
+                self._counted = event
+                self._received[type(event).__name__] += 1
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
                 event.old_member = cache.get_member(event.guild_id, event.user_id)
-            for listener, guarded, send in self._hearers.get(event_type, ()):
+            for listener, guarded in self._hearers.get(event_type, ()):
                 if person or listener.bots:
-                    guarded.call(event, send)
+                    guarded.call(event)
 
         return hear
-
-    def _count(self, event: hikari.Event) -> None:
-        """Once per event, though it comes to the subscription of each type that it is of."""
-        if self._counted is not event:
-            self._counted = event
-            self._metrics.received.counts[type(event).__name__] += 1
 
 
 def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hikari.Intents:
@@ -5120,9 +5084,15 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
     return folders
 
 
+#: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
+Contents = list[tuple[Path, bytes | None]]
+
+
 class PluginFiles:
     """Where plugins are, and which of them have changed since they were taken."""
 
+    #: Seconds between two looks.
+    pace: ClassVar[float] = 0.4
     #: Seconds for which a change must have rested, for editors write in several steps;
     rest: ClassVar[float] = 0.3
     #: and for which more is awaited where a file is empty or no Python.
@@ -5130,12 +5100,11 @@ class PluginFiles:
 
     def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
         self._folders = folders
-        self.disabled = frozenset(disabled)
-        #: Of each plugin that was taken, the stamps and the contents of its files;
-        self._stamps: dict[str, FilesState] = {}
-        self._contents: dict[str, FilesState] = {}
-        #: of each that has changed since, its stamps now, and since when.
-        self._seen: dict[str, tuple[FilesState, float]] = {}
+        self._disabled = frozenset(disabled)
+        #: Each plugin as it was taken;
+        self._taken: dict[str, Contents] = {}
+        #: each that has changed since as it is now, and since when.
+        self._seen: dict[str, tuple[Contents, float]] = {}
 
     def find(self) -> dict[str, Path]:
         """The plugins that there are, by name: a file of each."""
@@ -5145,14 +5114,18 @@ class PluginFiles:
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
             if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
                 found.setdefault(name, path)
-        return {name: path for name, path in sorted(found.items()) if name not in self.disabled}
+        return {name: path for name, path in sorted(found.items()) if name not in self._disabled}
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._stamps = {name: state_of(path, stamp) for name, path in found.items()}
-        self._contents = {name: state_of(path, digest) for name, path in found.items()}
+        self._taken = {name: contents_of(path) for name, path in found.items()}
         return found
+
+    @property
+    def names(self) -> set[str]:
+        """Of all plugins that there are, loaded or not."""
+        return {*self._taken, *self._disabled}
 
     @property
     def resting(self) -> bool:
@@ -5162,28 +5135,21 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        changed = [name for name in {**self._stamps, **found} if self._has_settled(name, found)]
-        return {name: found.get(name) for name in sorted(changed)}
+        names = sorted({*self._taken, *found})
+        return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
-    def _has_settled(self, name: str, found: Mapping[str, Path]) -> bool:
-        path = found.get(name)
-        current, now = state_of(path, stamp), time.monotonic()
-        if current == self._stamps.get(name, []):
+    def _has_settled(self, name: str, path: Path | None) -> bool:
+        contents, now = contents_of(path) if path else [], time.monotonic()
+        if contents == self._taken.get(name, []):
             self._seen.pop(name, None)
             return False
-        if name not in self._seen or self._seen[name][0] != current:
-            self._seen[name] = (current, now)
+        if name not in self._seen or self._seen[name][0] != contents:
+            self._seen[name] = (contents, now)
         rests = now - self._seen[name][1]
         if rests < (self.rest if path is None or is_python(path) else self.patience):
             return False
-        del self._seen[name]
-        before, self._stamps[name] = self._contents.get(name), current
-        self._contents[name] = state_of(path, digest)
-        return self._contents[name] != before  # it may have been written anew without a change
-
-
-#: The files of a plugin, with something of each.
-FilesState = list[tuple[Path, object]]
+        self._taken[name], _ = self._seen.pop(name)
+        return True
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5198,24 +5164,21 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def state_of(path: Path | None, look: Callable[[Path], object]) -> FilesState:
-    """What `look` finds in each of a plugin's files; None where it has gone or leads nowhere."""
-    state: FilesState = []
-    for file in files_of(path) if path else ():
+def contents_of(path: Path) -> Contents:
+    """What is in a plugin's files now; read only where a file was written since the last look."""
+    contents: Contents = []
+    for file in files_of(path):
         found = None
         with contextlib.suppress(OSError):
-            found = look(file)
-        state.append((file, found))
-    return state
+            status = file.stat()
+            found = digest(file, status.st_mtime_ns, status.st_size, status.st_ino)
+        contents.append((file, found))
+    return contents
 
 
-def stamp(file: Path) -> tuple[int, int, int]:
-    """What changes when the file is written; costs no reading."""
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def digest(file: Path) -> bytes:
+@functools.lru_cache(maxsize=4096)
+def digest(file: Path, *written: int) -> bytes:
+    """Of a file that was written then."""
     return hashlib.sha256(file.read_bytes()).digest()
 
 
@@ -5284,23 +5247,24 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
 
 
 class PluginLoader:
-    """Makes plugins of files; one whose file is wrong is named, and what was loaded before stays."""
+    """Makes plugins of files, and knows what they ask for; one whose file is wrong is named, and
+    what was loaded before stays.
+    """
 
     def __init__(
         self,
-        files: PluginFiles,
+        settings: PluginsSettings,
         tables: Mapping[str, dict[str, Any]],
+        folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = files
+        self.files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
-        self._metrics = metrics
+        self._failures = metrics.plugin_failures
         self.plugins: dict[str, Plugin] = {}
         #: What did not load or start, and why; the version before may be at work.
         self.failures: dict[str, str] = {}
-        #: Whose tables are wrong: that keeps the server from starting.
-        self.refused: set[str] = set()
 
     def load_all(self) -> None:
         """Load every plugin of the folders, in the order of their names.
@@ -5311,41 +5275,35 @@ class PluginLoader:
         faults: list[str] = []
         for name, path in self.files.take().items():
             try:
-                with fresh_modules(name):
-                    self.plugins[name] = self.load(name, path, self.plugins.values())
+                self.plugins[name] = self.load(name, path, self.plugins)
             except OperatorError as error:
-                self.refused.add(name)
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
         if faults:
             raise OperatorError(*faults)
 
-    def load(self, name: str, path: Path, others: Iterable[Plugin]) -> Plugin:
+    def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
-        plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-        for other in others:
-            if other.name != name and (both := plugin.events & other.events):
-                raise PluginError(
-                    f"plugins {other.name} and {name} both claim the event {min(both)};"
-                    f" disable one of them in [plugins] disabled"
-                )
+        with fresh_modules(name):
+            plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
+            for other in others.values():
+                if other.name != name and (both := plugin.events & other.events):
+                    raise PluginError(
+                        f"plugins {other.name} and {name} both claim the event {min(both)};"
+                        f" disable one of them in [plugins] disabled"
+                    )
         return plugin
-
-    def check_secret(self, tokens: Tokens) -> None:
-        """Raises OperatorError for each plugin that signs where nothing can be signed."""
-        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
-        if signing and not tokens.can_issue:
-            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
-            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
 
     def report(self, name: str, path: Path, error: BaseException) -> None:
         """Say once why a plugin did not load."""
         self.failures[name] = why = reason_not_loaded(error, path)
-        self._metrics.plugin_failures.labels(name).inc()
+        self._failures.labels(name).inc()
         kept = "; the version before goes on" if name in self.plugins else ""
         shown = None if isinstance(error, SyntaxError) else traceback_of(error)
         log.error("plugin %s: not loaded: %s%s", name, why, kept, exc_info=shown)
+
+    # -- what is wrong
 
     def faults(self) -> list[str]:
         """What is wrong with the plugins, a line each."""
@@ -5354,11 +5312,11 @@ class PluginLoader:
 
     def tables_without_plugin(self) -> list[str]:
         """A line for each `[plugin.NAME]` whose plugin is not there."""
-        known = {*self.plugins, *self.failures, *self.refused, *self.files.disabled}
+        names = sorted(self.files.names)
         return [
-            f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
+            f"plugin.{name}: no such plugin{nearest(name, names)}"
             for name in self.tables
-            if name not in known
+            if name not in names
         ]
 
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -5372,35 +5330,12 @@ class PluginLoader:
             raise OperatorError(*faults)
         return checked
 
-
-class PluginHost:
-    """All plugins at work: set up, heard, served and ended, and replaced while everything goes on."""
-
-    def __init__(
-        self,
-        settings: PluginsSettings,
-        tables: dict[str, dict[str, Any]],
-        folder: Path,
-        metrics: Metrics,
-    ) -> None:
-        files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
-        self.loader = PluginLoader(files, tables, metrics)
-        self.load = self.loader.load_all
-        self.check = self.loader.check
-        self.plugins = self.loader.plugins
-        self.failures = self.loader.failures
-        #: The loaded plugins with what they work with.
-        self.runners: dict[str, Runner] = {}
-        self._settings = settings
-        self._metrics = metrics
-        self._context: HostContext | None = None
-        self._dispatcher: Dispatcher | None = None
-        self._routes: Routes = []
-        #: Whether plugins are at work here, and what is held while that or they change.
-        self.leading = False
-        self.changing = asyncio.Lock()
-        #: What the instances of a plugin, by its name, take in turn.
-        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
+    def check_secret(self, tokens: Tokens) -> None:
+        """Raises OperatorError for each plugin that signs where nothing can be signed."""
+        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
+        if signing and not tokens.can_issue:
+            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
+            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
 
     # -- what plugins ask for
 
@@ -5425,89 +5360,7 @@ class PluginHost:
         """The kinds of room that there are: `guild`, and those that the plugins name."""
         return frozenset({"guild"}).union(*(plugin.kinds for plugin in self.plugins.values()))
 
-    # -- at work
-
-    def attach(self, context: HostContext) -> None:
-        """Give the plugins what they work with. What they serve is there from now on, on every node.
-
-        Raises OperatorError where one needs a secret that is not there.
-        """
-        if self._dispatcher is None:
-            self.loader.check_secret(context.tokens)
-            self._context, self._dispatcher = context, Dispatcher(context, self._metrics)
-            self.runners = {name: self.make_runner(plugin) for name, plugin in self.plugins.items()}
-            self.take_over()
-            for line in self.loader.tables_without_plugin():
-                log.warning("%s; it may come later", line)
-
-    def make_runner(self, plugin: Plugin) -> Runner:
-        """What has the plugin at work, once it is set up and taken over."""
-        assert self._context is not None
-        assert self._dispatcher is not None
-        limit, publish = self._settings.handler_timeout, self._dispatcher.publish
-        return Runner(plugin, self._context, self._metrics, limit, self._claim, publish)
-
-    async def start(self, context: HostContext) -> None:
-        """Set each plugin up, all at once, and let it hear hikari's events.
-
-        One that cannot be set up is left out until it changes or, of several nodes, the gateway
-        comes here again.
-        """
-        self.attach(context)
-        async with self.changing:
-            self.leading = True
-            ready = await asyncio.gather(*map(self._set_up, self.runners.values()))
-            for runner in filter(None, ready):
-                runner.begin()
-            self.take_over()
-
-    async def _set_up(self, runner: Runner) -> Runner | None:
-        def failed(error: BaseException) -> None:
-            self.failures[runner.plugin.name] = f"setup failed: {reason(error)}"
-            runner.fence.failed("setup failed", error)
-
-        with caught(failed):
-            await runner.set_up()
-            self.failures.pop(runner.plugin.name, None)
-            return runner
-
-    @property
-    def running(self) -> dict[str, Runner]:
-        """Those that are at work."""
-        return {name: runner for name, runner in self.runners.items() if runner.at_work}
-
-    def enter(self, runner: Runner) -> None:
-        """Have a plugin that was not there, or was removed; at work, if it is set up."""
-        name = runner.plugin.name
-        self.plugins[name], self.runners[name] = runner.plugin, runner
-        if self.leading:
-            runner.begin()
-
-    def remove(self, name: str) -> Runner | None:
-        """Have a plugin no more; what was at work is still to be torn down."""
-        self.plugins.pop(name, None)
-        self.failures.pop(name, None)
-        runner = self.runners.pop(name, None)
-        return runner if runner and runner.end() else None
-
-    def take_over(self) -> None:
-        """Have all that happens go to those that are there now, in one step."""
-        runners = [self.runners[name] for name in sorted(self.runners)]
-        self._routes = [route for runner in runners for route in runner.routes]
-        if self._dispatcher is not None:
-            self._dispatcher.connect(runner for runner in runners if runner.at_work)
-
-    async def stop(self) -> None:
-        """Stop hearing events and tear the plugins down."""
-        async with self.changing:
-            self.leading = False
-            ending = [runner for runner in self.runners.values() if runner.end()]
-            for runner in ending:
-                self.failures.pop(runner.plugin.name, None)  # it is not to be at work here now
-            self.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending))
-
-    def _claim(self, plugin: Plugin, event: str, room: str) -> None:
+    def claim(self, plugin: Plugin, event: str, room: str) -> None:
         """Let a plugin emit an event that nobody else does, to a kind of room that there is."""
         if room not in plugin.kinds and room not in (kinds := self.kinds):
             raise PluginError(
@@ -5522,6 +5375,169 @@ class PluginHost:
             whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
             raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
         plugin.events.add(event)
+
+
+class PluginHost:
+    """The loaded plugins at work: set up, heard, served and ended, and replaced when they are saved.
+
+    What they serve is there from the start, on every node; raises OperatorError where one needs a
+    secret that is not there.
+    """
+
+    def __init__(
+        self, loader: PluginLoader, context: HostContext, metrics: Metrics, time_limit: float
+    ) -> None:
+        loader.check_secret(context.tokens)
+        self.loader = loader
+        self.plugins = loader.plugins
+        self.failures = loader.failures
+        self._context = context
+        self._metrics = metrics
+        #: Seconds that an async function of a plugin may take.
+        self._time_limit = time_limit
+        self._dispatcher = Dispatcher(context, metrics)
+        #: The loaded plugins with what they work with.
+        self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
+        self._routes: Routes = []
+        #: Whether plugins are at work here, and what is held while that or they change.
+        self._leading = False
+        self._changing = asyncio.Lock()
+        self._look_now = asyncio.Event()
+        self._take_over()
+        for line in loader.tables_without_plugin():
+            log.warning("%s; it may come later", line)
+
+    def _runner(self, plugin: Plugin) -> Runner:
+        publish, claim = self._dispatcher.publish, self.loader.claim
+        return Runner(plugin, self._context, self._metrics, self._time_limit, claim, publish)
+
+    # -- start and stop
+
+    async def start(self) -> None:
+        """Set each plugin up, all at once, and let it hear hikari's events.
+
+        One that cannot be set up is left out until it changes or, of several nodes, the gateway
+        comes here again.
+        """
+        async with self._changing:
+            self._leading = True
+            await asyncio.gather(*map(self._begin, self.runners.values()))
+            self._take_over()
+
+    async def _begin(self, runner: Runner) -> None:
+        name = runner.plugin.name
+
+        def failed(error: BaseException) -> None:
+            self.failures[name] = f"setup failed: {reason(error)}"
+            runner.setup.report(error)
+
+        with caught(failed):
+            await runner.set_up()
+            self.failures.pop(name, None)
+            runner.begin()
+
+    @property
+    def running(self) -> dict[str, Runner]:
+        """Those that are at work."""
+        return {name: runner for name, runner in self.runners.items() if runner.at_work}
+
+    def _take_over(self) -> None:
+        """Have all that happens go to those that are there now, in one step."""
+        runners = [runner for _, runner in sorted(self.runners.items())]
+        self._routes = [route for runner in runners for route in runner.routes]
+        self._dispatcher.connect(runner for runner in runners if runner.at_work)
+
+    async def stop(self) -> None:
+        """Stop hearing events and tear the plugins down."""
+        async with self._changing:
+            self._leading = False
+            ending = self.running
+            for name, runner in ending.items():
+                runner.end()
+                self.failures.pop(name, None)  # it is not to be at work here now
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending.values()))
+
+    # -- what is saved meanwhile
+
+    async def follow(self, *, watch: bool) -> None:
+        """Take over what changes in the plugins' files, for as long as this runs.
+
+        Without `watch` only when asked to `look`.
+        """
+        files = self.loader.files
+        while True:
+            watching = watch or not files.resting
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(files.pace if watching else None):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            try:
+                if changed := files.take_changed():
+                    await self._change(changed)
+            except Exception:  # the next change gets its chance
+                log.exception("the plugins' files could not be followed")
+
+    def look(self) -> None:
+        """Look at the plugins' files now, watched or not."""
+        self._look_now.set()
+
+    async def _change(self, changed: dict[str, Path | None]) -> None:
+        """Set up what is new, and then, in one step, let it take the place of what was before."""
+        async with self._changing:
+            others = {name: one for name, one in self.plugins.items() if changed.get(name, True)}
+            coming: list[Runner] = []
+            for name, path in changed.items():
+                if path and (runner := await self._prepare(name, path, others)):
+                    coming.append(runner)
+                    others[name] = runner.plugin
+            gone = [name for name, path in changed.items() if path is None]
+            before = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
+            for name in gone:
+                take_modules(name)
+                log.info("plugin %s: gone", name)
+            for runner in coming:
+                self._enter(runner)
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in before if runner))
+
+    async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
+        """A new version, set up where plugins are at work; None where anything of that fails."""
+        with caught(functools.partial(self.loader.report, name, path)), fresh_modules(name):
+            plugin = self.loader.load(name, path, others)
+            for need in sorted(plugin.needs):
+                if NEEDS[need].components & ~self._context.bot.cache.settings.components:
+                    raise PluginError(
+                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
+                    )
+            runner = self._runner(plugin)
+            if self._leading:
+                await runner.set_up()
+            return runner
+
+    def _remove(self, name: str) -> Runner | None:
+        """Have a plugin no more; what was at work is still to be torn down."""
+        self.plugins.pop(name, None)
+        self.failures.pop(name, None)
+        runner = self.runners.pop(name, None)
+        return runner if runner and runner.end() else None
+
+    def _enter(self, runner: Runner) -> None:
+        """Have a plugin that was not there, or was removed; at work, if it is set up."""
+        plugin = runner.plugin
+        self.plugins[plugin.name], self.runners[plugin.name] = plugin, runner
+        if self._leading:
+            runner.begin()
+        log.info("plugin %s: loaded", plugin.name)
+        for event_type in plugin.event_types():
+            if missing := missing_intents(event_type, self._context.bot.intents):
+                log.warning(
+                    "plugin %s: hears %s only after a restart: the session with Discord began"
+                    " without the intent %s",
+                    plugin.name,
+                    event_type.__name__,
+                    missing.name,
+                )
 
     # -- requests and subscriptions
 
@@ -5546,7 +5562,6 @@ class PluginHost:
         await asyncio.gather(*(one.greet(kind, guild_id, tell, subscriber) for one in runners))
 
     def _subscriber(self, viewer: Viewer, guild_id: str) -> Subscriber:
-        assert self._context is not None
         may_see = self._context.may_see
         return Subscriber(
             discord_id=viewer.discord_id,
@@ -5571,88 +5586,12 @@ class PluginHost:
             "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
+    def reconfigure(self, tables: Mapping[str, dict[str, Any]], checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `PluginLoader.check` made of these."""
+        self.loader.tables = tables
         for name, settings in checked.items():
             self.plugins[name].settings = settings
-            if name in self.runners:
-                self.runners[name].spy.settings = settings
-
-
-class PluginWatcher:
-    """Takes over what changes in the plugins' files, while everything else goes on."""
-
-    def __init__(self, host: PluginHost, bot: hikari.GatewayBot, *, watch: bool) -> None:
-        self._host = host
-        self._bot = bot
-        self._watch = watch
-        self._look_now = asyncio.Event()
-
-    async def run(self) -> None:
-        """Take over what changes in the folders, for as long as this runs."""
-        files = self._host.loader.files
-        while True:
-            watching = self._watch or not files.resting
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY if watching else None):
-                    await self._look_now.wait()
-            self._look_now.clear()
-            try:
-                if changed := files.take_changed():
-                    await self._change(changed)
-            except Exception:  # the next change gets its chance
-                log.exception("the plugins' files could not be followed")
-
-    def look(self) -> None:
-        """Look at the plugins' files now, watched or not."""
-        self._look_now.set()
-
-    async def _change(self, changed: dict[str, Path | None]) -> None:
-        """Set up what is new, and then, in one step, let it take the place of what was before."""
-        host = self._host
-        async with host.changing:
-            gone = [name for name, path in changed.items() if path is None]
-            others = {name: one for name, one in host.plugins.items() if name not in gone}
-            coming: dict[str, Runner] = {}
-            for name, path in changed.items():
-                if path and (runner := await self._prepare(name, path, others.values())):
-                    coming[name], others[name] = runner, runner.plugin
-            ending = [host.remove(name) for name in (*gone, *coming)]
-            for name in gone:
-                take_modules(name)
-                log.info("plugin %s: gone", name)
-            for runner in coming.values():
-                host.enter(runner)
-                self._say_loaded(runner.plugin)
-            host.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
-
-    async def _prepare(self, name: str, path: Path, others: Iterable[Plugin]) -> Runner | None:
-        """A new version, set up where plugins are at work; None where anything of that fails."""
-        host = self._host
-        with caught(functools.partial(host.loader.report, name, path)), fresh_modules(name):
-            plugin = host.loader.load(name, path, others)
-            for need in sorted(plugin.needs):
-                if NEEDS[need].components & ~self._bot.cache.settings.components:
-                    raise PluginError(
-                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
-                    )
-            runner = host.make_runner(plugin)
-            if host.leading:
-                await runner.set_up()
-            return runner
-
-    def _say_loaded(self, plugin: Plugin) -> None:
-        log.info("plugin %s: loaded", plugin.name)
-        for event_type in plugin.event_types():
-            if missing := missing_intents(event_type, self._bot.intents):
-                log.warning(
-                    "plugin %s: hears %s only after a restart: the session with Discord began"
-                    " without the intent %s",
-                    plugin.name,
-                    event_type.__name__,
-                    missing.name,
-                )
+            self.runners[name].spy.settings = settings
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -7366,7 +7305,7 @@ class Subscriptions:
         rooms: Rooms,
         access: Access,
         limits: Limits,
-        plugins: PluginHost,
+        plugins: PluginLoader,
         node: Node,
         recovery: Recovery,
     ) -> None:
@@ -7753,7 +7692,7 @@ class RightsWatcher:
         """What it has to hear: intents follow from it."""
         return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
-    def subscribe(self, events: Events) -> None:
+    def subscribe(self, events: GatewayEvents) -> None:
         for change in self.CHANNEL_CHANGES:
             events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
@@ -8291,6 +8230,14 @@ def listening(family: socket.AddressFamily, host: str, port: int) -> socket.sock
     return listener
 
 
+def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:
+    """Which events are needed, and by whom."""
+    wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
+    for event_type, names in plugins.event_types().items():
+        wanted[event_type] = [*wanted.get(event_type, ()), *names]
+    return wanted
+
+
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
@@ -8312,10 +8259,10 @@ class Server:
         self.metrics = Metrics()
         self.pulse = Pulse()
         self.draining = False
-        self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder, self.metrics)
-        self.plugins.load()
-        cached = self.plugins.cached()
-        self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics, cached)
+        loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, self.metrics)
+        loader.load_all()
+        wanted, cached = wanted_events(loader), loader.cached()
+        self.gateway = Gateway(settings.discord, token, wanted, self.metrics, cached)
         self.node = make_node(settings, self.gateway.bot)
         self.access = self.node.make_access()
         self.tokens = Tokens(keys, settings.auth.algorithms)
@@ -8333,23 +8280,21 @@ class Server:
         self.recovery = Recovery(settings.recovery, key, self.node.ticket_changed)
         timeout = settings.plugins.handler_timeout
         self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
+        self.door = FrontDoor(settings.server, self.limits)
+        self.plugins = PluginHost(loader, self._workplace(), self.metrics, timeout)
         self.rights = self._make_rights()
         self.dashboards = self._make_dashboards()
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
-        self.door = FrontDoor(settings.server, self.limits)
         measure(self)
-        self.plugins.attach(self._workplace())
-        watch = settings.plugins.watch
-        self.plugin_watcher = PluginWatcher(self.plugins, self.gateway.bot, watch=watch)
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     def _make_rights(self) -> RightsWatcher:
         subscriptions = Subscriptions(
-            self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+            self.rooms, self.access, self.limits, self.plugins.loader, self.node, self.recovery
         )
         return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
 
@@ -8367,13 +8312,6 @@ class Server:
             self.rights,
             comebacks,
         )
-
-    def _wanted(self) -> dict[type[hikari.Event], list[str]]:
-        """Which events are needed, and by whom."""
-        wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
-        for event_type, names in self.plugins.event_types().items():
-            wanted[event_type] = [*wanted.get(event_type, ()), *names]
-        return wanted
 
     # -- how things stand
 
@@ -8421,7 +8359,9 @@ class Server:
         self.node.start()
         self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
-        files = asyncio.create_task(self.plugin_watcher.run(), name="plugins' files")
+        files = asyncio.create_task(
+            self.plugins.follow(watch=self._settings.plugins.watch), name="plugins' files"
+        )
         self._tasks = [self._gateway_task, pulse, files]
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
@@ -8429,7 +8369,7 @@ class Server:
     async def _lead(self) -> None:
         """Have plugins at work and the gateway running: both are one node's alone."""
         try:
-            await self.plugins.start(self._workplace())
+            await self.plugins.start()
             if not being_cancelled():
                 await self.gateway.run()
         finally:
@@ -8437,9 +8377,9 @@ class Server:
             await self.plugins.stop()
 
     def _workplace(self) -> HostContext:
+        locks = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
         return HostContext(
             bot=self.gateway.bot,
-            events=self.gateway.bot.events,
             presences=self.gateway.presences,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
@@ -8452,7 +8392,7 @@ class Server:
             rest_url=self._settings.discord.rest_url,
             address=self.door.address,
             lists_origin=self.door.lists,
-            alone=self.plugins.locks.__getitem__,
+            alone=locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:
@@ -8475,10 +8415,9 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.check(settings.plugin)
+        plugin_settings = self.plugins.loader.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(plugin_settings)
-        self.plugins.loader.tables = settings.plugin
+        self.plugins.reconfigure(settings.plugin, plugin_settings)
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -8486,7 +8425,7 @@ class Server:
         self.throttle.windows = settings.throttle
         self.rights.check_all()
         self._settings = settings
-        self.plugin_watcher.look()
+        self.plugins.look()
         return [key for key in changed if not key.startswith(LIVE)]
 
     async def stop(self) -> None:
@@ -8727,14 +8666,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         return command.add_argument
 
     an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
+    a_folder: dict[str, Any] = {"type": parse_folder, "metavar": "DIR"}
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
     demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
+    demo("--plugins", help="more plugins to load", **a_folder)
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
+    check("--plugins", help="more plugins to load", **a_folder)
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
     types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    types("--plugins", help="more plugins to load", **a_folder)
     token = add("token", token_command, "make a viewer's token")
     token("--discord-id", required=True, help="the viewer's user id", **an_id)
     token("--role", default="USER", choices=sorted(get_args(Role)))
@@ -8776,25 +8718,22 @@ def bot_token_of(settings: Settings) -> str:
     return token
 
 
-def credentials_of(settings: Settings) -> tuple[Keys, str]:
-    """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
-    keys, token = given_credentials(settings)
-    if keys == Keys() or not token:
-        raise OperatorError(
-            "auth.secret and discord.token must both be set (or auth.secret_file and"
-            " discord.token_file); to look around without a bot: python spywatcher.py demo"
-        )
-    return keys, token
+def credentials_of(settings: Settings, *, needed: bool = True) -> tuple[Keys, str]:
+    """What tokens are checked with, and the bot's own.
 
-
-def given_credentials(settings: Settings) -> tuple[Keys, str]:
-    """The same, as far as they are set."""
+    Raises OperatorError where one is wrong or, if they are `needed`, missing.
+    """
     faults: list[str] = []
     keys, token = Keys(), ""
     with collecting(faults):
         keys = read_keys(settings.auth, settings.folder)
     with collecting(faults):
         token = bot_token_of(settings)
+    if not faults and needed and (keys == Keys() or not token):
+        faults.append(
+            "auth.secret and discord.token must both be set (or auth.secret_file and"
+            " discord.token_file); to look around without a bot: python spywatcher.py demo"
+        )
     if faults:
         raise OperatorError(*faults)
     return keys, token
@@ -8829,77 +8768,88 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
-    host = plugin_host(settings)
-    faults = faults_beside_file(settings, host, credentials_of)
-    if not faults:
-        if arguments.settings:
-            print(settings_text(settings))
-        for plugin in host.plugins.values():
-            print(plugin_text(plugin))
-        for plugin in host.plugins.values():
-            print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if faults := faults + host.loader.faults():
+    """Print what there is, and say what `serve` would refuse and which plugins do not load."""
+    plugins = plugin_loader(settings, arguments.plugins)
+    faults = faults_beside_file(settings, plugins)
+    if arguments.settings:
+        print(settings_text(settings))
+    for plugin in plugins.plugins.values():
+        print(plugin_text(plugin))
+    if faults:
         raise OperatorError(*faults)
     print(f"all is well with {settings.source}")
 
 
 def faults_beside_file(
-    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
+    settings: Settings, plugins: PluginLoader, *, complete: bool = True
 ) -> list[str]:
-    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
+    """What is wrong with what settings name: plugins (which are loaded by it), keys, token, Redis.
+
+    Where settings are not `complete`, what is missing is no fault.
+    """
     faults: list[str] = []
     with collecting(faults):
-        host.load()
+        plugins.load_all()
     with collecting(faults):
-        keys, token = credentials(settings)
+        keys, token = credentials_of(settings, needed=complete)
         if keys != Keys():
-            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+            plugins.check_secret(Tokens(keys, settings.auth.algorithms))
         if token:  # this takes none that is no token
-            Gateway(settings.discord, token, host.event_types(), Metrics())
+            Gateway(settings.discord, token, plugins.event_types(), Metrics())
     with collecting(faults):
         if settings.redis.url:
             cluster_code().check_redis(settings)
-    return faults
+    return faults + plugins.faults()
 
 
-def plugin_host(settings: Settings) -> PluginHost:
-    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+def plugin_loader(settings: Settings, first: Path | None = None) -> PluginLoader:
+    """Of the folders that settings name, with one before them."""
+    folders = (*([str(first)] if first else []), *settings.plugins.folders)
+    chosen = msgspec.structs.replace(settings.plugins, folders=folders)
+    return PluginLoader(chosen, settings.plugin, settings.folder, Metrics())
 
 
 def plugin_text(plugin: Plugin) -> str:
-    """What a plugin is called for, what it needs and what it serves, but its events."""
-    nothing = hikari.Intents.NONE
-    intents = nothing
+    """What a plugin sends, is called for, needs and serves."""
+    intents = nothing = hikari.Intents.NONE
     for event_type in plugin.event_types():
         intents |= missing_intents(event_type, nothing)
     hears = [one.mark.source for one in plugin.listeners]
+    form = plugin.settings_form
     rows: dict[str, Iterable[str]] = {
+        "sends": plugin.events,
         "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
-        "every": [f"{one.mark.seconds:g} s" for one in plugin.repeated],
+        "every": [f"{one.mark.seconds:g} s" for one in plugin.marked(Repeated)],
         "greets": [one.mark.kind for one in plugin.greeters],
         "hooks": plugin.hooks,
         "rooms": plugin.kinds,
-        "routes": [one.mark.pattern for one in plugin.routes],
+        "routes": [one.mark.pattern for one in plugin.marked(Route)],
         "intents": [str(intent.name) for intent in intents],
         "needs": plugin.needs,
-        "settings": plugin.settings_form.__struct_fields__
-        if plugin.settings_form
-        else plugin.settings,
+        "settings": form.__struct_fields__ if form else plugin.settings,
     }
-    lines = [f"  {what:<10}{', '.join(sorted(set(of)))}" for what, of in rows.items() if of]
+    lines = [
+        textwrap.fill(
+            ", ".join(sorted(set(of))),
+            100,
+            initial_indent=f"  {what:<10}",
+            subsequent_indent=" " * 12,
+        )
+        for what, of in rows.items()
+        if of
+    ]
     return "\n".join([f"{plugin.name}:", *lines])
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    host = plugin_host(settings)
-    host.load()
-    if faults := host.loader.faults():
+    plugins = plugin_loader(settings, arguments.plugins)
+    plugins.load_all()
+    if faults := plugins.faults():
         raise OperatorError(*faults)
     write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
-    print(write(host))
+    print(write(plugins))
 
 
 def settings_text(settings: Settings) -> str:
@@ -8926,19 +8876,19 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host, member, guild = plugin_host(settings), arguments.member, arguments.guild
-    host.load()
+    plugins, member, guild = plugin_loader(settings), arguments.member, arguments.guild
+    plugins.load_all()
     if settings.redis.url:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
-    for name, plugin in host.plugins.items():
+    for name, plugin in plugins.plugins.items():
         if forget := plugin.hooks.get("forget"):
             try:
                 print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
             except FAULTS as error:  # as in PluginLoader.load_all
                 raise OperatorError(f"plugin {name} could not forget: {error}") from error
-    if host.failures:
-        raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
+    if plugins.failures:
+        raise OperatorError(*(f"plugin {name}: {e}" for name, e in plugins.failures.items()))
 
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -9027,9 +8977,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
-            host = plugin_host(error.sound)
-            more = faults_beside_file(error.sound, host, given_credentials)
-            faults += with_source(more + host.loader.faults(), error.sound)
+            plugins = plugin_loader(error.sound)
+            more = faults_beside_file(error.sound, plugins, complete=False)
+            faults += with_source(more, error.sound)
         say_faults(*faults)
         return EXIT_OPERATOR
     except UpstreamError as error:

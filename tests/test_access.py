@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hikari
@@ -32,7 +31,7 @@ from simulator import (
     hidden_except,
     iso,
 )
-from spywatcher import HostContext, Keys, Server, parse_settings
+from spywatcher import Keys, Server, parse_settings
 
 VIEW = Permission.VIEW_CHANNEL
 MANAGE = Permission.MANAGE_GUILD
@@ -455,14 +454,10 @@ def offline_server(bot_id: int) -> Server:
     return server
 
 
-async def begin_offline(server: Server, storage: Path) -> None:
+async def begin_offline(server: Server) -> None:
     """Its shard has said that there are no guilds yet, and its plugins are at work."""
     server.access.begin([], spywatcher.ShardRange(0, 1))
-    bot, emit, watches = server.gateway.bot, server.throttle.emit, server.access.watches
-    presences = server.gateway.presences
-    await server.plugins.start(
-        HostContext(bot, bot.events, presences, emit, lambda: True, watches, storage)
-    )
+    await server.plugins.start()
 
 
 async def settle() -> None:
@@ -722,13 +717,12 @@ STEPS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Runner, Server]]:
+def stage() -> Iterator[tuple[asyncio.Runner, Server]]:
     """A server in a loop of its own, for all histories."""
     with asyncio.Runner() as runner:
         server = offline_server(simulator.snowflake())
-        storage = tmp_path_factory.mktemp("storage") / "spywatcher.db"
 
-        runner.run(begin_offline(server, storage))
+        runner.run(begin_offline(server))
         yield runner, server
         runner.run(server.plugins.stop())
 

@@ -67,9 +67,9 @@ pytestmark = pytest.mark.logs("presence:snapshot held up", required=False)
 
 
 @pytest.fixture
-async def crowd(tmp_path) -> AsyncIterator[Crowd]:
+async def crowd() -> AsyncIterator[Crowd]:
     server = offline_server(simulator.snowflake())
-    await begin_offline(server, tmp_path / "x.db")
+    await begin_offline(server)
     crowd = Crowd(server)
     await crowd.come()
     yield crowd

@@ -35,9 +35,11 @@ def meaning(struct: type, key: str) -> str:
 
 def plugin_tables() -> dict[str, type]:
     """The `Settings` of each shipped plugin that has some, by the name of its table."""
-    host = spywatcher.PluginHost(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
-    host.load()
-    settings = {name: vars(plugin.module).get("Settings") for name, plugin in host.plugins.items()}
+    loader = spywatcher.PluginLoader(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
+    loader.load_all()
+    settings = {
+        name: vars(plugin.module).get("Settings") for name, plugin in loader.plugins.items()
+    }
     return {f"plugin.{name}": struct for name, struct in settings.items() if struct}
 
 
@@ -436,8 +438,8 @@ def test_plugin_folders_are_relative_to_the_settings_file(tmp_path, monkeypatch)
     (tmp_path / "config.toml").write_text('[plugins]\nfolders = ["mine"]\n')
     monkeypatch.chdir(ROOT)
     settings = read_settings(tmp_path / "config.toml")
-    host = spywatcher.PluginHost(
+    loader = spywatcher.PluginLoader(
         settings.plugins, settings.plugin, settings.folder, spywatcher.Metrics()
     )
-    host.load()
-    assert list(host.plugins) == ["empty"]
+    loader.load_all()
+    assert list(loader.plugins) == ["empty"]
