@@ -308,6 +308,16 @@ def known_network(text: str) -> str:
     return text
 
 
+def known_host(text: str) -> str:
+    """A name or an address; raises ValueError for more than that."""
+    plain = re.sub(r"^\w+://|[/?#].*", "", text)
+    if plain.count(":") == 1:
+        plain = plain.partition(":")[0]
+    if plain != text or not text:
+        raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
+    return text
+
+
 def known_permission(name: str) -> str:
     """A permission as Discord calls it; raises ValueError with the nearest one."""
     known = [str(permission.name) for permission in hikari.Permissions]
@@ -317,8 +327,9 @@ def known_permission(name: str) -> str:
     raise ValueError(f'expected a Discord permission in capitals, such as "{close}"')
 
 
-#: How each of a list is read, where the type does not say all of it.
+#: How a text, or each of a list, is read, where the type does not say all of it.
 READ_EACH: Final[dict[str, Callable[[str], str]]] = {
+    "server.host": known_host,
     "server.cors_origins": plain_origin,
     "server.trusted_proxies": known_network,
     "server.metrics_from": known_network,
@@ -535,17 +546,16 @@ def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
         wanted = expected(kind) or str(error).removeprefix("Expected ")
         faults.append(f"{path}: got {came}, expected {wanted}")
         return msgspec.UNSET
-    return read_each(read, path, faults) if path in READ_EACH else read
-
-
-def read_each(values: Iterable[str], path: str, faults: list[str]) -> tuple[str, ...]:
+    if path not in READ_EACH:
+        return read
+    texts = (read,) if isinstance(read, str) else read
     sound = []
-    for value in values:
+    for text in texts:
         try:
-            sound.append(READ_EACH[path](value))
+            sound.append(READ_EACH[path](text))
         except ValueError as error:
-            faults.append(f"{path}: got {shown(value)}, {error}")
-    return tuple(sound)
+            faults.append(f"{path}: got {shown(text)}, {error}")
+    return read if isinstance(read, str) else tuple(sound)
 
 
 def is_secret(key: str, value: object) -> bool:
@@ -632,8 +642,13 @@ def parse_settings(
             sections["throttle"] = check_throttle_table(table, faults)
         elif name in types:
             sections[name] = check_table(table, types[name], name, faults)
-        else:
+        elif isinstance(table, dict):
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
+        else:
+            owners = [f"[{one}]" for one, kind in types.items() if name in kind.__struct_fields__]
+            faults.append(
+                f"{name}: expected below a table: {' or '.join(owners) or '[server], say'}"
+            )
     settings = Settings(**sections)
     if faults:
         raise SettingsError(*faults, sound=settings)
@@ -754,6 +769,8 @@ SYNTAX_ADVICE: Final = (
     (r"=\s*(yes|no|on|off|Yes|No|On|Off)\b", "write true or false"),
     (r"=\s*(None|null|nil)\b", "leave the line out"),
     (r"=\s*\d[\d.]*\s*[A-Za-z]+", "write a number without unit, or a text in quotes"),
+    (r"=\s*0\d", "write quotes around a text, no zeros before a number"),
+    (r"['\"]\s+['\"]", "write a comma between two texts"),
     (r"=\s*['\"][^'\"]*$", "write a quote at the end of the text"),
     (r"=\s*[^\s\d'\"\[{+-].*", 'write quotes around a text: "..."'),
     (r",\s*}", "write no comma before }"),
@@ -8386,8 +8403,9 @@ class Server:
         except OSError as error:
             unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
             why = error.strerror if unknown else os.strerror(error.errno or 0)
+            key = "host" if unknown or error.errno == errno.EADDRNOTAVAIL else "port"
             place = f"{server.host}:{server.port}"
-            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
+            raise OperatorError(f"server.{key}: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -8439,15 +8457,19 @@ class Server:
         await self.node.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
-        """In random order, at an even pace that needs no more than `within` seconds."""
+        """In random order, at an even pace that needs no more than `within` seconds.
+
+        Of what a busy machine delays, a little is made up for: else many would be told at once.
+        """
         sessions = list(self.socketio.eio.sockets.values())
         random.shuffle(sessions)
         pace = min(GOODBYE_PACE, within / max(1, len(sessions)))
-        began = time.monotonic()
-        for number, session in enumerate(sessions):
-            if (early := began + number * pace - time.monotonic()) > 0:
+        due = time.monotonic()
+        for session in sessions:
+            if (early := due - time.monotonic()) > 0:
                 await asyncio.sleep(max(early, GOODBYE_PACE))
             await self._say_goodbye(session)
+            due = max(due, time.monotonic() - 2 * GOODBYE_PACE) + pace
 
     @staticmethod
     async def _say_goodbye(session: Session) -> None:
