@@ -2432,9 +2432,10 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        for handler, close in (self.handler, close_gently), (self._prober, close_after_upgrade):
-            if handler is not None:
-                close(handler, self.server.ending_timeout)
+        if self.handler is not None:
+            close_gently(self.handler, self.server.ending_timeout)
+        if self._prober is not None:
+            self.server.close_after_upgrade(self._prober)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2449,15 +2450,6 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
-
-
-def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
-    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
-
-    A stock client whose probe was answered has stopped polling: when this closes before, it takes
-    that for a failed attempt, and neither polls again nor reconnects.
-    """
-    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:
@@ -2493,6 +2485,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         self.max_queue_bytes = max_queue_bytes
         self.limits = limits
         self.metrics = limits.metrics
+        #: WebSockets whose sessions have ended before their clients had ended the upgrade.
+        self.upgrading: set[SocketHandler] = set()
 
     async def admit(self, address: str, transport: str) -> Session:
         """A new session, which has to authenticate in time; its OPEN packet is already under way."""
@@ -2517,6 +2511,16 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
     async def trigger(self, event: str, *args: object) -> None:
         """Tell Socket.IO, and wait until it is done with it."""
         await self._trigger_event(event, *args, run_async=False)
+
+    def close_after_upgrade(self, handler: SocketHandler) -> None:
+        """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
+
+        A stock client whose probe was answered has stopped polling: when this closes before, it takes
+        that for a failed attempt, and neither polls again nor reconnects.
+        """
+        self.upgrading.add(handler)
+        patience = self.ending_timeout
+        asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
     def forget(self, session: Session) -> None:
         """It is closed."""
@@ -7081,6 +7085,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def on_close(self) -> None:
         self._door.close(self._stream)
+        self._engine.upgrading.discard(self)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -8501,6 +8506,7 @@ class Server:
         self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
+        until = time.monotonic() + grace
         work = [
             asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
@@ -8511,6 +8517,8 @@ class Server:
             task.cancel()
         await asyncio.wait(work)
         await self._close_sessions(0)
+        while self.socketio.eio.upgrading and time.monotonic() < until:
+            await asyncio.sleep(UPGRADE_LOOK)
         await self.web.close_all_connections()
 
     async def _stop_sources(self) -> None:
@@ -8537,6 +8545,8 @@ class Server:
         await session.close()
 
 
+#: Seconds between two looks at which clients are still to end their upgrade.
+UPGRADE_LOOK: Final = 0.02
 #: Seconds between two looks at the status line that `systemctl status` shows.
 STATUS_INTERVAL: Final = 1.0
 
