@@ -2451,9 +2451,7 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        for handler, close in (self.handler, close_gently), (self._prober, close_after_upgrade):
-            if handler is not None:
-                close(handler, self.server.ending_timeout)
+        self.server.close_sockets(self.handler, self._prober)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2468,15 +2466,6 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
-
-
-def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
-    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
-
-    A stock client whose probe was answered has stopped polling: when this closes before, it takes
-    that for a failed attempt, and neither polls again nor reconnects.
-    """
-    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:
@@ -2512,6 +2501,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         self.max_queue_bytes = max_queue_bytes
         self.limits = limits
         self.metrics = limits.metrics
+        #: WebSockets whose sessions have ended before their clients had ended the upgrade.
+        self._upgrading: set[SocketHandler] = set()
+        self._none_upgrading = asyncio.Event()
+        self._none_upgrading.set()
 
     async def admit(self, address: str, transport: str) -> Session:
         """A new session, which has to authenticate in time; its OPEN packet is already under way."""
@@ -2536,6 +2529,33 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
     async def trigger(self, event: str, *args: object) -> None:
         """Tell Socket.IO, and wait until it is done with it."""
         await self._trigger_event(event, *args, run_async=False)
+
+    def close_sockets(self, handler: SocketHandler | None, prober: SocketHandler | None) -> None:
+        """Close a session's WebSocket; and the one that was to take over from polling, once the client
+        has said "5", which `SocketHandler` answers so, or has had its time.
+
+        A stock client whose probe was answered has stopped polling: when this closes before, it takes
+        that for a failed attempt, and neither polls again nor reconnects.
+        """
+        if handler is not None:
+            close_gently(handler, self.ending_timeout)
+        if prober is not None:
+            self._upgrading.add(prober)
+            self._none_upgrading.clear()
+            patience = self.ending_timeout
+            asyncio.get_running_loop().call_later(patience, close_gently, prober, patience)
+
+    def socket_closed(self, handler: SocketHandler) -> None:
+        """This WebSocket is gone."""
+        self._upgrading.discard(handler)
+        if not self._upgrading:
+            self._none_upgrading.set()
+
+    async def upgrades_end(self, timeout: float) -> None:
+        """Until all of these are closed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._none_upgrading.wait()
 
     def forget(self, session: Session) -> None:
         """It is closed."""
@@ -3093,72 +3113,51 @@ class Ticket(msgspec.Struct, eq=False):
         return since
 
 
-class Recovery:
-    """Keeps logs and tickets, for as long as somebody may come back for them."""
+class GuildLogs:
+    """Counts all events, and keeps the latest of each guild that somebody may come back to."""
 
-    def __init__(
-        self,
-        settings: RecoverySettings,
-        key: bytes,
-        changed: Callable[[Ticket], None] = lambda ticket: None,
-    ) -> None:
-        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+    def __init__(self, settings: RecoverySettings) -> None:
         self._settings = settings
-        self._key = key
-        self._changed = changed
+        #: Of the latest event.
         self.position = clock_position()
-        self._tickets: dict[str, Ticket] = {}
-        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
-        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
-        self._in_guild: collections.Counter[str] = collections.Counter()
-        self._of_viewer: collections.Counter[str] = collections.Counter()
         self._logs: dict[str, GuildLog] = {}
 
     @property
-    def enabled(self) -> bool:
-        return self._settings.window > 0
-
-    @property
     def size(self) -> int:
-        """What all logs hold."""
+        """Bytes that all of them hold."""
         return sum(log.bytes for log in self._logs.values())
 
     @property
     def offset(self) -> str:
-        """Where all logs are now."""
+        """Where all of them are now."""
         return encode_offset(self.position)
 
     def reach(self, position: int) -> None:
         """All events up to there have been here."""
         self.position = max(self.position, position)
 
-    # -- events
+    def keep(self, guild_id: str) -> None:
+        """Somebody is owed from now on what comes in this guild."""
+        self._logs.setdefault(guild_id, GuildLog(self.position))
 
-    def has_listeners(self, room: str) -> bool:
-        """Whether somebody is, or may come back, who is owed what goes to the room."""
-        self._forget_late()
-        return room in self._in_room
+    def drop(self, guild_id: str) -> None:
+        """Nobody is any more."""
+        del self._logs[guild_id]
 
-    def rooms(self) -> Iterable[str]:
-        """Those of which somebody is owed what goes to them."""
-        self._forget_late()
-        return tuple(self._in_room)
-
-    def count(self) -> int:
-        """The position of the next event."""
-        self.position += 1
-        return self.position
-
-    def add(self, to: Destination, packet: bytes, position: int) -> RoomFrame:
-        """The event of this position as it goes out; it is kept where somebody may recover it."""
-        self.reach(position)
+    def add(self, to: Destination, packet: bytes, position: int = 0) -> RoomFrame:
+        """The event as it goes out, of the next position if of none; it is kept where somebody is owed it."""
+        self.reach(position or self.position + 1)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
             return RoomFrame(packet)
-        frame = RoomFrame(packet, encode_offset(position))
-        event = Logged.of(to, frame, position)
+        frame = RoomFrame(packet, encode_offset(position or self.position))
+        event = Logged.of(to, frame, position or self.position)
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
+
+    def since(self, guild_id: str, position: int) -> list[Logged] | None:
+        """What came in the guild after it, oldest first; None where some of that is here no more."""
+        return self._logs[guild_id].since(position)
 
     def reaches(self, guild_id: str, position: int, heard_elsewhere: bool) -> bool:
         """Whether all is here that came in the guild after that, to the clients of this node or of all."""
@@ -3175,12 +3174,69 @@ class Recovery:
         guild_log, most = self._logs.get(guild_id), self._settings.max_events
         return guild_log is not None and guild_log.fill(since, events, most)
 
+
+class Pids:
+    """Private ids of tickets, each bound to its viewer: whoever else says one is told apart at once."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def make(self, discord_id: str) -> str:
+        nonce = secrets.token_urlsafe(12)
+        return f"{nonce}.{self._signature(nonce, discord_id)}"
+
+    def _signature(self, nonce: str, discord_id: str) -> str:
+        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
+        return urlsafe_b64encode(made[:18]).decode()
+
+    def is_genuine(self, pid: object, discord_id: str) -> bool:
+        """Whether this viewer was given it."""
+        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
+            return False
+        nonce, _, signature = pid.partition(".")
+        expected = self._signature(nonce, discord_id)
+        return hmac.compare_digest(signature.encode(), expected.encode())
+
+
+class Recovery:
+    """Keeps tickets for as long as their clients may come back, and says what each is owed."""
+
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        key: bytes,
+        changed: Callable[[Ticket], None] = lambda ticket: None,
+    ) -> None:
+        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+        self._window = settings.window
+        self.logs = GuildLogs(settings)
+        self.pids = Pids(key)
+        self._changed = changed
+        self._tickets: dict[str, Ticket] = {}
+        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
+        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
+        self._in_guild: collections.Counter[str] = collections.Counter()
+        self._of_viewer: collections.Counter[str] = collections.Counter()
+
+    @property
+    def enabled(self) -> bool:
+        return self._window > 0
+
+    def has_listeners(self, room: str) -> bool:
+        """Whether somebody is, or may come back, who is owed what goes to the room."""
+        self._forget_late()
+        return room in self._in_room
+
+    def rooms(self) -> Iterable[str]:
+        """Those of which somebody is owed what goes to them."""
+        self._forget_late()
+        return tuple(self._in_room)
+
     # -- tickets
 
     def issue(self, viewer: Viewer) -> Ticket:
         """A ticket for a new session of this viewer."""
-        nonce = secrets.token_urlsafe(12)
-        ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
+        ticket = Ticket(self.pids.make(viewer.discord_id), viewer)
         self._register(ticket)
         self._changed(ticket)
         return ticket
@@ -3200,23 +3256,10 @@ class Recovery:
         self._tickets[ticket.pid] = ticket
         self._of_viewer[ticket.viewer.discord_id] += 1
 
-    def _signature(self, nonce: str, discord_id: str) -> str:
-        """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
-        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
-        return urlsafe_b64encode(made[:18]).decode()
-
     def find(self, pid: object, discord_id: str) -> Ticket | None:
         """The ticket that this viewer was given, if it is here."""
         self._forget_late()
-        return self._tickets.get(str(pid)) if self.is_genuine(pid, discord_id) else None
-
-    def is_genuine(self, pid: object, discord_id: str) -> bool:
-        """Whether this viewer was given it."""
-        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
-            return False
-        nonce, _, signature = pid.partition(".")
-        expected = self._signature(nonce, discord_id)
-        return hmac.compare_digest(signature.encode(), expected.encode())
+        return self._tickets.get(str(pid)) if self.pids.is_genuine(pid, discord_id) else None
 
     def disown(self, pid: str) -> None:
         """Its client has come back elsewhere."""
@@ -3240,7 +3283,7 @@ class Recovery:
         """Its client has lost its connection."""
         if self._tickets.get(ticket.pid) is not ticket:
             return  # it has come back elsewhere
-        ticket.until = time.monotonic() + self._settings.window
+        ticket.until = time.monotonic() + self._window
         self._awaited[ticket.pid] = ticket
         if len(self._awaited) > MOST_REMEMBERED:
             self.forget(next(iter(self._awaited.values())))
@@ -3283,11 +3326,11 @@ class Recovery:
     def enter(self, ticket: Ticket, room: str) -> None:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
-            ticket.rooms[room] = self.position
+            ticket.rooms[room] = self.logs.position
             guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
-            self._logs.setdefault(guild_id, GuildLog(self.position))
+            self.logs.keep(guild_id)
             self._changed(ticket)
 
     def wait_for(self, ticket: Ticket, room: str) -> None:
@@ -3307,16 +3350,16 @@ class Recovery:
             remove_one(self._in_room, room)
             remove_one(self._in_guild, guild_id)
             if guild_id not in self._in_guild:
-                del self._logs[guild_id]
+                self.logs.drop(guild_id)
 
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         seen = decode_offset(offset)
-        if seen is None or seen.position > self.position:  # of a process whose clock was ahead
+        if seen is None or seen.position > self.logs.position:  # of a process whose clock was ahead
             return None
         missed: list[Logged] = []
         for guild_id, position in ticket.since(seen.position).items():
-            events = self._logs[guild_id].since(position)
+            events = self.logs.since(guild_id, position)
             if events is None:
                 return None
             missed += [
@@ -3329,9 +3372,9 @@ class Recovery:
     def number_snapshot(self, ticket: Ticket, room: str) -> str:
         """The offset of a snapshot of the room that its client is sent now."""
         ticket.snapshots += 1
-        ticket.unseen[room] = Seen(self.position, ticket.snapshots)
+        ticket.unseen[room] = Seen(self.logs.position, ticket.snapshots)
         self._changed(ticket)
-        return encode_offset(self.position, ticket.snapshots)
+        return encode_offset(self.logs.position, ticket.snapshots)
 
     @staticmethod
     def rooms_without_snapshot(ticket: Ticket, offset: object) -> list[str]:
@@ -6619,9 +6662,8 @@ class Node:
         if self.has_listeners(guild_id, kind):
             self._parts.metrics.sent.labels(event).inc()
             to = destination_of(guild_id, kind, fields)
-            recovery = self._parts.recovery
-            packet = event_packet(event, fields)
-            self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
+            frame = self._parts.recovery.logs.add(to, event_packet(event, fields))
+            self._parts.clients.send(to, frame)
         else:
             self._parts.metrics.dropped.labels("nobody listens").inc()
 
@@ -7017,6 +7059,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def on_close(self) -> None:
         self._door.close(self._stream)
+        self._engine.socket_closed(self)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -7932,7 +7975,7 @@ class Comebacks:
             self._subscriptions.resume(dashboard, ticket)
         rooms = sorted(ticket.rooms.keys() | ticket.pending)
         state = {"recovered": recovered, "rooms": rooms}
-        dashboard.tell("session", state, self._recovery.offset)
+        dashboard.tell("session", state, self._recovery.logs.offset)
         for room in unseen:
             self._subscriptions.send_snapshots_soon(dashboard, room)
 
@@ -8161,7 +8204,7 @@ def measure(server: Server) -> None:
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
-    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.size)
+    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.logs.size)
     gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
     gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
     gauge(
@@ -8438,6 +8481,7 @@ class Server:
         self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
+        until = time.monotonic() + grace
         work = [
             asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
@@ -8448,6 +8492,7 @@ class Server:
             task.cancel()
         await asyncio.wait(work)
         await self._close_sessions(0)
+        await self.socketio.eio.upgrades_end(until - time.monotonic())
         await self.web.close_all_connections()
 
     async def _stop_sources(self) -> None:
