@@ -2485,16 +2485,13 @@ class Harness:
         folders = dict.fromkeys(path.parent for path in self._paths)
         others = {entry.stem for folder in folders for entry in folder.iterdir()} - names
         settings = spywatcher.PluginsSettings(tuple(map(str, folders)), tuple(sorted(others)))
-        self.host = spywatcher.PluginHost(settings, self._tables, self._folder, metrics)
-        self.host.load()
-        wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
-        wanted |= self.host.event_types()
-        discord, kept = spywatcher.DiscordSettings(), self.host.cached()
-        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept)
+        plugins = spywatcher.PluginLoader(settings, self._tables, self._folder, metrics)
+        plugins.load_all()
+        discord, wanted = spywatcher.DiscordSettings(), spywatcher.wanted_events(plugins)
+        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, plugins.cached())
         self.bot = gateway.bot
         place = spywatcher.HostContext(
             bot=self.bot,
-            events=self.bot.events,
             presences=gateway.presences,
             emit=self._emit,
             settled=lambda: True,
@@ -2502,7 +2499,8 @@ class Harness:
             storage=self._folder / "counts.db",
             tokens=spywatcher.Tokens(spywatcher.Keys((secrets.token_hex(32),)), ("HS256",)),
         )
-        await self.host.start(place)
+        self.host = spywatcher.PluginHost(plugins, place, metrics, settings.handler_timeout)
+        await self.host.start()
         self._resting = asyncio.all_tasks()
 
     def _emit(self, event: str, guild_id: str, content: Any, kind: str) -> None:
@@ -2519,7 +2517,7 @@ class Harness:
 
     async def _tick(self) -> None:
         for runner in self.host.runners.values():
-            for guarded, _ in runner.repeated:
+            for _, guarded in runner.repeated:
                 await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
@@ -3090,7 +3088,7 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
     joined: set[str] = set()
     try:
         while True:  # a plugin that is saved meanwhile may open rooms of another kind
-            for kind in sorted(server.plugins.kinds - joined):
+            for kind in sorted(server.plugins.loader.kinds - joined):
                 joined.add(kind)
                 for guild in guilds:
                     await client.emit(f"subscribe:{kind}", guild["id"])

@@ -162,17 +162,17 @@ class Declarations(NamedTuple):
     schemas: dict[str, Schema]
 
 
-def declarations(host: spywatcher.PluginHost) -> Declarations:
+def declarations(plugins: spywatcher.PluginLoader) -> Declarations:
     """What is said and heard with these plugins."""
-    sources = [source for plugin in host.plugins.values() for source in sources_of(plugin)]
+    sources = [source for plugin in plugins.plugins.values() for source in sources_of(plugin)]
     payloads = {t for source in sources for t in source.payloads}
     found, schemas = schemas_of(payloads)
     for payload in payloads:
         complete(schemas[found[payload]["$ref"].rpartition("/")[2]])
     events = [event_of(name, sources, found) for name in dict.fromkeys(s.event for s in sources)]
-    kinds = sorted(host.kinds)
+    kinds = sorted(plugins.kinds)
     return Declarations(
-        plugins=sorted(host.plugins),
+        plugins=sorted(plugins.plugins),
         kinds=kinds,
         events=[*SERVER_EVENTS, *sorted(events)],
         requests=requests(kinds),
@@ -341,9 +341,9 @@ export type Ack<Answer> = (answer: Answer | Refused) => void;
 """
 
 
-def typescript(host: spywatcher.PluginHost) -> str:
+def typescript(plugins: spywatcher.PluginLoader) -> str:
     """The declarations as a `.d.ts` file."""
-    all_of_it = declarations(host)
+    all_of_it = declarations(plugins)
     interfaces = [interface(name, schema) for name, schema in sorted(all_of_it.schemas.items())]
     heard = [
         line
@@ -455,9 +455,9 @@ def ts_object(schema: Schema) -> str:
 # ---- AsyncAPI ----
 
 
-def asyncapi(host: spywatcher.PluginHost) -> str:
+def asyncapi(plugins: spywatcher.PluginLoader) -> str:
     """The declarations as an AsyncAPI 3 document, in JSON; the server is the application."""
-    all_of_it = declarations(host)
+    all_of_it = declarations(plugins)
     messages = {key(e.name): message(e.name, e.summary, e.schema) for e in all_of_it.events}
     for request in all_of_it.requests:
         _, argument = request.argument or ("", {"type": "null"})

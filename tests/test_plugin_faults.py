@@ -5,9 +5,13 @@ The plugins are files, in tests/plugins/wrong_at_load and tests/plugins/wrong_at
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,8 @@ from waiting import eventually
 from watching import Watch, Watching
 
 import spywatcher
-from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
+from simulator import Harness
+from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
 #: Why each plugin of tests/plugins/wrong_at_load is not loaded.
@@ -58,12 +63,12 @@ WHY = {
 def test_each_plugin_that_does_not_load_is_named_in_a_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    host = PluginHost(PluginsSettings(folders=("wrong_at_load",)), {}, FOLDER, Metrics())
-    host.load()
-    assert sorted(host.plugins) == ["a_good", "json"]
-    assert sorted(host.failures) == sorted(WHY)
+    loader = PluginLoader(PluginsSettings(folders=("wrong_at_load",)), {}, FOLDER, Metrics())
+    loader.load_all()
+    assert sorted(loader.plugins) == ["a_good", "json"]
+    assert sorted(loader.failures) == sorted(WHY)
     for name, why in WHY.items():
-        [line] = [line for line in host.loader.faults() if line.startswith(f"plugin {name}: ")]
+        [line] = [line for line in loader.faults() if line.startswith(f"plugin {name}: ")]
         assert re.search(why, line), line
         assert f"spywatcher_plugins.{name}" not in sys.modules
     assert len([r for r in caplog.records if r.levelno >= logging.ERROR]) == len(WHY)
@@ -71,9 +76,9 @@ def test_each_plugin_that_does_not_load_is_named_in_a_line(
 
 def test_a_key_for_a_plugin_without_settings_is_refused() -> None:
     tables = {"messages": {"foo": 1}}
-    host = PluginHost(PluginsSettings(), tables, ROOT, Metrics())
+    loader = PluginLoader(PluginsSettings(), tables, ROOT, Metrics())
     with pytest.raises(OperatorError, match=r"plugin.messages.foo: unknown key"):
-        host.load()
+        loader.load_all()
 
 
 # ---- at work ---------------------------------------------------------------
@@ -191,30 +196,90 @@ async def test_events_that_lead_to_each_other_come_to_an_end(watching: Watching)
         await still_here(spy)
 
 
+@pytest.mark.logs(
+    "plugin any: fails failed: ValueError", "plugin any: fails failed 20 times in a row"
+)
 async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spywatcher, "PAUSE", 0.0)
     calls: list[object] = []
-    fence = spywatcher.Fence("any", Metrics())
-    monkeypatch.setattr(fence, "paused", lambda what: calls.append("paused"))
-    monkeypatch.setattr(fence, "failed", lambda what, error: None)
 
     def fails(subject: object) -> None:
         calls.append(subject)
         raise ValueError
 
-    guarded = spywatcher.Guarded(fails, (), "fails", fence, 1.0)
-    for number in range(21):
-        guarded.call(number, lambda subject, result: None)
-    assert calls == [*range(20), "paused", 20]
+    metrics = Metrics()
+    guarded = spywatcher.Guarded("any", metrics, fails, "fails", 1.0)
+    for number in range(20):
+        guarded.call(number)
+    assert metrics.plugin_pauses.labels("any")._value.get() == 1
+    guarded.call(20)
+    assert calls == [*range(21)]
 
 
-def test_who_was_only_kept_from_running_by_others_is_not_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    waited = iter([5.0, 5.3])
-    monkeypatch.setattr(spywatcher, "seconds_waited", lambda: next(waited))
-    fence = spywatcher.Fence("any", Metrics())
-    fence.took("patient", fence.begin() - 0.3)
+FAILS_TO_MAKE = """
+import hikari
+from spywatcher import on
+tries = []
+@on(hikari.GuildTypingEvent)
+def typing(event, spy):
+    async def make():
+        tries.append(1)
+        raise ValueError
+    spy.emit("typed", event.guild_id, make)
+"""
+
+
+@pytest.mark.logs("making typed failed: ValueError", "making typed failed 20 times in a row")
+def test_what_makes_an_event_is_paused_like_any_function(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(FAILS_TO_MAKE)
+    with Harness(path) as h:
+        for _ in range(25):
+            with contextlib.suppress(spywatcher.PluginError):
+                h.run(h.discord.typing(h.guild, h.guild.owner, h.guild.general))
+        assert len(h.host.plugins["mine"].module.tries) == 20
+
+
+def work(seconds: float) -> None:
+    """Compute for so long, by this thread's own clock."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def held(doing: Callable[[], object]) -> float:
+    """For how long this is said to have held up the server."""
+    began, before = time.perf_counter(), spywatcher.standing()
+    doing()
+    return spywatcher.seconds_held(time.perf_counter() - began, before, spywatcher.standing())
+
+
+@pytest.mark.parametrize("blocks", [work, time.sleep], ids=["computes", "sleeps"])
+def test_who_works_or_sleeps_is_named_with_how_long(blocks: Callable[[float], None]) -> None:
+    assert max(held(lambda: blocks(0.15)) for _ in range(3)) > 0.14
+
+
+def test_many_short_waits_are_a_long_one() -> None:
+    assert max(held(lambda: [time.sleep(0.003) for _ in range(40)]) for _ in range(3)) > 0.1
+
+
+def test_who_waited_for_the_interpreter_is_not_named() -> None:
+    """Four other threads want it all the time, on a machine that has others to serve too."""
+    ended = threading.Event()
+    others = [threading.Thread(target=spin, args=(ended,)) for _ in range(4)]
+    for other in others:
+        other.start()
+    try:
+        assert max(held(lambda: work(0.03)) for _ in range(5)) < spywatcher.BLOCKING
+    finally:
+        ended.set()
+        for other in others:
+            other.join()
+
+
+def spin(ended: threading.Event) -> None:
+    while not ended.is_set():
+        pass
 
 
 def test_reasons_never_show_more_than_the_beginning_of_a_value() -> None:

@@ -223,7 +223,7 @@ async def test_a_reload_of_the_settings_looks_at_the_files_though_none_are_watch
         save(folder, 2)
         await asyncio.sleep(1.0)  # nobody looks
         assert await version(spy, dashboard) == 1
-        spy.server.plugin_watcher.look()
+        spy.server.plugins.look()
         await becomes(spy, dashboard, 2)
 
 
@@ -278,8 +278,10 @@ def typed(event, spy):
 
 @pytest.mark.faults
 async def test_two_hundred_saves_lose_and_double_nothing_of_another_plugin(
-    live: Any, folder: Path
+    live: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for seconds in ("pace", "rest"):  # as served, a save takes most of a second
+        monkeypatch.setattr(spywatcher.PluginFiles, seconds, 0.02)
     save(folder, 0)
     (folder / "busy.py").write_text(BUSY)
     async with live() as spy:

@@ -1,5 +1,6 @@
 """config.toml: one table of settings, from which files, documents and checks follow."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -23,18 +24,22 @@ def faults(**tables: Any) -> list[str]:
 
 
 def meaning(struct: type, key: str) -> str:
-    """The sentence that a setting's type carries."""
+    """The sentence that stands above a setting or, of a plugin's, in its type."""
+    written = re.findall(r"^    #: (.+)\n    (\w+):", inspect.getsource(struct), re.MULTILINE)
+    texts = [text for text, name in written if name == key]
     hint = get_type_hints(struct, include_extras=True)[key]
-    texts = [meta.description for meta in hint.__metadata__ if meta.description]
+    texts += [meta.description for meta in getattr(hint, "__metadata__", ()) if meta.description]
     assert len(texts) == 1, f"{struct.__name__}.{key} has no description"
     return texts[0]
 
 
 def plugin_tables() -> dict[str, type]:
     """The `Settings` of each shipped plugin that has some, by the name of its table."""
-    host = spywatcher.PluginHost(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
-    host.load()
-    settings = {name: vars(plugin.module).get("Settings") for name, plugin in host.plugins.items()}
+    loader = spywatcher.PluginLoader(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
+    loader.load_all()
+    settings = {
+        name: vars(plugin.module).get("Settings") for name, plugin in loader.plugins.items()
+    }
     return {f"plugin.{name}": struct for name, struct in settings.items() if struct}
 
 
@@ -433,8 +438,8 @@ def test_plugin_folders_are_relative_to_the_settings_file(tmp_path, monkeypatch)
     (tmp_path / "config.toml").write_text('[plugins]\nfolders = ["mine"]\n')
     monkeypatch.chdir(ROOT)
     settings = read_settings(tmp_path / "config.toml")
-    host = spywatcher.PluginHost(
+    loader = spywatcher.PluginLoader(
         settings.plugins, settings.plugin, settings.folder, spywatcher.Metrics()
     )
-    host.load()
-    assert list(host.plugins) == ["empty"]
+    loader.load_all()
+    assert list(loader.plugins) == ["empty"]

@@ -21,7 +21,7 @@ from signing import Browser, picture_of, signing_in, signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
-from spywatcher import Keys, Metrics, OperatorError, PluginHost, parse_settings, read_settings
+from spywatcher import Keys, Metrics, OperatorError, PluginLoader, parse_settings, read_settings
 
 LISTED = "https://board.example"
 
@@ -458,9 +458,9 @@ def test_what_cannot_work_is_named(tmp_path: Path, wrong: dict[str, object], sai
 def faults_of(folder: Path, table: dict[str, object]) -> list[str]:
     """What `check` and `serve` say of this `[plugin.signin]`, in a folder of its own."""
     settings = read_settings(write_settings(folder, signin_only(table)))
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, Metrics())
     try:
-        host.load()
+        loader.load_all()
     except OperatorError as error:
         return list(error.faults)
     return []

@@ -133,7 +133,7 @@ def test_what_goes_out_is_what_is_declared() -> None:
     names = ("messages", "presence", "members")
     with Harness(*(ROOT / "plugins" / f"{name}.py" for name in names)) as h:
         h.run(LivelyGuild(h.discord).warm_up(200))
-        declared = spywatcher_types.declarations(h.host)
+        declared = spywatcher_types.declarations(h.host.loader)
     forms = {event.name: event.schema["$ref"].rpartition("/")[2] for event in declared.events}
     for event, fields, _ in h.emitted:
         assert fields.keys() == declared.schemas[forms[event]]["properties"].keys()
