@@ -2542,7 +2542,7 @@ class Harness:
 
     async def _tick(self) -> None:
         for runner in self.host.runners.values():
-            for guarded, _ in runner.repeated:
+            for _, guarded in runner.repeated:
                 await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:

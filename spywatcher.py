@@ -69,6 +69,7 @@ import secrets
 import signal
 import socket
 import sys
+import textwrap
 import time
 import tomllib
 import traceback
@@ -89,7 +90,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from operator import itemgetter
+from operator import call, itemgetter
 from pathlib import Path
 from types import ModuleType, coroutine
 from typing import (
@@ -3686,24 +3687,15 @@ Mark = Listener | Repeated | Greeter | Route
 MARKS: Final = "__spywatcher__"
 
 
-class Hook(NamedTuple):
-    """How one kind of a plugin's functions is called."""
-
-    #: What it is handed, in this order,
-    arguments: tuple[str, ...]
-    #: and how many of them it has to take at least.
-    least: int
-
-
-#: Every function of a plugin that the host calls: by its mark, or by its name in the module.
-#: Besides there are `class Settings(PluginSettings)`, `needs`, and `route`, which marks a class.
-HOOKS: Final[dict[type | str, Hook]] = {
-    Listener: Hook(("event", "spy"), 1),
-    Repeated: Hook(("spy",), 1),
-    Greeter: Hook(("guild_id", "spy", "viewer"), 2),
-    "setup": Hook(("spy",), 1),
-    "teardown": Hook(("spy",), 1),
-    "forget": Hook(("storage", "member_id", "guild_id"), 3),
+#: Every function of a plugin that the host calls, by its mark or by its name in the module, and what
+#: it may take. Besides there are `class Settings(PluginSettings)`, `needs`, and `route`'s classes.
+HOOKS: Final[dict[type | str, tuple[str, ...]]] = {
+    Listener: ("event", "event, spy"),
+    Repeated: ("spy",),
+    Greeter: ("guild_id, spy", "guild_id, spy, viewer"),
+    "setup": ("spy",),
+    "teardown": ("spy",),
+    "forget": ("storage, member_id, guild_id",),
 }
 
 
@@ -3737,8 +3729,7 @@ NEEDS: Final = {
 
 def marked(function: Maker, mark: Mark) -> Maker:
     """The same function (or class) with one more mark on it."""
-    marks = [*vars(function).get(MARKS, ()), mark]
-    setattr(function, MARKS, marks)
+    setattr(function, MARKS, [*vars(function).get(MARKS, ()), mark])
     return function
 
 
@@ -3786,8 +3777,10 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     and counted, and it goes on. Of several nodes (docs/scale.md) only the one that holds the
     gateway calls it: a plugin is at work there alone, from its `setup` to its `teardown`.
     """
-    check_seconds(seconds)
-    return lambda function: marked(function, Repeated(float(seconds)))
+    given: object = seconds  # the function itself, where the brackets were left out
+    if not isinstance(given, int | float) or not 0 < given < math.inf:
+        raise PluginError(f"every({shown(given)}): expected seconds, as in @every(60)")
+    return lambda function: marked(function, Repeated(seconds))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
@@ -3825,13 +3818,12 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     if not pattern.startswith("/"):
         raise PluginError(f"route({shown(pattern)}): expected a path that begins with /")
 
-    return lambda handler: marked(handler, Route(pattern))
+    def mark(handler: Any) -> Any:
+        if not (isinstance(handler, type) and issubclass(handler, RequestHandler)):
+            raise PluginError(f"route({shown(pattern)}) belongs on a RequestHandler")
+        return marked(handler, Route(pattern))
 
-
-def check_seconds(seconds: object) -> None:
-    """Refuse what is no time to wait; raises PluginError."""
-    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise PluginError(f"every({shown(seconds)}): expected seconds, as in @every(60)")
+    return mark
 
 
 def check_source(event: object) -> None:
@@ -4025,9 +4017,8 @@ class Spy:
         name: str,
         settings: Any,
         context: HostContext,
+        metrics: Metrics,
         emit: Callable[..., None],
-        counts: Callable[[str], Counter],
-        failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -4048,13 +4039,9 @@ class Spy:
         #: the `teardown` of the old one: what must not be done by both is done under this.
         self.alone = context.alone(name)
         self._name = name
-        self._tokens = context.tokens
-        self._address = context.address
-        self._lists_origin = context.lists_origin
-        self._presences = context.presences
+        self._context = context
+        self._metrics = metrics
         self._emit = emit
-        self._counts = counts
-        self._failed = failed
         self._problem: str | None = None
 
     @property
@@ -4064,7 +4051,7 @@ class Spy:
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
-        self._counts(what).inc(amount)
+        self._metrics.plugin_counts.labels(self._name, what).inc(amount)
 
     def emit(
         self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
@@ -4083,11 +4070,11 @@ class Spy:
 
         It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
         """
-        return self._presences.of(int(guild_id), int(user_id))
+        return self._context.presences.of(int(guild_id), int(user_id))
 
     def online(self, guild_id: int | str) -> list[int]:
         """The ids of the guild's members who are not offline; bots are left out."""
-        return self._presences.online(int(guild_id))
+        return self._context.presences.online(int(guild_id))
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -4097,7 +4084,7 @@ class Spy:
         `guilds` are those that it may view, whatever Discord says; none: what Discord says counts.
         Raises an exception where the server has no secret.
         """
-        return self._tokens.issue(discord_id, role, guilds, ttl)
+        return self._context.tokens.issue(discord_id, role, guilds, ttl)
 
     def key(self, purpose: str) -> bytes:
         """32 bytes for signatures of the plugin's own, derived from `[auth] secret`.
@@ -4107,15 +4094,15 @@ class Spy:
 
             hmac.digest(spy.key("cookie"), value, "sha256")
         """
-        return self._tokens.derive_key(f"plugin {self._name}: {purpose}")
+        return self._context.tokens.derive_key(f"plugin {self._name}: {purpose}")
 
     def address(self, request: HTTPServerRequest) -> str:
         """Whom a request counts for: the client's address, behind a trusted proxy too; of IPv6 the /64."""
-        return self._address(request)
+        return self._context.address(request)
 
     def lists_origin(self, origin: str) -> bool:
         """Whether `[server] cors_origins` names this page's origin; "*" and "null" name nobody."""
-        return self._lists_origin(origin)
+        return self._context.lists_origin(origin)
 
     @property
     def problem(self) -> str | None:
@@ -4128,7 +4115,7 @@ class Spy:
     @problem.setter
     def problem(self, text: str | None) -> None:
         if text is not None:
-            self._failed()
+            self._metrics.plugin_failures.labels(self._name).inc()
         if text != self._problem:
             level = logging.INFO if text is None else logging.WARNING
             self.log.log(level, "%s", text or "all is well again")
@@ -4329,7 +4316,7 @@ class Presences:
     """
 
     def __init__(self) -> None:
-        self._guilds: dict[int, dict[int, int]] = {}
+        self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
 
     def of(self, guild_id: int, user_id: int) -> Presence | None:
         code = self._guilds.get(guild_id, {}).get(user_id)
@@ -4364,23 +4351,18 @@ class Presences:
     def take(self, event: str, payload: Any) -> None:
         """What a packet other than PRESENCE_UPDATE says of who is there."""
         if event == "GUILD_MEMBER_REMOVE":
-            self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
+            self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
         elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
-            self._enter(self._members(payload["guild_id"]), [payload], ())
+            self._enter(payload["guild_id"], [payload], ())
         elif event == "GUILD_MEMBERS_CHUNK":
-            members = self._members(payload["guild_id"])
-            self._enter(members, payload["members"], payload.get("presences", ()))
+            self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
         elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
             if event == "GUILD_CREATE":
-                members = self._members(payload["id"])
-                self._enter(members, payload["members"], payload.get("presences", ()))
+                self._enter(payload["id"], payload["members"], payload.get("presences", ()))
 
-    def _members(self, guild_id: str) -> dict[int, int]:
-        return self._guilds.setdefault(int(guild_id), {})
-
-    @staticmethod
-    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+    def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        members = self._guilds[int(guild_id)]
         for entry in entries:
             user = entry["user"]
             user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
@@ -4453,53 +4435,8 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Kinds of faults remembered as told, of one plugin.
+#: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
-
-
-class Fence:
-    """Keeps the account of one plugin's faults: each is counted, and logged once of its kind."""
-
-    def __init__(self, name: str, metrics: Metrics) -> None:
-        self.name = name
-        #: Count a fault.
-        self.count = metrics.plugin_failures.labels(name).inc
-        self._seconds = metrics.plugin_seconds.counts
-        self._pauses = metrics.plugin_pauses.labels(name)
-        self._told: set[object] = set()
-        self._longest: dict[str, float] = {}
-        self._standing, self._stood_at = Standing(), 0.0
-
-    def failed(self, what: str, error: BaseException) -> None:
-        self.count()
-        kind = (what, type(error), kind_of_fault(error))
-        if kind in self._told or len(self._told) >= MOST_KINDS:
-            return
-        self._told.add(kind)
-        log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
-
-    def begin(self) -> float:
-        """The moment at which a function of the plugin is called."""
-        now = time.perf_counter()
-        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
-            self._standing, self._stood_at = standing(), now
-        return now
-
-    def took(self, what: str, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self._seconds[self.name] += seconds
-        if seconds > BLOCKING:
-            seconds = seconds_held(seconds, self._standing, standing())
-            if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
-                self._longest[what] = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.name, what, seconds * 1000)
-
-    def paused(self, what: str) -> None:
-        self._pauses.inc()
-        paused = "plugin %s: %s failed %d times in a row and is paused for %.0f s"
-        log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
 
 
 class Standing(NamedTuple):
@@ -4577,22 +4514,29 @@ def being_cancelled() -> bool:
 
 @dataclasses.dataclass(eq=False)
 class Guarded:
-    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
+    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
+    counted, and logged once of its kind.
+    """
 
+    plugin: str
+    metrics: Metrics
     function: Callable[..., Any]
     #: As log lines name it.
     name: str
-    fence: Fence
     #: Seconds for which it may be awaited; None: for ever.
     time_limit: float | None
     #: What it is handed behind what it is called with.
     arguments: tuple[object, ...] = ()
-    #: Whose failure it is, for the log.
+    #: What failed in it or with it, for the log.
     where: str = ""
     #: What takes an event and what the function returned for it.
     then: Callable[[Any, Any], object] = lambda event, result: None
+    _told: set[object] = dataclasses.field(default_factory=set)
     _failed_in_row: int = 0
     _paused_until: float = 0.0
+    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _stood_at: float = 0.0
+    _longest: float = 0.0
     _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     @property
@@ -4640,11 +4584,11 @@ class Guarded:
             await asyncio.wait(self._running)
 
     def _call(self, *subject: object) -> Any:
-        began = self.fence.begin()
+        began = self._begin()
         try:
             return self.function(*subject, *self.arguments)
         finally:
-            self.fence.took(self.name, began)
+            self._took(began)
 
     async def _finish(self, event: object, result: Awaitable[Any]) -> None:
         with caught(self._failed):
@@ -4670,33 +4614,64 @@ class Guarded:
             task.cancel()
 
     async def _in_steps(self, result: Awaitable[Any]) -> Any:
-        return await in_steps(result, self.fence, self.name)
+        return await self._steps(result)
+
+    @coroutine
+    def _steps(self, result: Awaitable[Any]) -> Generator[Any, Any, Any]:
+        """Awaits it, and has each step of it counted: each holds up the loop."""
+        steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
+        resume, value = steps.send, None
+        while True:
+            began = self._begin()
+            try:
+                awaited = resume(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._took(began)
+            try:
+                resume, value = steps.send, (yield awaited)
+            except BaseException as error:  # a cancellation, most often: it is for what is awaited
+                resume, value = steps.throw, error
+
+    # -- its account
+
+    def _begin(self) -> float:
+        """The moment at which the function goes on."""
+        now = time.perf_counter()
+        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), now
+        return now
+
+    def _took(self, began: float) -> None:
+        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        seconds = time.perf_counter() - began
+        self.metrics.plugin_seconds.counts[self.plugin] += seconds
+        if seconds > BLOCKING:
+            seconds = seconds_held(seconds, self._standing, standing())
+            if seconds > max(BLOCKING, 2 * self._longest):
+                self._longest = seconds
+                held_up = "plugin %s: %s held up the server for %.0f ms"
+                log.warning(held_up, self.plugin, self.name, seconds * 1000)
 
     def _failed(self, error: BaseException) -> None:
-        self.fence.failed(f"{self.name} failed{self.where}", error)
+        self.report(error)
         self._failed_in_row += 1
         if self._failed_in_row % MOST_FAILURES == 0:
             self._paused_until = time.monotonic() + PAUSE
-            self.fence.paused(self.name + self.where)
+            self.metrics.plugin_pauses.labels(self.plugin).inc()
+            paused = "plugin %s: %s%s failed %d times in a row and is paused for %.0f s"
+            log.error(paused, self.plugin, self.name, self.where, MOST_FAILURES, PAUSE)
 
-
-@coroutine
-def in_steps(awaitable: Awaitable[Any], fence: Fence, name: str) -> Generator[Any, Any, Any]:
-    """Awaits something, and has each step of it counted: each holds up the loop."""
-    steps: Any = awaitable.__await__()  # a coroutine's or a future's: both have all three
-    resume, value = steps.send, None
-    while True:
-        began = fence.begin()
-        try:
-            awaited = resume(value)
-        except StopIteration as end:
-            return end.value
-        finally:
-            fence.took(name, began)
-        try:
-            resume, value = steps.send, (yield awaited)
-        except BaseException as error:  # a cancellation, most often: it is for what is awaited
-            resume, value = steps.throw, error
+    def report(self, error: BaseException) -> None:
+        """Count a fault, and log it if it is the first of its kind."""
+        self.metrics.plugin_failures.labels(self.plugin).inc()
+        kind = type(error), kind_of_fault(error)
+        if kind not in self._told and len(self._told) < MOST_KINDS:
+            self._told.add(kind)
+            failed = "plugin %s: %s failed%s: %s"
+            why, trace = reason(error), traceback_of(error)
+            log.error(failed, self.plugin, self.name, self.where, why, exc_info=trace)
 
 
 # -- one plugin
@@ -4709,7 +4684,7 @@ class Marked(NamedTuple):
 
     function: Any
     mark: Any
-    #: How many of the hook's arguments it takes.
+    #: How many arguments it takes of those that it may.
     takes: int
 
 
@@ -4726,11 +4701,8 @@ class Plugin:
         self.settings = self.check_settings(table, faults)
         if faults:
             raise OperatorError(*faults)
-        marked = marked_in(module)
-        self.listeners = [one for one in marked if isinstance(one.mark, Listener)]
-        self.repeated = [one for one in marked if isinstance(one.mark, Repeated)]
-        self.greeters = [one for one in marked if isinstance(one.mark, Greeter)]
-        self.routes = [one for one in marked if isinstance(one.mark, Route)]
+        self._marked = marked_in(module)
+        self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
         check_payloads(module)
@@ -4741,10 +4713,13 @@ class Plugin:
         if reserved := self.events & RESERVED_EVENTS:
             raise PluginError(f"the event name {min(reserved)} is reserved")
 
+    def marked(self, kind: type[Mark]) -> list[Marked]:
+        """What has such a mark."""
+        return [one for one in self._marked if isinstance(one.mark, kind)]
+
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {one.mark.source for one in self.listeners}
-        heard = {source for source in heard if not isinstance(source, str)}
+        heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
@@ -4768,19 +4743,10 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
 def marked_in(module: ModuleType) -> list[Marked]:
     """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
     return [
-        Marked(value, mark, check_marked(value, mark))
+        Marked(value, mark, arguments_taken(value, HOOKS[type(mark)]) if type(mark) in HOOKS else 0)
         for _, value in own_things(module)
         for mark in getattr(value, "__dict__", {}).get(MARKS, ())
     ]
-
-
-def check_marked(value: Any, mark: Mark) -> int:
-    """How many arguments the function takes of those that it is handed; raises PluginError."""
-    if not isinstance(mark, Route):
-        return arguments_taken(value, HOOKS[type(mark)])
-    if not (isinstance(value, type) and issubclass(value, RequestHandler)):
-        raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
-    return 0
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4842,21 +4808,19 @@ def attributes_used(path: Path) -> dict[str, str]:
     }
 
 
-def arguments_taken(function: Any, hook: Hook) -> int:
-    """How many of a hook's arguments the function takes."""
-    most = len(hook.arguments)
-    forms = [f"({', '.join(hook.arguments[:count])})" for count in range(hook.least, most + 1)]
+def arguments_taken(function: Any, forms: Sequence[str]) -> int:
+    """How many arguments the function takes, in the longest of these forms that it allows."""
+    expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) or not hasattr(function, "__name__"):
-        raise PluginError(f"{name}: expected a function of {' or '.join(forms)}")
+        raise PluginError(f"{name}: expected a function of {expected}")
     signature = inspect.signature(function)
-    for count in range(most, hook.least - 1, -1):
+    for form in reversed(forms):
         with contextlib.suppress(TypeError):
-            signature.bind(*hook.arguments[:count])
-            return count
+            return len(signature.bind(*form.split(", ")).args)
     code = inspect.unwrap(function).__code__
     where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
+    raise PluginError(f"{name} takes {signature}, expected {expected} {where}")
 
 
 def check_payloads(module: ModuleType) -> None:
@@ -4875,8 +4839,7 @@ class PluginHandler(RequestHandler):
     """The host's side of a plugin's route."""
 
     spy: Spy
-    #: Told what failed, and what it raised.
-    failed: Callable[[str, BaseException], None]
+    guarded: Guarded
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4885,7 +4848,7 @@ class PluginHandler(RequestHandler):
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
-            type(self).failed(f"{type(self).__name__} failed", value)
+            self.guarded.report(value)
 
 
 #: A function that hears events, and its mark.
@@ -4908,7 +4871,6 @@ class Runner:
         publish: Callable[[str, EventData], None],
     ) -> None:
         self.plugin = plugin
-        self.fence = fence = Fence(plugin.name, metrics)
         self._context = context
         self._time_limit = time_limit
         #: Refuses an event and a kind of room that are not the plugin's to use.
@@ -4919,49 +4881,53 @@ class Runner:
         #: From its `setup` to its `teardown`.
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
-        counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, fence.count)
-        self.listeners = [self._listening(*marked) for marked in plugin.listeners]
-        self.greeters = [(marked, self._greeter(marked)) for marked in plugin.greeters]
+        self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
+        self._guard = guard = functools.partial(Guarded, plugin.name, metrics)
+        #: What makes an event's payload when it is really sent, by event.
+        self._makers: dict[str, Guarded] = {}
+        self.setup = self._hook("setup", self.setup_limit)
+        self.teardown = self._hook("teardown", time_limit)
+        self.listeners = [(one.mark, self._listener(*one)) for one in plugin.listeners]
+        self.greeters = [(one, self._greeter(*one)) for one in plugin.greeters]
         self.repeated = [
-            (Guarded(f, f.__name__, fence, None, (self.spy,)), mark.seconds)
-            for f, mark, _ in plugin.repeated
+            (mark.seconds, guard(function, function.__name__, None, (self.spy,)))
+            for function, mark, _ in plugin.marked(Repeated)
         ]
-        own = {"spy": self.spy, "failed": fence.failed}
         #: What the plugin serves: a pattern of the whole path, and what answers there.
-        self.routes: Routes = [
-            (PathMatches(mark.pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, mark, _ in plugin.routes
+        self.routes = [
+            (PathMatches(one.mark.pattern), self._page(one.function))
+            for one in plugin.marked(Route)
         ]
 
-    def _listening(self, function: Callable[..., Any], mark: Listener, takes: int) -> Listening:
-        source = mark.source if isinstance(mark.source, str) else mark.source.__name__
-        return mark, Guarded(
-            function,
-            function.__name__,
-            self.fence,
-            self._time_limit,
-            (self.spy,)[: takes - 1],
-            f" on {source}",
-            functools.partial(self._send_result, mark),
-        )
+    def _hook(self, name: str, seconds: float) -> Guarded:
+        hook = self.plugin.hooks.get(name, lambda spy: None)
+        return self._guard(hook, name, seconds, (self.spy,))
 
-    def _greeter(self, marked: Marked) -> Guarded:
-        name, where = f"making {marked.mark.emit}", f" in {marked.function.__name__}"
-        return Guarded(marked.function, name, self.fence, self._time_limit, (), where)
+    def _listener(self, function: Callable[..., Any], mark: Listener, takes: int) -> Guarded:
+        where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
+        then, more = functools.partial(self._send_result, mark), (self.spy,)[: takes - 1]
+        return self._guard(function, function.__name__, self._time_limit, more, where, then)
+
+    def _greeter(self, function: Callable[..., Any], mark: Greeter, takes: int) -> Guarded:
+        name, where = f"making {mark.emit}", f" in {function.__name__}"
+        return self._guard(function, name, self._time_limit, (), where)
+
+    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
+        name = handler.__name__
+        own = {"spy": self.spy, "guarded": self._guard(handler, name, None)}
+        return type(name, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = [guarded for _, guarded in (*self.listeners, *self.greeters)]
-        everything += [guarded for guarded, _ in self.repeated]
-        return [f"{self.plugin.name}.{one.name}" for one in everything if one.paused]
+        everything = (*self.listeners, *self.greeters, *self.repeated)
+        return [f"{self.plugin.name}.{one.name}" for _, one in everything if one.paused]
 
     # -- life
 
     async def set_up(self) -> None:
         """Run the plugin's `setup`; raises whatever that raises."""
         self.spy.shared = self._context.share(self.plugin.name)
-        await self._run_hook("setup", self.setup_limit)
+        await self.setup.run()
 
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
@@ -4984,15 +4950,11 @@ class Runner:
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
         for _, guarded in self.listeners:
             await guarded.wait()
-        with caught(functools.partial(self.fence.failed, "teardown failed")):
-            await self._run_hook("teardown", self._time_limit)
-
-    async def _run_hook(self, name: str, seconds: float) -> None:
-        if hook := self.plugin.hooks.get(name):
-            await Guarded(hook, name, self.fence, seconds, (self.spy,)).run()
+        with caught(self.teardown.report):
+            await self.teardown.run()
 
     @staticmethod
-    async def _repeat(guarded: Guarded, seconds: float) -> None:
+    async def _repeat(seconds: float, guarded: Guarded) -> None:
         while True:
             await asyncio.sleep(seconds)
             await guarded.ask()
@@ -5031,9 +4993,12 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            guarded = Guarded(payload, f"making {event}", self.fence, self._time_limit)
+            maker = self._makers.get(event) or self._guard(
+                call, f"making {event}", self._time_limit
+            )
+            self._makers[event] = maker
             finish = functools.partial(self._finished, event, guild_id)
-            make = functools.partial(guarded.ask, then=finish)
+            make = functools.partial(maker.ask, payload, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
             self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
@@ -5521,7 +5486,7 @@ class PluginHost:
 
         def failed(error: BaseException) -> None:
             self.failures[name] = f"setup failed: {reason(error)}"
-            runner.fence.failed("setup failed", error)
+            runner.setup.report(error)
 
         with caught(failed):
             await runner.set_up()
@@ -5584,14 +5549,14 @@ class PluginHost:
                     coming.append(runner)
                     others[name] = runner.plugin
             gone = [name for name, path in changed.items() if path is None]
-            ending = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
+            before = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
             for name in gone:
                 take_modules(name)
                 log.info("plugin %s: gone", name)
             for runner in coming:
                 self._enter(runner)
             self._take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
+            await asyncio.gather(*(runner.tear_down() for runner in before if runner))
 
     async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
         """A new version, set up where plugins are at work; None where anything of that fails."""
@@ -8773,14 +8738,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         return command.add_argument
 
     an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
+    a_folder: dict[str, Any] = {"type": parse_folder, "metavar": "DIR"}
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
     demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
+    demo("--plugins", help="more plugins to load", **a_folder)
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
+    check("--plugins", help="more plugins to load", **a_folder)
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
     types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    types("--plugins", help="more plugins to load", **a_folder)
     token = add("token", token_command, "make a viewer's token")
     token("--discord-id", required=True, help="the viewer's user id", **an_id)
     token("--role", default="USER", choices=sorted(get_args(Role)))
@@ -8822,25 +8790,22 @@ def bot_token_of(settings: Settings) -> str:
     return token
 
 
-def credentials_of(settings: Settings) -> tuple[Keys, str]:
-    """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
-    keys, token = given_credentials(settings)
-    if keys == Keys() or not token:
-        raise OperatorError(
-            "auth.secret and discord.token must both be set (or auth.secret_file and"
-            " discord.token_file); to look around without a bot: python spywatcher.py demo"
-        )
-    return keys, token
+def credentials_of(settings: Settings, *, needed: bool = True) -> tuple[Keys, str]:
+    """What tokens are checked with, and the bot's own.
 
-
-def given_credentials(settings: Settings) -> tuple[Keys, str]:
-    """The same, as far as they are set."""
+    Raises OperatorError where one is wrong or, if they are `needed`, missing.
+    """
     faults: list[str] = []
     keys, token = Keys(), ""
     with collecting(faults):
         keys = read_keys(settings.auth, settings.folder)
     with collecting(faults):
         token = bot_token_of(settings)
+    if not faults and needed and (keys == Keys() or not token):
+        faults.append(
+            "auth.secret and discord.token must both be set (or auth.secret_file and"
+            " discord.token_file); to look around without a bot: python spywatcher.py demo"
+        )
     if faults:
         raise OperatorError(*faults)
     return keys, token
@@ -8875,30 +8840,30 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
-    plugins = plugin_loader(settings)
-    faults = faults_beside_file(settings, plugins, credentials_of)
-    if not faults:
-        if arguments.settings:
-            print(settings_text(settings))
-        for plugin in plugins.plugins.values():
-            print(plugin_text(plugin))
-        for plugin in plugins.plugins.values():
-            print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if faults := faults + plugins.faults():
+    """Print what there is, and say what `serve` would refuse and which plugins do not load."""
+    plugins = plugin_loader(settings, arguments.plugins)
+    faults = faults_beside_file(settings, plugins)
+    if arguments.settings:
+        print(settings_text(settings))
+    for plugin in plugins.plugins.values():
+        print(plugin_text(plugin))
+    if faults:
         raise OperatorError(*faults)
     print(f"all is well with {settings.source}")
 
 
 def faults_beside_file(
-    settings: Settings, plugins: PluginLoader, credentials: Callable[[Settings], tuple[Keys, str]]
+    settings: Settings, plugins: PluginLoader, *, complete: bool = True
 ) -> list[str]:
-    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
+    """What is wrong with what settings name: plugins (which are loaded by it), keys, token, Redis.
+
+    Where settings are not `complete`, what is missing is no fault.
+    """
     faults: list[str] = []
     with collecting(faults):
         plugins.load_all()
     with collecting(faults):
-        keys, token = credentials(settings)
+        keys, token = credentials_of(settings, needed=complete)
         if keys != Keys():
             plugins.check_secret(Tokens(keys, settings.auth.algorithms))
         if token:  # this takes none that is no token
@@ -8906,41 +8871,52 @@ def faults_beside_file(
     with collecting(faults):
         if settings.redis.url:
             cluster_code().check_redis(settings)
-    return faults
+    return faults + plugins.faults()
 
 
-def plugin_loader(settings: Settings) -> PluginLoader:
-    return PluginLoader(settings.plugins, settings.plugin, settings.folder, Metrics())
+def plugin_loader(settings: Settings, first: Path | None = None) -> PluginLoader:
+    """Of the folders that settings name, with one before them."""
+    folders = (*([str(first)] if first else []), *settings.plugins.folders)
+    chosen = msgspec.structs.replace(settings.plugins, folders=folders)
+    return PluginLoader(chosen, settings.plugin, settings.folder, Metrics())
 
 
 def plugin_text(plugin: Plugin) -> str:
-    """What a plugin is called for, what it needs and what it serves, but its events."""
-    nothing = hikari.Intents.NONE
-    intents = nothing
+    """What a plugin sends, is called for, needs and serves."""
+    intents = nothing = hikari.Intents.NONE
     for event_type in plugin.event_types():
         intents |= missing_intents(event_type, nothing)
     hears = [one.mark.source for one in plugin.listeners]
+    form = plugin.settings_form
     rows: dict[str, Iterable[str]] = {
+        "sends": plugin.events,
         "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
-        "every": [f"{one.mark.seconds:g} s" for one in plugin.repeated],
+        "every": [f"{one.mark.seconds:g} s" for one in plugin.marked(Repeated)],
         "greets": [one.mark.kind for one in plugin.greeters],
         "hooks": plugin.hooks,
         "rooms": plugin.kinds,
-        "routes": [one.mark.pattern for one in plugin.routes],
+        "routes": [one.mark.pattern for one in plugin.marked(Route)],
         "intents": [str(intent.name) for intent in intents],
         "needs": plugin.needs,
-        "settings": plugin.settings_form.__struct_fields__
-        if plugin.settings_form
-        else plugin.settings,
+        "settings": form.__struct_fields__ if form else plugin.settings,
     }
-    lines = [f"  {what:<10}{', '.join(sorted(set(of)))}" for what, of in rows.items() if of]
+    lines = [
+        textwrap.fill(
+            ", ".join(sorted(set(of))),
+            100,
+            initial_indent=f"  {what:<10}",
+            subsequent_indent=" " * 12,
+        )
+        for what, of in rows.items()
+        if of
+    ]
     return "\n".join([f"{plugin.name}:", *lines])
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    plugins = plugin_loader(settings)
+    plugins = plugin_loader(settings, arguments.plugins)
     plugins.load_all()
     if faults := plugins.faults():
         raise OperatorError(*faults)
@@ -9072,8 +9048,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
             plugins = plugin_loader(error.sound)
-            more = faults_beside_file(error.sound, plugins, given_credentials)
-            faults += with_source(more + plugins.faults(), error.sound)
+            more = faults_beside_file(error.sound, plugins, complete=False)
+            faults += with_source(more, error.sound)
         say_faults(*faults)
         return EXIT_OPERATOR
     except UpstreamError as error:

@@ -5,6 +5,7 @@ The plugins are files, in tests/plugins/wrong_at_load and tests/plugins/wrong_at
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
@@ -20,6 +21,7 @@ from waiting import eventually
 from watching import Watch, Watching
 
 import spywatcher
+from simulator import Harness
 from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
@@ -194,21 +196,48 @@ async def test_events_that_lead_to_each_other_come_to_an_end(watching: Watching)
         await still_here(spy)
 
 
+@pytest.mark.logs(
+    "plugin any: fails failed: ValueError", "plugin any: fails failed 20 times in a row"
+)
 async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spywatcher, "PAUSE", 0.0)
     calls: list[object] = []
-    fence = spywatcher.Fence("any", Metrics())
-    monkeypatch.setattr(fence, "paused", lambda what: calls.append("paused"))
-    monkeypatch.setattr(fence, "failed", lambda what, error: None)
 
     def fails(subject: object) -> None:
         calls.append(subject)
         raise ValueError
 
-    guarded = spywatcher.Guarded(fails, "fails", fence, 1.0)
-    for number in range(21):
+    metrics = Metrics()
+    guarded = spywatcher.Guarded("any", metrics, fails, "fails", 1.0)
+    for number in range(20):
         guarded.call(number)
-    assert calls == [*range(20), "paused", 20]
+    assert metrics.plugin_pauses.labels("any")._value.get() == 1
+    guarded.call(20)
+    assert calls == [*range(21)]
+
+
+FAILS_TO_MAKE = """
+import hikari
+from spywatcher import on
+tries = []
+@on(hikari.GuildTypingEvent)
+def typing(event, spy):
+    async def make():
+        tries.append(1)
+        raise ValueError
+    spy.emit("typed", event.guild_id, make)
+"""
+
+
+@pytest.mark.logs("making typed failed: ValueError", "making typed failed 20 times in a row")
+def test_what_makes_an_event_is_paused_like_any_function(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(FAILS_TO_MAKE)
+    with Harness(path) as h:
+        for _ in range(25):
+            with contextlib.suppress(spywatcher.PluginError):
+                h.run(h.discord.typing(h.guild, h.guild.owner, h.guild.general))
+        assert len(h.host.plugins["mine"].module.tries) == 20
 
 
 def work(seconds: float) -> None:

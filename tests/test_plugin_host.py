@@ -269,7 +269,7 @@ async def test_run_as_a_script_plugins_get_the_module_that_runs(tmp_path):
     write_settings(tmp_path, sound | {"plugins": {"folders": ["plugins"]}})
     status, out, log = await run(tmp_path, "check")
     assert (status, log) == (0, [])
-    assert "plugin same: no events" in out
+    assert "same:" in out
 
 
 # ---- what plugins are given

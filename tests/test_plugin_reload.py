@@ -290,8 +290,10 @@ def typed(event, spy):
 
 @pytest.mark.faults
 async def test_two_hundred_saves_lose_and_double_nothing_of_another_plugin(
-    live: Any, folder: Path
+    live: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for seconds in ("pace", "rest"):  # as served, a save takes most of a second
+        monkeypatch.setattr(spywatcher.PluginFiles, seconds, 0.02)
     save(folder, 0)
     (folder / "busy.py").write_text(BUSY)
     async with live() as spy:
