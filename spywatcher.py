@@ -707,7 +707,7 @@ def changed_keys(old: Settings, new: Settings) -> list[str]:
 
 def shipped_plugins() -> Path | None:
     """The plugins that came with this file: beside a plain copy of it, or as it was installed."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     places = [here / OWN_PLUGINS, here / "spywatcher_plugins"]
     return next((place for place in places if place.is_dir()), None)
 
@@ -5122,13 +5122,33 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
     return min(in_guilds, key=int) & ~had
 
 
+def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
+    """Where to look, each place once, an operator's own before the shipped ones of the same name.
+
+    Raises OperatorError for a folder that is not there.
+    """
+    folders: dict[Path, Path] = {}
+    for name in names:
+        places = [folder / name]
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
+            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
+        found = [place for place in places if place.is_dir()]
+        if not found:
+            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+        for place in found:
+            folders.setdefault(place.resolve(), place)
+    return list(folders.values())
+
+
+#: Files and folders that are no plugins: parts of one, and tests.
+NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
 #: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
 Contents = list[tuple[Path, bytes | None]]
 
 
 class PluginFiles:
     """Where plugins are, an operator's own before the shipped ones, and which have changed since they
-    were taken. Raises OperatorError for a folder that is not there.
+    were taken.
     """
 
     #: Seconds between two looks.
@@ -5138,17 +5158,15 @@ class PluginFiles:
     #: and for which more is awaited where a file is empty or no Python.
     patience: ClassVar[float] = 1.5
 
-    def __init__(self, settings: PluginsSettings, folder: Path) -> None:
-        self._folders: list[Path] = []
-        for name in settings.folders:
-            places = [folder / name]
-            if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
-                places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
-            found = [place for place in places if place.is_dir()]
-            if not found:
-                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-            self._folders += found
-        self._disabled = frozenset(settings.disabled)
+    def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
+        self._folders = folders
+        shipped = shipped_plugins()
+        self._shipped = [
+            one for one in folders if shipped and one.resolve().is_relative_to(shipped)
+        ]
+        self._disabled = frozenset(disabled)
+        #: Files of earlier folders that take the place of others of that name.
+        self._replaced: set[tuple[str, Path, Path]] = set()
         #: What each file held when it was read, and when it had been written by then.
         self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
         #: Each plugin as it was taken;
@@ -5157,14 +5175,30 @@ class PluginFiles:
         self._seen: dict[str, tuple[Contents, float]] = {}
 
     def find(self) -> dict[str, Path]:
-        """The plugins that there are, by name: a file of each."""
+        """The plugins that there are, by name: a file of each, in the order to load them.
+
+        The shipped ones come first, then each folder's: of two that claim an event the earlier has it.
+        """
         found: dict[str, Path] = {}
+        replaced: set[tuple[str, Path, Path]] = set()
+        for name, path in self._files():
+            if (taken := found.setdefault(name, path)) != path:
+                replaced.add((name, taken, path))
+        for name, taken, path in sorted(replaced - self._replaced):
+            log.info("plugin %s: %s replaces %s", name, taken, path)
+        self._replaced = replaced
+        return dict(sorted(found.items(), key=lambda one: not self._is_shipped(one[1])))
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
             folder = entry.is_dir()
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
-            if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
-                found.setdefault(name, path)
-        return {name: path for name, path in sorted(found.items()) if name not in self._disabled}
+            left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
+            if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
+                yield name, path
+
+    def _is_shipped(self, path: Path) -> bool:
+        return any(path.is_relative_to(folder) for folder in self._shipped)
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
@@ -5185,7 +5219,7 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        names = sorted({*self._taken, *found})
+        names = dict.fromkeys([*found, *self._taken])
         return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
     def _has_settled(self, name: str, path: Path | None) -> bool:
@@ -5282,6 +5316,8 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     """Why a plugin did not load, and where in its files that came up."""
     if isinstance(error, SyntaxError):
         return str(error)  # says file and line
+    if isinstance(error, OperatorError):
+        return "; ".join(error.faults)
     place = ""
     home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
@@ -5304,7 +5340,7 @@ class PluginLoader:
         folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = PluginFiles(settings, folder)
+        self.files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
         self._failures = metrics.plugin_failures
@@ -5313,7 +5349,7 @@ class PluginLoader:
         self.failures: dict[str, str] = {}
 
     def load_all(self) -> None:
-        """Load every plugin of the folders, in the order of their names.
+        """Load every plugin of the folders.
 
         Raises OperatorError for wrong `[plugin.NAME]` tables; a plugin that fails is in `failures`
         afterwards.
