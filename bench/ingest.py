@@ -4,7 +4,8 @@
 
 A pretend Discord writes frames, made beforehand, to the gateway socket of one bot after the other,
 as fast as that reads them. SpyWatcher is the whole product with a dashboard in the guild's room,
-which must get every event that is one, in order of each member; the others call an empty listener.
+which must get every event that is one, in order of each member, and so is discord.js with Socket.IO;
+discord.js and discord.py alone only decode, and call an empty listener.
 What counts is the CPU time of the bot's process, all threads and children of the kernel's included.
 `--checkout` puts another version of SpyWatcher beside this one. `--members` measures nothing but the
 memory of a bot with so many members in its guild, each with a presence.
@@ -49,8 +50,9 @@ DEVICES = ("desktop", "mobile", "web")
 NAMES = {
     "spywatcher": "SpyWatcher",
     "other": "SpyWatcher, the other checkout",
-    "discord.js": "discord.js",
-    "discord.py": "discord.py",
+    "discord.js+socket.io": "discord.js that tells a dashboard",
+    "discord.js": "discord.js that only listens",
+    "discord.py": "discord.py that only listens",
 }
 CONFIG = """
 [server]
@@ -188,11 +190,11 @@ class Bot:
 
 async def start(kind: str, discord: PretendDiscord, folder: Path, root: Path) -> tuple[Any, str]:
     """The process, and the line with which it says that it is there."""
+    discord_js = ["node", str(SERVERS / "discord_js.mjs")]
+    discord_js += [discord.rest_url.removesuffix("/v10"), discord.token]
     command = {
-        "discord.js": [
-            *("node", str(SERVERS / "discord_js.mjs")),
-            *(discord.rest_url.removesuffix("/v10"), discord.token),
-        ],
+        "discord.js": discord_js,
+        "discord.js+socket.io": [*discord_js, event.SECRET],
         "discord.py": [
             *(sys.executable, str(SERVERS / "discord_py.py")),
             *(discord.rest_url, discord.token, discord.gateway_url),
@@ -327,7 +329,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, help="nothing but the memory of so many")
     parser.add_argument("--only", nargs="*", choices=NAMES, help="only these bots")
     options = parser.parse_args()
-    roots = {"spywatcher": ROOT, "other": options.checkout, "discord.js": ROOT, "discord.py": ROOT}
+    roots = dict.fromkeys(NAMES, ROOT) | {"other": options.checkout}
     wanted = options.only or roots
     roots = {kind: root for kind, root in roots.items() if root and kind in wanted}
     if options.members:
