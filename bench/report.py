@@ -17,18 +17,20 @@ RESULTS = Path(__file__).parent / "results.json"
 def parse_arguments(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument("--only", nargs="*", help="only these servers; nothing is kept")
+    parser.add_argument("--checkout", type=Path, help="another version of SpyWatcher beside them")
     return parser.parse_args()
 
 
 def keep(benchmark: str, figures: Any) -> None:
-    """Put the figures into results.json, beside those of the other benchmarks."""
+    """Put the figures into results.json, beside those of others and what else this one has found."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = {
         "cores": os.cpu_count(),
         "processor": platform.machine(),
         "python": platform.python_version(),
     }
-    results[benchmark] = figures
+    results[benchmark] = {**results.get(benchmark, {}), **figures}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
