@@ -34,7 +34,7 @@ def compare(kinds: list[str], count: int, rounds: int) -> dict[str, list[float]]
 
 
 def main() -> None:
-    options = report.parse_arguments(__doc__ or "")
+    options = report.parse_arguments(__doc__ or "", compares=True)
     quick = options.quick
     kinds = options.only or [*peers.SPYWATCHERS, "node", "stock"]
     if options.checkout:

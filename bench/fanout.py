@@ -199,7 +199,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    options = report.parse_arguments(__doc__ or "")
+    options = report.parse_arguments(__doc__ or "", compares=True)
     quick = options.quick
     kinds = options.only or [*peers.SPYWATCHERS, "spywatcher+recovery", "node", "stock", "bare"]
     if options.checkout:
