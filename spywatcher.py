@@ -2405,6 +2405,7 @@ class Session:
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
+        self.queue.poller = None  # nobody polls any more: it need not be kept for hours
         for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
