@@ -5800,14 +5800,13 @@ class PresenceUpdate(msgspec.Struct):
     guild_id: str
     status: str
     client_status: dict[str, str]
+    #: Guild and user, and how that one appears (`code_of`).
+    ids: tuple[int, int] = (0, 0)
+    code: int = 0
 
-    @property
-    def ids(self) -> tuple[int, int]:
-        return int(self.guild_id), int(self.user["id"])
-
-    @property
-    def code(self) -> int:
-        return code_of(self.status, self.client_status)
+    def __post_init__(self) -> None:
+        self.ids = int(self.guild_id), int(self.user["id"])
+        self.code = code_of(self.status, self.client_status)
 
 
 class PresencePacket(msgspec.Struct):
