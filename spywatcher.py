@@ -145,6 +145,7 @@ __all__ = [
     "Payload",
     "PluginSettings",
     "Presence",
+    "PresenceUpdateEvent",
     "Shared",
     "Spy",
     "Subscriber",
@@ -875,7 +876,7 @@ class Metrics:
         self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
         self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
         self.received = Tally("received_events", "Discord's events handed to plugins.", "event")
-        self.sent = count("sent_events", "Events that went to a room with listeners.", "event")
+        self.sent = Tally("sent_events", "Events that went to a room with listeners.", "event")
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
@@ -889,7 +890,7 @@ class Metrics:
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
         self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
-        for tally in (self.received, self.plugin_seconds):
+        for tally in (self.received, self.sent, self.plugin_seconds):
             self.registry.register(tally)
         self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
@@ -2390,6 +2391,7 @@ class Session:
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
+        self.queue.poller = None  # nobody polls any more: it need not be kept for hours
         for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
@@ -4017,6 +4019,45 @@ class Presence(NamedTuple):
     platforms: frozenset[str]
 
 
+class PresenceUpdateEvent(hikari.PresenceUpdateEvent):
+    """hikari's event, as plugins hear it: it tells, too, how the member appeared `before`, and `now`.
+
+        @on(PresenceUpdateEvent, emit="gone")
+        def gone(event):
+            return {"userId": str(event.user_id)} if event.now.status == "offline" else None
+
+    Who is not known appeared as None before. hikari's objects (`presence`, `old_presence`, `user`)
+    are made when they are first asked for: these two cost a tenth.
+    """
+
+    __slots__ = ("_make", "before", "guild_id", "now", "user_id")
+
+    guild_id: hikari.Snowflake
+    user_id: hikari.Snowflake
+    before: Presence | None
+    now: Presence
+
+    def __init__(
+        self,
+        shard: hikari.api.GatewayShard,
+        guild_id: hikari.Snowflake,
+        user_id: hikari.Snowflake,
+        appeared: tuple[Presence | None, Presence],
+        make: Callable[[], hikari.PresenceUpdateEvent],
+    ) -> None:
+        self.shard, self.guild_id, self.user_id = shard, guild_id, user_id
+        self.before, self.now = appeared
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        """hikari's fields, which are empty at first."""
+        if name not in ("presence", "old_presence", "user"):
+            raise AttributeError(name)
+        made = self._make()
+        self.presence, self.old_presence, self.user = made.presence, made.old_presence, made.user
+        return getattr(self, name)
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -4336,6 +4377,7 @@ APPEARANCES: Final = [
     for status in STATUSES
     for bits in range(8)
 ]
+NO_MEMBERS: Final[dict[int, int]] = {}
 
 
 class Presences:
@@ -4347,10 +4389,19 @@ class Presences:
 
     def __init__(self) -> None:
         self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
+        self._takers = {
+            "READY": self._ready,
+            "GUILD_CREATE": self._guild,
+            "GUILD_DELETE": self._guild,
+            "GUILD_MEMBERS_CHUNK": self._chunk,
+            "GUILD_MEMBER_ADD": self._member,
+            "GUILD_MEMBER_UPDATE": self._member,
+            "GUILD_MEMBER_REMOVE": self._member_gone,
+        }
 
     def of(self, guild_id: int, user_id: int) -> Presence | None:
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return None if code is None else APPEARANCES[code % BOT]
+        code = self.code(guild_id, user_id)
+        return None if code is None else APPEARANCES[code]
 
     def online(self, guild_id: int) -> list[int]:
         """People who are not offline."""
@@ -4363,33 +4414,46 @@ class Presences:
     def clear(self) -> None:
         self._guilds.clear()
 
-    def update(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Take how a member appears now; whether that is news."""
-        members = self._guilds.get(guild_id, {})
+    def code(self, guild_id: int, user_id: int) -> int | None:
+        """How a member appears, as `code_of` says it; None of who is none."""
+        code = self._guilds.get(guild_id, NO_MEMBERS).get(user_id)
+        return None if code is None else code % BOT
+
+    def update(self, guild_id: int, user_id: int, code: int) -> int | None:
+        """Take how a member appears now; returns how it appeared before, as `code` does."""
+        members = self._guilds.get(guild_id, NO_MEMBERS)
         before = members.get(user_id)
         if before is None:
-            return True
-        code = before & BOT | code_of(status, devices)
-        members[user_id] = code
-        return code != before
-
-    def knows(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Whether this is how the member appears already."""
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return code is not None and code % BOT == code_of(status, devices)
+            return None
+        members[user_id] = before & BOT | code
+        return before % BOT
 
     def take(self, event: str, payload: Any) -> None:
         """What a packet other than PRESENCE_UPDATE says of who is there."""
-        if event == "GUILD_MEMBER_REMOVE":
-            self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
-        elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
-            self._enter(payload["guild_id"], [payload], ())
-        elif event == "GUILD_MEMBERS_CHUNK":
-            self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
-        elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
+        if taker := self._takers.get(event):
+            taker(payload)
+
+    def _ready(self, payload: Any) -> None:
+        """Of the shard's guilds that it does not name the bot has left while it was away."""
+        named = {int(guild["id"]) for guild in payload["guilds"]}
+        served = ShardRange(*payload.get("shard", (0, 1)))
+        for guild_id in [one for one in self._guilds if served.has(one) and one not in named]:
+            del self._guilds[guild_id]
+
+    def _guild(self, payload: Any) -> None:
+        if not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
-            if event == "GUILD_CREATE":
+            if "members" in payload:
                 self._enter(payload["id"], payload["members"], payload.get("presences", ()))
+
+    def _chunk(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
+
+    def _member(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], [payload], ())
+
+    def _member_gone(self, payload: Any) -> None:
+        self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
 
     def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
         members = self._guilds[int(guild_id)]
@@ -4430,6 +4494,8 @@ def was_author_person(event: Any, presences: Presences) -> bool:
 
 
 def is_user_person(event: Any, presences: Presences) -> bool:
+    if isinstance(event, PresenceUpdateEvent) and event.before is not None:  # a member's
+        return presences.is_person(event.guild_id, event.user_id)
     user = getattr(event, "user", None) or getattr(event, "member", None)
     if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
         return presences.is_person(event.guild_id, event.user_id)
@@ -5709,21 +5775,20 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
-class PartialUser(msgspec.Struct):
-    id: str
-
-
 class PresenceUpdate(msgspec.Struct):
     """What decides whether a presence is news (Discord documentation: Presence Update)."""
 
-    user: PartialUser
+    user: dict[str, Any]
     guild_id: str
     status: str
     client_status: dict[str, str]
+    #: Guild and user, and how that one appears (`code_of`).
+    ids: tuple[int, int] = (0, 0)
+    code: int = 0
 
-    @property
-    def content(self) -> tuple[int, int, str, dict[str, str]]:
-        return int(self.guild_id), int(self.user.id), self.status, self.client_status
+    def __post_init__(self) -> None:
+        self.ids = int(self.guild_id), int(self.user["id"])
+        self.code = code_of(self.status, self.client_status)
 
 
 class PresencePacket(msgspec.Struct):
@@ -6004,15 +6069,19 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         for event_type in event.dispatches():
             for callback in self._plain.get(event_type, ()):
                 callback(event)
-        return super().dispatch(event, return_tasks=return_tasks)
+        if return_tasks or self._listeners or self._waiters:
+            return super().dispatch(event, return_tasks=return_tasks)
+        return None
 
     def read_packet(self, data: bytes) -> Any:
-        """A packet from its JSON; in place of a presence that is no event stands `UNCHANGED`."""
-        with contextlib.suppress(msgspec.MsgspecError):
+        """A packet from its JSON. Of a presence stands there what decides, or that it is `UNCHANGED`."""
+        with contextlib.suppress(msgspec.MsgspecError, ValueError, KeyError):
             if b'"PRESENCE_UPDATE"' in data and not self._wants_all():
                 packet = read_presence(data)
-                if packet.t == "PRESENCE_UPDATE" and self._presences.knows(*packet.d.content):
-                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": UNCHANGED}
+                if packet.t == "PRESENCE_UPDATE":
+                    known = self._presences.code(*packet.d.ids) == packet.d.code
+                    content = UNCHANGED if known else packet.d
+                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": content}
             return msgspec.json.decode(data)
         return json.loads(data)  # it takes more than the standard allows
 
@@ -6023,26 +6092,46 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if self._cache and self._presences.of(*ids) is None:
             self._cache.delete_presence(*map(hikari.Snowflake, ids))
 
-    @filtered(hikari.PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
+    @filtered(PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
     def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
-        ids = int(payload["guild_id"]), int(payload["user"]["id"])
-        before = self._presences.of(*ids)
-        news = self._presences.update(*ids, payload["status"], payload["client_status"])
-        if self._whole:
-            super().on_presence_update(shard, payload)
-        elif news:
-            self.dispatch(
-                self._event_factory.deserialize_presence_update_event(
-                    shard, {**payload, "activities": ()}, old_presence=self._old(payload, before)
-                )
-            )
+        update = msgspec.convert(payload, PresenceUpdate)
+        guild_id, user_id = map(hikari.Snowflake, update.ids)
+        code = update.code
+        before = self._presences.update(guild_id, user_id, code)
+        if before == code and not self._whole:
+            return
+        appeared = None if before is None else APPEARANCES[before], APPEARANCES[code]
+        make = functools.partial(self._hikaris, shard, payload, appeared[0])
+        event = PresenceUpdateEvent(shard, guild_id, user_id, appeared, make)
+        if self._whole and self._cache:
+            presence = event.presence  # with it the old one is read, before it goes
+            if code:
+                self._cache.update_presence(presence)
+            else:
+                self._cache.delete_presence(guild_id, user_id)
+        self.dispatch(event)
+
+    def _hikaris(
+        self, shard: hikari.api.GatewayShard, payload: Any, before: Presence | None
+    ) -> hikari.PresenceUpdateEvent:
+        """What hikari makes of it, with activities only where it keeps presences."""
+        if self._whole and self._cache:
+            ids = int(payload["guild_id"]), int(payload["user"]["id"])
+            old = self._cache.get_presence(*map(hikari.Snowflake, ids))
+        else:
+            if isinstance(payload, PresenceUpdate):
+                payload = msgspec.structs.asdict(payload)
+            payload = {**payload, "activities": ()}
+            old = self._old(payload, before)
+        factory = self._event_factory
+        return factory.deserialize_presence_update_event(shard, payload, old_presence=old)
 
     def _old(self, payload: Any, before: Presence | None) -> hikari.MemberPresence | None:
         """hikari's form of how a member appeared; None for offline, as hikari has it."""
         if before is None or before.status == "offline":
             return None
         devices = dict.fromkeys(before.platforms, before.status)
-        old = {"status": before.status, "client_status": devices, "activities": ()}
+        old = {"status": before.status, "client_status": devices}
         return self._entity_factory.deserialize_member_presence({**payload, **old})
 
 
@@ -6690,14 +6779,16 @@ class Node:
 
     def has_listeners(self, guild_id: str, kind: str) -> bool:
         """Whether anybody is in the room, or may come back to it: else no payload needs to be made."""
-        room = Destination(guild_id, kind).room
+        return self._listens(Destination(guild_id, kind).room)
+
+    def _listens(self, room: str) -> bool:
         return self._parts.rooms.has_listeners(room) or self._parts.recovery.has_listeners(room)
 
     def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
         """The last step of an event that all nodes share: to whom it goes."""
-        if self.has_listeners(guild_id, kind):
-            self._parts.metrics.sent.labels(event).inc()
-            to = destination_of(guild_id, kind, fields)
+        to = destination_of(guild_id, kind, fields)
+        if self._listens(to.room):
+            self._parts.metrics.sent.counts[event] += 1
             frame = self._parts.recovery.logs.add(to, event_packet(event, fields))
             self._parts.clients.send(to, frame)
         else:
@@ -7793,9 +7884,8 @@ class RightsWatcher:
         """An event to those in a room who may see it."""
         if to.guild_id in self._stale:
             self._look_through(to.guild_id)
-        self._rooms.send(
-            to.room, frame, functools.partial(self._hidden, to) if to.channel_id else None
-        )
+        hidden = functools.partial(self._hidden, to) if to.channel_id else None
+        self._rooms.send(to.room, frame, hidden)
 
     def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
