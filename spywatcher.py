@@ -3761,7 +3761,7 @@ def on(
     `[discord] startup_grace` of a new gateway session, while what looks like news is only Discord
     telling how things stand.
     """
-    check_source(event)
+    check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
     return lambda function: marked(function, Listener(event, emit, room, settled, bots))
@@ -3826,8 +3826,8 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     return mark
 
 
-def check_source(event: object) -> None:
-    """Refuse what `on` cannot listen to; raises PluginError."""
+def check_source(event: object, emit: str | None) -> None:
+    """Refuse what `on` cannot listen to, or has no guild to emit to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
         for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
@@ -3840,6 +3840,13 @@ def check_source(event: object) -> None:
         raise PluginError(
             f"on({came}): expected a class of hikari's events or the name of a plugin's event"
         )
+    elif emit and not has_guild(event):
+        raise PluginError(f"on({event.__name__}) has no guild_id: leave emit= out, use spy.emit")
+
+
+def has_guild(event_type: type[hikari.Event]) -> bool:
+    """Whether events of this type, or of a narrower one, say of which guild they are."""
+    return hasattr(event_type, "guild_id") or any(map(has_guild, event_type.__subclasses__()))
 
 
 def check_name(where: str, name: object) -> None:
@@ -4818,15 +4825,19 @@ def arguments_taken(function: Any, forms: Sequence[str]) -> int:
     for form in reversed(forms):
         with contextlib.suppress(TypeError):
             return len(signature.bind(*form.split(", ")).args)
-    code = inspect.unwrap(function).__code__
-    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    raise PluginError(f"{name} takes {signature}, expected {expected} {where}")
+    raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
 def check_payloads(module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
+            fields = value.__struct_fields__
+            telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
+            if telling and "channel_id" not in fields:
+                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
+                why = "goes to all who see the guild: only channel_id hides an event"
+                log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
                 msgspec.convert({}, value, dec_hook=accept)
             except msgspec.ValidationError:
@@ -5158,7 +5169,11 @@ class PluginFiles:
         for name, taken, path in sorted(replaced - self._replaced):
             log.info("plugin %s: %s replaces %s", name, taken, path)
         self._replaced = replaced
-        return dict(sorted(found.items(), key=lambda one: not self._is_shipped(one[1])))
+        return dict(
+            sorted(
+                found.items(), key=lambda one: not any(map(one[1].is_relative_to, self._shipped))
+            )
+        )
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
@@ -5167,9 +5182,6 @@ class PluginFiles:
             left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
             if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
                 yield name, path
-
-    def _is_shipped(self, path: Path) -> bool:
-        return any(path.is_relative_to(folder) for folder in self._shipped)
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
@@ -5287,6 +5299,14 @@ def fresh_modules(name: str) -> Iterator[None]:
         raise
 
 
+def line_of(name: str, path: Path) -> str:
+    """Where a plugin's file gives something this name: `mine.py, line 3`."""
+    source = path.read_text("utf-8", "replace")
+    found = re.search(rf"^((async )?def |class )?{name}\b", source, re.MULTILINE)
+    line = source[: found.start()].count("\n") + 1 if found else 0
+    return f"{path.name}, line {line}" if line else ""
+
+
 def reason_not_loaded(error: BaseException, path: Path) -> str:
     """Why a plugin did not load, and where in its files that came up."""
     if isinstance(error, SyntaxError):
@@ -5298,6 +5318,9 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    about = re.match(r"(class )?(\w+)", str(error))  # our own refusals begin with a name
+    if about and not place and isinstance(error, PluginError):
+        place = line_of(about[2], path)
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
     return f"{error} ({more})" if more else str(error)
@@ -5337,8 +5360,19 @@ class PluginLoader:
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
+        for plugin in self.plugins.values():
+            self.warn_of_typos(plugin)
         if faults:
             raise OperatorError(*faults)
+
+    def warn_of_typos(self, plugin: Plugin) -> None:
+        """Name what the plugin hears where nobody sends that, but something much like it."""
+        known = [event for one in self.plugins.values() for event in one.events]
+        for event in (one.mark.source for one in plugin.listeners):
+            near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
+            if near and event not in known:
+                asked = "plugin %s: no plugin emits %s, did you mean %s?"
+                log.warning(asked, plugin.name, event, near[0])
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
@@ -5586,6 +5620,7 @@ class PluginHost:
         if self._leading:
             runner.begin()
         log.info("plugin %s: loaded", plugin.name)
+        self.loader.warn_of_typos(plugin)
         for event_type in plugin.event_types():
             if missing := missing_intents(event_type, self._context.bot.intents):
                 log.warning(
@@ -8821,10 +8856,16 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
     run_until_stopped(run_server(server, systemd, reload))
 
 
-def reload_settings(server: Server, path: Path | None) -> None:
-    """What SIGHUP does: read the settings again; a fault in them changes nothing."""
+def reload_settings(
+    server: Server,
+    path: Path | None,
+    changed: Callable[[Settings], Settings] = lambda settings: settings,
+) -> None:
+    """What SIGHUP does: read the settings again, `changed` as they were at the start; a fault in
+    them changes nothing.
+    """
     try:
-        settings = read_settings(path)
+        settings = changed(read_settings(path))
         with naming_source(settings):
             keys = read_keys(settings.auth, settings.folder)
             if keys == Keys():
@@ -8966,7 +9007,8 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
     simulator = code_beside("simulator", "the command demo")
-    run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
+    own = arguments.port, arguments.plugins, arguments.config
+    run_until_stopped(simulator.run_demo(settings, *own))
 
 
 async def run_server(
