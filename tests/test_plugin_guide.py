@@ -47,14 +47,16 @@ def test_every_language_of_the_page_is_run() -> None:
     assert set(re.findall(r"^ *```(\w+)$", GUIDE, re.MULTILINE)) == {"sh", "python", "js", "toml"}
 
 
-def test_the_command_of_the_page_is_understood(
+def test_the_commands_of_the_page_start_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine").mkdir()
+    [commands] = blocks("sh")
+    folder, make = map(shlex.split, commands.splitlines())
+    said = subprocess.run([*make, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    python, file, *arguments = shlex.split(said.stdout.splitlines()[-1])
+    assert (python, file) == (".venv/bin/python", "spywatcher.py")
     monkeypatch.chdir(tmp_path)
-    [command] = blocks("sh")
-    python, file, *arguments = shlex.split(command)
-    assert (python, (ROOT / file).is_file()) == ("python", True)
+    subprocess.run(folder, check=True)
     parsed = spywatcher.parse_arguments(arguments)
     assert (parsed.command, parsed.plugins) == (spywatcher.demo_command, tmp_path / "mine")
 
@@ -93,6 +95,15 @@ def test_reactions_are_counted(harness: Harness) -> None:
         assert [one.fields["count"] for one in h.emitted] == [1]
 
 
+@plugin("Count reactions by minute, and tell a new subscriber at once.")
+def test_who_subscribes_is_told_what_was_counted(harness: Harness) -> None:
+    ada = harness.guild.add_member("ada")
+    with harness as h:
+        h.run(h.discord.reaction(h.guild, ada, h.guild.general))
+        [[told], [of_member]] = h.subscribe(), h.subscribe("guild", ada)
+        assert told.fields["count"] == of_member.fields["count"] == 1
+
+
 async def test_the_other_plugins_of_the_page_run_in_a_server(
     watching: Watching, guild: Guild, tmp_path: Path
 ) -> None:
@@ -127,7 +138,7 @@ def test_the_test_of_the_page_passes(tmp_path: Path) -> None:
         PLUGINS["Tell dashboards when a message is deleted."]
     )
     [test] = [block for block in blocks("python") if not block.startswith('"""')]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the page's test is in the clone's folder
     done = subprocess.run(
         [sys.executable, "-c", test], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
