@@ -4416,35 +4416,38 @@ class Standing(NamedTuple):
     ran: float = 0.0
     #: it was ready to run, and other threads of the machine ran;
     queued: float = 0.0
-    #: the other threads of this process ran;
+    #: the other threads of this process ran.
     others: float = 0.0
-    #: and so many times they were interrupted.
+    #: So many times it slept,
+    naps: int = 0
+    #: and the other threads were interrupted.
     interrupted: int = 0
 
 
 def standing() -> Standing:
     """Of the thread that asks; nothing where no kernel tells."""
     try:
-        own = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        own = resource.getrusage(resource.RUSAGE_THREAD)
         with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
             queued = int(file.read().split()[1]) / 1e9
     except (OSError, AttributeError):
         return Standing()
     ran, all_ran = time.thread_time(), time.process_time()
-    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own
-    return Standing(ran, queued, all_ran - ran, interrupted)
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
+    return Standing(ran, queued, all_ran - ran, own.ru_nvcsw, interrupted)
 
 
 def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
     """For how much of so many seconds the thread itself kept everybody waiting.
 
-    It worked, or it slept. It did not sleep while it was queued, nor while it waited for the
-    interpreter: another thread had it and ran, or was kept from running, for nobody knows how long.
+    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, which
+    another thread had. That ran, or was itself interrupted for nobody knows how long; but who waits
+    for the interpreter wakes up every few milliseconds to ask for it (`sys.setswitchinterval`).
     """
-    worked = min(seconds, now.ran - before.ran)
-    if now.interrupted > before.interrupted:
-        return worked
-    return max(worked, seconds - (now.queued - before.queued) - (now.others - before.others))
+    waited = (now.naps - before.naps) * BLOCKING
+    if now.interrupted == before.interrupted:
+        waited = min(waited, now.others - before.others)
+    return max(min(seconds, now.ran - before.ran), seconds - (now.queued - before.queued) - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:

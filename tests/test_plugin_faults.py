@@ -259,6 +259,16 @@ def test_who_works_or_sleeps_is_named_with_how_long(blocks: Callable[[float], No
     assert any(held(lambda: blocks(0.15)) > 0.14 for _ in range(3))
 
 
+def wait_for_a_thread_of_its_own() -> None:
+    thread = threading.Thread(target=work, args=(0.5,))
+    thread.start()
+    thread.join()
+
+
+def test_who_waits_for_a_thread_of_its_own_is_named() -> None:
+    assert any(held(wait_for_a_thread_of_its_own) > 0.1 for _ in range(3))
+
+
 def test_many_short_waits_are_a_long_one() -> None:
     naps = [0.003] * 40
     assert any(held(lambda: [time.sleep(nap) for nap in naps]) > 0.1 for _ in range(3))
