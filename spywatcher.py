@@ -91,7 +91,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from operator import call, itemgetter
+from operator import call, itemgetter, or_
 from pathlib import Path
 from types import ModuleType, coroutine
 from typing import (
@@ -5328,21 +5328,10 @@ class PluginLoader:
 
     # -- what plugins ask for
 
-    def event_types(self) -> dict[type[hikari.Event], list[str]]:
-        """Which hikari events are listened to, and by which plugins."""
-        wanted: dict[type[hikari.Event], list[str]] = {}
-        for plugin in self.plugins.values():
-            for event_type in plugin.event_types():
-                wanted.setdefault(event_type, []).append(plugin.name)
-        return wanted
-
     def cached(self) -> hikari.api.CacheComponents:
         """What hikari has to keep for plugins' `needs`."""
-        components = hikari.api.CacheComponents.NONE
-        for plugin in self.plugins.values():
-            for need in plugin.needs:
-                components |= NEEDS[need].components
-        return components
+        needs = (need for plugin in self.plugins.values() for need in plugin.needs)
+        return functools.reduce(or_, (NEEDS[need].components for need in needs), CACHE.NONE)
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -8220,8 +8209,9 @@ def listening(family: socket.AddressFamily, host: str, port: int) -> socket.sock
 def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:
     """Which events are needed, and by whom."""
     wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
-    for event_type, names in plugins.event_types().items():
-        wanted[event_type] = [*wanted.get(event_type, ()), *names]
+    for plugin in plugins.plugins.values():
+        for event_type in plugin.event_types():
+            wanted.setdefault(event_type, []).append(plugin.name)
     return wanted
 
 
@@ -8767,7 +8757,7 @@ def faults_beside_file(
         if keys != Keys():
             plugins.check_secret(Tokens(keys, settings.auth.algorithms))
         if token:  # this takes none that is no token
-            Gateway(settings.discord, token, plugins.event_types(), Metrics())
+            Gateway(settings.discord, token, wanted_events(plugins), Metrics())
     with collecting(faults):
         if settings.redis.url:
             cluster_code().check_redis(settings)
