@@ -307,6 +307,7 @@ class User:
     name: str
     display_name: str | None = None
     bot: bool = False
+    avatar: str | None = None  # 32 hexadecimal digits
 
     def to_json(self) -> Json:
         """Resources: User object, as other users see it."""
@@ -315,7 +316,7 @@ class User:
             "username": self.name,
             "global_name": self.display_name,
             "discriminator": "0",
-            "avatar": None,
+            "avatar": self.avatar,
             "avatar_decoration_data": None,
             "bot": self.bot,
             "public_flags": 0,
@@ -2012,11 +2013,12 @@ def by_path(routes: Mapping[str, Answer]) -> dict[str, dict[str, Answer]]:
 # ---- signing in ----
 # Discord's side of OAuth2 (Topics: OAuth2, authorization code grant, RFC 6749 and 7636): a page on which
 # one picks whom of the pretend people to be, the token that a code is traded for, its revocation,
-# and who it belongs to. Nobody has a password here.
+# who it belongs to, and their picture. Nobody has a password here.
 
 AUTHORIZE_PATH = "/oauth2/authorize"
 CODE_LASTS = 60.0  # seconds until a code that nobody trades is void
 TOKEN_LASTS = 604_800  # seconds, as Discord's
+ONE_PIXEL = b"GIF89a\1\0\1\0\x80\0\0%s\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 AUTHORIZE_PAGE = tornado.template.Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pretend Discord</title>
@@ -2051,7 +2053,7 @@ class OAuth2:
     """The application of the bot, as the developer portal has it, and who has let it in.
 
     `people` are those whom the authorise page offers, by label; with none it offers all members. A
-    handler in `instead`, by `token`, `revoke` or `me`, answers in that route's place: how a test has
+    handler in `instead`, by `token`, `revoke`, `me` or `picture`, answers in that route's place: how a test has
     Discord fail. `revoked` are the access tokens that were handed back.
     """
 
@@ -2228,6 +2230,17 @@ class BearerHandler(OAuth2Handler):
         self.finish(grant.user.to_json() | more)
 
 
+class PictureHandler(OAuth2Handler):
+    """A picture as Discord's CDN has it: one pixel, of the colour that its hash begins with."""
+
+    name = "picture"
+
+    def get(self, colour: str) -> None:
+        """Answer whoever asks."""
+        self.set_header("Content-Type", "image/gif")
+        self.finish(ONE_PIXEL % bytes.fromhex(colour))
+
+
 class BearsToken(tornado.routing.Matcher):
     """Requests that carry somebody's access token."""
 
@@ -2240,6 +2253,7 @@ def sign_in_routes(oauth2: OAuth2, api: str) -> list[tornado.routing.Rule]:
     """Where all that is, below the API's path; before the bot's routes."""
     handlers = {
         AUTHORIZE_PATH: AuthorizeHandler,
+        r"/avatars/\d+/(?:a_)?([0-9a-f]{6})[0-9a-f]{26}\.png": PictureHandler,
         f"{api}/oauth2/token": TokenHandler,
         f"{api}/oauth2/token/revoke": RevokeHandler,
     }
@@ -2565,10 +2579,12 @@ class Harness:
 def found_plugin(path: Path) -> Path:
     """The whole path of a plugin; raises spywatcher.PluginError where a server would find none."""
     whole = path.resolve()
-    found = spywatcher.PluginFiles([whole.parent], ()).find().get(whole.stem)
-    if found not in (whole, whole / "__init__.py"):
-        raise spywatcher.PluginError(f"Harness: no plugin at {path}")
-    return whole
+    if whole.parent.is_dir():
+        folder = spywatcher.PluginsSettings((str(whole.parent),))
+        found = spywatcher.PluginFiles(folder, whole.parent).find().get(whole.stem)
+        if found in (whole, whole / "__init__.py"):
+            return whole
+    raise spywatcher.PluginError(f"Harness: no plugin at {path}")
 
 
 class FaultsLogged(logging.Handler):
@@ -2991,7 +3007,8 @@ async def run_demo(
         keys = spywatcher.read_keys(started.auth, started.folder)
         server = spywatcher.Server(started, keys=keys, token=discord.token)
 
-        def again(settings: spywatcher.Settings) -> spywatcher.Settings:
+        def read_again() -> spywatcher.Settings:
+            settings = spywatcher.read_settings(config)
             now = demo_settings(settings, discord, folder, started.server.port, plugins)
             tables = now.plugin | {"signin": started.plugin["signin"]}
             return msgspec.structs.replace(now, auth=started.auth, plugin=tables)
@@ -2999,7 +3016,7 @@ async def run_demo(
         lively = lively_guilds(discord)
         discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
         give_a_past(server.plugins, lively, folder)
-        reload = functools.partial(spywatcher.reload_settings, server, config, again)
+        reload = functools.partial(spywatcher.reload_settings, server, read_again)
         serving = asyncio.create_task(serve(server, reload))
         showing = asyncio.create_task(show(discord, server, lively, plugins))
         both = [serving, showing]

@@ -388,6 +388,11 @@ class Node:
                 process.kill()
                 raise
 
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
     def status(self) -> int:
         """The exit status, of a process that is ending."""
         return self._process.wait(DEADLINE) if self._process else 0

@@ -1,6 +1,6 @@
 """What a viewer may see, as Discord's permissions change under a live dashboard.
 
-First each rule over the wire, then thousands of random histories judged by an oracle that knows
+First each rule over the wire, then random histories judged by an oracle that knows
 nothing of the code: it is written from Discord's documentation (Topics: Permissions).
 """
 
@@ -16,6 +16,7 @@ import hikari
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from length import length
 from service import CROWD, ROOT, SECRET
 from waiting import eventually
 
@@ -454,6 +455,12 @@ def offline_server(bot_id: int) -> Server:
     return server
 
 
+async def begin_offline(server: Server) -> None:
+    """Its shard has said that there are no guilds yet, and its plugins are at work."""
+    server.access.begin([], spywatcher.ShardRange(0, 1))
+    await server.plugins.start()
+
+
 async def settle() -> None:
     """Let everything run that is ready to."""
     for _ in range(6):
@@ -716,17 +723,13 @@ def stage() -> Iterator[tuple[asyncio.Runner, Server]]:
     with asyncio.Runner() as runner:
         server = offline_server(simulator.snowflake())
 
-        async def begin() -> None:
-            server.access.begin([], spywatcher.ShardRange(0, 1))
-            await server.plugins.start()
-
-        runner.run(begin())
+        runner.run(begin_offline(server))
         yield runner, server
         runner.run(server.plugins.stop())
 
 
 @settings(
-    max_examples=2_000,
+    max_examples=length(300, 2_000),
     deadline=None,
     database=None,
     derandomize=True,

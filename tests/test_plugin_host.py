@@ -1,5 +1,6 @@
 """Plugins: found, loaded, fenced. The broken ones are files in tests/plugins."""
 
+import os
 import sys
 
 import pytest
@@ -130,6 +131,16 @@ def test_a_field_that_tells_of_a_channel_and_hides_nothing_is_told(tmp_path, cap
     (tmp_path / "moves.py").write_text("from spywatcher import Payload\n" + CHANNELS)
     PluginLoader(PluginsSettings((str(tmp_path),)), {}, ROOT, Metrics()).load_all()
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.logs("plugin pipe: not loaded: .*pipe.py is no file")
+def test_what_is_no_file_is_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")  # to read it would wait for ever
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__init__.py").touch()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    loader = loaded(str(tmp_path))
+    assert (list(loader.plugins), list(loader.failures)) == (["folder"], ["pipe"])
 
 
 def test_a_missing_folder_is_the_operators_fault():

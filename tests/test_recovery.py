@@ -232,7 +232,7 @@ async def test_nobody_recovers_where_it_is_switched_off(watching: Watching) -> N
 )
 async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: object) -> None:
     first = await page(spy, reconnection=False)
-    pid = next(iter(spy.server.dashboards._holders))
+    pid = next(iter(spy.server.rights.subscriptions.by_pid))
     await away(spy, first)
     raw = await spy.raw(headers=PAGE)
     said = {"token": spy.token(role="ADMIN"), "pid": pid, "offset": offset}
@@ -254,7 +254,7 @@ async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: o
 )
 async def test_a_pid_that_was_not_given_out_is_a_fresh_start(spy: Watch, change: Any) -> None:
     first = await page(spy, reconnection=False)
-    pid = next(iter(spy.server.dashboards._holders))
+    pid = next(iter(spy.server.rights.subscriptions.by_pid))
     await away(spy, first)
     broadcast(spy, 1)
     raw = await spy.raw(headers=PAGE)
@@ -266,7 +266,7 @@ async def test_a_pid_that_was_not_given_out_is_a_fresh_start(spy: Watch, change:
 
 async def test_a_stolen_pid_is_of_no_use_to_another_viewer(spy: Watch) -> None:
     victim = await page(spy, reconnection=False)
-    pid = next(iter(spy.server.dashboards._holders))
+    pid = next(iter(spy.server.rights.subscriptions.by_pid))
     broadcast(spy, 1)
     await victim.next("x")
     thief = await spy.raw(headers=PAGE)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from jsclient import QUICK, Dashboard
+from length import length
 from redisserver import Proxy
 from service import CROWD
 from waiting import eventually
@@ -20,6 +21,7 @@ import spywatcher
 from simulator import Guild
 
 PAGE = {"Origin": "http://localhost:5173"}
+CUTS = length(100, 1_000)
 Cut = Callable[[Watch, Proxy, Dashboard], Awaitable[None]]
 
 
@@ -96,11 +98,11 @@ async def crowd(spy: Watch, proxy: Proxy, **options: Any) -> list[Dashboard]:
     return dashboards
 
 
-async def storm(spy: Watch, proxy: Proxy, dashboards: list[Dashboard], cut: Cut, cuts: int) -> None:
-    """So many cuts, in turn, while events go on."""
+async def storm(spy: Watch, proxy: Proxy, dashboards: list[Dashboard], cut: Cut) -> None:
+    """Cut after cut, while events go on."""
 
     async def torment(dashboard: Dashboard) -> None:
-        for number in range(cuts // len(dashboards)):
+        for number in range(CUTS // len(dashboards)):
             await cut(spy, proxy, dashboard)
             await asyncio.sleep(random.uniform(0, 0.3))
             if number % 3:  # else in the middle of its return
@@ -124,24 +126,19 @@ async def stormy(watching: Watching) -> AsyncIterator[tuple[Watch, Proxy]]:
         yield spy, proxy
 
 
-@pytest.fixture(params=[100, pytest.param(1_000, marks=pytest.mark.faults)])
-def cuts(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
 @pytest.mark.parametrize("transport", ["websocket", "polling"])
 @pytest.mark.parametrize("cut", [close_engine, close_page, cut_tcp])
 async def test_whoever_is_cut_off_again_and_again_misses_nothing(
-    discord, guild, watching, cuts: int, cut: Cut, transport: str
+    discord, guild, watching, cut: Cut, transport: str
 ) -> None:
     discord.add_guild(name="Second")
     async with stormy(watching) as (spy, proxy):
         dashboards = await crowd(spy, proxy, transports=[transport])
-        await storm(spy, proxy, dashboards, cut, cuts)
+        await storm(spy, proxy, dashboards, cut)
 
 
 async def test_whoever_is_cut_off_in_the_middle_of_the_upgrade_misses_nothing(
-    discord, guild, watching, cuts: int, monkeypatch: pytest.MonkeyPatch
+    discord, guild, watching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     discord.add_guild(name="Second")
     probe = spywatcher.Session.probe
@@ -154,4 +151,4 @@ async def test_whoever_is_cut_off_in_the_middle_of_the_upgrade_misses_nothing(
     async with stormy(watching) as (spy, proxy):
         dashboards = await crowd(spy, proxy, transports=["polling", "websocket"])
         monkeypatch.setattr(spywatcher.Session, "probe", probe_and_die)
-        await storm(spy, proxy, dashboards, close_engine, cuts)
+        await storm(spy, proxy, dashboards, close_engine)

@@ -301,7 +301,7 @@ async def test_the_text_of_a_voice_channel_is_for_those_who_may_connect(watching
         await dashboard.next("message:new")
 
 
-#: For each line of the table in `RightsWatcher`: what holds it.
+#: For each line of the table in `Access.may_have`: what holds it.
 HELD_BY = {
     "roles, channels, overwrites": [
         test_a_role_that_is_deleted_grants_nothing_to_who_still_carries_it,
@@ -332,6 +332,6 @@ HELD_BY = {
 
 
 def test_all_that_decides_rights_is_held_by_a_test():
-    table = spywatcher.RightsWatcher.__doc__.split("what decides")[1].splitlines()[1:]
+    table = spywatcher.Access.may_have.__doc__.split("what decides")[1].splitlines()[1:]
     lines = {line.strip().split("  ")[0] for line in table if line.strip()}
     assert lines == set(HELD_BY)

@@ -1,5 +1,6 @@
 """config.toml: one table of settings, from which files, documents and checks follow."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -23,9 +24,11 @@ def faults(**tables: Any) -> list[str]:
 
 
 def meaning(struct: type, key: str) -> str:
-    """The sentence that a setting's type carries."""
+    """The sentence that stands above a setting or, of a plugin's, in its type."""
+    written = re.findall(r"^    #: (.+)\n    (\w+):", inspect.getsource(struct), re.MULTILINE)
+    texts = [text for text, name in written if name == key]
     hint = get_type_hints(struct, include_extras=True)[key]
-    texts = [meta.description for meta in hint.__metadata__ if meta.description]
+    texts += [meta.description for meta in getattr(hint, "__metadata__", ()) if meta.description]
     assert len(texts) == 1, f"{struct.__name__}.{key} has no description"
     return texts[0]
 

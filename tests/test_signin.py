@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jsclient import JavaScript
 from redisserver import RedisServer
 from service import SECRET, fetch, run, server_of, write_settings
-from signing import Browser, signing_in, signing_tables
+from signing import Browser, picture_of, signing_in, signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
@@ -73,6 +73,23 @@ async def test_the_picture_is_an_address_at_discord(discord: PretendDiscord, ada
         await browser.sign_in(ada.id)
         user = (await browser.token()).json["user"]
         assert user["avatar"].startswith(f"https://cdn.discordapp.com/avatars/{ada.id}/a_0")
+
+
+async def test_this_server_hands_on_the_picture_of_who_is_signed_in(
+    discord: PretendDiscord, ada: Member
+) -> None:
+    ada.user.avatar = "c0ffee" + "0" * 26
+    cdn = {"cdn_url": f"http://127.0.0.1:{discord.port}"}
+    async with signing_in(discord, signin=cdn) as (_, browser):
+        assert (await picture_of(browser)).code == 404
+        await browser.sign_in(ada.id)
+        picture = await picture_of(browser)
+        assert bytes.fromhex("c0ffee") in picture.body
+        assert picture.headers["Content-Type"] == "image/gif"
+        assert picture.headers["Cache-Control"] == "private, max-age=3600"
+        assert picture.headers["X-Content-Type-Options"] == "nosniff"
+        await browser.post("/signout")
+        assert (await picture_of(browser)).code == 404
 
 
 def me(member: Member) -> dict[str, object]:
