@@ -17,7 +17,7 @@ from service import ROOT
 from watching import Watching
 
 import spywatcher
-from simulator import ChannelType, Guild, Harness
+from simulator import ChannelType, Guild, Harness, PretendDiscord
 
 GUIDE = (ROOT / "docs" / "plugins.md").read_text("utf-8")
 
@@ -144,6 +144,13 @@ def test_the_test_of_the_page_passes(tmp_path: Path) -> None:
         [sys.executable, "-c", test], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_all_that_can_happen_in_a_test_is_there() -> None:
+    [verbs] = re.findall(r"^- \*\*Something happens\*\*(.*?)^- ", GUIDE, re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r"`(\w+)[(`]", verbs))
+    assert len(names) > 5
+    assert not [name for name in names if not hasattr(PretendDiscord, name)]
 
 
 def test_every_name_that_may_be_imported_is_in_the_guide_or_is_for_few() -> None:
