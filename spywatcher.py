@@ -4688,8 +4688,6 @@ class Plugin:
         rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
         self.events = set(rooms)
         self.kinds = frozenset(rooms.values())
-        if reserved := self.events & RESERVED_EVENTS:
-            raise PluginError(f"the event name {min(reserved)} is reserved")
 
     def marked(self, kind: type[Mark]) -> list[Marked]:
         """What has such a mark."""
@@ -5235,6 +5233,18 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     return f"{error} ({more})" if more else str(error)
 
 
+def check_free(event: str, name: str, plugins: Mapping[str, Plugin]) -> None:
+    """Refuse an event that is not this plugin's to send; raises PluginError."""
+    if event in RESERVED_EVENTS:
+        raise PluginError(f"the event name {event} is reserved")
+    for other, plugin in plugins.items():
+        if other != name and event in plugin.events:
+            raise PluginError(
+                f"plugins {other} and {name} both claim the event {event};"
+                " disable one of them in [plugins] disabled"
+            )
+
+
 class PluginLoader:
     """Makes plugins of files, and knows what they ask for; one whose file is wrong is named, and
     what was loaded before stays.
@@ -5276,12 +5286,8 @@ class PluginLoader:
         """A plugin as its file is now, which claims no event of others."""
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-            for other in others.values():
-                if other.name != name and (both := plugin.events & other.events):
-                    raise PluginError(
-                        f"plugins {other.name} and {name} both claim the event {min(both)};"
-                        f" disable one of them in [plugins] disabled"
-                    )
+            for event in sorted(plugin.events):
+                check_free(event, name, others)
         return plugin
 
     def report(self, name: str, path: Path, error: BaseException) -> None:
@@ -5348,10 +5354,7 @@ class PluginLoader:
         if event in plugin.events:
             return
         check_name("spy.emit", event)
-        owner = next((other for other in self.plugins.values() if event in other.events), None)
-        if event in RESERVED_EVENTS or (owner is not None and owner.name != plugin.name):
-            whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
-            raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
+        check_free(event, plugin.name, self.plugins)
         plugin.events.add(event)
 
 
