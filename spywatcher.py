@@ -4670,10 +4670,7 @@ class Plugin:
         self.module = module
         used = attributes_used(path)
         self.settings_form = settings_form(module, reads_settings="settings" in used)
-        faults: list[str] = []
-        self.settings = self.check_settings(table, faults)
-        if faults:
-            raise OperatorError(*faults)
+        self.settings = self.check_settings(table)
         #: Functions and handlers with each mark on them, in the order of the file.
         self._marked = [
             Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
@@ -4698,11 +4695,15 @@ class Plugin:
         heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
-    def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
-        """The plugin's `[plugin.NAME]` table as it reads it; what is wrong is added to `faults`."""
+    def check_settings(self, table: dict[str, Any]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
         if self.settings_form is None:
             return table
-        return check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        faults: list[str] = []
+        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        if faults:
+            raise OperatorError(*faults)
+        return settings
 
 
 def own_things(module: ModuleType) -> list[tuple[str, Any]]:
@@ -5317,10 +5318,10 @@ class PluginLoader:
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
-        checked = {
-            name: plugin.check_settings(tables.get(name, {}), faults)
-            for name, plugin in self.plugins.items()
-        }
+        checked = {}
+        for name, plugin in self.plugins.items():
+            with collecting(faults):
+                checked[name] = plugin.check_settings(tables.get(name, {}))
         if faults:
             raise OperatorError(*faults)
         return checked
