@@ -104,6 +104,18 @@ async def test_a_saved_file_takes_effect_within_two_seconds(
         assert took < 2.0
 
 
+@pytest.mark.logs(
+    r"plugin one: not loaded: plugin.one.a: unknown key; plugin.one.b: unknown key; the"
+)
+async def test_settings_that_a_new_version_does_not_take_are_told_in_a_line(
+    live: Any, folder: Path
+) -> None:
+    (folder / "one.py").write_text(VERSION.format(number=1) + "    assert spy.settings")
+    async with live(plugin={"one": {"a": 1, "b": 2}}) as spy:
+        save(folder, 2)
+        await eventually(lambda: spy.server.plugins.health()["outdated"] == ["one"], SOON)
+
+
 async def test_a_new_file_is_loaded_and_a_deleted_one_goes(live: Any, folder: Path) -> None:
     (folder / "kind.py").write_text(VERSION.format(number=0).replace('"version"', '"other"'))
     async with live() as spy:
