@@ -836,6 +836,9 @@ def voice_state_json(guild: Guild, member: Member) -> Json:
     }
 
 
+MOST_SHOWN = 75_000  # members of a guild that is shown whole in GUILD_CREATE (Gateway Events)
+
+
 def guild_create_json(
     guild: Guild,
     intents: int = ALL_INTENTS,
@@ -845,11 +848,12 @@ def guild_create_json(
 ) -> Json:
     """GUILD_CREATE as a session with these intents gets it (Gateway Events: Guild Create).
 
-    Without GUILD_PRESENCES it shows no presence and only the bot and who is in voice; a guild over
-    the threshold shows who is online. `unavailable` is missing when the bot was just added.
+    Without GUILD_PRESENCES, or of more than 75,000 members, it shows no presence and only the bot and
+    who is in voice; a guild over the threshold shows who is online. `unavailable` is missing when the
+    bot was just added.
     """
     large = len(guild.members) > large_threshold
-    with_presences = bool(intents & Intent.GUILD_PRESENCES)
+    with_presences = bool(intents & Intent.GUILD_PRESENCES) and len(guild.members) <= MOST_SHOWN
     online = [m for m in guild.members.values() if m.status != "offline"]
     always = [guild.members[i] for i in {guild.bot_id, *guild.voice} if i in guild.members]
     shown = (online if large else guild.members.values()) if with_presences else ()

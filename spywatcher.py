@@ -145,6 +145,7 @@ __all__ = [
     "Payload",
     "PluginSettings",
     "Presence",
+    "PresenceUpdateEvent",
     "Shared",
     "Spy",
     "Subscriber",
@@ -308,6 +309,16 @@ def known_network(text: str) -> str:
     return text
 
 
+def known_host(text: str) -> str:
+    """A name or an address; raises ValueError for more than that."""
+    plain = re.sub(r"^\w+://|[/?#].*", "", text)
+    if plain.count(":") == 1:
+        plain = plain.partition(":")[0]
+    if plain != text or not text:
+        raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
+    return text
+
+
 def known_permission(name: str) -> str:
     """A permission as Discord calls it; raises ValueError with the nearest one."""
     known = [str(permission.name) for permission in hikari.Permissions]
@@ -317,8 +328,9 @@ def known_permission(name: str) -> str:
     raise ValueError(f'expected a Discord permission in capitals, such as "{close}"')
 
 
-#: How each of a list is read, where the type does not say all of it.
+#: How a text, or each of a list, is read, where the type does not say all of it.
 READ_EACH: Final[dict[str, Callable[[str], str]]] = {
+    "server.host": known_host,
     "server.cors_origins": plain_origin,
     "server.trusted_proxies": known_network,
     "server.metrics_from": known_network,
@@ -535,17 +547,16 @@ def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
         wanted = expected(kind) or str(error).removeprefix("Expected ")
         faults.append(f"{path}: got {came}, expected {wanted}")
         return msgspec.UNSET
-    return read_each(read, path, faults) if path in READ_EACH else read
-
-
-def read_each(values: Iterable[str], path: str, faults: list[str]) -> tuple[str, ...]:
+    if path not in READ_EACH:
+        return read
+    texts = (read,) if isinstance(read, str) else read
     sound = []
-    for value in values:
+    for text in texts:
         try:
-            sound.append(READ_EACH[path](value))
+            sound.append(READ_EACH[path](text))
         except ValueError as error:
-            faults.append(f"{path}: got {shown(value)}, {error}")
-    return tuple(sound)
+            faults.append(f"{path}: got {shown(text)}, {error}")
+    return read if isinstance(read, str) else tuple(sound)
 
 
 def is_secret(key: str, value: object) -> bool:
@@ -632,8 +643,13 @@ def parse_settings(
             sections["throttle"] = check_throttle_table(table, faults)
         elif name in types:
             sections[name] = check_table(table, types[name], name, faults)
-        else:
+        elif isinstance(table, dict):
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
+        else:
+            owners = [f"[{one}]" for one, kind in types.items() if name in kind.__struct_fields__]
+            faults.append(
+                f"{name}: expected below a table: {' or '.join(owners) or '[server], say'}"
+            )
     settings = Settings(**sections)
     if faults:
         raise SettingsError(*faults, sound=settings)
@@ -754,6 +770,8 @@ SYNTAX_ADVICE: Final = (
     (r"=\s*(yes|no|on|off|Yes|No|On|Off)\b", "write true or false"),
     (r"=\s*(None|null|nil)\b", "leave the line out"),
     (r"=\s*\d[\d.]*\s*[A-Za-z]+", "write a number without unit, or a text in quotes"),
+    (r"=\s*0\d", "write quotes around a text, no zeros before a number"),
+    (r"['\"]\s+['\"]", "write a comma between two texts"),
     (r"=\s*['\"][^'\"]*$", "write a quote at the end of the text"),
     (r"=\s*[^\s\d'\"\[{+-].*", 'write quotes around a text: "..."'),
     (r",\s*}", "write no comma before }"),
@@ -858,7 +876,7 @@ class Metrics:
         self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
         self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
         self.received = Tally("received_events", "Discord's events handed to plugins.", "event")
-        self.sent = count("sent_events", "Events that went to a room with listeners.", "event")
+        self.sent = Tally("sent_events", "Events that went to a room with listeners.", "event")
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
@@ -872,7 +890,7 @@ class Metrics:
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
         self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
-        for tally in (self.received, self.plugin_seconds):
+        for tally in (self.received, self.sent, self.plugin_seconds):
             self.registry.register(tally)
         self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
@@ -2373,6 +2391,7 @@ class Session:
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
+        self.queue.poller = None  # nobody polls any more: it need not be kept for hours
         for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
@@ -2434,9 +2453,7 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        for handler, close in (self.handler, close_gently), (self._prober, close_after_upgrade):
-            if handler is not None:
-                close(handler, self.server.ending_timeout)
+        self.server.close_sockets(self.handler, self._prober)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2451,15 +2468,6 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
-
-
-def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
-    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
-
-    A stock client whose probe was answered has stopped polling: when this closes before, it takes
-    that for a failed attempt, and neither polls again nor reconnects.
-    """
-    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:
@@ -2495,6 +2503,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         self.max_queue_bytes = max_queue_bytes
         self.limits = limits
         self.metrics = limits.metrics
+        #: WebSockets whose sessions have ended before their clients had ended the upgrade.
+        self._upgrading: set[SocketHandler] = set()
+        self._none_upgrading = asyncio.Event()
+        self._none_upgrading.set()
 
     async def admit(self, address: str, transport: str) -> Session:
         """A new session, which has to authenticate in time; its OPEN packet is already under way."""
@@ -2519,6 +2531,33 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
     async def trigger(self, event: str, *args: object) -> None:
         """Tell Socket.IO, and wait until it is done with it."""
         await self._trigger_event(event, *args, run_async=False)
+
+    def close_sockets(self, handler: SocketHandler | None, prober: SocketHandler | None) -> None:
+        """Close a session's WebSocket; and the one that was to take over from polling, once the client
+        has said "5", which `SocketHandler` answers so, or has had its time.
+
+        A stock client whose probe was answered has stopped polling: when this closes before, it takes
+        that for a failed attempt, and neither polls again nor reconnects.
+        """
+        if handler is not None:
+            close_gently(handler, self.ending_timeout)
+        if prober is not None:
+            self._upgrading.add(prober)
+            self._none_upgrading.clear()
+            patience = self.ending_timeout
+            asyncio.get_running_loop().call_later(patience, close_gently, prober, patience)
+
+    def socket_closed(self, handler: SocketHandler) -> None:
+        """This WebSocket is gone."""
+        self._upgrading.discard(handler)
+        if not self._upgrading:
+            self._none_upgrading.set()
+
+    async def upgrades_end(self, timeout: float) -> None:
+        """Until all of these are closed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._none_upgrading.wait()
 
     def forget(self, session: Session) -> None:
         """It is closed."""
@@ -3076,72 +3115,51 @@ class Ticket(msgspec.Struct, eq=False):
         return since
 
 
-class Recovery:
-    """Keeps logs and tickets, for as long as somebody may come back for them."""
+class GuildLogs:
+    """Counts all events, and keeps the latest of each guild that somebody may come back to."""
 
-    def __init__(
-        self,
-        settings: RecoverySettings,
-        key: bytes,
-        changed: Callable[[Ticket], None] = lambda ticket: None,
-    ) -> None:
-        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+    def __init__(self, settings: RecoverySettings) -> None:
         self._settings = settings
-        self._key = key
-        self._changed = changed
+        #: Of the latest event.
         self.position = clock_position()
-        self._tickets: dict[str, Ticket] = {}
-        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
-        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
-        self._in_guild: collections.Counter[str] = collections.Counter()
-        self._of_viewer: collections.Counter[str] = collections.Counter()
         self._logs: dict[str, GuildLog] = {}
 
     @property
-    def enabled(self) -> bool:
-        return self._settings.window > 0
-
-    @property
     def size(self) -> int:
-        """What all logs hold."""
+        """Bytes that all of them hold."""
         return sum(log.bytes for log in self._logs.values())
 
     @property
     def offset(self) -> str:
-        """Where all logs are now."""
+        """Where all of them are now."""
         return encode_offset(self.position)
 
     def reach(self, position: int) -> None:
         """All events up to there have been here."""
         self.position = max(self.position, position)
 
-    # -- events
+    def keep(self, guild_id: str) -> None:
+        """Somebody is owed from now on what comes in this guild."""
+        self._logs.setdefault(guild_id, GuildLog(self.position))
 
-    def has_listeners(self, room: str) -> bool:
-        """Whether somebody is, or may come back, who is owed what goes to the room."""
-        self._forget_late()
-        return room in self._in_room
+    def drop(self, guild_id: str) -> None:
+        """Nobody is any more."""
+        del self._logs[guild_id]
 
-    def rooms(self) -> Iterable[str]:
-        """Those of which somebody is owed what goes to them."""
-        self._forget_late()
-        return tuple(self._in_room)
-
-    def count(self) -> int:
-        """The position of the next event."""
-        self.position += 1
-        return self.position
-
-    def add(self, to: Destination, packet: bytes, position: int) -> RoomFrame:
-        """The event of this position as it goes out; it is kept where somebody may recover it."""
-        self.reach(position)
+    def add(self, to: Destination, packet: bytes, position: int = 0) -> RoomFrame:
+        """The event as it goes out, of the next position if of none; it is kept where somebody is owed it."""
+        self.reach(position or self.position + 1)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
             return RoomFrame(packet)
-        frame = RoomFrame(packet, encode_offset(position))
-        event = Logged.of(to, frame, position)
+        frame = RoomFrame(packet, encode_offset(position or self.position))
+        event = Logged.of(to, frame, position or self.position)
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
+
+    def since(self, guild_id: str, position: int) -> list[Logged] | None:
+        """What came in the guild after it, oldest first; None where some of that is here no more."""
+        return self._logs[guild_id].since(position)
 
     def reaches(self, guild_id: str, position: int, heard_elsewhere: bool) -> bool:
         """Whether all is here that came in the guild after that, to the clients of this node or of all."""
@@ -3158,12 +3176,69 @@ class Recovery:
         guild_log, most = self._logs.get(guild_id), self._settings.max_events
         return guild_log is not None and guild_log.fill(since, events, most)
 
+
+class Pids:
+    """Private ids of tickets, each bound to its viewer: whoever else says one is told apart at once."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def make(self, discord_id: str) -> str:
+        nonce = secrets.token_urlsafe(12)
+        return f"{nonce}.{self._signature(nonce, discord_id)}"
+
+    def _signature(self, nonce: str, discord_id: str) -> str:
+        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
+        return urlsafe_b64encode(made[:18]).decode()
+
+    def is_genuine(self, pid: object, discord_id: str) -> bool:
+        """Whether this viewer was given it."""
+        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
+            return False
+        nonce, _, signature = pid.partition(".")
+        expected = self._signature(nonce, discord_id)
+        return hmac.compare_digest(signature.encode(), expected.encode())
+
+
+class Recovery:
+    """Keeps tickets for as long as their clients may come back, and says what each is owed."""
+
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        key: bytes,
+        changed: Callable[[Ticket], None] = lambda ticket: None,
+    ) -> None:
+        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+        self._window = settings.window
+        self.logs = GuildLogs(settings)
+        self.pids = Pids(key)
+        self._changed = changed
+        self._tickets: dict[str, Ticket] = {}
+        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
+        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
+        self._in_guild: collections.Counter[str] = collections.Counter()
+        self._of_viewer: collections.Counter[str] = collections.Counter()
+
+    @property
+    def enabled(self) -> bool:
+        return self._window > 0
+
+    def has_listeners(self, room: str) -> bool:
+        """Whether somebody is, or may come back, who is owed what goes to the room."""
+        self._forget_late()
+        return room in self._in_room
+
+    def rooms(self) -> Iterable[str]:
+        """Those of which somebody is owed what goes to them."""
+        self._forget_late()
+        return tuple(self._in_room)
+
     # -- tickets
 
     def issue(self, viewer: Viewer) -> Ticket:
         """A ticket for a new session of this viewer."""
-        nonce = secrets.token_urlsafe(12)
-        ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
+        ticket = Ticket(self.pids.make(viewer.discord_id), viewer)
         self._register(ticket)
         self._changed(ticket)
         return ticket
@@ -3183,23 +3258,10 @@ class Recovery:
         self._tickets[ticket.pid] = ticket
         self._of_viewer[ticket.viewer.discord_id] += 1
 
-    def _signature(self, nonce: str, discord_id: str) -> str:
-        """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
-        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
-        return urlsafe_b64encode(made[:18]).decode()
-
     def find(self, pid: object, discord_id: str) -> Ticket | None:
         """The ticket that this viewer was given, if it is here."""
         self._forget_late()
-        return self._tickets.get(str(pid)) if self.is_genuine(pid, discord_id) else None
-
-    def is_genuine(self, pid: object, discord_id: str) -> bool:
-        """Whether this viewer was given it."""
-        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
-            return False
-        nonce, _, signature = pid.partition(".")
-        expected = self._signature(nonce, discord_id)
-        return hmac.compare_digest(signature.encode(), expected.encode())
+        return self._tickets.get(str(pid)) if self.pids.is_genuine(pid, discord_id) else None
 
     def disown(self, pid: str) -> None:
         """Its client has come back elsewhere."""
@@ -3223,7 +3285,7 @@ class Recovery:
         """Its client has lost its connection."""
         if self._tickets.get(ticket.pid) is not ticket:
             return  # it has come back elsewhere
-        ticket.until = time.monotonic() + self._settings.window
+        ticket.until = time.monotonic() + self._window
         self._awaited[ticket.pid] = ticket
         if len(self._awaited) > MOST_REMEMBERED:
             self.forget(next(iter(self._awaited.values())))
@@ -3266,11 +3328,11 @@ class Recovery:
     def enter(self, ticket: Ticket, room: str) -> None:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
-            ticket.rooms[room] = self.position
+            ticket.rooms[room] = self.logs.position
             guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
-            self._logs.setdefault(guild_id, GuildLog(self.position))
+            self.logs.keep(guild_id)
             self._changed(ticket)
 
     def wait_for(self, ticket: Ticket, room: str) -> None:
@@ -3290,16 +3352,16 @@ class Recovery:
             remove_one(self._in_room, room)
             remove_one(self._in_guild, guild_id)
             if guild_id not in self._in_guild:
-                del self._logs[guild_id]
+                self.logs.drop(guild_id)
 
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         seen = decode_offset(offset)
-        if seen is None or seen.position > self.position:  # of a process whose clock was ahead
+        if seen is None or seen.position > self.logs.position:  # of a process whose clock was ahead
             return None
         missed: list[Logged] = []
         for guild_id, position in ticket.since(seen.position).items():
-            events = self._logs[guild_id].since(position)
+            events = self.logs.since(guild_id, position)
             if events is None:
                 return None
             missed += [
@@ -3312,9 +3374,9 @@ class Recovery:
     def number_snapshot(self, ticket: Ticket, room: str) -> str:
         """The offset of a snapshot of the room that its client is sent now."""
         ticket.snapshots += 1
-        ticket.unseen[room] = Seen(self.position, ticket.snapshots)
+        ticket.unseen[room] = Seen(self.logs.position, ticket.snapshots)
         self._changed(ticket)
-        return encode_offset(self.position, ticket.snapshots)
+        return encode_offset(self.logs.position, ticket.snapshots)
 
     @staticmethod
     def rooms_without_snapshot(ticket: Ticket, offset: object) -> list[str]:
@@ -3964,6 +4026,45 @@ class Presence(NamedTuple):
     platforms: frozenset[str]
 
 
+class PresenceUpdateEvent(hikari.PresenceUpdateEvent):
+    """hikari's event, as plugins hear it: it tells, too, how the member appeared `before`, and `now`.
+
+        @on(PresenceUpdateEvent, emit="gone")
+        def gone(event):
+            return {"userId": str(event.user_id)} if event.now.status == "offline" else None
+
+    Who is not known appeared as None before. hikari's objects (`presence`, `old_presence`, `user`)
+    are made when they are first asked for: these two cost a tenth.
+    """
+
+    __slots__ = ("_make", "before", "guild_id", "now", "user_id")
+
+    guild_id: hikari.Snowflake
+    user_id: hikari.Snowflake
+    before: Presence | None
+    now: Presence
+
+    def __init__(
+        self,
+        shard: hikari.api.GatewayShard,
+        guild_id: hikari.Snowflake,
+        user_id: hikari.Snowflake,
+        appeared: tuple[Presence | None, Presence],
+        make: Callable[[], hikari.PresenceUpdateEvent],
+    ) -> None:
+        self.shard, self.guild_id, self.user_id = shard, guild_id, user_id
+        self.before, self.now = appeared
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        """hikari's fields, which are empty at first."""
+        if name not in ("presence", "old_presence", "user"):
+            raise AttributeError(name)
+        made = self._make()
+        self.presence, self.old_presence, self.user = made.presence, made.old_presence, made.user
+        return getattr(self, name)
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -4283,6 +4384,7 @@ APPEARANCES: Final = [
     for status in STATUSES
     for bits in range(8)
 ]
+NO_MEMBERS: Final[dict[int, int]] = {}
 
 
 class Presences:
@@ -4294,10 +4396,19 @@ class Presences:
 
     def __init__(self) -> None:
         self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
+        self._takers = {
+            "READY": self._ready,
+            "GUILD_CREATE": self._guild,
+            "GUILD_DELETE": self._guild,
+            "GUILD_MEMBERS_CHUNK": self._chunk,
+            "GUILD_MEMBER_ADD": self._member,
+            "GUILD_MEMBER_UPDATE": self._member,
+            "GUILD_MEMBER_REMOVE": self._member_gone,
+        }
 
     def of(self, guild_id: int, user_id: int) -> Presence | None:
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return None if code is None else APPEARANCES[code % BOT]
+        code = self.code(guild_id, user_id)
+        return None if code is None else APPEARANCES[code]
 
     def online(self, guild_id: int) -> list[int]:
         """People who are not offline."""
@@ -4310,33 +4421,46 @@ class Presences:
     def clear(self) -> None:
         self._guilds.clear()
 
-    def update(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Take how a member appears now; whether that is news."""
-        members = self._guilds.get(guild_id, {})
+    def code(self, guild_id: int, user_id: int) -> int | None:
+        """How a member appears, as `code_of` says it; None of who is none."""
+        code = self._guilds.get(guild_id, NO_MEMBERS).get(user_id)
+        return None if code is None else code % BOT
+
+    def update(self, guild_id: int, user_id: int, code: int) -> int | None:
+        """Take how a member appears now; returns how it appeared before, as `code` does."""
+        members = self._guilds.get(guild_id, NO_MEMBERS)
         before = members.get(user_id)
         if before is None:
-            return True
-        code = before & BOT | code_of(status, devices)
-        members[user_id] = code
-        return code != before
-
-    def knows(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Whether this is how the member appears already."""
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return code is not None and code % BOT == code_of(status, devices)
+            return None
+        members[user_id] = before & BOT | code
+        return before % BOT
 
     def take(self, event: str, payload: Any) -> None:
         """What a packet other than PRESENCE_UPDATE says of who is there."""
-        if event == "GUILD_MEMBER_REMOVE":
-            self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
-        elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
-            self._enter(payload["guild_id"], [payload], ())
-        elif event == "GUILD_MEMBERS_CHUNK":
-            self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
-        elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
+        if taker := self._takers.get(event):
+            taker(payload)
+
+    def _ready(self, payload: Any) -> None:
+        """Of the shard's guilds that it does not name the bot has left while it was away."""
+        named = {int(guild["id"]) for guild in payload["guilds"]}
+        served = ShardRange(*payload.get("shard", (0, 1)))
+        for guild_id in [one for one in self._guilds if served.has(one) and one not in named]:
+            del self._guilds[guild_id]
+
+    def _guild(self, payload: Any) -> None:
+        if not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
-            if event == "GUILD_CREATE":
+            if "members" in payload:
                 self._enter(payload["id"], payload["members"], payload.get("presences", ()))
+
+    def _chunk(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
+
+    def _member(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], [payload], ())
+
+    def _member_gone(self, payload: Any) -> None:
+        self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
 
     def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
         members = self._guilds[int(guild_id)]
@@ -4377,6 +4501,8 @@ def was_author_person(event: Any, presences: Presences) -> bool:
 
 
 def is_user_person(event: Any, presences: Presences) -> bool:
+    if isinstance(event, PresenceUpdateEvent) and event.before is not None:  # a member's
+        return presences.is_person(event.guild_id, event.user_id)
     user = getattr(event, "user", None) or getattr(event, "member", None)
     if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
         return presences.is_person(event.guild_id, event.user_id)
@@ -4677,10 +4803,7 @@ class Plugin:
         self.module = module
         used = attributes_used(path)
         self.settings_form = settings_form(module, reads_settings="settings" in used)
-        faults: list[str] = []
-        self.settings = self.check_settings(table, faults)
-        if faults:
-            raise OperatorError(*faults)
+        self.settings = self.check_settings(table)
         #: Functions and handlers with each mark on them, in the order of the file.
         self._marked = [
             Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
@@ -4695,8 +4818,6 @@ class Plugin:
         rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
         self.events = set(rooms)
         self.kinds = frozenset(rooms.values())
-        if reserved := self.events & RESERVED_EVENTS:
-            raise PluginError(f"the event name {min(reserved)} is reserved")
 
     def marked(self, kind: type[Mark]) -> list[Marked]:
         """What has such a mark."""
@@ -4707,11 +4828,15 @@ class Plugin:
         heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
-    def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
-        """The plugin's `[plugin.NAME]` table as it reads it; what is wrong is added to `faults`."""
+    def check_settings(self, table: dict[str, Any]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
         if self.settings_form is None:
             return table
-        return check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        faults: list[str] = []
+        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        if faults:
+            raise OperatorError(*faults)
+        return settings
 
 
 def own_things(module: ModuleType) -> list[tuple[str, Any]]:
@@ -5084,7 +5209,7 @@ Contents = list[tuple[Path, bytes | None]]
 
 class PluginFiles:
     """Where plugins are, an operator's own before the shipped ones, and which have changed since they
-    were taken. Raises OperatorError for a folder that is not there.
+    were taken.
     """
 
     #: Seconds between two looks.
@@ -5276,6 +5401,18 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     return f"{error} ({more})" if more else str(error)
 
 
+def check_free(event: str, name: str, plugins: Mapping[str, Plugin]) -> None:
+    """Refuse an event that is not this plugin's to send; raises PluginError."""
+    if event in RESERVED_EVENTS:
+        raise PluginError(f"the event name {event} is reserved")
+    for other, plugin in plugins.items():
+        if other != name and event in plugin.events:
+            raise PluginError(
+                f"plugins {other} and {name} both claim the event {event};"
+                " disable one of them in [plugins] disabled"
+            )
+
+
 class PluginLoader:
     """Makes plugins of files, and knows what they ask for; one whose file is wrong is named, and
     what was loaded before stays.
@@ -5328,12 +5465,8 @@ class PluginLoader:
         """A plugin as its file is now, which claims no event of others."""
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-            for other in others.values():
-                if other.name != name and (both := plugin.events & other.events):
-                    raise PluginError(
-                        f"plugins {other.name} and {name} both claim the event {min(both)};"
-                        f" disable one of them in [plugins] disabled"
-                    )
+            for event in sorted(plugin.events):
+                check_free(event, name, others)
         return plugin
 
     def report(self, name: str, path: Path, error: BaseException) -> None:
@@ -5363,10 +5496,10 @@ class PluginLoader:
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
-        checked = {
-            name: plugin.check_settings(tables.get(name, {}), faults)
-            for name, plugin in self.plugins.items()
-        }
+        checked = {}
+        for name, plugin in self.plugins.items():
+            with collecting(faults):
+                checked[name] = plugin.check_settings(tables.get(name, {}))
         if faults:
             raise OperatorError(*faults)
         return checked
@@ -5400,10 +5533,7 @@ class PluginLoader:
         if event in plugin.events:
             return
         check_name("spy.emit", event)
-        owner = next((other for other in self.plugins.values() if event in other.events), None)
-        if event in RESERVED_EVENTS or (owner is not None and owner.name != plugin.name):
-            whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
-            raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
+        check_free(event, plugin.name, self.plugins)
         plugin.events.add(event)
 
 
@@ -5658,21 +5788,20 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
-class PartialUser(msgspec.Struct):
-    id: str
-
-
 class PresenceUpdate(msgspec.Struct):
     """What decides whether a presence is news (Discord documentation: Presence Update)."""
 
-    user: PartialUser
+    user: dict[str, Any]
     guild_id: str
     status: str
     client_status: dict[str, str]
+    #: Guild and user, and how that one appears (`code_of`).
+    ids: tuple[int, int] = (0, 0)
+    code: int = 0
 
-    @property
-    def content(self) -> tuple[int, int, str, dict[str, str]]:
-        return int(self.guild_id), int(self.user.id), self.status, self.client_status
+    def __post_init__(self) -> None:
+        self.ids = int(self.guild_id), int(self.user["id"])
+        self.code = code_of(self.status, self.client_status)
 
 
 class PresencePacket(msgspec.Struct):
@@ -5953,15 +6082,19 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         for event_type in event.dispatches():
             for callback in self._plain.get(event_type, ()):
                 callback(event)
-        return super().dispatch(event, return_tasks=return_tasks)
+        if return_tasks or self._listeners or self._waiters:
+            return super().dispatch(event, return_tasks=return_tasks)
+        return None
 
     def read_packet(self, data: bytes) -> Any:
-        """A packet from its JSON; in place of a presence that is no event stands `UNCHANGED`."""
-        with contextlib.suppress(msgspec.MsgspecError):
+        """A packet from its JSON. Of a presence stands there what decides, or that it is `UNCHANGED`."""
+        with contextlib.suppress(msgspec.MsgspecError, ValueError, KeyError):
             if b'"PRESENCE_UPDATE"' in data and not self._wants_all():
                 packet = read_presence(data)
-                if packet.t == "PRESENCE_UPDATE" and self._presences.knows(*packet.d.content):
-                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": UNCHANGED}
+                if packet.t == "PRESENCE_UPDATE":
+                    known = self._presences.code(*packet.d.ids) == packet.d.code
+                    content = UNCHANGED if known else packet.d
+                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": content}
             return msgspec.json.decode(data)
         return json.loads(data)  # it takes more than the standard allows
 
@@ -5972,26 +6105,46 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if self._cache and self._presences.of(*ids) is None:
             self._cache.delete_presence(*map(hikari.Snowflake, ids))
 
-    @filtered(hikari.PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
+    @filtered(PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
     def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
-        ids = int(payload["guild_id"]), int(payload["user"]["id"])
-        before = self._presences.of(*ids)
-        news = self._presences.update(*ids, payload["status"], payload["client_status"])
-        if self._whole:
-            super().on_presence_update(shard, payload)
-        elif news:
-            self.dispatch(
-                self._event_factory.deserialize_presence_update_event(
-                    shard, {**payload, "activities": ()}, old_presence=self._old(payload, before)
-                )
-            )
+        update = msgspec.convert(payload, PresenceUpdate)
+        guild_id, user_id = map(hikari.Snowflake, update.ids)
+        code = update.code
+        before = self._presences.update(guild_id, user_id, code)
+        if before == code and not self._whole:
+            return
+        appeared = None if before is None else APPEARANCES[before], APPEARANCES[code]
+        make = functools.partial(self._hikaris, shard, payload, appeared[0])
+        event = PresenceUpdateEvent(shard, guild_id, user_id, appeared, make)
+        if self._whole and self._cache:
+            presence = event.presence  # with it the old one is read, before it goes
+            if code:
+                self._cache.update_presence(presence)
+            else:
+                self._cache.delete_presence(guild_id, user_id)
+        self.dispatch(event)
+
+    def _hikaris(
+        self, shard: hikari.api.GatewayShard, payload: Any, before: Presence | None
+    ) -> hikari.PresenceUpdateEvent:
+        """What hikari makes of it, with activities only where it keeps presences."""
+        if self._whole and self._cache:
+            ids = int(payload["guild_id"]), int(payload["user"]["id"])
+            old = self._cache.get_presence(*map(hikari.Snowflake, ids))
+        else:
+            if isinstance(payload, PresenceUpdate):
+                payload = msgspec.structs.asdict(payload)
+            payload = {**payload, "activities": ()}
+            old = self._old(payload, before)
+        factory = self._event_factory
+        return factory.deserialize_presence_update_event(shard, payload, old_presence=old)
 
     def _old(self, payload: Any, before: Presence | None) -> hikari.MemberPresence | None:
         """hikari's form of how a member appeared; None for offline, as hikari has it."""
         if before is None or before.status == "offline":
             return None
         devices = dict.fromkeys(before.platforms, before.status)
-        old = {"status": before.status, "client_status": devices, "activities": ()}
+        old = {"status": before.status, "client_status": devices}
         return self._entity_factory.deserialize_member_presence({**payload, **old})
 
 
@@ -6639,17 +6792,18 @@ class Node:
 
     def has_listeners(self, guild_id: str, kind: str) -> bool:
         """Whether anybody is in the room, or may come back to it: else no payload needs to be made."""
-        room = Destination(guild_id, kind).room
+        return self._listens(Destination(guild_id, kind).room)
+
+    def _listens(self, room: str) -> bool:
         return self._parts.rooms.has_listeners(room) or self._parts.recovery.has_listeners(room)
 
     def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
         """The last step of an event that all nodes share: to whom it goes."""
-        if self.has_listeners(guild_id, kind):
-            self._parts.metrics.sent.labels(event).inc()
-            to = destination_of(guild_id, kind, fields)
-            recovery = self._parts.recovery
-            packet = event_packet(event, fields)
-            self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
+        to = destination_of(guild_id, kind, fields)
+        if self._listens(to.room):
+            self._parts.metrics.sent.counts[event] += 1
+            frame = self._parts.recovery.logs.add(to, event_packet(event, fields))
+            self._parts.clients.send(to, frame)
         else:
             self._parts.metrics.dropped.labels("nobody listens").inc()
 
@@ -7045,6 +7199,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def on_close(self) -> None:
         self._door.close(self._stream)
+        self._engine.socket_closed(self)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -7742,9 +7897,8 @@ class RightsWatcher:
         """An event to those in a room who may see it."""
         if to.guild_id in self._stale:
             self._look_through(to.guild_id)
-        self._rooms.send(
-            to.room, frame, functools.partial(self._hidden, to) if to.channel_id else None
-        )
+        hidden = functools.partial(self._hidden, to) if to.channel_id else None
+        self._rooms.send(to.room, frame, hidden)
 
     def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
@@ -7960,7 +8114,7 @@ class Comebacks:
             self._subscriptions.resume(dashboard, ticket)
         rooms = sorted(ticket.rooms.keys() | ticket.pending)
         state = {"recovered": recovered, "rooms": rooms}
-        dashboard.tell("session", state, self._recovery.offset)
+        dashboard.tell("session", state, self._recovery.logs.offset)
         for room in unseen:
             self._subscriptions.send_snapshots_soon(dashboard, room)
 
@@ -8189,7 +8343,7 @@ def measure(server: Server) -> None:
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
-    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.size)
+    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.logs.size)
     gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
     gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
     gauge(
@@ -8432,8 +8586,9 @@ class Server:
         except OSError as error:
             unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
             why = error.strerror if unknown else os.strerror(error.errno or 0)
+            key = "host" if unknown or error.errno == errno.EADDRNOTAVAIL else "port"
             place = f"{server.host}:{server.port}"
-            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
+            raise OperatorError(f"server.{key}: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -8466,6 +8621,7 @@ class Server:
         self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
+        until = time.monotonic() + grace
         work = [
             asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
@@ -8476,6 +8632,7 @@ class Server:
             task.cancel()
         await asyncio.wait(work)
         await self._close_sessions(0)
+        await self.socketio.eio.upgrades_end(until - time.monotonic())
         await self.web.close_all_connections()
 
     async def _stop_sources(self) -> None:
@@ -8485,15 +8642,19 @@ class Server:
         await self.node.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
-        """In random order, at an even pace that needs no more than `within` seconds."""
+        """In random order, at an even pace that needs no more than `within` seconds.
+
+        Of what a busy machine delays, a little is made up for: else many would be told at once.
+        """
         sessions = list(self.socketio.eio.sockets.values())
         random.shuffle(sessions)
         pace = min(GOODBYE_PACE, within / max(1, len(sessions)))
-        began = time.monotonic()
-        for number, session in enumerate(sessions):
-            if (early := began + number * pace - time.monotonic()) > 0:
+        due = time.monotonic()
+        for session in sessions:
+            if (early := due - time.monotonic()) > 0:
                 await asyncio.sleep(max(early, GOODBYE_PACE))
             await self._say_goodbye(session)
+            due = max(due, time.monotonic() - 2 * GOODBYE_PACE) + pace
 
     @staticmethod
     async def _say_goodbye(session: Session) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import hikari
 import pytest
 from service import ROOT
 
@@ -101,6 +102,44 @@ def test_another_song_is_an_event_for_who_needs_activities(plugin: Any, needs: s
     assert [one["names"] for one in seen] == ([["Chess"], ["Chess"]] if needs else [[]])
     assert seen[-1]["was"] == ["idle", "idle"]
     assert seen[-1]["now"] == ["dnd", "mobile", "web"]
+
+
+@pytest.mark.parametrize("needs", ["", '    needs = {"activities"}'])
+def test_a_presence_tells_how_the_member_appeared_before_and_now(plugin: Any, needs: str) -> None:
+    path = plugin(
+        """
+        from spywatcher import PresenceUpdateEvent
+
+        @on(PresenceUpdateEvent, emit="seen")
+        def seen(event):
+            shown = [event.before, event.now]
+            return {"shown": [[one.status, sorted(one.platforms)] for one in shown]}
+    """
+        + needs
+    )
+    with Harness(path) as h:
+        ada = h.guild.add_member("ada")
+        h.run(h.discord.presence(h.guild, ada, "idle", ["mobile"]))
+        h.run(h.discord.presence(h.guild, ada, "dnd", ["mobile", "web"]))
+        h.run(h.discord.presence(h.guild, ada, "offline"))
+        seen = [one.fields["shown"] for one in h.emitted]
+    idle, busy, away = ["idle", ["mobile"]], ["dnd", ["mobile", "web"]], ["offline", []]
+    assert seen == [[away, idle], [idle, busy], [busy, away]]
+
+
+def test_hikari_makes_nothing_of_a_presence_that_no_plugin_looks_into(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    factory = hikari.impl.EntityFactoryImpl
+    monkeypatch.setattr(factory, "deserialize_member_presence", lambda *_, **__: made.append(1))
+    with Harness(ROOT / "plugins" / "presence.py") as h:
+        ada = h.guild.add_member("ada")
+        h.run(h.discord.presence(h.guild, ada, "idle", ["mobile"]))
+        made.clear()  # those of GUILD_CREATE
+        h.run(h.discord.presence(h.guild, ada, "dnd", ["mobile"]))
+        assert [one.fields["status"] for one in h.emitted] == ["idle", "dnd"]
+    assert not made
 
 
 def test_who_is_online_is_told_without_bots_and_who_is_offline(plugin: Any) -> None:

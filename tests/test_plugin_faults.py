@@ -183,8 +183,8 @@ async def test_a_setup_that_hangs_is_left_out_while_the_server_serves(
 
 
 @pytest.mark.logs(
-    "plugin emits: thief failed .*: plugin emits may not emit good:message, which belongs to plugin",
-    "plugin emits: impostor failed .*: plugin emits may not emit disconnect, which is reserved",
+    "plugin emits: thief failed .*: plugins a_good and emits both claim the event good:message",
+    "plugin emits: impostor failed .*: the event name disconnect is reserved",
     'plugin emits: lost failed .*: emits:lost: no plugin has rooms of the kind "gild", did you mean',
 )
 async def test_what_is_not_a_plugins_own_is_not_sent(watching: Watching) -> None:

@@ -259,6 +259,26 @@ MISTAKES = {
     "no value": ("[discord]\ntoken =", "line 2.*write a value after ="),
     "a bracket too few": ("[discord\ntoken = 'x'", "line 1.*write ] after the name of a table"),
     "a key misspelt": ('[discord]\ntokn = "x"', "discord.tokn: unknown key, did you mean token?"),
+    "a port at the host": (
+        '[server]\nhost = "0.0.0.0:3001"',
+        'host: got "0.0.0.0:3001", expected a name or an address alone, such as "0.0.0.0"',
+    ),
+    "a URL for the host": (
+        '[server]\nhost = "http://localhost:3001/"',
+        'expected a name or an address alone, such as "localhost"',
+    ),
+    "a secret of digits without quotes": (
+        "[auth]\nsecret = 0123",
+        "line 2.*write quotes around a text, no zeros before a number",
+    ),
+    "a list without commas": (
+        '[auth]\nadmin_roles = ["USER" "ADMIN"]',
+        "line 2.*write a comma between two texts",
+    ),
+    "a key above all tables": (
+        'secret = "x"',
+        r"secret: expected below a table: \[auth\]$",
+    ),
     "a table misspelt": ("[disord]", "disord: unknown table, did you mean discord?"),
 }
 
