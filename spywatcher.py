@@ -725,7 +725,7 @@ def read_settings(path: Path | None) -> Settings:
             plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
             folders = " or ".join(dict.fromkeys(str(place.resolve().parent) for place in here))
             return Settings(
-                folder=Path(__file__).parent if plain else Path.cwd(),
+                folder=Path(__file__).resolve().parent if plain else Path.cwd(),
                 source=f"no config.toml in {folders}",
             )
     try:
@@ -3793,7 +3793,7 @@ def on(
     `[discord] startup_grace` of a new gateway session, while what looks like news is only Discord
     telling how things stand.
     """
-    check_source(event)
+    check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
     return lambda function: marked(function, Listener(event, emit, room, settled, bots))
@@ -3858,8 +3858,8 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     return mark
 
 
-def check_source(event: object) -> None:
-    """Refuse what `on` cannot listen to; raises PluginError."""
+def check_source(event: object, emit: str | None) -> None:
+    """Refuse what `on` cannot listen to, or has no guild to emit to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
         for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
@@ -3872,6 +3872,13 @@ def check_source(event: object) -> None:
         raise PluginError(
             f"on({came}): expected a class of hikari's events or the name of a plugin's event"
         )
+    elif emit and not has_guild(event):
+        raise PluginError(f"on({event.__name__}) has no guild_id: leave emit= out, use spy.emit")
+
+
+def has_guild(event_type: type[hikari.Event]) -> bool:
+    """Whether events of this type, or of a narrower one, say of which guild they are."""
+    return hasattr(event_type, "guild_id") or any(map(has_guild, event_type.__subclasses__()))
 
 
 def check_name(where: str, name: object) -> None:
@@ -4914,15 +4921,19 @@ def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
     for form in reversed(forms):
         with contextlib.suppress(TypeError):
             return len(signature.bind(*form.split(", ")).args)
-    code = inspect.unwrap(function).__code__
-    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    raise PluginError(f"{name} takes {signature}, expected {expected} {where}")
+    raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
 def check_payloads(module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
+            fields = value.__struct_fields__
+            telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
+            if telling and "channel_id" not in fields:
+                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
+                why = "goes to all who see the guild: only channel_id hides an event"
+                log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
                 msgspec.convert({}, value, dec_hook=accept)
             except msgspec.ValidationError:
@@ -5190,24 +5201,6 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
     return min(in_guilds, key=int) & ~had
 
 
-def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
-    """Where to look, each place once, an operator's own before the shipped ones of the same name.
-
-    Raises OperatorError for a folder that is not there.
-    """
-    folders: dict[Path, Path] = {}
-    for name in names:
-        places = [folder / name]
-        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
-            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
-        found = [place for place in places if place.is_dir()]
-        if not found:
-            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-        for place in found:
-            folders.setdefault(place.resolve(), place)
-    return list(folders.values())
-
-
 #: Files and folders that are no plugins: parts of one, and tests.
 NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
 #: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
@@ -5226,15 +5219,20 @@ class PluginFiles:
     #: and for which more is awaited where a file is empty or no Python.
     patience: ClassVar[float] = 1.5
 
-    def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
-        self._folders = folders
-        shipped = shipped_plugins()
-        self._shipped = [
-            one for one in folders if shipped and one.resolve().is_relative_to(shipped)
-        ]
-        self._disabled = frozenset(disabled)
-        #: Files of earlier folders that take the place of others of that name.
+    def __init__(self, settings: PluginsSettings, folder: Path) -> None:
+        self._shipped = shipped_plugins()
+        self._folders: list[Path] = []
+        for name in settings.folders:
+            places = [(folder / name).resolve()]
+            if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
+                places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
+            found = [place for place in places if place.is_dir()]
+            if not found:
+                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+            self._folders += (place for place in found if place not in self._folders)
+        #: (name, file, file of a later folder whose place it takes)
         self._replaced: set[tuple[str, Path, Path]] = set()
+        self._disabled = frozenset(settings.disabled)
         #: What each file held when it was read, and when it had been written by then.
         self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
         #: Each plugin as it was taken;
@@ -5255,7 +5253,8 @@ class PluginFiles:
         for name, taken, path in sorted(replaced - self._replaced):
             log.info("plugin %s: %s replaces %s", name, taken, path)
         self._replaced = replaced
-        return dict(sorted(found.items(), key=lambda one: not self._is_shipped(one[1])))
+        shipped = [name for name, path in found.items() if self._shipped in path.parents]
+        return {name: found[name] for name in (*shipped, *found)}
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
@@ -5264,9 +5263,6 @@ class PluginFiles:
             left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
             if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
                 yield name, path
-
-    def _is_shipped(self, path: Path) -> bool:
-        return any(path.is_relative_to(folder) for folder in self._shipped)
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
@@ -5380,17 +5376,26 @@ def fresh_modules(name: str) -> Iterator[None]:
         raise
 
 
+def line_of(name: str, path: Path) -> str:
+    """Where a plugin's file gives something this name: `mine.py, line 3`."""
+    source = path.read_text("utf-8", "replace")
+    found = re.search(rf"^((async )?def |class )?{name}\b", source, re.MULTILINE)
+    line = source[: found.start()].count("\n") + 1 if found else 0
+    return f"{path.name}, line {line}" if line else ""
+
+
 def reason_not_loaded(error: BaseException, path: Path) -> str:
     """Why a plugin did not load, and where in its files that came up."""
-    if isinstance(error, SyntaxError):
-        return str(error)  # says file and line
-    if isinstance(error, OperatorError):
-        return "; ".join(error.faults)
+    if isinstance(error, SyntaxError | OperatorError):
+        return str(error).replace("\n", "; ")  # says where
     place = ""
     home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    about = re.match(r"(class )?(\w+)", str(error))  # our own refusals begin with a name
+    if about and not place and isinstance(error, PluginError):
+        place = line_of(about[2], path)
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
     return f"{error} ({more})" if more else str(error)
@@ -5420,7 +5425,7 @@ class PluginLoader:
         folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
+        self.files = PluginFiles(settings, folder)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
         self._failures = metrics.plugin_failures
@@ -5442,8 +5447,19 @@ class PluginLoader:
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
+        for plugin in self.plugins.values():
+            self.warn_of_typos(plugin)
         if faults:
             raise OperatorError(*faults)
+
+    def warn_of_typos(self, plugin: Plugin) -> None:
+        """Name what the plugin hears where nobody sends that, but something much like it."""
+        known = [event for one in self.plugins.values() for event in one.events]
+        for event in (one.mark.source for one in plugin.listeners):
+            near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
+            if near and event not in known:
+                why = f"no plugin emits {event}, did you mean {near[0]}?"
+                log.warning("plugin %s: %s", plugin.name, why)
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
@@ -5673,6 +5689,7 @@ class PluginHost:
         if self._leading:
             runner.begin()
         log.info("plugin %s: loaded", plugin.name)
+        self.loader.warn_of_typos(plugin)
         for event_type in plugin.event_types():
             if missing := missing_intents(event_type, self._context.bot.intents):
                 log.warning(
@@ -8903,15 +8920,15 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
     systemd = Systemd(os.environ)
     sockets, make_node = systemd.sockets(), node_type(settings)
     server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
-    reload = functools.partial(reload_settings, server, arguments.config)
+    reload = functools.partial(reload_settings, server, lambda: read_settings(arguments.config))
     faulthandler.enable(2)  # systemd's watchdog sends SIGABRT: every thread's stack to the journal
     run_until_stopped(run_server(server, systemd, reload))
 
 
-def reload_settings(server: Server, path: Path | None) -> None:
+def reload_settings(server: Server, read: Callable[[], Settings]) -> None:
     """What SIGHUP does: read the settings again; a fault in them changes nothing."""
     try:
-        settings = read_settings(path)
+        settings = read()
         with naming_source(settings):
             keys = read_keys(settings.auth, settings.folder)
             if keys == Keys():
@@ -9052,8 +9069,8 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
-    simulator = code_beside("simulator", "the command demo")
-    run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
+    demo = code_beside("simulator", "the command demo")
+    run_until_stopped(demo.run_demo(settings, arguments.port, arguments.plugins, arguments.config))
 
 
 async def run_server(
