@@ -5223,13 +5223,13 @@ class PluginFiles:
         self._shipped = shipped_plugins()
         self._folders: list[Path] = []
         for name in settings.folders:
-            places = [folder / name]
+            places = [(folder / name).resolve()]
             if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
                 places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
             found = [place for place in places if place.is_dir()]
             if not found:
                 raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-            self._folders += found
+            self._folders += (place for place in found if place not in self._folders)
         #: (name, file, file of a later folder whose place it takes)
         self._replaced: set[tuple[str, Path, Path]] = set()
         self._disabled = frozenset(settings.disabled)
