@@ -43,6 +43,7 @@ import binascii
 import collections
 import contextlib
 import enum
+import functools
 import hashlib
 import http
 import importlib
@@ -2582,10 +2583,12 @@ class Harness:
 def found_plugin(path: Path) -> Path:
     """The whole path of a plugin; raises spywatcher.PluginError where a server would find none."""
     whole = path.resolve()
-    found = spywatcher.PluginFiles([whole.parent], ()).find().get(whole.stem)
-    if found not in (whole, whole / "__init__.py"):
-        raise spywatcher.PluginError(f"Harness: no plugin at {path}")
-    return whole
+    if whole.parent.is_dir():
+        folder = spywatcher.PluginsSettings((str(whole.parent),))
+        found = spywatcher.PluginFiles(folder, whole.parent).find().get(whole.stem)
+        if found in (whole, whole / "__init__.py"):
+            return whole
+    raise spywatcher.PluginError(f"Harness: no plugin at {path}")
 
 
 class FaultsLogged(logging.Handler):
@@ -2991,22 +2994,34 @@ LIFE_BEFORE = 500
 
 
 async def run_demo(
-    settings: spywatcher.Settings, port: int | None = None, plugins: Path | None = None
+    settings: spywatcher.Settings,
+    port: int | None = None,
+    plugins: Path | None = None,
+    config: Path | None = None,
 ) -> None:
-    """Serve until a signal comes; `port` and a folder of `plugins` go before the settings'.
+    """Serve until a signal comes; `port` and a folder of `plugins` go before the settings', which
+    SIGHUP reads again, from the file `config` or where they are by default.
 
     Raises spywatcher.OperatorError when the port cannot be had or a plugin's settings are wrong.
     """
     async with PretendDiscord() as discord, contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = demo_settings(settings, discord, folder, port, plugins)
-        settings = with_sign_in(settings, discord)
-        keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
-        server = spywatcher.Server(settings, keys=keys, token=discord.token)
+        started = demo_settings(settings, discord, folder, port, plugins)
+        started = with_sign_in(started, discord)
+        keys = spywatcher.read_keys(started.auth, started.folder)
+        server = spywatcher.Server(started, keys=keys, token=discord.token)
+
+        def read_again() -> spywatcher.Settings:
+            settings = spywatcher.read_settings(config)
+            now = demo_settings(settings, discord, folder, started.server.port, plugins)
+            tables = now.plugin | {"signin": started.plugin["signin"]}
+            return msgspec.structs.replace(now, auth=started.auth, plugin=tables)
+
         lively = lively_guilds(discord)
         discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
         give_a_past(server.plugins, lively, folder)
-        serving = asyncio.create_task(serve(server))
+        reload = functools.partial(spywatcher.reload_settings, server, read_again)
+        serving = asyncio.create_task(serve(server, reload))
         showing = asyncio.create_task(show(discord, server, lively, plugins))
         both = [serving, showing]
         ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -3017,10 +3032,10 @@ async def run_demo(
             task.result()
 
 
-async def serve(server: spywatcher.Server) -> None:
+async def serve(server: spywatcher.Server, reload: Callable[[], None]) -> None:
     """Run the server until a signal comes; a port in use is said with the way out."""
     try:
-        await spywatcher.run_server(server)
+        await spywatcher.run_server(server, reload=reload)
     except spywatcher.OperatorError as error:
         way_out = "take another one: python spywatcher.py demo --port 0"
         raise spywatcher.OperatorError(f"{error}; {way_out}") from error
@@ -3042,6 +3057,7 @@ def demo_settings(
             port=settings.server.port if port is None else port,
             cors_origins=LOOPBACK_ORIGINS,
         ),
+        auth=spywatcher.AuthSettings(secret=secrets.token_hex(32)),
         discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
         storage=spywatcher.StorageSettings(path=str(folder / DEMO_FILE)),
@@ -3050,6 +3066,7 @@ def demo_settings(
         throttle=settings.throttle,
         log=settings.log,
         folder=settings.folder,
+        source=settings.source,
     )
 
 

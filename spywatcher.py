@@ -91,7 +91,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from operator import call, itemgetter
+from operator import call, itemgetter, or_
 from pathlib import Path
 from types import ModuleType, coroutine
 from typing import (
@@ -725,7 +725,7 @@ def read_settings(path: Path | None) -> Settings:
             plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
             folders = " or ".join(dict.fromkeys(str(place.resolve().parent) for place in here))
             return Settings(
-                folder=Path(__file__).parent if plain else Path.cwd(),
+                folder=Path(__file__).resolve().parent if plain else Path.cwd(),
                 source=f"no config.toml in {folders}",
             )
     try:
@@ -3793,7 +3793,7 @@ def on(
     `[discord] startup_grace` of a new gateway session, while what looks like news is only Discord
     telling how things stand.
     """
-    check_source(event)
+    check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
     return lambda function: marked(function, Listener(event, emit, room, settled, bots))
@@ -3858,8 +3858,8 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     return mark
 
 
-def check_source(event: object) -> None:
-    """Refuse what `on` cannot listen to; raises PluginError."""
+def check_source(event: object, emit: str | None) -> None:
+    """Refuse what `on` cannot listen to, or has no guild to emit to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
         for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
@@ -3872,6 +3872,13 @@ def check_source(event: object) -> None:
         raise PluginError(
             f"on({came}): expected a class of hikari's events or the name of a plugin's event"
         )
+    elif emit and not has_guild(event):
+        raise PluginError(f"on({event.__name__}) has no guild_id: leave emit= out, use spy.emit")
+
+
+def has_guild(event_type: type[hikari.Event]) -> bool:
+    """Whether events of this type, or of a narrower one, say of which guild they are."""
+    return hasattr(event_type, "guild_id") or any(map(has_guild, event_type.__subclasses__()))
 
 
 def check_name(where: str, name: object) -> None:
@@ -4542,35 +4549,38 @@ class Standing(NamedTuple):
     ran: float = 0.0
     #: it was ready to run, and other threads of the machine ran;
     queued: float = 0.0
-    #: the other threads of this process ran;
+    #: the other threads of this process ran.
     others: float = 0.0
-    #: and so many times they were interrupted.
+    #: So many times it slept,
+    naps: int = 0
+    #: and the other threads were interrupted.
     interrupted: int = 0
 
 
 def standing() -> Standing:
     """Of the thread that asks; nothing where no kernel tells."""
     try:
-        own = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        own = resource.getrusage(resource.RUSAGE_THREAD)
         with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
             queued = int(file.read().split()[1]) / 1e9
     except (OSError, AttributeError):
         return Standing()
     ran, all_ran = time.thread_time(), time.process_time()
-    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own
-    return Standing(ran, queued, all_ran - ran, interrupted)
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
+    return Standing(ran, queued, all_ran - ran, own.ru_nvcsw, interrupted)
 
 
 def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
     """For how much of so many seconds the thread itself kept everybody waiting.
 
-    It worked, or it slept. It did not sleep while it was queued, nor while it waited for the
-    interpreter: another thread had it and ran, or was kept from running, for nobody knows how long.
+    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, which
+    another thread had. That ran, or was itself interrupted for nobody knows how long; but who waits
+    for the interpreter wakes up every few milliseconds to ask for it (`sys.setswitchinterval`).
     """
-    worked = min(seconds, now.ran - before.ran)
-    if now.interrupted > before.interrupted:
-        return worked
-    return max(worked, seconds - (now.queued - before.queued) - (now.others - before.others))
+    waited = (now.naps - before.naps) * BLOCKING
+    if now.interrupted == before.interrupted:
+        waited = min(waited, now.others - before.others)
+    return max(min(seconds, now.ran - before.ran), seconds - (now.queued - before.queued) - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:
@@ -4793,10 +4803,7 @@ class Plugin:
         self.module = module
         used = attributes_used(path)
         self.settings_form = settings_form(module, reads_settings="settings" in used)
-        faults: list[str] = []
-        self.settings = self.check_settings(table, faults)
-        if faults:
-            raise OperatorError(*faults)
+        self.settings = self.check_settings(table)
         #: Functions and handlers with each mark on them, in the order of the file.
         self._marked = [
             Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
@@ -4811,8 +4818,6 @@ class Plugin:
         rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
         self.events = set(rooms)
         self.kinds = frozenset(rooms.values())
-        if reserved := self.events & RESERVED_EVENTS:
-            raise PluginError(f"the event name {min(reserved)} is reserved")
 
     def marked(self, kind: type[Mark]) -> list[Marked]:
         """What has such a mark."""
@@ -4823,11 +4828,15 @@ class Plugin:
         heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
-    def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
-        """The plugin's `[plugin.NAME]` table as it reads it; what is wrong is added to `faults`."""
+    def check_settings(self, table: dict[str, Any]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
         if self.settings_form is None:
             return table
-        return check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        faults: list[str] = []
+        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        if faults:
+            raise OperatorError(*faults)
+        return settings
 
 
 def own_things(module: ModuleType) -> list[tuple[str, Any]]:
@@ -4912,15 +4921,19 @@ def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
     for form in reversed(forms):
         with contextlib.suppress(TypeError):
             return len(signature.bind(*form.split(", ")).args)
-    code = inspect.unwrap(function).__code__
-    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    raise PluginError(f"{name} takes {signature}, expected {expected} {where}")
+    raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
 def check_payloads(module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
+            fields = value.__struct_fields__
+            telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
+            if telling and "channel_id" not in fields:
+                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
+                why = "goes to all who see the guild: only channel_id hides an event"
+                log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
                 msgspec.convert({}, value, dec_hook=accept)
             except msgspec.ValidationError:
@@ -5188,24 +5201,6 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
     return min(in_guilds, key=int) & ~had
 
 
-def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
-    """Where to look, each place once, an operator's own before the shipped ones of the same name.
-
-    Raises OperatorError for a folder that is not there.
-    """
-    folders: dict[Path, Path] = {}
-    for name in names:
-        places = [folder / name]
-        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
-            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
-        found = [place for place in places if place.is_dir()]
-        if not found:
-            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-        for place in found:
-            folders.setdefault(place.resolve(), place)
-    return list(folders.values())
-
-
 #: Files and folders that are no plugins: parts of one, and tests.
 NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
 #: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
@@ -5224,15 +5219,20 @@ class PluginFiles:
     #: and for which more is awaited where a file is empty or no Python.
     patience: ClassVar[float] = 1.5
 
-    def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
-        self._folders = folders
-        shipped = shipped_plugins()
-        self._shipped = [
-            one for one in folders if shipped and one.resolve().is_relative_to(shipped)
-        ]
-        self._disabled = frozenset(disabled)
-        #: Files of earlier folders that take the place of others of that name.
+    def __init__(self, settings: PluginsSettings, folder: Path) -> None:
+        self._shipped = shipped_plugins()
+        self._folders: list[Path] = []
+        for name in settings.folders:
+            places = [(folder / name).resolve()]
+            if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
+                places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
+            found = [place for place in places if place.is_dir()]
+            if not found:
+                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+            self._folders += (place for place in found if place not in self._folders)
+        #: (name, file, file of a later folder whose place it takes)
         self._replaced: set[tuple[str, Path, Path]] = set()
+        self._disabled = frozenset(settings.disabled)
         #: What each file held when it was read, and when it had been written by then.
         self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
         #: Each plugin as it was taken;
@@ -5253,7 +5253,8 @@ class PluginFiles:
         for name, taken, path in sorted(replaced - self._replaced):
             log.info("plugin %s: %s replaces %s", name, taken, path)
         self._replaced = replaced
-        return dict(sorted(found.items(), key=lambda one: not self._is_shipped(one[1])))
+        shipped = [name for name, path in found.items() if self._shipped in path.parents]
+        return {name: found[name] for name in (*shipped, *found)}
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
@@ -5262,9 +5263,6 @@ class PluginFiles:
             left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
             if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
                 yield name, path
-
-    def _is_shipped(self, path: Path) -> bool:
-        return any(path.is_relative_to(folder) for folder in self._shipped)
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
@@ -5378,20 +5376,41 @@ def fresh_modules(name: str) -> Iterator[None]:
         raise
 
 
+def line_of(name: str, path: Path) -> str:
+    """Where a plugin's file gives something this name: `mine.py, line 3`."""
+    source = path.read_text("utf-8", "replace")
+    found = re.search(rf"^((async )?def |class )?{name}\b", source, re.MULTILINE)
+    line = source[: found.start()].count("\n") + 1 if found else 0
+    return f"{path.name}, line {line}" if line else ""
+
+
 def reason_not_loaded(error: BaseException, path: Path) -> str:
     """Why a plugin did not load, and where in its files that came up."""
-    if isinstance(error, SyntaxError):
-        return str(error)  # says file and line
-    if isinstance(error, OperatorError):
-        return "; ".join(error.faults)
+    if isinstance(error, SyntaxError | OperatorError):
+        return str(error).replace("\n", "; ")  # says where
     place = ""
     home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    about = re.match(r"(class )?(\w+)", str(error))  # our own refusals begin with a name
+    if about and not place and isinstance(error, PluginError):
+        place = line_of(about[2], path)
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
     return f"{error} ({more})" if more else str(error)
+
+
+def check_free(event: str, name: str, plugins: Mapping[str, Plugin]) -> None:
+    """Refuse an event that is not this plugin's to send; raises PluginError."""
+    if event in RESERVED_EVENTS:
+        raise PluginError(f"the event name {event} is reserved")
+    for other, plugin in plugins.items():
+        if other != name and event in plugin.events:
+            raise PluginError(
+                f"plugins {other} and {name} both claim the event {event};"
+                " disable one of them in [plugins] disabled"
+            )
 
 
 class PluginLoader:
@@ -5406,7 +5425,7 @@ class PluginLoader:
         folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
+        self.files = PluginFiles(settings, folder)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
         self._failures = metrics.plugin_failures
@@ -5428,19 +5447,26 @@ class PluginLoader:
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
+        for plugin in self.plugins.values():
+            self.warn_of_typos(plugin)
         if faults:
             raise OperatorError(*faults)
+
+    def warn_of_typos(self, plugin: Plugin) -> None:
+        """Name what the plugin hears where nobody sends that, but something much like it."""
+        known = [event for one in self.plugins.values() for event in one.events]
+        for event in (one.mark.source for one in plugin.listeners):
+            near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
+            if near and event not in known:
+                why = f"no plugin emits {event}, did you mean {near[0]}?"
+                log.warning("plugin %s: %s", plugin.name, why)
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-            for other in others.values():
-                if other.name != name and (both := plugin.events & other.events):
-                    raise PluginError(
-                        f"plugins {other.name} and {name} both claim the event {min(both)};"
-                        f" disable one of them in [plugins] disabled"
-                    )
+            for event in sorted(plugin.events):
+                check_free(event, name, others)
         return plugin
 
     def report(self, name: str, path: Path, error: BaseException) -> None:
@@ -5470,10 +5496,10 @@ class PluginLoader:
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
-        checked = {
-            name: plugin.check_settings(tables.get(name, {}), faults)
-            for name, plugin in self.plugins.items()
-        }
+        checked = {}
+        for name, plugin in self.plugins.items():
+            with collecting(faults):
+                checked[name] = plugin.check_settings(tables.get(name, {}))
         if faults:
             raise OperatorError(*faults)
         return checked
@@ -5487,21 +5513,10 @@ class PluginLoader:
 
     # -- what plugins ask for
 
-    def event_types(self) -> dict[type[hikari.Event], list[str]]:
-        """Which hikari events are listened to, and by which plugins."""
-        wanted: dict[type[hikari.Event], list[str]] = {}
-        for plugin in self.plugins.values():
-            for event_type in plugin.event_types():
-                wanted.setdefault(event_type, []).append(plugin.name)
-        return wanted
-
     def cached(self) -> hikari.api.CacheComponents:
         """What hikari has to keep for plugins' `needs`."""
-        components = hikari.api.CacheComponents.NONE
-        for plugin in self.plugins.values():
-            for need in plugin.needs:
-                components |= NEEDS[need].components
-        return components
+        needs = (need for plugin in self.plugins.values() for need in plugin.needs)
+        return functools.reduce(or_, (NEEDS[need].components for need in needs), CACHE.NONE)
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -5518,10 +5533,7 @@ class PluginLoader:
         if event in plugin.events:
             return
         check_name("spy.emit", event)
-        owner = next((other for other in self.plugins.values() if event in other.events), None)
-        if event in RESERVED_EVENTS or (owner is not None and owner.name != plugin.name):
-            whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
-            raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
+        check_free(event, plugin.name, self.plugins)
         plugin.events.add(event)
 
 
@@ -5677,6 +5689,7 @@ class PluginHost:
         if self._leading:
             runner.begin()
         log.info("plugin %s: loaded", plugin.name)
+        self.loader.warn_of_typos(plugin)
         for event_type in plugin.event_types():
             if missing := missing_intents(event_type, self._context.bot.intents):
                 log.warning(
@@ -8403,8 +8416,9 @@ def listening(family: socket.AddressFamily, host: str, port: int) -> socket.sock
 def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:
     """Which events are needed, and by whom."""
     wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
-    for event_type, names in plugins.event_types().items():
-        wanted[event_type] = [*wanted.get(event_type, ()), *names]
+    for plugin in plugins.plugins.values():
+        for event_type in plugin.event_types():
+            wanted.setdefault(event_type, []).append(plugin.name)
     return wanted
 
 
@@ -8906,15 +8920,15 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
     systemd = Systemd(os.environ)
     sockets, make_node = systemd.sockets(), node_type(settings)
     server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
-    reload = functools.partial(reload_settings, server, arguments.config)
+    reload = functools.partial(reload_settings, server, lambda: read_settings(arguments.config))
     faulthandler.enable(2)  # systemd's watchdog sends SIGABRT: every thread's stack to the journal
     run_until_stopped(run_server(server, systemd, reload))
 
 
-def reload_settings(server: Server, path: Path | None) -> None:
+def reload_settings(server: Server, read: Callable[[], Settings]) -> None:
     """What SIGHUP does: read the settings again; a fault in them changes nothing."""
     try:
-        settings = read_settings(path)
+        settings = read()
         with naming_source(settings):
             keys = read_keys(settings.auth, settings.folder)
             if keys == Keys():
@@ -8957,7 +8971,7 @@ def faults_beside_file(
         if keys != Keys():
             plugins.check_secret(Tokens(keys, settings.auth.algorithms))
         if token:  # this takes none that is no token
-            Gateway(settings.discord, token, plugins.event_types(), Metrics())
+            Gateway(settings.discord, token, wanted_events(plugins), Metrics())
     with collecting(faults):
         if settings.redis.url:
             cluster_code().check_redis(settings)
@@ -9055,8 +9069,8 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
-    simulator = code_beside("simulator", "the command demo")
-    run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
+    demo = code_beside("simulator", "the command demo")
+    run_until_stopped(demo.run_demo(settings, arguments.port, arguments.plugins, arguments.config))
 
 
 async def run_server(

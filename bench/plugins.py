@@ -32,6 +32,7 @@ from spywatcher import (  # noqa: E402
     PluginHost,
     PluginLoader,
     PluginsSettings,
+    wanted_events,
 )
 
 PLUGINS = {
@@ -80,7 +81,7 @@ class Bench:
         plugins.load_all()
         discord = PretendDiscord()
         guild = discord.add_guild()
-        gateway = Gateway(DiscordSettings(), discord.token, plugins.event_types(), metrics)
+        gateway = Gateway(DiscordSettings(), discord.token, wanted_events(plugins), metrics)
         bot = gateway.bot
         self.sent: list[Any] = []
         context = HostContext(

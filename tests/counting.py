@@ -25,6 +25,7 @@ from spywatcher import (
     PluginLoader,
     Shared,
     parse_settings,
+    wanted_events,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ class Counting:
 
     async def __aenter__(self) -> Self:
         self._plugins.load_all()
-        wanted = self._plugins.event_types()
+        wanted = wanted_events(self._plugins)
         token = make_token(BOT.id)
         gateway = Gateway(DiscordSettings(), token, wanted, self._metrics)
         self._bot = gateway.bot

@@ -27,7 +27,7 @@ from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
 FOLDER = ROOT / "tests" / "plugins"
 #: Why each plugin of tests/plugins/wrong_at_load is not loaded.
 WHY = {
-    "arguments": r"broken takes \(event, spy, more\), expected \(event\) or \(event, spy\) \(arguments.py, line 6\)",
+    "arguments": r"broken takes \(event, spy, more\), expected \(event\) or \(event, spy\) \(arguments.py, line 7\)",
     "binary": "source code string cannot contain null bytes|invalid|codec can't decode",
     "circle": r"cannot import name 'ONE' .*ImportError, two.py, line 1",
     "dotted.name": "a plugin's name has no dot in it",
@@ -42,6 +42,7 @@ WHY = {
     "needs_more": r"old_state stays empty without needs = \{\"voice\"\}",
     "needs_what": "needs: got .*coffee.*, expected some of activities, emojis, invites, messages, stickers, voice",
     "no_arguments": r"broken takes \(\), expected \(spy\)",
+    "no_guild": r"on\(StartedEvent\) has no guild_id: leave emit= out, use spy.emit.*line 6",
     "no_event": r"on\(Member\): expected a class of hikari's events.*no_event.py, line 6",
     "not_called": r"every\(.*\): expected seconds.*not_called.py, line 4",
     "page": r"route\(\"/page\"\) belongs on a RequestHandler",
@@ -57,6 +58,8 @@ WHY = {
     "setup_arguments": r"setup takes \(\), expected \(spy\)",
     "syntax_error": r"invalid syntax \(syntax_error.py, line 1\)",
 }
+#: What is wrong with these is in no line of their own.
+WITHOUT_LINE = {"binary", "dotted.name", "duplicate", "link", "reserved"}
 
 
 @pytest.mark.logs(*(f"ERROR spywatcher: plugin {name}: not loaded: " for name in WHY))
@@ -70,6 +73,7 @@ def test_each_plugin_that_does_not_load_is_named_in_a_line(
     for name, why in WHY.items():
         [line] = [line for line in loader.faults() if line.startswith(f"plugin {name}: ")]
         assert re.search(why, line), line
+        assert name in WITHOUT_LINE or re.search(r"\(.*, line \d+\)$", line), line
         assert f"spywatcher_plugins.{name}" not in sys.modules
     assert len([r for r in caplog.records if r.levelno >= logging.ERROR]) == len(WHY)
 
@@ -179,10 +183,9 @@ async def test_a_setup_that_hangs_is_left_out_while_the_server_serves(
 
 
 @pytest.mark.logs(
-    "plugin emits: thief failed .*: plugin emits may not emit good:message, which belongs to plugin",
-    "plugin emits: impostor failed .*: plugin emits may not emit disconnect, which is reserved",
+    "plugin emits: thief failed .*: plugins a_good and emits both claim the event good:message",
+    "plugin emits: impostor failed .*: the event name disconnect is reserved",
     'plugin emits: lost failed .*: emits:lost: no plugin has rooms of the kind "gild", did you mean',
-    "plugin emits: no_guild failed on ShardReadyEvent: ShardReadyEvent has no guild_id",
 )
 async def test_what_is_not_a_plugins_own_is_not_sent(watching: Watching) -> None:
     async with watching(plugins=at_work("emits")) as spy:
@@ -257,6 +260,16 @@ def held(doing: Callable[[], object]) -> float:
 @pytest.mark.parametrize("blocks", [work, time.sleep], ids=["computes", "sleeps"])
 def test_who_works_or_sleeps_is_named_with_how_long(blocks: Callable[[float], None]) -> None:
     assert any(held(lambda: blocks(0.15)) > 0.14 for _ in range(3))
+
+
+def wait_for_a_thread_of_its_own() -> None:
+    thread = threading.Thread(target=work, args=(0.5,))
+    thread.start()
+    thread.join()
+
+
+def test_who_waits_for_a_thread_of_its_own_is_named() -> None:
+    assert any(held(wait_for_a_thread_of_its_own) > 0.1 for _ in range(3))
 
 
 def test_many_short_waits_are_a_long_one() -> None:

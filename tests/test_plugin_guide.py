@@ -17,7 +17,7 @@ from service import ROOT
 from watching import Watching
 
 import spywatcher
-from simulator import ChannelType, Guild, Harness
+from simulator import ChannelType, Guild, Harness, PretendDiscord
 
 GUIDE = (ROOT / "docs" / "plugins.md").read_text("utf-8")
 
@@ -96,6 +96,15 @@ def test_reactions_are_counted(harness: Harness) -> None:
         assert [one.fields["count"] for one in h.emitted] == [1]
 
 
+@plugin("Count reactions by minute, and tell a new subscriber at once.")
+def test_who_subscribes_is_told_what_was_counted(harness: Harness) -> None:
+    ada = harness.guild.add_member("ada")
+    with harness as h:
+        h.run(h.discord.reaction(h.guild, ada, h.guild.general))
+        [[told], [of_member]] = h.subscribe(), h.subscribe("guild", ada)
+        assert told.fields["count"] == of_member.fields["count"] == 1
+
+
 async def test_the_other_plugins_of_the_page_run_in_a_server(
     watching: Watching, guild: Guild, tmp_path: Path
 ) -> None:
@@ -130,11 +139,18 @@ def test_the_test_of_the_page_passes(tmp_path: Path) -> None:
         PLUGINS["Tell dashboards when a message is deleted."]
     )
     [test] = [block for block in blocks("python") if not block.startswith('"""')]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the page's test is in the clone's folder
     done = subprocess.run(
         [sys.executable, "-c", test], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_all_that_can_happen_in_a_test_is_there() -> None:
+    [verbs] = re.findall(r"^- \*\*Something happens\*\*(.*?)^- ", GUIDE, re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r"`(\w+)[(`]", verbs))
+    assert len(names) > 5
+    assert not [name for name in names if not hasattr(PretendDiscord, name)]
 
 
 def test_every_name_that_may_be_imported_is_in_the_guide_or_is_for_few() -> None:

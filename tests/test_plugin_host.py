@@ -7,7 +7,7 @@ import pytest
 from service import ROOT, SECRET, run, write_settings
 
 import spywatcher
-from simulator import make_token, snowflake
+from simulator import Harness, User, make_token, message_json, snowflake
 from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
@@ -47,16 +47,6 @@ def test_of_two_plugins_of_one_name_the_first_folder_wins():
     )
     loader.load_all()
     assert list(loader.plugins) == ["alpha", "beta", "folder", "json"]
-
-
-@pytest.mark.logs("plugin pipe: not loaded: .*pipe.py is no file")
-def test_what_is_no_file_is_never_read(tmp_path):
-    os.mkfifo(tmp_path / "pipe.py")  # to read it would wait for ever
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "__init__.py").touch()
-    os.mkfifo(tmp_path / "folder" / "pipe")
-    loader = loaded(str(tmp_path))
-    assert (list(loader.plugins), list(loader.failures)) == (["folder"], ["pipe"])
 
 
 def own_folder(tmp_path, name, event):
@@ -105,6 +95,52 @@ def test_tests_beside_plugins_are_no_plugins(tmp_path):
     loader = PluginLoader(PluginsSettings(folders), {}, ROOT, Metrics())
     loader.load_all()
     assert (list(loader.plugins), loader.failures) == (["testing"], {})
+
+
+TYPO = """
+@on("mine:New")
+def heard(fields): ...
+"""
+CHANNELS = """
+class Move(Payload):
+    from_channel_id: str
+
+class Said(Payload):
+    channel_name: str
+    channel_id: str
+
+class Count(Payload):
+    channels: int
+    channel_count: int
+"""
+
+
+@pytest.mark.logs(
+    "WARNING spywatcher: plugin beside: no plugin emits mine:New, did you mean mine:new"
+)
+def test_an_event_that_is_nearly_anothers_is_told(tmp_path, caplog):
+    folders = own_folder(tmp_path, "said", "mine:new")
+    (tmp_path / "beside.py").write_text("from spywatcher import on" + TYPO)
+    (tmp_path / "own.py").write_text("from spywatcher import on" + TYPO.replace("mine:New", "else"))
+    PluginLoader(folders, {}, ROOT, Metrics()).load_all()
+    assert len([one for one in caplog.records if one.levelname == "WARNING"]) == 1
+
+
+@pytest.mark.logs("WARNING spywatcher: plugin moves: Move.from_channel_id goes to all who see the")
+def test_a_field_that_tells_of_a_channel_and_hides_nothing_is_told(tmp_path, caplog):
+    (tmp_path / "moves.py").write_text("from spywatcher import Payload\n" + CHANNELS)
+    PluginLoader(PluginsSettings((str(tmp_path),)), {}, ROOT, Metrics()).load_all()
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.logs("plugin pipe: not loaded: .*pipe.py is no file")
+def test_what_is_no_file_is_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")  # to read it would wait for ever
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__init__.py").touch()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    loader = loaded(str(tmp_path))
+    assert (list(loader.plugins), list(loader.failures)) == (["folder"], ["pipe"])
 
 
 def test_a_missing_folder_is_the_operators_fault():
@@ -218,12 +254,14 @@ async def test_a_plugin_emits_neither_the_events_of_others_nor_reserved_ones(wat
         await spy.nothing(dashboard)
 
 
-@pytest.mark.logs("plugin broken: broken failed on ShardConnectedEvent")
-async def test_an_event_without_a_guild_cannot_be_emitted(watching):
-    async with watching(**plugins("no_guild")) as spy:
-        dashboard = await spy.dashboard()
-        await write(spy)
-        await dashboard.next("good:message")
+@pytest.mark.logs(
+    "plugin broken: broken failed on MessageCreateEvent: DMMessageCreateEvent has no guild_id"
+)
+def test_an_event_without_a_guild_cannot_be_emitted():
+    path = FOLDER / "no_guild" / "broken.py"
+    message = message_json(None, User(snowflake(), "ada"), snowflake())
+    with Harness(path) as h, pytest.raises(spywatcher.PluginError):
+        h.feed("MESSAGE_CREATE", message)
 
 
 @pytest.mark.logs("plugin broken: setup failed")
