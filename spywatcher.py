@@ -313,7 +313,7 @@ def known_host(text: str) -> str:
     plain = re.sub(r"^\w+://|[/?#].*", "", text)
     if plain.count(":") == 1:
         plain = plain.partition(":")[0]
-    if plain != text or not text:
+    if plain != text:
         raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
     return text
 
