@@ -7388,7 +7388,7 @@ class Subscriptions:
         if room not in rooms and len(rooms) >= self._limits.settings.rooms_per_connection:
             raise ClientError("too_many_rooms", f"Already in {len(rooms)} rooms")
         if self._access.may_view(dashboard.viewer, guild_id) is False:
-            self._leave(dashboard, room)
+            self._expel(dashboard, guild_id)
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         if room not in entered:
             dashboard.pending.add(room)
@@ -7424,9 +7424,9 @@ class Subscriptions:
         if dashboard.sid not in self.connected:
             return None
         may_view = self._access.may_view(dashboard.viewer, guild_id)
-        pending = [room for room in dashboard.pending if room_guild(room) == guild_id]
         if may_view is False:
-            self._expel(dashboard, guild_id, pending)
+            self._expel(dashboard, guild_id)
+        pending = [room for room in dashboard.pending if room_guild(room) == guild_id]
         if not may_view or not pending:
             return None
         following = self._node.follow(guild_id)
@@ -7445,23 +7445,19 @@ class Subscriptions:
         if dashboard.ticket is not None:
             self._recovery.enter(dashboard.ticket, room)
 
-    def _expel(self, dashboard: Dashboard, guild_id: str, pending: Sequence[str]) -> None:
+    def _expel(self, dashboard: Dashboard, guild_id: str) -> None:
         """Once it is sure that a viewer may not, it is not even given what waits for it."""
-        rooms = [one for one in self._rooms.rooms_of(dashboard.sid) if room_guild(one) == guild_id]
+        entered = self._rooms.rooms_of(dashboard.sid)
+        rooms = [one for one in entered | dashboard.pending if room_guild(one) == guild_id]
+        if not rooms:
+            return
+        lost = not entered.isdisjoint(rooms)
         for room in rooms:
             self._rooms.expel(dashboard.sid, room)
-        for room in (*rooms, *pending):
             self._leave(dashboard, room)
-        if rooms or pending:
-            self._limits.metrics.refused_requests.labels(
-                "right_lost" if rooms else "forbidden"
-            ).inc()
-            text = (
-                f"Access to guild {guild_id} was lost"
-                if rooms
-                else f"No access to guild {guild_id}"
-            )
-            dashboard.tell("error", ClientError("forbidden", text).to_wire())
+        self._limits.metrics.refused_requests.labels("right_lost" if lost else "forbidden").inc()
+        text = f"Access to guild {guild_id} was lost" if lost else f"No access to guild {guild_id}"
+        dashboard.tell("error", ClientError("forbidden", text).to_wire())
 
     def _leave(self, dashboard: Dashboard, room: str) -> None:
         self._rooms.leave(dashboard.sid, room)
