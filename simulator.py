@@ -835,6 +835,9 @@ def voice_state_json(guild: Guild, member: Member) -> Json:
     }
 
 
+MOST_SHOWN = 75_000  # members of a guild that is shown whole in GUILD_CREATE (Gateway Events)
+
+
 def guild_create_json(
     guild: Guild,
     intents: int = ALL_INTENTS,
@@ -844,11 +847,12 @@ def guild_create_json(
 ) -> Json:
     """GUILD_CREATE as a session with these intents gets it (Gateway Events: Guild Create).
 
-    Without GUILD_PRESENCES it shows no presence and only the bot and who is in voice; a guild over
-    the threshold shows who is online. `unavailable` is missing when the bot was just added.
+    Without GUILD_PRESENCES, or of more than 75,000 members, it shows no presence and only the bot and
+    who is in voice; a guild over the threshold shows who is online. `unavailable` is missing when the
+    bot was just added.
     """
     large = len(guild.members) > large_threshold
-    with_presences = bool(intents & Intent.GUILD_PRESENCES)
+    with_presences = bool(intents & Intent.GUILD_PRESENCES) and len(guild.members) <= MOST_SHOWN
     online = [m for m in guild.members.values() if m.status != "offline"]
     always = [guild.members[i] for i in {guild.bot_id, *guild.voice} if i in guild.members]
     shown = (online if large else guild.members.values()) if with_presences else ()
@@ -2386,6 +2390,11 @@ class PretendDiscord(Happenings):
 # as a gateway session of the plugins' own intents would feed them.
 
 PATIENCE = 5.0  # seconds after which what a plugin still does counts as going on in the background
+# What Discord never sends of a guild without saying who that is (Gateway Events).
+WITH_MEMBER = frozenset(
+    {"MESSAGE_CREATE", "MESSAGE_UPDATE", "MESSAGE_REACTION_ADD", "TYPING_START"}
+    | {"VOICE_STATE_UPDATE"}
+)
 
 
 class Emitted(NamedTuple):
@@ -2417,7 +2426,7 @@ class Harness:
         self.guild = self.discord.add_guild()
         #: What was emitted so far, in order.
         self.emitted: list[Emitted] = []
-        self._paths = [Path(path).resolve() for path in paths]
+        self._paths = [found_plugin(Path(path)) for path in paths]
         self._tables = {name: dict(table) for name, table in (settings or {}).items()}
         self._faults = FaultsLogged()
         self._making: set[asyncio.Task[None]] = set()
@@ -2442,9 +2451,22 @@ class Harness:
     def feed(self, name: str, data: Json) -> None:
         """One dispatch of the gateway: `d` as Discord documents it, of which hikari makes its event.
 
-        It comes only to a plugin whose events need its intent, and without what people wrote.
+        What people wrote is left out, and a `member` that is missing is taken from `guild`. Raises
+        PluginError for what no bot with the intents of these plugins would get, or could read.
         """
-        self.run(self.discord.dispatch(name, data))
+        try:
+            whole = self._with_member(data) if name in WITH_MEMBER else data
+            direct = "guild_id" not in data
+            if (
+                let_through(name, whole, self.bot.intents, self.discord.bot.id, direct=direct)
+                is None
+            ):
+                without = " without guild_id" if direct else ""
+                raise spywatcher.PluginError(f"feed: no plugin hears a {name}{without}")
+            self.run(self.discord.dispatch(name, whole))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise spywatcher.PluginError(f"feed: cannot read this {name}: {what}") from error
 
     def run(self, doing: Coroutine[Any, Any, T]) -> T:
         """Have something happen, and wait until the plugins are through with it."""
@@ -2452,15 +2474,17 @@ class Harness:
         self._raise_faults()
         return result
 
-    def subscribe(self, kind: str = "guild") -> list[Emitted]:
-        """What a new subscriber of the guild's room gets at once."""
+    def subscribe(self, kind: str = "guild", viewer: Member | None = None) -> list[Emitted]:
+        """What a new subscriber of the guild's room gets at once: this member, else an admin."""
+        admin = spywatcher.Viewer("1", "ADMIN")
+        subscriber = spywatcher.Viewer(str(viewer.id), "USER") if viewer else admin
         told: list[Emitted] = []
         guild_id = str(self.guild.id)
 
         def tell(event: str, fields: Json) -> None:
             told.append(Emitted(event, fields, f"{kind}:{guild_id}"))
 
-        self.run(self.host.greet(kind, guild_id, tell))
+        self.run(self.host.greet(kind, guild_id, tell, subscriber))
         return told
 
     def tick(self) -> None:
@@ -2468,6 +2492,24 @@ class Harness:
         self.run(self._tick())
 
     # Behind the scenes.
+
+    def _with_member(self, data: Json) -> Json:
+        """Messages of webhooks, and of who has left, are of nobody in the guild."""
+        if "member" in data or "guild_id" not in data:
+            return data
+        user_id = data.get("user_id") or data.get("author", {}).get("id")
+        member = self.guild.members.get(int(user_id or 0))
+        if member:
+            return data | {"member": member.to_json(with_user="author" not in data)}
+        if "user_id" in data:
+            raise spywatcher.PluginError(f"feed: no member, and none of h.guild is {user_id}")
+        return data
+
+    def _may_see(self, viewer: spywatcher.Viewer, guild_id: str, channel_id: str) -> bool:
+        """By the cache as it is now."""
+        cache = spywatcher.CacheReader(self.bot.cache)
+        access = spywatcher.Access(spywatcher.AuthSettings(), (), cache)
+        return access.may_see(viewer, guild_id, channel_id)
 
     def _end(self) -> None:
         self._runner.run(self.host.stop())
@@ -2497,6 +2539,7 @@ class Harness:
             settled=lambda: True,
             watches=lambda guild_id: True,
             storage=self._folder / "counts.db",
+            may_see=self._may_see,
             tokens=spywatcher.Tokens(spywatcher.Keys((secrets.token_hex(32),)), ("HS256",)),
         )
         self.host = spywatcher.PluginHost(plugins, place, metrics, settings.handler_timeout)
@@ -2534,6 +2577,15 @@ class Harness:
             done, _ = await asyncio.wait(tasks, timeout=PATIENCE)
             if not done:
                 self._resting |= tasks
+
+
+def found_plugin(path: Path) -> Path:
+    """The whole path of a plugin; raises spywatcher.PluginError where a server would find none."""
+    whole = path.resolve()
+    found = spywatcher.PluginFiles([whole.parent], ()).find().get(whole.stem)
+    if found not in (whole, whole / "__init__.py"):
+        raise spywatcher.PluginError(f"Harness: no plugin at {path}")
+    return whole
 
 
 class FaultsLogged(logging.Handler):
@@ -2576,7 +2628,10 @@ class ShardByHand(PretendShard):
         """What the pretend Discord sends."""
         dispatch = msgspec.json.decode(packet)
         consume = self._bot.event_manager.consume_raw_event
-        consume(dispatch["t"], cast("Any", self), dispatch["d"])
+        try:
+            consume(dispatch["t"], cast("Any", self), dispatch["d"])
+        except LookupError as error:
+            raise spywatcher.PluginError(f"hikari knows no event {dispatch['t']}") from error
 
     async def request_guild_members(
         self, guild: int, *, include_presences: bool = False, nonce: str | None = None, **_: Any

@@ -145,6 +145,7 @@ __all__ = [
     "Payload",
     "PluginSettings",
     "Presence",
+    "PresenceUpdateEvent",
     "Shared",
     "Spy",
     "Subscriber",
@@ -707,7 +708,7 @@ def changed_keys(old: Settings, new: Settings) -> list[str]:
 
 def shipped_plugins() -> Path | None:
     """The plugins that came with this file: beside a plain copy of it, or as it was installed."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     places = [here / OWN_PLUGINS, here / "spywatcher_plugins"]
     return next((place for place in places if place.is_dir()), None)
 
@@ -875,7 +876,7 @@ class Metrics:
         self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
         self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
         self.received = Tally("received_events", "Discord's events handed to plugins.", "event")
-        self.sent = count("sent_events", "Events that went to a room with listeners.", "event")
+        self.sent = Tally("sent_events", "Events that went to a room with listeners.", "event")
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
@@ -889,7 +890,7 @@ class Metrics:
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
         self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
-        for tally in (self.received, self.plugin_seconds):
+        for tally in (self.received, self.sent, self.plugin_seconds):
             self.registry.register(tally)
         self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
@@ -2390,6 +2391,7 @@ class Session:
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
+        self.queue.poller = None  # nobody polls any more: it need not be kept for hours
         for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
@@ -2451,9 +2453,7 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        for handler, close in (self.handler, close_gently), (self._prober, close_after_upgrade):
-            if handler is not None:
-                close(handler, self.server.ending_timeout)
+        self.server.close_sockets(self.handler, self._prober)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2468,15 +2468,6 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
-
-
-def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
-    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
-
-    A stock client whose probe was answered has stopped polling: when this closes before, it takes
-    that for a failed attempt, and neither polls again nor reconnects.
-    """
-    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:
@@ -2512,6 +2503,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         self.max_queue_bytes = max_queue_bytes
         self.limits = limits
         self.metrics = limits.metrics
+        #: WebSockets whose sessions have ended before their clients had ended the upgrade.
+        self._upgrading: set[SocketHandler] = set()
+        self._none_upgrading = asyncio.Event()
+        self._none_upgrading.set()
 
     async def admit(self, address: str, transport: str) -> Session:
         """A new session, which has to authenticate in time; its OPEN packet is already under way."""
@@ -2536,6 +2531,33 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
     async def trigger(self, event: str, *args: object) -> None:
         """Tell Socket.IO, and wait until it is done with it."""
         await self._trigger_event(event, *args, run_async=False)
+
+    def close_sockets(self, handler: SocketHandler | None, prober: SocketHandler | None) -> None:
+        """Close a session's WebSocket; and the one that was to take over from polling, once the client
+        has said "5", which `SocketHandler` answers so, or has had its time.
+
+        A stock client whose probe was answered has stopped polling: when this closes before, it takes
+        that for a failed attempt, and neither polls again nor reconnects.
+        """
+        if handler is not None:
+            close_gently(handler, self.ending_timeout)
+        if prober is not None:
+            self._upgrading.add(prober)
+            self._none_upgrading.clear()
+            patience = self.ending_timeout
+            asyncio.get_running_loop().call_later(patience, close_gently, prober, patience)
+
+    def socket_closed(self, handler: SocketHandler) -> None:
+        """This WebSocket is gone."""
+        self._upgrading.discard(handler)
+        if not self._upgrading:
+            self._none_upgrading.set()
+
+    async def upgrades_end(self, timeout: float) -> None:
+        """Until all of these are closed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._none_upgrading.wait()
 
     def forget(self, session: Session) -> None:
         """It is closed."""
@@ -3093,72 +3115,51 @@ class Ticket(msgspec.Struct, eq=False):
         return since
 
 
-class Recovery:
-    """Keeps logs and tickets, for as long as somebody may come back for them."""
+class GuildLogs:
+    """Counts all events, and keeps the latest of each guild that somebody may come back to."""
 
-    def __init__(
-        self,
-        settings: RecoverySettings,
-        key: bytes,
-        changed: Callable[[Ticket], None] = lambda ticket: None,
-    ) -> None:
-        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+    def __init__(self, settings: RecoverySettings) -> None:
         self._settings = settings
-        self._key = key
-        self._changed = changed
+        #: Of the latest event.
         self.position = clock_position()
-        self._tickets: dict[str, Ticket] = {}
-        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
-        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
-        self._in_guild: collections.Counter[str] = collections.Counter()
-        self._of_viewer: collections.Counter[str] = collections.Counter()
         self._logs: dict[str, GuildLog] = {}
 
     @property
-    def enabled(self) -> bool:
-        return self._settings.window > 0
-
-    @property
     def size(self) -> int:
-        """What all logs hold."""
+        """Bytes that all of them hold."""
         return sum(log.bytes for log in self._logs.values())
 
     @property
     def offset(self) -> str:
-        """Where all logs are now."""
+        """Where all of them are now."""
         return encode_offset(self.position)
 
     def reach(self, position: int) -> None:
         """All events up to there have been here."""
         self.position = max(self.position, position)
 
-    # -- events
+    def keep(self, guild_id: str) -> None:
+        """Somebody is owed from now on what comes in this guild."""
+        self._logs.setdefault(guild_id, GuildLog(self.position))
 
-    def has_listeners(self, room: str) -> bool:
-        """Whether somebody is, or may come back, who is owed what goes to the room."""
-        self._forget_late()
-        return room in self._in_room
+    def drop(self, guild_id: str) -> None:
+        """Nobody is any more."""
+        del self._logs[guild_id]
 
-    def rooms(self) -> Iterable[str]:
-        """Those of which somebody is owed what goes to them."""
-        self._forget_late()
-        return tuple(self._in_room)
-
-    def count(self) -> int:
-        """The position of the next event."""
-        self.position += 1
-        return self.position
-
-    def add(self, to: Destination, packet: bytes, position: int) -> RoomFrame:
-        """The event of this position as it goes out; it is kept where somebody may recover it."""
-        self.reach(position)
+    def add(self, to: Destination, packet: bytes, position: int = 0) -> RoomFrame:
+        """The event as it goes out, of the next position if of none; it is kept where somebody is owed it."""
+        self.reach(position or self.position + 1)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
             return RoomFrame(packet)
-        frame = RoomFrame(packet, encode_offset(position))
-        event = Logged.of(to, frame, position)
+        frame = RoomFrame(packet, encode_offset(position or self.position))
+        event = Logged.of(to, frame, position or self.position)
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
+
+    def since(self, guild_id: str, position: int) -> list[Logged] | None:
+        """What came in the guild after it, oldest first; None where some of that is here no more."""
+        return self._logs[guild_id].since(position)
 
     def reaches(self, guild_id: str, position: int, heard_elsewhere: bool) -> bool:
         """Whether all is here that came in the guild after that, to the clients of this node or of all."""
@@ -3175,12 +3176,69 @@ class Recovery:
         guild_log, most = self._logs.get(guild_id), self._settings.max_events
         return guild_log is not None and guild_log.fill(since, events, most)
 
+
+class Pids:
+    """Private ids of tickets, each bound to its viewer: whoever else says one is told apart at once."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def make(self, discord_id: str) -> str:
+        nonce = secrets.token_urlsafe(12)
+        return f"{nonce}.{self._signature(nonce, discord_id)}"
+
+    def _signature(self, nonce: str, discord_id: str) -> str:
+        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
+        return urlsafe_b64encode(made[:18]).decode()
+
+    def is_genuine(self, pid: object, discord_id: str) -> bool:
+        """Whether this viewer was given it."""
+        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
+            return False
+        nonce, _, signature = pid.partition(".")
+        expected = self._signature(nonce, discord_id)
+        return hmac.compare_digest(signature.encode(), expected.encode())
+
+
+class Recovery:
+    """Keeps tickets for as long as their clients may come back, and says what each is owed."""
+
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        key: bytes,
+        changed: Callable[[Ticket], None] = lambda ticket: None,
+    ) -> None:
+        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+        self._window = settings.window
+        self.logs = GuildLogs(settings)
+        self.pids = Pids(key)
+        self._changed = changed
+        self._tickets: dict[str, Ticket] = {}
+        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
+        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
+        self._in_guild: collections.Counter[str] = collections.Counter()
+        self._of_viewer: collections.Counter[str] = collections.Counter()
+
+    @property
+    def enabled(self) -> bool:
+        return self._window > 0
+
+    def has_listeners(self, room: str) -> bool:
+        """Whether somebody is, or may come back, who is owed what goes to the room."""
+        self._forget_late()
+        return room in self._in_room
+
+    def rooms(self) -> Iterable[str]:
+        """Those of which somebody is owed what goes to them."""
+        self._forget_late()
+        return tuple(self._in_room)
+
     # -- tickets
 
     def issue(self, viewer: Viewer) -> Ticket:
         """A ticket for a new session of this viewer."""
-        nonce = secrets.token_urlsafe(12)
-        ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
+        ticket = Ticket(self.pids.make(viewer.discord_id), viewer)
         self._register(ticket)
         self._changed(ticket)
         return ticket
@@ -3200,23 +3258,10 @@ class Recovery:
         self._tickets[ticket.pid] = ticket
         self._of_viewer[ticket.viewer.discord_id] += 1
 
-    def _signature(self, nonce: str, discord_id: str) -> str:
-        """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
-        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
-        return urlsafe_b64encode(made[:18]).decode()
-
     def find(self, pid: object, discord_id: str) -> Ticket | None:
         """The ticket that this viewer was given, if it is here."""
         self._forget_late()
-        return self._tickets.get(str(pid)) if self.is_genuine(pid, discord_id) else None
-
-    def is_genuine(self, pid: object, discord_id: str) -> bool:
-        """Whether this viewer was given it."""
-        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
-            return False
-        nonce, _, signature = pid.partition(".")
-        expected = self._signature(nonce, discord_id)
-        return hmac.compare_digest(signature.encode(), expected.encode())
+        return self._tickets.get(str(pid)) if self.pids.is_genuine(pid, discord_id) else None
 
     def disown(self, pid: str) -> None:
         """Its client has come back elsewhere."""
@@ -3240,7 +3285,7 @@ class Recovery:
         """Its client has lost its connection."""
         if self._tickets.get(ticket.pid) is not ticket:
             return  # it has come back elsewhere
-        ticket.until = time.monotonic() + self._settings.window
+        ticket.until = time.monotonic() + self._window
         self._awaited[ticket.pid] = ticket
         if len(self._awaited) > MOST_REMEMBERED:
             self.forget(next(iter(self._awaited.values())))
@@ -3283,11 +3328,11 @@ class Recovery:
     def enter(self, ticket: Ticket, room: str) -> None:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
-            ticket.rooms[room] = self.position
+            ticket.rooms[room] = self.logs.position
             guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
-            self._logs.setdefault(guild_id, GuildLog(self.position))
+            self.logs.keep(guild_id)
             self._changed(ticket)
 
     def wait_for(self, ticket: Ticket, room: str) -> None:
@@ -3307,16 +3352,16 @@ class Recovery:
             remove_one(self._in_room, room)
             remove_one(self._in_guild, guild_id)
             if guild_id not in self._in_guild:
-                del self._logs[guild_id]
+                self.logs.drop(guild_id)
 
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         seen = decode_offset(offset)
-        if seen is None or seen.position > self.position:  # of a process whose clock was ahead
+        if seen is None or seen.position > self.logs.position:  # of a process whose clock was ahead
             return None
         missed: list[Logged] = []
         for guild_id, position in ticket.since(seen.position).items():
-            events = self._logs[guild_id].since(position)
+            events = self.logs.since(guild_id, position)
             if events is None:
                 return None
             missed += [
@@ -3329,9 +3374,9 @@ class Recovery:
     def number_snapshot(self, ticket: Ticket, room: str) -> str:
         """The offset of a snapshot of the room that its client is sent now."""
         ticket.snapshots += 1
-        ticket.unseen[room] = Seen(self.position, ticket.snapshots)
+        ticket.unseen[room] = Seen(self.logs.position, ticket.snapshots)
         self._changed(ticket)
-        return encode_offset(self.position, ticket.snapshots)
+        return encode_offset(self.logs.position, ticket.snapshots)
 
     @staticmethod
     def rooms_without_snapshot(ticket: Ticket, offset: object) -> list[str]:
@@ -3974,6 +4019,45 @@ class Presence(NamedTuple):
     platforms: frozenset[str]
 
 
+class PresenceUpdateEvent(hikari.PresenceUpdateEvent):
+    """hikari's event, as plugins hear it: it tells, too, how the member appeared `before`, and `now`.
+
+        @on(PresenceUpdateEvent, emit="gone")
+        def gone(event):
+            return {"userId": str(event.user_id)} if event.now.status == "offline" else None
+
+    Who is not known appeared as None before. hikari's objects (`presence`, `old_presence`, `user`)
+    are made when they are first asked for: these two cost a tenth.
+    """
+
+    __slots__ = ("_make", "before", "guild_id", "now", "user_id")
+
+    guild_id: hikari.Snowflake
+    user_id: hikari.Snowflake
+    before: Presence | None
+    now: Presence
+
+    def __init__(
+        self,
+        shard: hikari.api.GatewayShard,
+        guild_id: hikari.Snowflake,
+        user_id: hikari.Snowflake,
+        appeared: tuple[Presence | None, Presence],
+        make: Callable[[], hikari.PresenceUpdateEvent],
+    ) -> None:
+        self.shard, self.guild_id, self.user_id = shard, guild_id, user_id
+        self.before, self.now = appeared
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        """hikari's fields, which are empty at first."""
+        if name not in ("presence", "old_presence", "user"):
+            raise AttributeError(name)
+        made = self._make()
+        self.presence, self.old_presence, self.user = made.presence, made.old_presence, made.user
+        return getattr(self, name)
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -4293,6 +4377,7 @@ APPEARANCES: Final = [
     for status in STATUSES
     for bits in range(8)
 ]
+NO_MEMBERS: Final[dict[int, int]] = {}
 
 
 class Presences:
@@ -4304,10 +4389,19 @@ class Presences:
 
     def __init__(self) -> None:
         self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
+        self._takers = {
+            "READY": self._ready,
+            "GUILD_CREATE": self._guild,
+            "GUILD_DELETE": self._guild,
+            "GUILD_MEMBERS_CHUNK": self._chunk,
+            "GUILD_MEMBER_ADD": self._member,
+            "GUILD_MEMBER_UPDATE": self._member,
+            "GUILD_MEMBER_REMOVE": self._member_gone,
+        }
 
     def of(self, guild_id: int, user_id: int) -> Presence | None:
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return None if code is None else APPEARANCES[code % BOT]
+        code = self.code(guild_id, user_id)
+        return None if code is None else APPEARANCES[code]
 
     def online(self, guild_id: int) -> list[int]:
         """People who are not offline."""
@@ -4320,33 +4414,46 @@ class Presences:
     def clear(self) -> None:
         self._guilds.clear()
 
-    def update(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Take how a member appears now; whether that is news."""
-        members = self._guilds.get(guild_id, {})
+    def code(self, guild_id: int, user_id: int) -> int | None:
+        """How a member appears, as `code_of` says it; None of who is none."""
+        code = self._guilds.get(guild_id, NO_MEMBERS).get(user_id)
+        return None if code is None else code % BOT
+
+    def update(self, guild_id: int, user_id: int, code: int) -> int | None:
+        """Take how a member appears now; returns how it appeared before, as `code` does."""
+        members = self._guilds.get(guild_id, NO_MEMBERS)
         before = members.get(user_id)
         if before is None:
-            return True
-        code = before & BOT | code_of(status, devices)
-        members[user_id] = code
-        return code != before
-
-    def knows(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Whether this is how the member appears already."""
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return code is not None and code % BOT == code_of(status, devices)
+            return None
+        members[user_id] = before & BOT | code
+        return before % BOT
 
     def take(self, event: str, payload: Any) -> None:
         """What a packet other than PRESENCE_UPDATE says of who is there."""
-        if event == "GUILD_MEMBER_REMOVE":
-            self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
-        elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
-            self._enter(payload["guild_id"], [payload], ())
-        elif event == "GUILD_MEMBERS_CHUNK":
-            self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
-        elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
+        if taker := self._takers.get(event):
+            taker(payload)
+
+    def _ready(self, payload: Any) -> None:
+        """Of the shard's guilds that it does not name the bot has left while it was away."""
+        named = {int(guild["id"]) for guild in payload["guilds"]}
+        served = ShardRange(*payload.get("shard", (0, 1)))
+        for guild_id in [one for one in self._guilds if served.has(one) and one not in named]:
+            del self._guilds[guild_id]
+
+    def _guild(self, payload: Any) -> None:
+        if not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
-            if event == "GUILD_CREATE":
+            if "members" in payload:
                 self._enter(payload["id"], payload["members"], payload.get("presences", ()))
+
+    def _chunk(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
+
+    def _member(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], [payload], ())
+
+    def _member_gone(self, payload: Any) -> None:
+        self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
 
     def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
         members = self._guilds[int(guild_id)]
@@ -4387,6 +4494,8 @@ def was_author_person(event: Any, presences: Presences) -> bool:
 
 
 def is_user_person(event: Any, presences: Presences) -> bool:
+    if isinstance(event, PresenceUpdateEvent) and event.before is not None:  # a member's
+        return presences.is_person(event.guild_id, event.user_id)
     user = getattr(event, "user", None) or getattr(event, "member", None)
     if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
         return presences.is_person(event.guild_id, event.user_id)
@@ -4688,7 +4797,12 @@ class Plugin:
         self.settings = self.check_settings(table, faults)
         if faults:
             raise OperatorError(*faults)
-        self._marked = marked_in(module)
+        #: Functions and handlers with each mark on them, in the order of the file.
+        self._marked = [
+            Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
+            for _, value in own_things(module)
+            for mark in getattr(value, "__dict__", {}).get(MARKS, ())
+        ]
         self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
@@ -4725,15 +4839,6 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
         if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
             seen.setdefault(id(value), (name, value))
     return list(seen.values())
-
-
-def marked_in(module: ModuleType) -> list[Marked]:
-    """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
-    return [
-        Marked(value, mark, arguments_taken(value, HOOKS[type(mark)]) if type(mark) in HOOKS else 0)
-        for _, value in own_things(module)
-        for mark in getattr(value, "__dict__", {}).get(MARKS, ())
-    ]
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4795,8 +4900,10 @@ def attributes_used(path: Path) -> dict[str, str]:
     }
 
 
-def arguments_taken(function: Any, forms: Sequence[str]) -> int:
+def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
     """How many arguments the function takes, in the longest of these forms that it allows."""
+    if forms is None:
+        return 0
     expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) or not hasattr(function, "__name__"):
@@ -4826,7 +4933,7 @@ class PluginHandler(RequestHandler):
     """The host's side of a plugin's route."""
 
     spy: Spy
-    guarded: Guarded
+    _guarded: Guarded
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4835,7 +4942,7 @@ class PluginHandler(RequestHandler):
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
-            self.guarded.report(value)
+            self._guarded.report(value)
 
 
 #: A function that hears events, and its mark.
@@ -4869,17 +4976,14 @@ class Runner:
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
         self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
-        self._guard = guard = functools.partial(Guarded, plugin.name, metrics)
+        self._guard = functools.partial(Guarded, plugin.name, metrics)
         #: What makes an event's payload when it is really sent, by event.
         self._makers: dict[str, Guarded] = {}
         self.setup = self._hook("setup", self.setup_limit)
         self.teardown = self._hook("teardown", time_limit)
-        self.listeners = [(one.mark, self._listener(*one)) for one in plugin.listeners]
-        self.greeters = [(one, self._greeter(*one)) for one in plugin.greeters]
-        self.repeated = [
-            (mark.seconds, guard(function, function.__name__, None, (self.spy,)))
-            for function, mark, _ in plugin.marked(Repeated)
-        ]
+        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
+        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
+        self.repeated = [(one.mark.seconds, self._guarded(one)) for one in plugin.marked(Repeated)]
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes = [
             (PathMatches(one.mark.pattern), self._page(one.function))
@@ -4890,18 +4994,20 @@ class Runner:
         hook = self.plugin.hooks.get(name, lambda spy: None)
         return self._guard(hook, name, seconds, (self.spy,))
 
-    def _listener(self, function: Callable[..., Any], mark: Listener, takes: int) -> Guarded:
+    def _guarded(self, marked: Marked) -> Guarded:
+        function, mark, takes = marked
+        name, limit = function.__name__, self._time_limit
+        if isinstance(mark, Greeter):
+            return self._guard(function, f"making {mark.emit}", limit, (), f" in {name}")
+        if isinstance(mark, Repeated):
+            return self._guard(function, name, None, (self.spy,))
         where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        then, more = functools.partial(self._send_result, mark), (self.spy,)[: takes - 1]
-        return self._guard(function, function.__name__, self._time_limit, more, where, then)
-
-    def _greeter(self, function: Callable[..., Any], mark: Greeter, takes: int) -> Guarded:
-        name, where = f"making {mark.emit}", f" in {function.__name__}"
-        return self._guard(function, name, self._time_limit, (), where)
+        then = functools.partial(self._send_result, mark)
+        return self._guard(function, name, limit, (self.spy,)[: takes - 1], where, then)
 
     def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
         name = handler.__name__
-        own = {"spy": self.spy, "guarded": self._guard(handler, name, None)}
+        own = {"spy": self.spy, "_guarded": self._guard(handler, name, None)}
         return type(name, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
@@ -4980,12 +5086,10 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            maker = self._makers.get(event) or self._guard(
-                call, f"making {event}", self._time_limit
-            )
-            self._makers[event] = maker
+            if event not in self._makers:
+                self._makers[event] = self._guard(call, f"making {event}", self._time_limit)
             finish = functools.partial(self._finished, event, guild_id)
-            make = functools.partial(maker.ask, payload, then=finish)
+            make = functools.partial(self._makers[event].ask, payload, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
             self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
@@ -5085,11 +5189,11 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
 
 
 def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
-    """Where to look, an operator's own before the shipped ones of the same name.
+    """Where to look, each place once, an operator's own before the shipped ones of the same name.
 
     Raises OperatorError for a folder that is not there.
     """
-    folders: list[Path] = []
+    folders: dict[Path, Path] = {}
     for name in names:
         places = [folder / name]
         if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
@@ -5097,16 +5201,21 @@ def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
         found = [place for place in places if place.is_dir()]
         if not found:
             raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-        folders += found
-    return folders
+        for place in found:
+            folders.setdefault(place.resolve(), place)
+    return list(folders.values())
 
 
+#: Files and folders that are no plugins: parts of one, and tests.
+NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
 #: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
 Contents = list[tuple[Path, bytes | None]]
 
 
 class PluginFiles:
-    """Where plugins are, and which of them have changed since they were taken."""
+    """Where plugins are, an operator's own before the shipped ones, and which have changed since they
+    were taken.
+    """
 
     #: Seconds between two looks.
     pace: ClassVar[float] = 0.4
@@ -5117,26 +5226,50 @@ class PluginFiles:
 
     def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
         self._folders = folders
+        shipped = shipped_plugins()
+        self._shipped = [
+            one for one in folders if shipped and one.resolve().is_relative_to(shipped)
+        ]
         self._disabled = frozenset(disabled)
+        #: Files of earlier folders that take the place of others of that name.
+        self._replaced: set[tuple[str, Path, Path]] = set()
+        #: What each file held when it was read, and when it had been written by then.
+        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
         #: Each plugin as it was taken;
         self._taken: dict[str, Contents] = {}
         #: each that has changed since as it is now, and since when.
         self._seen: dict[str, tuple[Contents, float]] = {}
 
     def find(self) -> dict[str, Path]:
-        """The plugins that there are, by name: a file of each."""
+        """The plugins that there are, by name: a file of each, in the order to load them.
+
+        The shipped ones come first, then each folder's: of two that claim an event the earlier has it.
+        """
         found: dict[str, Path] = {}
+        replaced: set[tuple[str, Path, Path]] = set()
+        for name, path in self._files():
+            if (taken := found.setdefault(name, path)) != path:
+                replaced.add((name, taken, path))
+        for name, taken, path in sorted(replaced - self._replaced):
+            log.info("plugin %s: %s replaces %s", name, taken, path)
+        self._replaced = replaced
+        return dict(sorted(found.items(), key=lambda one: not self._is_shipped(one[1])))
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
             folder = entry.is_dir()
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
-            if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
-                found.setdefault(name, path)
-        return {name: path for name, path in sorted(found.items()) if name not in self._disabled}
+            left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
+            if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
+                yield name, path
+
+    def _is_shipped(self, path: Path) -> bool:
+        return any(path.is_relative_to(folder) for folder in self._shipped)
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._taken = {name: contents_of(path) for name, path in found.items()}
+        self._taken = {name: self._contents(path) for name, path in found.items()}
         return found
 
     @property
@@ -5152,11 +5285,11 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        names = sorted({*self._taken, *found})
+        names = dict.fromkeys([*found, *self._taken])
         return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
     def _has_settled(self, name: str, path: Path | None) -> bool:
-        contents, now = contents_of(path) if path else [], time.monotonic()
+        contents, now = self._contents(path) if path else [], time.monotonic()
         if contents == self._taken.get(name, []):
             self._seen.pop(name, None)
             return False
@@ -5167,6 +5300,20 @@ class PluginFiles:
             return False
         self._taken[name], _ = self._seen.pop(name)
         return True
+
+    def _contents(self, path: Path) -> Contents:
+        """What is in a plugin's files now; read only where one was written since the last look."""
+        contents: Contents = []
+        for file in files_of(path):
+            found = None
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                written = status.st_mtime_ns, status.st_size, status.st_ino
+                if self._read.get(file, ((), b""))[0] != written and file.is_file():
+                    self._read[file] = written, hashlib.sha256(file.read_bytes()).digest()
+                _, found = self._read.get(file, ((), None))
+            contents.append((file, found))
+        return contents
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5181,28 +5328,10 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def contents_of(path: Path) -> Contents:
-    """What is in a plugin's files now; read only where a file was written since the last look."""
-    contents: Contents = []
-    for file in files_of(path):
-        found = None
-        with contextlib.suppress(OSError):
-            status = file.stat()
-            found = digest(file, status.st_mtime_ns, status.st_size, status.st_ino)
-        contents.append((file, found))
-    return contents
-
-
-@functools.lru_cache(maxsize=4096)
-def digest(file: Path, *written: int) -> bytes:
-    """Of a file that was written then."""
-    return hashlib.sha256(file.read_bytes()).digest()
-
-
 def is_python(path: Path) -> bool:
     """Whether a file has something in it, and that can be compiled."""
     try:
-        source = path.read_bytes()
+        source = path.read_bytes() if path.is_file() else b""
         compile(source, path, "exec")
     except (OSError, SyntaxError, ValueError):
         return False
@@ -5253,6 +5382,8 @@ def reason_not_loaded(error: BaseException, path: Path) -> str:
     """Why a plugin did not load, and where in its files that came up."""
     if isinstance(error, SyntaxError):
         return str(error)  # says file and line
+    if isinstance(error, OperatorError):
+        return "; ".join(error.faults)
     place = ""
     home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
@@ -5284,7 +5415,7 @@ class PluginLoader:
         self.failures: dict[str, str] = {}
 
     def load_all(self) -> None:
-        """Load every plugin of the folders, in the order of their names.
+        """Load every plugin of the folders.
 
         Raises OperatorError for wrong `[plugin.NAME]` tables; a plugin that fails is in `failures`
         afterwards.
@@ -5579,12 +5710,10 @@ class PluginHost:
         await asyncio.gather(*(one.greet(kind, guild_id, tell, subscriber) for one in runners))
 
     def _subscriber(self, viewer: Viewer, guild_id: str) -> Subscriber:
-        may_see = self._context.may_see
-        return Subscriber(
-            discord_id=viewer.discord_id,
-            role=viewer.role,
-            may_see=lambda channel_id: may_see(viewer, guild_id, str(int(channel_id))),
-        )
+        def may_see(channel_id: int | str) -> bool:
+            return self._context.may_see(viewer, guild_id, str(int(channel_id)))
+
+        return Subscriber(viewer.discord_id, viewer.role, may_see)
 
     # -- how things stand, live settings
 
@@ -5646,21 +5775,20 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
-class PartialUser(msgspec.Struct):
-    id: str
-
-
 class PresenceUpdate(msgspec.Struct):
     """What decides whether a presence is news (Discord documentation: Presence Update)."""
 
-    user: PartialUser
+    user: dict[str, Any]
     guild_id: str
     status: str
     client_status: dict[str, str]
+    #: Guild and user, and how that one appears (`code_of`).
+    ids: tuple[int, int] = (0, 0)
+    code: int = 0
 
-    @property
-    def content(self) -> tuple[int, int, str, dict[str, str]]:
-        return int(self.guild_id), int(self.user.id), self.status, self.client_status
+    def __post_init__(self) -> None:
+        self.ids = int(self.guild_id), int(self.user["id"])
+        self.code = code_of(self.status, self.client_status)
 
 
 class PresencePacket(msgspec.Struct):
@@ -5941,15 +6069,19 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         for event_type in event.dispatches():
             for callback in self._plain.get(event_type, ()):
                 callback(event)
-        return super().dispatch(event, return_tasks=return_tasks)
+        if return_tasks or self._listeners or self._waiters:
+            return super().dispatch(event, return_tasks=return_tasks)
+        return None
 
     def read_packet(self, data: bytes) -> Any:
-        """A packet from its JSON; in place of a presence that is no event stands `UNCHANGED`."""
-        with contextlib.suppress(msgspec.MsgspecError):
+        """A packet from its JSON. Of a presence stands there what decides, or that it is `UNCHANGED`."""
+        with contextlib.suppress(msgspec.MsgspecError, ValueError, KeyError):
             if b'"PRESENCE_UPDATE"' in data and not self._wants_all():
                 packet = read_presence(data)
-                if packet.t == "PRESENCE_UPDATE" and self._presences.knows(*packet.d.content):
-                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": UNCHANGED}
+                if packet.t == "PRESENCE_UPDATE":
+                    known = self._presences.code(*packet.d.ids) == packet.d.code
+                    content = UNCHANGED if known else packet.d
+                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": content}
             return msgspec.json.decode(data)
         return json.loads(data)  # it takes more than the standard allows
 
@@ -5960,26 +6092,46 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if self._cache and self._presences.of(*ids) is None:
             self._cache.delete_presence(*map(hikari.Snowflake, ids))
 
-    @filtered(hikari.PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
+    @filtered(PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
     def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
-        ids = int(payload["guild_id"]), int(payload["user"]["id"])
-        before = self._presences.of(*ids)
-        news = self._presences.update(*ids, payload["status"], payload["client_status"])
-        if self._whole:
-            super().on_presence_update(shard, payload)
-        elif news:
-            self.dispatch(
-                self._event_factory.deserialize_presence_update_event(
-                    shard, {**payload, "activities": ()}, old_presence=self._old(payload, before)
-                )
-            )
+        update = msgspec.convert(payload, PresenceUpdate)
+        guild_id, user_id = map(hikari.Snowflake, update.ids)
+        code = update.code
+        before = self._presences.update(guild_id, user_id, code)
+        if before == code and not self._whole:
+            return
+        appeared = None if before is None else APPEARANCES[before], APPEARANCES[code]
+        make = functools.partial(self._hikaris, shard, payload, appeared[0])
+        event = PresenceUpdateEvent(shard, guild_id, user_id, appeared, make)
+        if self._whole and self._cache:
+            presence = event.presence  # with it the old one is read, before it goes
+            if code:
+                self._cache.update_presence(presence)
+            else:
+                self._cache.delete_presence(guild_id, user_id)
+        self.dispatch(event)
+
+    def _hikaris(
+        self, shard: hikari.api.GatewayShard, payload: Any, before: Presence | None
+    ) -> hikari.PresenceUpdateEvent:
+        """What hikari makes of it, with activities only where it keeps presences."""
+        if self._whole and self._cache:
+            ids = int(payload["guild_id"]), int(payload["user"]["id"])
+            old = self._cache.get_presence(*map(hikari.Snowflake, ids))
+        else:
+            if isinstance(payload, PresenceUpdate):
+                payload = msgspec.structs.asdict(payload)
+            payload = {**payload, "activities": ()}
+            old = self._old(payload, before)
+        factory = self._event_factory
+        return factory.deserialize_presence_update_event(shard, payload, old_presence=old)
 
     def _old(self, payload: Any, before: Presence | None) -> hikari.MemberPresence | None:
         """hikari's form of how a member appeared; None for offline, as hikari has it."""
         if before is None or before.status == "offline":
             return None
         devices = dict.fromkeys(before.platforms, before.status)
-        old = {"status": before.status, "client_status": devices, "activities": ()}
+        old = {"status": before.status, "client_status": devices}
         return self._entity_factory.deserialize_member_presence({**payload, **old})
 
 
@@ -6627,17 +6779,18 @@ class Node:
 
     def has_listeners(self, guild_id: str, kind: str) -> bool:
         """Whether anybody is in the room, or may come back to it: else no payload needs to be made."""
-        room = Destination(guild_id, kind).room
+        return self._listens(Destination(guild_id, kind).room)
+
+    def _listens(self, room: str) -> bool:
         return self._parts.rooms.has_listeners(room) or self._parts.recovery.has_listeners(room)
 
     def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
         """The last step of an event that all nodes share: to whom it goes."""
-        if self.has_listeners(guild_id, kind):
-            self._parts.metrics.sent.labels(event).inc()
-            to = destination_of(guild_id, kind, fields)
-            recovery = self._parts.recovery
-            packet = event_packet(event, fields)
-            self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
+        to = destination_of(guild_id, kind, fields)
+        if self._listens(to.room):
+            self._parts.metrics.sent.counts[event] += 1
+            frame = self._parts.recovery.logs.add(to, event_packet(event, fields))
+            self._parts.clients.send(to, frame)
         else:
             self._parts.metrics.dropped.labels("nobody listens").inc()
 
@@ -7033,6 +7186,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def on_close(self) -> None:
         self._door.close(self._stream)
+        self._engine.socket_closed(self)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -7726,9 +7880,8 @@ class RightsWatcher:
         """An event to those in a room who may see it."""
         if to.guild_id in self._stale:
             self._look_through(to.guild_id)
-        self._rooms.send(
-            to.room, frame, functools.partial(self._hidden, to) if to.channel_id else None
-        )
+        hidden = functools.partial(self._hidden, to) if to.channel_id else None
+        self._rooms.send(to.room, frame, hidden)
 
     def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
@@ -7944,7 +8097,7 @@ class Comebacks:
             self._subscriptions.resume(dashboard, ticket)
         rooms = sorted(ticket.rooms.keys() | ticket.pending)
         state = {"recovered": recovered, "rooms": rooms}
-        dashboard.tell("session", state, self._recovery.offset)
+        dashboard.tell("session", state, self._recovery.logs.offset)
         for room in unseen:
             self._subscriptions.send_snapshots_soon(dashboard, room)
 
@@ -8173,7 +8326,7 @@ def measure(server: Server) -> None:
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
-    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.size)
+    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.logs.size)
     gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
     gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
     gauge(
@@ -8450,6 +8603,7 @@ class Server:
         self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
+        until = time.monotonic() + grace
         work = [
             asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
@@ -8460,6 +8614,7 @@ class Server:
             task.cancel()
         await asyncio.wait(work)
         await self._close_sessions(0)
+        await self.socketio.eio.upgrades_end(until - time.monotonic())
         await self.web.close_all_connections()
 
     async def _stop_sources(self) -> None:
@@ -8656,45 +8811,30 @@ def parse_folder(text: str) -> Path:
     return path
 
 
-class CommandLine(argparse.ArgumentParser):
-    """Takes `--config` before a command and behind it."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_argument(
-            "--config",
-            type=Path,
-            default=argparse.SUPPRESS,
-            metavar="FILE",
-            help="settings (config.toml)",
-        )
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(
-        prog="spywatcher", description="Watch Discord guilds live, from any browser."
-    )
+    everywhere = argparse.ArgumentParser(add_help=False)  # before a command and behind it
+    no_default, about = argparse.SUPPRESS, "settings (config.toml)"
+    everywhere.add_argument("--config", type=Path, default=no_default, metavar="FILE", help=about)
+    about = "Watch Discord guilds live, from any browser."
+    parser = argparse.ArgumentParser("spywatcher", description=about, parents=[everywhere])
     parser.add_argument("--version", action="version", version=f"SpyWatcher {__version__}")
-    parser.set_defaults(config=None, command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, run: Callable[..., None], about: str) -> Callable[..., argparse.Action]:
-        command = commands.add_parser(name, help=about)
+        command = commands.add_parser(name, help=about, parents=[everywhere])
         command.set_defaults(command=run)
         return command.add_argument
 
     an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
-    a_folder: dict[str, Any] = {"type": parse_folder, "metavar": "DIR"}
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
     demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo("--plugins", help="more plugins to load", **a_folder)
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
-    check("--plugins", help="more plugins to load", **a_folder)
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
     types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
-    types("--plugins", help="more plugins to load", **a_folder)
+    for command in (demo, check, types):
+        command("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     token = add("token", token_command, "make a viewer's token")
     token("--discord-id", required=True, help="the viewer's user id", **an_id)
     token("--role", default="USER", choices=sorted(get_args(Role)))
@@ -8703,7 +8843,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     forget = add("forget", forget_command, "remove a member's counts")
     forget("--member", required=True, help="the member", **an_id)
     forget("--guild", help="in this guild only", **an_id)
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, argparse.Namespace(config=None, command=serve_command))
 
 
 def code_beside(name: str, use: str) -> Any:
@@ -8916,7 +9056,7 @@ def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 async def run_server(
-    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] | None = None
+    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] = lambda: None
 ) -> None:
     """Serve until a signal comes or Discord refuses us for good."""
     systemd = systemd or Systemd({})
@@ -8928,8 +9068,7 @@ async def run_server(
     def on_sighup() -> None:
         systemd.tell_reloading()
         try:
-            if reload:
-                reload()
+            reload()
         finally:
             systemd.tell("READY=1")
 
@@ -8995,7 +9134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
-            plugins = plugin_loader(error.sound)
+            plugins = plugin_loader(error.sound, getattr(parsed, "plugins", None))
             more = faults_beside_file(error.sound, plugins, complete=False)
             faults += with_source(more, error.sound)
         say_faults(*faults)

@@ -1691,7 +1691,7 @@ class Hearing:
             self.topics[note.topic](note)
         elif not self._lease.may_have_brought(entry):
             to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
-            frame = self._parts.recovery.add(to, note.body, note.position)
+            frame = self._parts.recovery.logs.add(to, note.body, note.position)
             self._parts.clients.send(to, frame)
 
     def begin_term(self, term: int) -> None:
@@ -1703,7 +1703,7 @@ class Hearing:
     def caught_up(self) -> None:
         """All has been taken that was told before the latest note."""
         if not self._lease.leading:
-            self._parts.recovery.reach(self._position)
+            self._parts.recovery.logs.reach(self._position)
         self._known.wake()
 
     # -- what the holder tells
@@ -1784,7 +1784,7 @@ class Tickets:
         while not self._is_known(ticket, viewer, seen):
             await self._node.known.wait()
         for guild_id, since in ticket.since(seen).items():
-            here = self._recovery.reaches(guild_id, since, heard_elsewhere=moved)
+            here = self._recovery.logs.reaches(guild_id, since, heard_elsewhere=moved)
             if not here and not await self._fill(guild_id, since):
                 self._recovery.forget(ticket)
 
@@ -1805,7 +1805,7 @@ class Tickets:
     def _is_known(self, ticket: Ticket, viewer: Viewer, seen: int) -> bool:
         """Whether this node has heard as much as the client, and what the viewer may view."""
         may_view = self._node.access.may_view
-        return self._recovery.position >= seen and all(
+        return self._recovery.logs.position >= seen and all(
             may_view(viewer, guild_id) is not None for guild_id in ticket.since(seen)
         )
 
@@ -1815,7 +1815,7 @@ class Tickets:
             await self._node.publisher.drained()
         stream, reader = guild_stream(guild_id), self._node.reader
         entries = await self._read_back(stream, since)
-        return entries is not None and self._recovery.fill(
+        return entries is not None and self._recovery.logs.fill(
             guild_id,
             since,
             [
@@ -2010,10 +2010,10 @@ class Terms:
 
     def _begin(self, term: int) -> None:
         """All hear of the term before anything else is told in it."""
-        node, recovery = self._node, self._parts.recovery
+        node, logs = self._node, self._parts.recovery.logs
         node.lease.led = term
-        recovery.reach(max(clock_position(), recovery.position + UNHEARD_POSITIONS))
-        node.publisher.begin_term(recovery.position)
+        logs.reach(max(clock_position(), logs.position + UNHEARD_POSITIONS))
+        node.publisher.begin_term(logs.position)
         node.publisher.tell_as_holder("beat")
         node.hearing.begin_term(term)
 
@@ -2058,7 +2058,7 @@ class ClusterNode(Node):
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
-        parts.recovery.position = 0  # nothing has been heard yet
+        parts.recovery.logs.position = 0  # nothing has been heard yet
         self.peers = Peers(self.lease, self.publisher, self.known, self.reporter, parts)
         self.hearing = Hearing(self.link, self.lease, self.known, self.reporter, self.peers, parts)
         self.reader = Reader(self.link, self.source, self.hearing)
@@ -2196,7 +2196,7 @@ class ClusterNode(Node):
         """
         if self.leading and self.lease.led != self.lease.term:
             return  # this node has lost the gateway: another one is its clients' source now
-        self._parts.metrics.sent.labels(event).inc()
+        self._parts.metrics.sent.counts[event] += 1
         to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
         if self.leading:
             self._send(to, packet)
@@ -2209,9 +2209,9 @@ class ClusterNode(Node):
 
     def _send(self, to: Destination, packet: bytes) -> None:
         """To this node's clients at once, and to the other nodes as soon as Redis can."""
-        position = self._parts.recovery.count()
-        self._parts.clients.send(to, self._parts.recovery.add(to, packet, position))
-        self.publisher.send(to, packet, position)
+        logs = self._parts.recovery.logs
+        self._parts.clients.send(to, logs.add(to, packet))
+        self.publisher.send(to, packet, logs.position)
 
     # -- dashboards
 
@@ -2220,7 +2220,7 @@ class ClusterNode(Node):
 
     async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
         seen, moved = decode_offset(offset), False
-        genuine = self._parts.recovery.is_genuine(pid, viewer.discord_id)
+        genuine = self._parts.recovery.pids.is_genuine(pid, viewer.discord_id)
         if genuine and seen is not None and (self.link.up or not self.link.reached.is_set()):
             with contextlib.suppress(*self.link.errors):
                 async with asyncio.timeout(RECALL_PATIENCE):

@@ -1,7 +1,7 @@
 """What dashboards say and hear, as TypeScript declarations and as an AsyncAPI 3 document.
 
 Both follow from the loaded plugins: from the events that their functions emit, and from what these
-functions are annotated to return. Only the command line (`spywatcher.py types`) uses this file.
+functions are annotated to return or, without annotations, make as they return. Only the command line (`spywatcher.py types`) uses this file.
 
 The way: plugins -> events -> JSON Schema (msgspec's) -> TypeScript or AsyncAPI. An event whose
 function names no payload class is declared as an object of which nothing is known but `guildId` and
@@ -14,6 +14,7 @@ import ast
 import inspect
 import json
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -224,14 +225,28 @@ def emitted_by_hand(plugin: spywatcher.Plugin) -> list[tuple[str, str]]:
 
 
 def returned(function: Callable[..., Any]) -> list[type[msgspec.Struct]]:
-    """The structs that a function's annotation says it returns."""
-    annotation = getattr(function, "__annotations__", {}).get("return")
-    holder = types.SimpleNamespace(__annotations__={"return": annotation})
+    """The structs that a function returns, as its annotation says, or else its code."""
+    if "return" not in getattr(function, "__annotations__", {}):
+        return made(function)
+    holder = types.SimpleNamespace(__annotations__={"return": function.__annotations__["return"]})
     try:
         hints = typing.get_type_hints(holder, vars(inspect.getmodule(function)))
     except (NameError, TypeError):  # a name that is imported for type checkers alone
         return []
     return [kind for kind in choices(hints["return"]) if is_struct(kind)]
+
+
+def made(function: Callable[..., Any]) -> list[type[msgspec.Struct]]:
+    """The structs of each `return Struct(…)` in a function; none where it returns something else."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    names = [
+        getattr(getattr(value, "func", None), "id", "")
+        for value in values
+        if value is not None and getattr(value, "value", ...) is not None
+    ]
+    kinds: list[Any] = [vars(inspect.getmodule(function)).get(name) for name in names]
+    return kinds if all(map(is_struct, kinds)) else []
 
 
 def choices(annotation: Any) -> Iterator[Any]:

@@ -22,7 +22,16 @@ from typing import Annotated, NamedTuple
 import hikari
 from msgspec import Meta
 
-from spywatcher import Payload, PluginSettings, Spy, every, on, on_subscribe, timestamp
+from spywatcher import (
+    Payload,
+    PluginSettings,
+    PresenceUpdateEvent,
+    Spy,
+    every,
+    on,
+    on_subscribe,
+    timestamp,
+)
 
 from ._counts import (
     MOST_WAITING,
@@ -476,9 +485,9 @@ def left(event: hikari.MemberDeleteEvent) -> None:
         history.count("leaves", int(event.guild_id))
 
 
-@on(hikari.PresenceUpdateEvent)
-def presence(event: hikari.PresenceUpdateEvent) -> None:
-    member, gone = [int(event.user_id)], event.presence.visible_status == hikari.Status.OFFLINE
+@on(PresenceUpdateEvent)
+def presence(event: PresenceUpdateEvent) -> None:
+    member, gone = [int(event.user_id)], event.now.status == "offline"
     history.appear(int(event.guild_id), () if gone else member, member if gone else ())
 
 

@@ -28,6 +28,7 @@ from spywatcher import (
 )
 
 ROOT = Path(__file__).parent.parent
+PLUGINS = ROOT / "plugins"
 HOUR = 3600.0
 #: Some full hour.
 NOON = 1_700_000_000.0 // HOUR * HOUR
@@ -61,8 +62,8 @@ class Counting:
     ) -> None:
         tables = {
             "plugins": {
-                "folders": [str(ROOT / "plugins")],
-                "disabled": sorted({"analytics", "history"} - {plugin}),
+                "folders": [str(PLUGINS)],
+                "disabled": sorted({entry.stem for entry in PLUGINS.iterdir()} - {plugin}),
             },
             "storage": {"path": path},
             "plugin": {plugin: settings},

@@ -1,6 +1,6 @@
 """What a viewer may see, as Discord's permissions change under a live dashboard.
 
-First each rule over the wire, then thousands of random histories judged by an oracle that knows
+First each rule over the wire, then random histories judged by an oracle that knows
 nothing of the code: it is written from Discord's documentation (Topics: Permissions).
 """
 
@@ -16,6 +16,7 @@ import hikari
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from length import length
 from service import CROWD, ROOT, SECRET
 from waiting import eventually
 
@@ -728,7 +729,7 @@ def stage() -> Iterator[tuple[asyncio.Runner, Server]]:
 
 
 @settings(
-    max_examples=2_000,
+    max_examples=length(300, 2_000),
     deadline=None,
     database=None,
     derandomize=True,

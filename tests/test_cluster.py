@@ -300,8 +300,8 @@ async def test_of_a_stream_that_was_trimmed_no_part_comes(nodes, redis, guild):
             say(nodes.holder, guild, number)
         stream = f"spywatcher:guild:{guild.id}"
         await eventually(lambda: redis.ask("XLEN", stream))
-        position = nodes.holder.recovery.position
-        await eventually(lambda: all(s.recovery.position >= position for s in nodes.servers))
+        position = nodes.holder.recovery.logs.position
+        await eventually(lambda: all(s.recovery.logs.position >= position for s in nodes.servers))
         await redis.ask("XTRIM", stream, "MAXLEN", 3)
         await dashboard.reconnect()
         await dashboard.reconnected()
@@ -314,7 +314,7 @@ async def test_the_pid_of_another_viewer_is_of_no_use_at_any_node(nodes, redis, 
     async with balanced(nodes) as balancer:
         victim = await page(nodes, balancer)
         [key] = await eventually(lambda: redis.ask("KEYS", "spywatcher:ticket:*"))
-        pid, offset = key.decode().rpartition(":")[2], nodes.holder.recovery.offset
+        pid, offset = key.decode().rpartition(":")[2], nodes.holder.recovery.logs.offset
         owner, _ = msgspec.msgpack.decode(await redis.ask("GET", key))
         for said in (pid, pid[::-1], "x.y"):
             for server in nodes.servers:

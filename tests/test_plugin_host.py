@@ -1,5 +1,6 @@
 """Plugins: found, loaded, fenced. The broken ones are files in tests/plugins."""
 
+import os
 import sys
 
 import pytest
@@ -46,6 +47,64 @@ def test_of_two_plugins_of_one_name_the_first_folder_wins():
     )
     loader.load_all()
     assert list(loader.plugins) == ["alpha", "beta", "folder", "json"]
+
+
+@pytest.mark.logs("plugin pipe: not loaded: .*pipe.py is no file")
+def test_what_is_no_file_is_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")  # to read it would wait for ever
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__init__.py").touch()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    loader = loaded(str(tmp_path))
+    assert (list(loader.plugins), list(loader.failures)) == (["folder"], ["pipe"])
+
+
+def own_folder(tmp_path, name, event):
+    """A folder with one plugin that emits the event."""
+    (tmp_path / f"{name}.py").write_text(
+        "import hikari\nfrom spywatcher import on\n"
+        f"@on(hikari.RoleCreateEvent, emit='{event}')\ndef said(event): ...\n"
+    )
+    return PluginsSettings(folders=(str(tmp_path), "plugins"))
+
+
+def test_a_plugin_that_replaces_another_of_its_name_is_told_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    loader = PluginLoader(own_folder(tmp_path, "messages", "mine:new"), {}, ROOT, Metrics())
+    loader.load_all()
+    loader.files.take_changed()
+    assert loader.plugins["messages"].events == {"mine:new"}
+    mine, shipped = tmp_path / "messages.py", ROOT / "plugins" / "messages.py"
+    assert caplog.messages == [f"plugin messages: {mine} replaces {shipped}"]
+
+
+@pytest.mark.logs("plugin a_dup: not loaded: plugins members and a_dup both claim .* user:join")
+def test_a_shipped_plugin_keeps_its_events_from_others(tmp_path):
+    loader = PluginLoader(own_folder(tmp_path, "a_dup", "user:join"), {}, ROOT, Metrics())
+    loader.load_all()
+    assert "user:join" in loader.plugins["members"].events
+    assert list(loader.failures) == ["a_dup"]
+
+
+@pytest.mark.logs("plugin a_dup: not loaded: plugins z_first and a_dup both claim")
+def test_of_two_folders_the_earlier_ones_plugin_has_the_event(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, name in zip(folders, ("z_first", "a_dup"), strict=True):
+        folder.mkdir()
+        own_folder(folder, name, "same:event")
+    loader = PluginLoader(PluginsSettings(tuple(map(str, folders))), {}, ROOT, Metrics())
+    loader.load_all()
+    assert list(loader.plugins) == ["z_first"]
+
+
+def test_tests_beside_plugins_are_no_plugins(tmp_path):
+    for name in ("test_mine", "mine_test", "conftest", "tests/__init__"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("raise SystemExit")
+    folders = own_folder(tmp_path, "testing", "mine:new").folders[:1]
+    loader = PluginLoader(PluginsSettings(folders), {}, ROOT, Metrics())
+    loader.load_all()
+    assert (list(loader.plugins), loader.failures) == (["testing"], {})
 
 
 def test_a_missing_folder_is_the_operators_fault():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from jsclient import QUICK, Dashboard
 from length import length
 from redisserver import Proxy
-from service import CROWD
+from service import CROWD, running, tables_for, viewer_token, write_settings
 from waiting import eventually
 from watching import Watch, Watching
 
@@ -152,3 +153,38 @@ async def test_whoever_is_cut_off_in_the_middle_of_the_upgrade_misses_nothing(
         dashboards = await crowd(spy, proxy, transports=["polling", "websocket"])
         monkeypatch.setattr(spywatcher.Session, "probe", probe_and_die)
         await storm(spy, proxy, dashboards, close_engine)
+
+
+class LatePolls(Proxy):
+    """Once the probe of an upgrade was answered, polls are answered half a second later."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.probed = asyncio.Event()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                if b"3probe" in data:
+                    self.probed.set()
+                elif self.probed.is_set() and data.startswith(b"HTTP/1.1 200"):
+                    await asyncio.sleep(0.5)
+                writer.write(data)
+        writer.close()
+        self._writers.discard(writer)
+
+
+async def test_who_is_in_the_middle_of_the_upgrade_hears_of_a_stop_at_once(
+    discord, guild, js, tmp_path
+) -> None:
+    write_settings(tmp_path, tables_for(discord))
+    async with running(tmp_path) as service, LatePolls(service.port) as proxy:
+        dashboard = await js.open(
+            f"http://127.0.0.1:{proxy.port}",
+            token=viewer_token(),
+            transports=["polling", "websocket"],
+        )
+        await proxy.probed.wait()
+        service.process.send_signal(signal.SIGTERM)
+        assert await service.exit_status() == 0
+        assert await dashboard.reconnecting(timeout=5)

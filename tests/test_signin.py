@@ -204,7 +204,9 @@ async def test_cookies_are_for_this_server_alone(
             assert ("; Secure" in cookie) is secure
 
 
-@pytest.mark.parametrize("path", ["/signin", "/signin/callback", "/signin/token", "/signout"])
+@pytest.mark.parametrize(
+    "path", ["/signin", "/signin/callback", "/signin/avatar", "/signin/token", "/signout"]
+)
 async def test_nothing_may_be_framed_or_kept(discord: PretendDiscord, path: str) -> None:
     async with signing_in(discord) as (_, browser):
         for ask in (browser.get, browser.post):

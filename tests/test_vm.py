@@ -119,8 +119,9 @@ def assert_stays_down(vps: Machine, reason: str) -> None:
     starts = vps.run("journalctl -u spywatcher -o cat | grep -c ^Starting")
     for _ in range(3):
         knock(vps)
-    assert vps.run("systemctl is-failed spywatcher").strip() == "failed"
-    assert vps.run("journalctl -u spywatcher -o cat | grep -c ^Starting") == starts
+    journal = vps.run("journalctl -u 'spywatcher*' -o short-precise -n 60")
+    assert vps.run("systemctl is-failed spywatcher").strip() == "failed", journal
+    assert vps.run("journalctl -u spywatcher -o cat | grep -c ^Starting") == starts, journal
     for where in ("systemctl status spywatcher; true", "journalctl -p err"):
         vps.until(where, lambda said: re.search(reason, said.strip().splitlines()[-1]) is not None)
 
