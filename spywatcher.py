@@ -3669,7 +3669,8 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Base of a plugin's `class Settings`: the keys of its `[plugin.NAME]` table in config.toml.
 
         class Settings(PluginSettings, frozen=True):
-            longest: Annotated[int, Meta(ge=1, description="Characters shown.")] = 80
+            #: Characters shown.
+            longest: Annotated[int, Meta(ge=1)] = 80
 
     Give each key a type and a default. Wrong values are refused with their key path, what does not
     fit together by `__post_init__` with `ValueError("key: what is wrong", …)`; what is in force is

@@ -33,12 +33,10 @@ ROSTER_KEPT = 60.0
 
 
 class Settings(PluginSettings, frozen=True):
-    alert_cooldown: Annotated[
-        float, Meta(ge=0, description="Seconds after an alert in which its member causes no other.")
-    ] = 60.0
-    snapshot_members: Annotated[
-        int, Meta(ge=0, description="Members that a snapshot names; it counts all.")
-    ] = 500
+    #: Seconds after an alert in which its member causes no other.
+    alert_cooldown: Annotated[float, Meta(ge=0)] = 60.0
+    #: Members that a snapshot names; it counts all.
+    snapshot_members: Annotated[int, Meta(ge=0)] = 500
 
 
 class PresenceUpdate(Payload):
