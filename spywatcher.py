@@ -8080,6 +8080,13 @@ class Comebacks:
         size = sum(len(frame.bytes) for frame in frames)
         return frames if size <= self._most_bytes else None
 
+    def expect(self, ticket: Ticket, session: Session) -> None:
+        """Keep for its client what comes from now on, unless it has said DISCONNECT."""
+        if session.closed:
+            self._recovery.await_return(ticket)
+        else:
+            self._recovery.forget(ticket)
+
     def welcome(self, dashboard: Dashboard) -> None:
         """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
         ticket, comeback = dashboard.ticket, dashboard.comeback
@@ -8112,7 +8119,6 @@ class Dashboards:
         tokens: Tokens,
         limits: Limits,
         node: Node,
-        recovery: Recovery,
         rights: RightsWatcher,
         comebacks: Comebacks,
     ) -> None:
@@ -8120,7 +8126,6 @@ class Dashboards:
         self._tokens = tokens
         self._limits = limits
         self._node = node
-        self._recovery = recovery
         self._rights = rights
         self._comebacks = comebacks
         self._subscriptions = rights.subscriptions
@@ -8181,11 +8186,9 @@ class Dashboards:
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._rights.remove(sid)
         dashboard.forget_token()
-        session, ticket = dashboard.session, dashboard.ticket
-        if ticket is not None and session.closed:
-            self._recovery.await_return(ticket)
-        elif ticket is not None:  # it said DISCONNECT
-            self._recovery.forget(ticket)
+        session = dashboard.session
+        if dashboard.ticket is not None:
+            self._comebacks.expect(dashboard.ticket, session)
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
         self._node.viewer_left(dashboard.viewer.discord_id)
         if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
@@ -8471,13 +8474,7 @@ class Server:
             self.recovery, self.access, self.rights.subscriptions, most_bytes, self.metrics
         )
         return Dashboards(
-            self.socketio,
-            self.tokens,
-            self.limits,
-            self.node,
-            self.recovery,
-            self.rights,
-            comebacks,
+            self.socketio, self.tokens, self.limits, self.node, self.rights, comebacks
         )
 
     # -- how things stand
