@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ async def output(command: Sequence[str | Path], folder: Path, **environment: str
 
 
 def plugins_in(text: str) -> set[str]:
-    return {line.split()[1].rstrip(":") for line in text.splitlines() if line.startswith("plugin ")}
+    return {line.rstrip(":") for line in text.splitlines() if re.fullmatch(r"\w+:", line)}
 
 
 # ---- one file
