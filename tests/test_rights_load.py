@@ -62,10 +62,6 @@ class Crowd:
         return [[name for name, _ in ear.take() if name != "session"] for ear in self.ears]
 
 
-#: Each of the thousand gets a snapshot of the thousand at its start.
-pytestmark = pytest.mark.logs("presence:snapshot held up", required=False)
-
-
 @pytest.fixture
 async def crowd() -> AsyncIterator[Crowd]:
     server = offline_server(simulator.snowflake())
