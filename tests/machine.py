@@ -25,7 +25,7 @@ PACKAGES = (
 PROGRAMS = ("debootstrap", "mkfs.ext4", "qemu-system-x86_64", "ssh-keygen", "ssh", "scp")
 #: Seconds that an emulated processor may take.
 BOOT_TIME = 600.0
-COMMAND_TIME = 600.0
+COMMAND_TIME = 900.0
 
 NETWORK = "[Match]\nName=en*\n[Network]\nDHCP=yes\n"
 

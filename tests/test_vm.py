@@ -35,7 +35,7 @@ async def play():
 asyncio.run(play())
 """
 #: Seconds that a start may take there: an emulated processor is slow.
-START = 300.0
+START = 900.0
 
 
 def block(heading: str, language: str, number: int = 0) -> str:
