@@ -559,7 +559,7 @@ def avatar_of(user: hikari.OwnUser, cdn_url: str) -> str | None:
     if not re.fullmatch(r"(a_)?[0-9a-f]{32}", user.avatar_hash or ""):
         return None
     url = str(user.make_avatar_url(file_format="PNG", size=64))
-    return url.replace(hikari.urls.CDN_URL, cdn_url, 1)
+    return url.replace(hikari.urls.CDN_URL, cdn_url.rstrip("/"), 1)
 
 
 # ---- what pages ask for ----

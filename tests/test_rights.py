@@ -309,7 +309,7 @@ async def test_a_snapshot_of_a_channel_is_for_those_who_may_see_it(watching, gui
 async def test_the_text_of_a_voice_channel_is_for_those_who_may_connect(watching, guild, ada):
     denied = [Overwrite(guild.id, deny=spywatcher.CONNECT)]
     voice = guild.add_channel("voice", overwrites=denied)
-    voice.type = simulator.ChannelType.VOICE
+    voice.type = simulator.ChannelType.GUILD_VOICE
     async with watching() as spy:
         dashboard = await spy.dashboard(ada)
         await write(spy, voice)
