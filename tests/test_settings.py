@@ -1,5 +1,6 @@
 """config.toml: one table of settings, from which files, documents and checks follow."""
 
+import functools
 import inspect
 import re
 import tomllib
@@ -23,11 +24,11 @@ def faults(**tables: Any) -> list[str]:
     return list(caught.value.faults)
 
 
-def meaning(struct: type, key: str) -> str:
-    """The sentence that stands above a setting."""
+@functools.cache  # to find a class is to parse its whole file
+def meanings(struct: type) -> dict[str, str]:
+    """The sentence that stands above each setting."""
     written = re.findall(r"^    #: (.+)\n    (\w+):", inspect.getsource(struct), re.MULTILINE)
-    [text] = [text for text, name in written if name == key]
-    return text
+    return {key: text for text, key in written}
 
 
 def plugin_tables() -> dict[str, type]:
@@ -48,11 +49,11 @@ def known_settings() -> dict[str, tuple[object, str]]:
         if isinstance(field.type, type) and issubclass(field.type, spywatcher.Section)
     }
     known: dict[str, tuple[object, str]] = {
-        f"throttle.{event}": (seconds, meaning(Settings, "throttle"))
+        f"throttle.{event}": (seconds, meanings(Settings)["throttle"])
         for event, seconds in Settings().throttle.items()
     }
     return known | {
-        f"{name}.{field.name}": (msgspec.to_builtins(field.default), meaning(struct, field.name))
+        f"{name}.{field.name}": (msgspec.to_builtins(field.default), meanings(struct)[field.name])
         for name, struct in (sections | plugin_tables()).items()
         for field in msgspec.structs.fields(struct)
     }
