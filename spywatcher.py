@@ -1412,9 +1412,9 @@ class Access:
 
     # -- guilds
 
-    def watches(self, guild_id: str) -> bool:
+    def watches(self, guild_id: int | str) -> bool:
         """Whether events of this guild are for anyone at all."""
-        return not self._watched or guild_id in self._watched
+        return not self._watched or str(guild_id) in self._watched
 
     def may_view(self, viewer: Viewer, guild_id: str) -> bool | None:
         """Whether the bot watches this guild and the viewer may see it; None: not known yet."""
@@ -2822,7 +2822,7 @@ class Outbox:
         )
         batch: list[Outgoing] = []
         size = 0
-        for out in in_order(self._busy if shared else [room]):
+        for out in in_order(self._busy) if shared else room.waiting:
             size += len(out.frame.tracked.bytes)
             if batch and size > self._max_write:
                 break
@@ -2851,7 +2851,9 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
         ways.setdefault((out.room, out.hidden), 1 << len(ways))
     written = keeping_up = behind = 0
     for (tracks, bits, number), audience in audiences(ways, had).items():
-        due = [out for out in batch if ways[out.room, out.hidden] & bits and out.number > number]
+        due = batch
+        if len(ways) > 1 or number:
+            due = [o for o in batch if ways[o.room, o.hidden] & bits and o.number > number]
         frames = [out.form(tracks) for out in due]
         data = b"".join([frame.bytes for frame in frames])
         written += len(frames) * len(audience)
@@ -4215,7 +4217,7 @@ class HostContext(NamedTuple):
     #: Whether the gateway session is past its startup grace.
     settled: Callable[[], bool]
     #: Whether a guild is one of those to be watched.
-    watches: Callable[[str], bool]
+    watches: Callable[[int | str], bool]
     storage: Path
     #: What a plugin of this name keeps for all nodes; None where there is one.
     share: Callable[[str], Shared | None] = lambda name: None
@@ -5177,7 +5179,7 @@ class Dispatcher:
 
         def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
-            if guild_id is not None and not self._context.watches(str(int(guild_id))):
+            if guild_id is not None and not self._context.watches(guild_id):
                 return
             person = rule is None or rule(event, presences)
             self._count(event)
@@ -6041,7 +6043,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if payload is UNCHANGED:
             return
         consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
-        if self._enabled_for_event(hikari.ShardPayloadEvent):
+        if type(payload) is dict and self._enabled_for_event(hikari.ShardPayloadEvent):
             factory = self._event_factory
             self.dispatch(factory.deserialize_shard_payload_event(shard, payload, name=event_name))
         if not consumer.is_enabled:
