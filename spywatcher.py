@@ -2395,17 +2395,16 @@ class Session:
         return True
 
     def attach(self, handler: SocketHandler) -> None:
-        """From now on this WebSocket is the transport; what waited goes first."""
+        """From now on this WebSocket is the transport; what waited goes first, and nobody polls."""
         if not self._become(State.WEBSOCKET):
             handler.close()
             return
         self.from_browser = handler.from_browser
-        self.handler, self._prober = handler, None
+        self.handler, self._prober, self.queue.poller = handler, None, None
         self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
-        self.queue.poller = None  # nobody polls any more: it need not be kept for hours
         for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
@@ -6026,14 +6025,10 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     they came, where hikari keeps presences for plugins that need activities.
     """
 
-    #: Told the event's name, its payload and what was raised.
-    unreadable: Callable[[str, Any, Exception], None]
-    #: Told each event that was read, and its payload.
-    read: Callable[[str, Any], None]
-
-    def __init__(self, presences: Presences, *hikaris: Any, cache: Any) -> None:
+    def __init__(self, gateway: Gateway, *hikaris: Any, cache: Any) -> None:
         super().__init__(*hikaris, cache=cache)
-        self._presences = presences
+        self._gateway = gateway
+        self._presences = gateway.presences
         self._whole = bool(cache.settings.components & hikari.api.CacheComponents.PRESENCES)
         self._plain: dict[type[Any], tuple[Callable[[Any], Any], ...]] = {}
 
@@ -6058,9 +6053,9 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         except Exception as error:
             if event_name == "READY":
                 raise AwayError("READY", f"READY cannot be read: {reason_of(error)}") from error
-            self.unreadable(event_name, payload, error)
+            self._gateway.packet_unreadable(event_name, payload, error)
         else:
-            self.read(event_name, payload)
+            self._gateway.packet_read(event_name, payload)
 
     def subscribe(
         self, event_type: type[Any], callback: Callable[[Any], Any], *, _nested: int = 0
@@ -6386,13 +6381,14 @@ RESUME_LATER: Final = 3000
 class Bot(hikari.GatewayBot):
     """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
 
-    def __init__(self, token: str, presences: Presences, **hikaris: Any) -> None:
+    def __init__(self, gateway: Gateway, token: str, **hikaris: Any) -> None:
         super().__init__(token, **hikaris)
+        self._gateway = gateway
         self._event_manager = self.events = GatewayEvents(
-            presences, self._entity_factory, self._event_factory, self._intents, cache=self._cache
+            gateway, self._entity_factory, self._event_factory, self._intents, cache=self._cache
         )
 
-    async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
+    async def begin(self, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
         """Start a shard for each brake; returns once each is about to connect."""
         self._closed_event, self._closing_event = asyncio.Event(), asyncio.Event()
         self._rest.start()
@@ -6401,13 +6397,13 @@ class Bot(hikari.GatewayBot):
         for number, (shard_id, brake) in enumerate(brakes.items()):
             if number and number % info.session_start_limit.max_concurrency == 0:
                 await asyncio.sleep(STARTUP_WINDOW)
-            self._shards[shard_id] = shard = self._shard(gateway, info, shard_id, brake)
+            self._shards[shard_id] = shard = self._shard(info, shard_id, brake)
             await shard.start()
         self._event_manager.dispatch(self._event_factory.deserialize_started_event())
 
-    def _shard(self, gateway: Gateway, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
+    def _shard(self, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
         return Shard(
-            gateway,
+            self._gateway,
             brake,
             shard_id=shard_id,
             shard_count=info.shards,
@@ -6481,8 +6477,6 @@ class Gateway:
             raise OperatorError(
                 f"{self.token_key}: got what is no bot token, expected the one from {PORTAL}"
             ) from error
-        self.bot.events.unreadable = self._on_unreadable
-        self.bot.events.read = self._on_read
         self.bot.events.subscribe(hikari.ShardReadyEvent, self._on_ready)
         self.bot.events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
 
@@ -6490,8 +6484,8 @@ class Gateway:
         # Well within the time of a step, so that aiohttp itself tidies up what hangs.
         timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
         return Bot(
+            self,
             token,
-            self.presences,
             rest_url=self._settings.rest_url,
             intents=self.intents,
             cache_settings=hikari.impl.CacheSettings(
@@ -6549,7 +6543,7 @@ class Gateway:
             for shard_id in range(info.shards)
         }
         self._ended = None
-        await self.bot.begin(self, info, self._brakes)
+        await self.bot.begin(info, self._brakes)
 
     async def _turning(self, step: Coroutine[Any, Any, None]) -> None:
         """Wait for a step that may take any time, and note meanwhile that this still runs."""
@@ -6672,9 +6666,9 @@ class Gateway:
         self._metrics.gateway_failures.labels(cause).inc()
         self._report.say(cause, why, connected=False)
 
-    # -- what cannot be read
+    # -- what the bot tells of packets
 
-    def _on_unreadable(self, name: str, payload: Any, error: Exception) -> None:
+    def packet_unreadable(self, name: str, payload: Any, error: Exception) -> None:
         self._metrics.unreadable_packets.labels(name).inc()
         self._report.unreadable(name, f"{reason_of(error)} at {place_of(error)}")
         if name in GUILD_CONTENT and isinstance(payload, dict):
@@ -6684,7 +6678,7 @@ class Gateway:
                 f" ({shown})" if shown != "0" else ""
             )
 
-    def _on_read(self, name: str, payload: Any) -> None:
+    def packet_read(self, name: str, payload: Any) -> None:
         if self._unread_guilds and name in (*GUILD_CONTENT, "GUILD_DELETE"):
             self._unread_guilds.pop(str(payload.get(GUILD_CONTENT.get(name, "id"))), None)
 
