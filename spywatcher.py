@@ -6018,6 +6018,11 @@ def place_of(error: BaseException) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
 
 
+def ids_of(payload: Any) -> tuple[hikari.Snowflake, hikari.Snowflake]:
+    """Guild and user of a packet about a member."""
+    return hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
+
+
 class GatewayEvents(hikari.impl.EventManagerImpl):
     """hikari's, but plain functions may subscribe too: they are called at once, without a task, so
     that they find everything as the packet left it. Of a packet that it cannot read no payload is
@@ -6046,8 +6051,8 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         try:
             self._presences.take(event_name, payload)
             consumer.callback(shard, payload)
-            if self._whole and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
-                self._forget_stranger(int(payload["guild_id"]), int(payload["user"]["id"]))
+            if self._whole and self._cache and event_name == "GUILD_MEMBER_REMOVE":
+                self._cache.delete_presence(*ids_of(payload))  # hikari 2.7 keeps it
         except hikari.UnrecognisedEntityError:
             return
         except Exception as error:
@@ -6103,10 +6108,6 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     def _wants_all(self) -> bool:
         return self._whole or self._enabled_for_event(hikari.ShardPayloadEvent)
 
-    def _forget_stranger(self, *ids: int) -> None:
-        if self._cache and self._presences.of(*ids) is None:
-            self._cache.delete_presence(*map(hikari.Snowflake, ids))
-
     @filtered(PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
     def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
         update = msgspec.convert(payload, PresenceUpdate)
@@ -6120,7 +6121,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         event = PresenceUpdateEvent(shard, guild_id, user_id, appeared, make)
         if self._whole and self._cache:
             presence = event.presence  # with it the old one is read, before it goes
-            if code:
+            if code and before is not None:
                 self._cache.update_presence(presence)
             else:
                 self._cache.delete_presence(guild_id, user_id)
@@ -6131,8 +6132,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     ) -> hikari.PresenceUpdateEvent:
         """What hikari makes of it, with activities only where it keeps presences."""
         if self._whole and self._cache:
-            ids = int(payload["guild_id"]), int(payload["user"]["id"])
-            old = self._cache.get_presence(*map(hikari.Snowflake, ids))
+            old = self._cache.get_presence(*ids_of(payload))
         else:
             if isinstance(payload, PresenceUpdate):
                 payload = msgspec.structs.asdict(payload)

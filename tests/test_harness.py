@@ -12,7 +12,7 @@ import pytest
 from service import ROOT
 
 import spywatcher
-from simulator import Harness, message_json
+from simulator import Harness, message_json, presence_json
 
 HEAD = "import hikari\nfrom spywatcher import Payload, PluginSettings, every, on, on_subscribe\n"
 
@@ -117,6 +117,17 @@ def test_a_presence_tells_how_the_member_appeared_before_and_now(plugin: Any, ne
         seen = [one.fields["shown"] for one in h.emitted]
     idle, busy, away = ["idle", ["mobile"]], ["dnd", ["mobile", "web"]], ["offline", []]
     assert seen == [[away, idle], [idle, busy], [busy, away]]
+
+
+def test_of_who_left_hikari_keeps_no_presence(plugin: Any) -> None:
+    with Harness(plugin(PRESENCES + '    needs = {"activities"}')) as h:
+        ada, cache = h.guild.add_member("ada"), h.bot.cache
+        h.run(h.discord.presence(h.guild, ada, "idle", ["mobile"]))
+        assert cache.get_presence(h.guild.id, ada.id)
+        h.run(h.discord.leave(h.guild, ada))
+        assert not cache.get_presence(h.guild.id, ada.id)
+        h.feed("PRESENCE_UPDATE", presence_json(h.guild, ada))  # which Discord may send late
+        assert not cache.get_presence(h.guild.id, ada.id)
 
 
 def test_hikari_makes_nothing_of_a_presence_that_no_plugin_looks_into(
