@@ -64,10 +64,12 @@ import math
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
 import sys
+import textwrap
 import time
 import tomllib
 import traceback
@@ -81,6 +83,7 @@ from collections.abc import (
     Collection,
     Coroutine,
     Generator,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -88,9 +91,9 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from operator import itemgetter
+from operator import call, itemgetter, or_
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, coroutine
 from typing import (
     Annotated,
     Any,
@@ -306,6 +309,16 @@ def known_network(text: str) -> str:
     return text
 
 
+def known_host(text: str) -> str:
+    """A name or an address; raises ValueError for more than that."""
+    plain = re.sub(r"^\w+://|[/?#].*", "", text)
+    if plain.count(":") == 1:
+        plain = plain.partition(":")[0]
+    if plain != text:
+        raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
+    return text
+
+
 def known_permission(name: str) -> str:
     """A permission as Discord calls it; raises ValueError with the nearest one."""
     known = [str(permission.name) for permission in hikari.Permissions]
@@ -315,8 +328,9 @@ def known_permission(name: str) -> str:
     raise ValueError(f'expected a Discord permission in capitals, such as "{close}"')
 
 
-#: How each of a list is read, where the type does not say all of it.
+#: How a text, or each of a list, is read, where the type does not say all of it.
 READ_EACH: Final[dict[str, Callable[[str], str]]] = {
+    "server.host": known_host,
     "server.cors_origins": plain_origin,
     "server.trusted_proxies": known_network,
     "server.metrics_from": known_network,
@@ -325,148 +339,116 @@ READ_EACH: Final[dict[str, Callable[[str], str]]] = {
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One table of config.toml; `Meta(description=…)` is what the README says of a key."""
+    """One table of config.toml; above each key stands what config.toml and docs/settings.md say of it."""
 
 
 class ServerSettings(Section, frozen=True):
-    host: Annotated[
-        str, Meta(description='Address to listen on; "localhost" is both of 127.0.0.1 and ::1.')
-    ] = "localhost"
-    port: Annotated[Port, Meta(description="Port to listen on; 0 picks a free one.")] = 3001
-    cors_origins: Annotated[
-        tuple[str, ...],
-        Meta(description='Pages that may connect from another origin; "*" is any.'),
-    ] = ("http://localhost:5173", "http://127.0.0.1:5173")
-    trusted_proxies: Annotated[
-        tuple[str, ...],
-        Meta(description="Addresses or networks that may set X-Forwarded-For."),
-    ] = ("127.0.0.1", "::1")
-    transports: Annotated[
-        tuple[Transport, ...], Meta(min_length=1, description="Engine.IO transports offered.")
-    ] = ("websocket", "polling")
-    max_message_bytes: Annotated[
-        Positive, Meta(description="Largest message a client may send.")
-    ] = 16_384
-    max_queue_bytes: Annotated[
-        Positive, Meta(description="Unsent bytes a client may pile up before it is cut off.")
-    ] = 1_048_576
-    shutdown_grace: Annotated[Seconds, Meta(description="Seconds that a stop may take.")] = 5.0
-    metrics_from: Annotated[
-        tuple[str, ...],
-        Meta(description="Addresses or networks besides this host that may read /metrics."),
-    ] = ()
+    #: Address to listen on; "localhost" is both of 127.0.0.1 and ::1.
+    host: str = "localhost"
+    #: Port to listen on; 0 picks a free one.
+    port: Port = 3001
+    #: Pages that may connect from another origin; "*" is any.
+    cors_origins: tuple[str, ...] = ("http://localhost:5173", "http://127.0.0.1:5173")
+    #: Addresses or networks that may set X-Forwarded-For.
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
+    #: Engine.IO transports offered.
+    transports: Annotated[tuple[Transport, ...], Meta(min_length=1)] = ("websocket", "polling")
+    #: Largest message a client may send.
+    max_message_bytes: Positive = 16_384
+    #: Unsent bytes a client may pile up before it is cut off.
+    max_queue_bytes: Positive = 1_048_576
+    #: Seconds that a stop may take.
+    shutdown_grace: Seconds = 5.0
+    #: Addresses or networks besides this host that may read /metrics.
+    metrics_from: tuple[str, ...] = ()
 
 
 class HeartbeatSettings(Section, frozen=True):
-    interval: Annotated[Seconds, Meta(description="Seconds between two pings to a client.")] = 25.0
-    timeout: Annotated[Seconds, Meta(description="Seconds a client has to answer a ping.")] = 60.0
+    #: Seconds between two pings to a client.
+    interval: Seconds = 25.0
+    #: Seconds a client has to answer a ping.
+    timeout: Seconds = 60.0
 
 
 class AuthSettings(Section, frozen=True):
-    secret: Annotated[
-        str | tuple[str, ...],
-        Meta(description="Key that signs the viewers' tokens; a list rotates keys, newest first."),
-    ] = ""
-    secret_file: Annotated[
-        str, Meta(description="File that holds the key instead, one a line.")
-    ] = ""
-    public_key_file: Annotated[
-        str, Meta(description="PEM file of the public key for RS256 or ES256.")
-    ] = ""
-    algorithms: Annotated[
-        tuple[Algorithm, ...], Meta(min_length=1, description="JWT algorithms accepted.")
-    ] = ("HS256",)
-    admin_roles: Annotated[
-        tuple[Role, ...], Meta(description="Token roles that may view every watched guild.")
-    ] = ("ADMIN",)
-    viewer_permissions: Annotated[
-        tuple[str, ...],
-        Meta(description="Discord permissions of which others need one in the guild."),
-    ] = ("MANAGE_GUILD",)
-    channel_visibility: Annotated[
-        bool, Meta(description="Channel events reach only viewers who may see the channel.")
-    ] = True
-    connect_timeout: Annotated[
-        Seconds, Meta(description="Seconds a connection may stay open without a valid token.")
-    ] = 10.0
+    #: Key that signs the viewers' tokens; a list rotates keys, newest first.
+    secret: str | tuple[str, ...] = ""
+    #: File that holds the key instead, one a line.
+    secret_file: str = ""
+    #: PEM file of the public key for RS256 or ES256.
+    public_key_file: str = ""
+    #: JWT algorithms accepted.
+    algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ("HS256",)
+    #: Token roles that may view every watched guild.
+    admin_roles: tuple[Role, ...] = ("ADMIN",)
+    #: Discord permissions of which others need one in the guild.
+    viewer_permissions: tuple[str, ...] = ("MANAGE_GUILD",)
+    #: Channel events reach only viewers who may see the channel.
+    channel_visibility: bool = True
+    #: Seconds a connection may stay open without a valid token.
+    connect_timeout: Seconds = 10.0
 
 
 class DiscordSettings(Section, frozen=True):
-    token: Annotated[str, Meta(description="The bot's token.")] = ""
-    token_file: Annotated[str, Meta(description="File that holds the token instead.")] = ""
-    guilds: Annotated[
-        tuple[GuildId, ...], Meta(description="Watch only these; empty: every guild the bot is in.")
-    ] = ()
-    rest_url: Annotated[str, Meta(description="Where Discord's REST API answers.")] = (
-        "https://discord.com/api/v10"
-    )
-    startup_grace: Annotated[
-        SecondsOrZero,
-        Meta(description="Seconds after a new gateway session without alerts and role changes."),
-    ] = 5.0
+    #: The bot's token.
+    token: str = ""
+    #: File that holds the token instead.
+    token_file: str = ""
+    #: Watch only these; empty: every guild the bot is in.
+    guilds: tuple[GuildId, ...] = ()
+    #: Where Discord's REST API answers.
+    rest_url: str = "https://discord.com/api/v10"
+    #: Seconds after a new gateway session without alerts and role changes.
+    startup_grace: SecondsOrZero = 5.0
 
 
 class LimitsSettings(Section, frozen=True):
-    connections_per_ip: Annotated[
-        Positive,
-        Meta(
-            description="Open connections of one address, on all nodes together; IPv6 counts by /64."
-        ),
-    ] = 50
-    connections_per_viewer: Annotated[
-        Positive, Meta(description="Open connections of one viewer, on all nodes together.")
-    ] = 20
-    unauthenticated: Annotated[
-        Positive, Meta(description="Connections without a valid token yet, all together.")
-    ] = 1_000
-    attempts_per_ip: Annotated[
-        Rate, Meta(description="Connections that one address may begin.")
-    ] = "60/minute"
-    block_after: Annotated[
-        Positive, Meta(description="Refused attempts in a row before the address is blocked.")
-    ] = 5
-    block_for: Annotated[Seconds, Meta(description="Seconds that a block lasts.")] = 600.0
-    events_per_connection: Annotated[Rate, Meta(description="Events that one client may send.")] = (
-        "20/second"
-    )
-    rooms_per_connection: Annotated[
-        Positive, Meta(description="Rooms that one client may be in.")
-    ] = 200
+    #: Open connections of one address, on all nodes together; IPv6 counts by /64.
+    connections_per_ip: Positive = 50
+    #: Open connections of one viewer, on all nodes together.
+    connections_per_viewer: Positive = 20
+    #: Connections without a valid token yet, all together.
+    unauthenticated: Positive = 1_000
+    #: Connections that one address may begin.
+    attempts_per_ip: Rate = "60/minute"
+    #: Refused attempts in a row before the address is blocked.
+    block_after: Positive = 5
+    #: Seconds that a block lasts.
+    block_for: Seconds = 600.0
+    #: Events that one client may send.
+    events_per_connection: Rate = "20/second"
+    #: Rooms that one client may be in.
+    rooms_per_connection: Positive = 200
 
 
 class FanoutSettings(Section, frozen=True):
-    max_delay: Annotated[
-        SecondsOrZero, Meta(description="Longest seconds a burst may be held to share a write.")
-    ] = 0.05
+    #: Longest seconds a burst may be held to share a write.
+    max_delay: SecondsOrZero = 0.05
 
 
 class RecoverySettings(Section, frozen=True):
-    window: Annotated[
-        SecondsOrZero,
-        Meta(description="Seconds of missed events that a client which comes back gets; 0: none."),
-    ] = 120.0
-    max_events: Annotated[
-        Positive, Meta(description="Missed events of one guild beyond which a client starts anew.")
-    ] = 1_000
+    #: Seconds of missed events that a client which comes back gets; 0: none.
+    window: SecondsOrZero = 120.0
+    #: Missed events of one guild beyond which a client starts anew.
+    max_events: Positive = 1_000
 
 
 class RedisSettings(Section, frozen=True):
+    #: Redis that several servers share; empty: one process, all in memory.
     url: Annotated[
         str,
         Meta(
             pattern=r"^(|(rediss?|unix|redis\+sentinel)://.+)$",
             title='a URL in quotes, such as "redis://127.0.0.1:6379"',
-            description="Redis that several servers share; empty: one process, all in memory.",
         ),
     ] = ""
-    password_file: Annotated[str, Meta(description="File that holds Redis' password.")] = ""
+    #: File that holds Redis' password.
+    password_file: str = ""
 
 
 class StorageSettings(Section, frozen=True):
-    path: Annotated[
-        str,
-        Meta(min_length=1, description="SQLite file of counts, relative to the settings file."),
-    ] = "spywatcher.db"
+    #: SQLite file of counts, relative to the settings file.
+    path: Annotated[str, Meta(min_length=1)] = "spywatcher.db"
 
 
 #: The folder of an operator's own plugins. Its name also stands for the plugins shipped with
@@ -475,25 +457,21 @@ OWN_PLUGINS: Final = "plugins"
 
 
 class PluginsSettings(Section, frozen=True):
-    folders: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Where plugins are, relative to the settings file;"
-            ' "plugins" brings the shipped ones too.'
-        ),
-    ] = (OWN_PLUGINS,)
-    disabled: Annotated[tuple[str, ...], Meta(description="Plugins not to load, by name.")] = ()
-    watch: Annotated[bool, Meta(description="Reload a plugin when its file changes.")] = True
-    handler_timeout: Annotated[
-        Seconds, Meta(description="Seconds that an async function of a plugin may take.")
-    ] = 5.0
+    #: Where plugins are, relative to the settings file; "plugins" brings the shipped ones too.
+    folders: tuple[str, ...] = (OWN_PLUGINS,)
+    #: Plugins not to load, by name.
+    disabled: tuple[str, ...] = ()
+    #: Reload a plugin when its file changes.
+    watch: bool = True
+    #: Seconds that an async function of a plugin may take.
+    handler_timeout: Seconds = 5.0
 
 
 class LogSettings(Section, frozen=True):
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")
-    ] = "info"
-    format: Annotated[Literal["text", "json"], Meta(description="Form of a log line.")] = "text"
+    #: Least level logged.
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    #: Form of a log line.
+    format: Literal["text", "json"] = "text"
 
 
 #: Seconds between two broadcasts of one event to one guild; what a file adds is added to it.
@@ -510,13 +488,8 @@ class Settings(Section, frozen=True):
     auth: AuthSettings = AuthSettings()
     discord: DiscordSettings = DiscordSettings()
     limits: LimitsSettings = LimitsSettings()
-    throttle: Annotated[
-        dict[str, Seconds],
-        Meta(
-            description="Seconds between two broadcasts of this event to one guild;"
-            " any event may have a row."
-        ),
-    ] = msgspec.field(default_factory=THROTTLE.copy)
+    #: Seconds between two broadcasts of this event to one guild; any event may have a row.
+    throttle: dict[str, Seconds] = msgspec.field(default_factory=THROTTLE.copy)
     fanout: FanoutSettings = FanoutSettings()
     recovery: RecoverySettings = RecoverySettings()
     redis: RedisSettings = RedisSettings()
@@ -574,17 +547,16 @@ def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
         wanted = expected(kind) or str(error).removeprefix("Expected ")
         faults.append(f"{path}: got {came}, expected {wanted}")
         return msgspec.UNSET
-    return read_each(read, path, faults) if path in READ_EACH else read
-
-
-def read_each(values: Iterable[str], path: str, faults: list[str]) -> tuple[str, ...]:
+    if path not in READ_EACH:
+        return read
+    texts = (read,) if isinstance(read, str) else read
     sound = []
-    for value in values:
+    for text in texts:
         try:
-            sound.append(READ_EACH[path](value))
+            sound.append(READ_EACH[path](text))
         except ValueError as error:
-            faults.append(f"{path}: got {shown(value)}, {error}")
-    return tuple(sound)
+            faults.append(f"{path}: got {shown(text)}, {error}")
+    return read if isinstance(read, str) else tuple(sound)
 
 
 def is_secret(key: str, value: object) -> bool:
@@ -671,8 +643,13 @@ def parse_settings(
             sections["throttle"] = check_throttle_table(table, faults)
         elif name in types:
             sections[name] = check_table(table, types[name], name, faults)
-        else:
+        elif isinstance(table, dict):
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
+        else:
+            owners = [f"[{one}]" for one, kind in types.items() if name in kind.__struct_fields__]
+            faults.append(
+                f"{name}: expected below a table: {' or '.join(owners) or '[server], say'}"
+            )
     settings = Settings(**sections)
     if faults:
         raise SettingsError(*faults, sound=settings)
@@ -731,7 +708,7 @@ def changed_keys(old: Settings, new: Settings) -> list[str]:
 
 def shipped_plugins() -> Path | None:
     """The plugins that came with this file: beside a plain copy of it, or as it was installed."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     places = [here / OWN_PLUGINS, here / "spywatcher_plugins"]
     return next((place for place in places if place.is_dir()), None)
 
@@ -748,7 +725,7 @@ def read_settings(path: Path | None) -> Settings:
             plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
             folders = " or ".join(dict.fromkeys(str(place.resolve().parent) for place in here))
             return Settings(
-                folder=Path(__file__).parent if plain else Path.cwd(),
+                folder=Path(__file__).resolve().parent if plain else Path.cwd(),
                 source=f"no config.toml in {folders}",
             )
     try:
@@ -793,6 +770,8 @@ SYNTAX_ADVICE: Final = (
     (r"=\s*(yes|no|on|off|Yes|No|On|Off)\b", "write true or false"),
     (r"=\s*(None|null|nil)\b", "leave the line out"),
     (r"=\s*\d[\d.]*\s*[A-Za-z]+", "write a number without unit, or a text in quotes"),
+    (r"=\s*0\d", "write quotes around a text, no zeros before a number"),
+    (r"['\"]\s+['\"]", "write a comma between two texts"),
     (r"=\s*['\"][^'\"]*$", "write a quote at the end of the text"),
     (r"=\s*[^\s\d'\"\[{+-].*", 'write quotes around a text: "..."'),
     (r",\s*}", "write no comma before }"),
@@ -1276,6 +1255,8 @@ class GuildRights:
         self._guild_id = guild_id
         self._granted: dict[tuple[int, ...], int] = {}
         self._channels: dict[int, ChannelRights] = {}
+        #: What others have worked out from these rights.
+        self.memory: dict[Any, Any] = {}
 
     def granted(self, role_ids: Sequence[int]) -> int:
         """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
@@ -1331,11 +1312,6 @@ class Access:
             self._set(guild_id, Cached.COMING)
 
     @property
-    def all_begun(self) -> bool:
-        """Whether every shard has said which guilds it brings."""
-        return any(len(self._begun) == one.shards for one in self._begun)
-
-    @property
     def lost(self) -> frozenset[int]:
         """Guilds that hikari still has and the bot has not."""
         return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
@@ -1346,9 +1322,10 @@ class Access:
 
     @property
     def all_whole(self) -> bool:
-        """Whether the cache holds all of every guild."""
+        """Whether every shard has said which guilds it brings, and the cache holds all of each."""
+        begun = any(len(self._begun) == one.shards for one in self._begun)
         filling = (Cached.COMING, Cached.MEMBERS_COMING)
-        return self.all_begun and not any(state in filling for state in self._states.values())
+        return begun and not any(state in filling for state in self._states.values())
 
     @property
     def complete(self) -> bool:
@@ -1387,8 +1364,12 @@ class Access:
         self._gone_meanwhile.get(guild_id, set()).add(user_id)
 
     def forget(self, guild_id: int) -> None:
-        """Its roles or channels have changed: nothing that was worked out from them holds."""
+        """What decides in it has changed: nothing that was worked out from that holds."""
         self._rights.pop(guild_id, None)
+
+    def memory(self, guild_id: str) -> dict[Any, Any]:
+        """Where to keep what is worked out from a guild's rights, until it is forgotten."""
+        return self._rights_in(int(guild_id)).memory
 
     def forget_all(self) -> None:
         self._rights.clear()
@@ -1405,6 +1386,16 @@ class Access:
         """The judge of all ways out: whether who is in a room of the guild may have this now.
 
         Who is in stays in while it is not known whether that is right.
+
+            what decides                       is heard by                   what is judged anew
+            roles, channels, overwrites        CHANNEL_CHANGES               channels of the guild
+            roles, owner, name of the guild    GUILD_CHANGES                 all in the guild
+            roles and time-out of a member     MEMBER_CHANGES                that viewer in the guild
+            the end of a time-out              the clock, at each judgement  channels of the guild
+            guilds that come, go or are lost   the gateway's sessions        all in the guild
+            the token                          `auth:refresh`                that viewer in its guilds
+            settings, another gateway holder   `check_all`                   all
+            who is in a room                   `Rooms.members`               channels of the room
         """
         if self.may_view(viewer, guild_id) is False:
             return False
@@ -1941,11 +1932,6 @@ class Limits:
             self.metrics.blocked.inc()
             log.warning("address %s blocked for %g s", address, seconds)
 
-    async def let_try(self, address: str) -> None:
-        """Before a token is looked at; raises RefusedConnectionError where it makes no difference."""
-        if seconds := await self.blocked_for(address):
-            raise self.over("blocked", seconds)
-
     async def accepted(self, address: str) -> None:
         """A token was accepted: refusals are counted from the beginning again."""
         await self._counters.clear(f"refused/{address}")
@@ -2466,9 +2452,7 @@ class Session:
         self.server.forget(self)
         for connection in set(self._carriers.values()):
             connection.release(self)
-        for handler, close in (self.handler, close_gently), (self._prober, close_after_upgrade):
-            if handler is not None:
-                close(handler, self.server.ending_timeout)
+        self.server.close_sockets(self.handler, self._prober)
         # What refers to each other stays in memory until the garbage collector comes by.
         self.handler = self._prober = self.queue.poller = None
         self._stream = self._socket = None
@@ -2483,15 +2467,6 @@ def close_gently(handler: WebSocketHandler, patience: float) -> None:
         handler.close()
         if not stream.closed():
             asyncio.get_running_loop().call_later(patience, stream.close)
-
-
-def close_after_upgrade(handler: WebSocketHandler, patience: float) -> None:
-    """Close once the client has said "5", which `SocketHandler` answers so, or has had its time.
-
-    A stock client whose probe was answered has stopped polling: when this closes before, it takes
-    that for a failed attempt, and neither polls again nor reconnects.
-    """
-    asyncio.get_running_loop().call_later(patience, close_gently, handler, patience)
 
 
 def write_within(limit: int, stream: IOStream, data: memoryview) -> None:
@@ -2527,6 +2502,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
         self.max_queue_bytes = max_queue_bytes
         self.limits = limits
         self.metrics = limits.metrics
+        #: WebSockets whose sessions have ended before their clients had ended the upgrade.
+        self._upgrading: set[SocketHandler] = set()
+        self._none_upgrading = asyncio.Event()
+        self._none_upgrading.set()
 
     async def admit(self, address: str, transport: str) -> Session:
         """A new session, which has to authenticate in time; its OPEN packet is already under way."""
@@ -2551,6 +2530,33 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
     async def trigger(self, event: str, *args: object) -> None:
         """Tell Socket.IO, and wait until it is done with it."""
         await self._trigger_event(event, *args, run_async=False)
+
+    def close_sockets(self, handler: SocketHandler | None, prober: SocketHandler | None) -> None:
+        """Close a session's WebSocket; and the one that was to take over from polling, once the client
+        has said "5", which `SocketHandler` answers so, or has had its time.
+
+        A stock client whose probe was answered has stopped polling: when this closes before, it takes
+        that for a failed attempt, and neither polls again nor reconnects.
+        """
+        if handler is not None:
+            close_gently(handler, self.ending_timeout)
+        if prober is not None:
+            self._upgrading.add(prober)
+            self._none_upgrading.clear()
+            patience = self.ending_timeout
+            asyncio.get_running_loop().call_later(patience, close_gently, prober, patience)
+
+    def socket_closed(self, handler: SocketHandler) -> None:
+        """This WebSocket is gone."""
+        self._upgrading.discard(handler)
+        if not self._upgrading:
+            self._none_upgrading.set()
+
+    async def upgrades_end(self, timeout: float) -> None:
+        """Until all of these are closed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._none_upgrading.wait()
 
     def forget(self, session: Session) -> None:
         """It is closed."""
@@ -3110,72 +3116,51 @@ class Ticket(msgspec.Struct, eq=False):
         return since
 
 
-class Recovery:
-    """Keeps logs and tickets, for as long as somebody may come back for them."""
+class GuildLogs:
+    """Counts all events, and keeps the latest of each guild that somebody may come back to."""
 
-    def __init__(
-        self,
-        settings: RecoverySettings,
-        key: bytes,
-        changed: Callable[[Ticket], None] = lambda ticket: None,
-    ) -> None:
-        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+    def __init__(self, settings: RecoverySettings) -> None:
         self._settings = settings
-        self._key = key
-        self._changed = changed
+        #: Of the latest event.
         self.position = clock_position()
-        self._tickets: dict[str, Ticket] = {}
-        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
-        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
-        self._in_guild: collections.Counter[str] = collections.Counter()
-        self._of_viewer: collections.Counter[str] = collections.Counter()
         self._logs: dict[str, GuildLog] = {}
 
     @property
-    def enabled(self) -> bool:
-        return self._settings.window > 0
-
-    @property
     def size(self) -> int:
-        """What all logs hold."""
+        """Bytes that all of them hold."""
         return sum(log.bytes for log in self._logs.values())
 
     @property
     def offset(self) -> str:
-        """Where all logs are now."""
+        """Where all of them are now."""
         return encode_offset(self.position)
 
     def reach(self, position: int) -> None:
         """All events up to there have been here."""
         self.position = max(self.position, position)
 
-    # -- events
+    def keep(self, guild_id: str) -> None:
+        """Somebody is owed from now on what comes in this guild."""
+        self._logs.setdefault(guild_id, GuildLog(self.position))
 
-    def has_listeners(self, room: str) -> bool:
-        """Whether somebody is, or may come back, who is owed what goes to the room."""
-        self._forget_late()
-        return room in self._in_room
+    def drop(self, guild_id: str) -> None:
+        """Nobody is any more."""
+        del self._logs[guild_id]
 
-    def rooms(self) -> Iterable[str]:
-        """Those of which somebody is owed what goes to them."""
-        self._forget_late()
-        return tuple(self._in_room)
-
-    def count(self) -> int:
-        """The position of the next event."""
-        self.position += 1
-        return self.position
-
-    def add(self, to: Destination, packet: bytes, position: int) -> RoomFrame:
-        """The event of this position as it goes out; it is kept where somebody may recover it."""
-        self.reach(position)
+    def add(self, to: Destination, packet: bytes, position: int = 0) -> RoomFrame:
+        """The event as it goes out, of the next position if of none; it is kept where somebody is owed it."""
+        self.reach(position or self.position + 1)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
             return RoomFrame(packet)
-        frame = RoomFrame(packet, encode_offset(position))
-        event = Logged.of(to, frame, position)
+        frame = RoomFrame(packet, encode_offset(position or self.position))
+        event = Logged.of(to, frame, position or self.position)
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
+
+    def since(self, guild_id: str, position: int) -> list[Logged] | None:
+        """What came in the guild after it, oldest first; None where some of that is here no more."""
+        return self._logs[guild_id].since(position)
 
     def reaches(self, guild_id: str, position: int, heard_elsewhere: bool) -> bool:
         """Whether all is here that came in the guild after that, to the clients of this node or of all."""
@@ -3192,12 +3177,69 @@ class Recovery:
         guild_log, most = self._logs.get(guild_id), self._settings.max_events
         return guild_log is not None and guild_log.fill(since, events, most)
 
+
+class Pids:
+    """Private ids of tickets, each bound to its viewer: whoever else says one is told apart at once."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def make(self, discord_id: str) -> str:
+        nonce = secrets.token_urlsafe(12)
+        return f"{nonce}.{self._signature(nonce, discord_id)}"
+
+    def _signature(self, nonce: str, discord_id: str) -> str:
+        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
+        return urlsafe_b64encode(made[:18]).decode()
+
+    def is_genuine(self, pid: object, discord_id: str) -> bool:
+        """Whether this viewer was given it."""
+        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
+            return False
+        nonce, _, signature = pid.partition(".")
+        expected = self._signature(nonce, discord_id)
+        return hmac.compare_digest(signature.encode(), expected.encode())
+
+
+class Recovery:
+    """Keeps tickets for as long as their clients may come back, and says what each is owed."""
+
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        key: bytes,
+        changed: Callable[[Ticket], None] = lambda ticket: None,
+    ) -> None:
+        """Pids are signed with the key; `changed` hears of every change of a held ticket."""
+        self._window = settings.window
+        self.logs = GuildLogs(settings)
+        self.pids = Pids(key)
+        self._changed = changed
+        self._tickets: dict[str, Ticket] = {}
+        self._awaited: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
+        self._in_room: collections.Counter[str] = collections.Counter()  # tickets, by room
+        self._in_guild: collections.Counter[str] = collections.Counter()
+        self._of_viewer: collections.Counter[str] = collections.Counter()
+
+    @property
+    def enabled(self) -> bool:
+        return self._window > 0
+
+    def has_listeners(self, room: str) -> bool:
+        """Whether somebody is, or may come back, who is owed what goes to the room."""
+        self._forget_late()
+        return room in self._in_room
+
+    def rooms(self) -> Iterable[str]:
+        """Those of which somebody is owed what goes to them."""
+        self._forget_late()
+        return tuple(self._in_room)
+
     # -- tickets
 
     def issue(self, viewer: Viewer) -> Ticket:
         """A ticket for a new session of this viewer."""
-        nonce = secrets.token_urlsafe(12)
-        ticket = Ticket(f"{nonce}.{self._signature(nonce, viewer.discord_id)}", viewer)
+        ticket = Ticket(self.pids.make(viewer.discord_id), viewer)
         self._register(ticket)
         self._changed(ticket)
         return ticket
@@ -3217,23 +3259,10 @@ class Recovery:
         self._tickets[ticket.pid] = ticket
         self._of_viewer[ticket.viewer.discord_id] += 1
 
-    def _signature(self, nonce: str, discord_id: str) -> str:
-        """Binds a pid to its viewer: whoever else says it is told apart before anything is looked up."""
-        made = hmac.digest(self._key, f"{nonce}:{discord_id}".encode(), "sha256")
-        return urlsafe_b64encode(made[:18]).decode()
-
     def find(self, pid: object, discord_id: str) -> Ticket | None:
         """The ticket that this viewer was given, if it is here."""
         self._forget_late()
-        return self._tickets.get(str(pid)) if self.is_genuine(pid, discord_id) else None
-
-    def is_genuine(self, pid: object, discord_id: str) -> bool:
-        """Whether this viewer was given it."""
-        if not isinstance(pid, str) or len(pid) > 64 or not pid.isascii():
-            return False
-        nonce, _, signature = pid.partition(".")
-        expected = self._signature(nonce, discord_id)
-        return hmac.compare_digest(signature.encode(), expected.encode())
+        return self._tickets.get(str(pid)) if self.pids.is_genuine(pid, discord_id) else None
 
     def disown(self, pid: str) -> None:
         """Its client has come back elsewhere."""
@@ -3257,7 +3286,7 @@ class Recovery:
         """Its client has lost its connection."""
         if self._tickets.get(ticket.pid) is not ticket:
             return  # it has come back elsewhere
-        ticket.until = time.monotonic() + self._settings.window
+        ticket.until = time.monotonic() + self._window
         self._awaited[ticket.pid] = ticket
         if len(self._awaited) > MOST_REMEMBERED:
             self.forget(next(iter(self._awaited.values())))
@@ -3300,11 +3329,11 @@ class Recovery:
     def enter(self, ticket: Ticket, room: str) -> None:
         """From now on its client is owed what goes to the room."""
         if room not in ticket.rooms:
-            ticket.rooms[room] = self.position
+            ticket.rooms[room] = self.logs.position
             guild_id = room_guild(room)
             self._in_room[room] += 1
             self._in_guild[guild_id] += 1
-            self._logs.setdefault(guild_id, GuildLog(self.position))
+            self.logs.keep(guild_id)
             self._changed(ticket)
 
     def wait_for(self, ticket: Ticket, room: str) -> None:
@@ -3324,16 +3353,16 @@ class Recovery:
             remove_one(self._in_room, room)
             remove_one(self._in_guild, guild_id)
             if guild_id not in self._in_guild:
-                del self._logs[guild_id]
+                self.logs.drop(guild_id)
 
     def missed(self, ticket: Ticket, offset: object) -> list[Logged] | None:
         """All that its client has missed of its rooms, in order; None where that is not here whole."""
         seen = decode_offset(offset)
-        if seen is None or seen.position > self.position:  # of a process whose clock was ahead
+        if seen is None or seen.position > self.logs.position:  # of a process whose clock was ahead
             return None
         missed: list[Logged] = []
         for guild_id, position in ticket.since(seen.position).items():
-            events = self._logs[guild_id].since(position)
+            events = self.logs.since(guild_id, position)
             if events is None:
                 return None
             missed += [
@@ -3346,9 +3375,9 @@ class Recovery:
     def number_snapshot(self, ticket: Ticket, room: str) -> str:
         """The offset of a snapshot of the room that its client is sent now."""
         ticket.snapshots += 1
-        ticket.unseen[room] = Seen(self.position, ticket.snapshots)
+        ticket.unseen[room] = Seen(self.logs.position, ticket.snapshots)
         self._changed(ticket)
-        return encode_offset(self.position, ticket.snapshots)
+        return encode_offset(self.logs.position, ticket.snapshots)
 
     @staticmethod
     def rooms_without_snapshot(ticket: Ticket, offset: object) -> list[str]:
@@ -3364,7 +3393,10 @@ def room_guild(room: str) -> str:
     return room.partition(":")[2]
 
 
-def remove_one(counter: collections.Counter[str], key: str) -> None:
+CountedT = TypeVar("CountedT", bound=Hashable)
+
+
+def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
     """One fewer; what has none takes no memory."""
     counter[key] -= 1
     if not counter[key]:
@@ -3638,7 +3670,8 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Base of a plugin's `class Settings`: the keys of its `[plugin.NAME]` table in config.toml.
 
         class Settings(PluginSettings, frozen=True):
-            longest: Annotated[int, Meta(ge=1, description="Characters shown.")] = 80
+            #: Characters shown.
+            longest: Annotated[int, Meta(ge=1)] = 80
 
     Give each key a type and a default. Wrong values are refused with their key path, what does not
     fit together by `__post_init__` with `ValueError("key: what is wrong", …)`; what is in force is
@@ -3688,24 +3721,15 @@ Mark = Listener | Repeated | Greeter | Route
 MARKS: Final = "__spywatcher__"
 
 
-class Hook(NamedTuple):
-    """How one kind of a plugin's functions is called."""
-
-    #: What it is handed, in this order,
-    arguments: tuple[str, ...]
-    #: and how many of them it has to take at least.
-    least: int
-
-
-#: Every function of a plugin that the host calls: by its mark, or by its name in the module.
-#: Besides there are `class Settings(PluginSettings)`, `needs`, and `route`, which marks a class.
-HOOKS: Final[dict[type | str, Hook]] = {
-    Listener: Hook(("event", "spy"), 1),
-    Repeated: Hook(("spy",), 1),
-    Greeter: Hook(("guild_id", "spy", "viewer"), 2),
-    "setup": Hook(("spy",), 1),
-    "teardown": Hook(("spy",), 1),
-    "forget": Hook(("storage", "member_id", "guild_id"), 3),
+#: Every function of a plugin that the host calls, by its mark or by its name in the module, and what
+#: it may take. Besides there are `class Settings(PluginSettings)`, `needs`, and `route`'s classes.
+HOOKS: Final[dict[type | str, tuple[str, ...]]] = {
+    Listener: ("event", "event, spy"),
+    Repeated: ("spy",),
+    Greeter: ("guild_id, spy", "guild_id, spy, viewer"),
+    "setup": ("spy",),
+    "teardown": ("spy",),
+    "forget": ("storage, member_id, guild_id",),
 }
 
 
@@ -3739,8 +3763,7 @@ NEEDS: Final = {
 
 def marked(function: Maker, mark: Mark) -> Maker:
     """The same function (or class) with one more mark on it."""
-    marks = [*vars(function).get(MARKS, ()), mark]
-    setattr(function, MARKS, marks)
+    setattr(function, MARKS, [*vars(function).get(MARKS, ()), mark])
     return function
 
 
@@ -3772,7 +3795,7 @@ def on(
     `[discord] startup_grace` of a new gateway session, while what looks like news is only Discord
     telling how things stand.
     """
-    check_source(event)
+    check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
     return lambda function: marked(function, Listener(event, emit, room, settled, bots))
@@ -3788,8 +3811,10 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     and counted, and it goes on. Of several nodes (docs/scale.md) only the one that holds the
     gateway calls it: a plugin is at work there alone, from its `setup` to its `teardown`.
     """
-    check_seconds(seconds)
-    return lambda function: marked(function, Repeated(float(seconds)))
+    given: object = seconds  # the function itself, where the brackets were left out
+    if not isinstance(given, int | float) or not 0 < given < math.inf:
+        raise PluginError(f"every({shown(given)}): expected seconds, as in @every(60)")
+    return lambda function: marked(function, Repeated(seconds))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
@@ -3827,17 +3852,16 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     if not pattern.startswith("/"):
         raise PluginError(f"route({shown(pattern)}): expected a path that begins with /")
 
-    return lambda handler: marked(handler, Route(pattern))
+    def mark(handler: Any) -> Any:
+        if not (isinstance(handler, type) and issubclass(handler, RequestHandler)):
+            raise PluginError(f"route({shown(pattern)}) belongs on a RequestHandler")
+        return marked(handler, Route(pattern))
+
+    return mark
 
 
-def check_seconds(seconds: object) -> None:
-    """Refuse what is no time to wait; raises PluginError."""
-    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise PluginError(f"every({shown(seconds)}): expected seconds, as in @every(60)")
-
-
-def check_source(event: object) -> None:
-    """Refuse what `on` cannot listen to; raises PluginError."""
+def check_source(event: object, emit: str | None) -> None:
+    """Refuse what `on` cannot listen to, or has no guild to emit to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
         for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
@@ -3850,6 +3874,13 @@ def check_source(event: object) -> None:
         raise PluginError(
             f"on({came}): expected a class of hikari's events or the name of a plugin's event"
         )
+    elif emit and not has_guild(event):
+        raise PluginError(f"on({event.__name__}) has no guild_id: leave emit= out, use spy.emit")
+
+
+def has_guild(event_type: type[hikari.Event]) -> bool:
+    """Whether events of this type, or of a narrower one, say of which guild they are."""
+    return hasattr(event_type, "guild_id") or any(map(has_guild, event_type.__subclasses__()))
 
 
 def check_name(where: str, name: object) -> None:
@@ -4066,9 +4097,8 @@ class Spy:
         name: str,
         settings: Any,
         context: HostContext,
+        metrics: Metrics,
         emit: Callable[..., None],
-        counts: Callable[[str], Counter],
-        failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -4089,13 +4119,9 @@ class Spy:
         #: the `teardown` of the old one: what must not be done by both is done under this.
         self.alone = context.alone(name)
         self._name = name
-        self._tokens = context.tokens
-        self._address = context.address
-        self._lists_origin = context.lists_origin
-        self._presences = context.presences
+        self._context = context
+        self._metrics = metrics
         self._emit = emit
-        self._counts = counts
-        self._failed = failed
         self._problem: str | None = None
 
     @property
@@ -4105,7 +4131,7 @@ class Spy:
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
-        self._counts(what).inc(amount)
+        self._metrics.plugin_counts.labels(self._name, what).inc(amount)
 
     def emit(
         self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
@@ -4124,11 +4150,11 @@ class Spy:
 
         It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
         """
-        return self._presences.of(int(guild_id), int(user_id))
+        return self._context.presences.of(int(guild_id), int(user_id))
 
     def online(self, guild_id: int | str) -> list[int]:
         """The ids of the guild's members who are not offline; bots are left out."""
-        return self._presences.online(int(guild_id))
+        return self._context.presences.online(int(guild_id))
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -4138,7 +4164,7 @@ class Spy:
         `guilds` are those that it may view, whatever Discord says; none: what Discord says counts.
         Raises an exception where the server has no secret.
         """
-        return self._tokens.issue(discord_id, role, guilds, ttl)
+        return self._context.tokens.issue(discord_id, role, guilds, ttl)
 
     def key(self, purpose: str) -> bytes:
         """32 bytes for signatures of the plugin's own, derived from `[auth] secret`.
@@ -4148,15 +4174,15 @@ class Spy:
 
             hmac.digest(spy.key("cookie"), value, "sha256")
         """
-        return self._tokens.derive_key(f"plugin {self._name}: {purpose}")
+        return self._context.tokens.derive_key(f"plugin {self._name}: {purpose}")
 
     def address(self, request: HTTPServerRequest) -> str:
         """Whom a request counts for: the client's address, behind a trusted proxy too; of IPv6 the /64."""
-        return self._address(request)
+        return self._context.address(request)
 
     def lists_origin(self, origin: str) -> bool:
         """Whether `[server] cors_origins` names this page's origin; "*" and "null" name nobody."""
-        return self._lists_origin(origin)
+        return self._context.lists_origin(origin)
 
     @property
     def problem(self) -> str | None:
@@ -4169,7 +4195,7 @@ class Spy:
     @problem.setter
     def problem(self, text: str | None) -> None:
         if text is not None:
-            self._failed()
+            self._metrics.plugin_failures.labels(self._name).inc()
         if text != self._problem:
             level = logging.INFO if text is None else logging.WARNING
             self.log.log(level, "%s", text or "all is well again")
@@ -4194,22 +4220,10 @@ RESERVED_EVENTS: Final = frozenset(
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
-class Events(Protocol):
-    """Where to hear of what happens, as it happens: what is subscribed waits for nothing."""
-
-    def subscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-    def unsubscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-
-
 class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
-    bot: hikari.GatewayBot
-    events: Events
+    bot: Bot
     presences: Presences
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
@@ -4383,7 +4397,7 @@ class Presences:
     """
 
     def __init__(self) -> None:
-        self._guilds: dict[int, dict[int, int]] = {}
+        self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
         self._takers = {
             "READY": self._ready,
             "GUILD_CREATE": self._guild,
@@ -4439,23 +4453,19 @@ class Presences:
         if not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
             if "members" in payload:
-                self._chunk({**payload, "guild_id": payload["id"]})
+                self._enter(payload["id"], payload["members"], payload.get("presences", ()))
 
     def _chunk(self, payload: Any) -> None:
-        members = self._members(payload["guild_id"])
-        self._enter(members, payload["members"], payload.get("presences", ()))
+        self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
 
     def _member(self, payload: Any) -> None:
-        self._enter(self._members(payload["guild_id"]), [payload], ())
+        self._enter(payload["guild_id"], [payload], ())
 
     def _member_gone(self, payload: Any) -> None:
-        self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
+        self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
 
-    def _members(self, guild_id: str) -> dict[int, int]:
-        return self._guilds.setdefault(int(guild_id), {})
-
-    @staticmethod
-    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+    def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        members = self._guilds[int(guild_id)]
         for entry in entries:
             user = entry["user"]
             user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
@@ -4530,77 +4540,57 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Kinds of faults remembered as told, of one plugin.
+#: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
 
-class Fence:
-    """Keeps the account of one plugin's faults: each is counted, and logged once of its kind."""
+class Standing(NamedTuple):
+    """What a thread has had so far, in seconds; two of them tell what kept it (proc(5), getrusage(2))."""
 
-    def __init__(self, name: str, metrics: Metrics) -> None:
-        self.name = name
-        self._failures = metrics.plugin_failures.labels(name)
-        self._seconds = metrics.plugin_seconds.counts
-        self._pauses = metrics.plugin_pauses.labels(name)
-        self._told: set[object] = set()
-        self._longest: dict[str, float] = {}
-        self._waited = self._waited_at = 0.0
-
-    def failed(self, what: str, error: BaseException) -> None:
-        self._failures.inc()
-        kind = (what, type(error), kind_of_fault(error))
-        if kind in self._told or len(self._told) >= MOST_KINDS:
-            return
-        self._told.add(kind)
-        log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
-
-    def begin(self) -> float:
-        """The moment at which a function of the plugin is called."""
-        now = time.perf_counter()
-        if now > self._waited_at + 0.05:  # to ask each time would cost more than most calls
-            self._waited, self._waited_at = seconds_waited(), now
-        return now
-
-    def took(self, what: str, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self._seconds[self.name] += seconds
-        if seconds > BLOCKING:
-            seconds -= seconds_waited() - self._waited
-            if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
-                self._longest[what] = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.name, what, seconds * 1000)
-
-    def paused(self, what: str) -> None:
-        self._pauses.inc()
-        paused = "plugin %s: %s failed %d times in a row and is paused for %.0f s"
-        log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
+    #: It ran;
+    ran: float = 0.0
+    #: it was ready to run, and other threads of the machine ran;
+    queued: float = 0.0
+    #: the other threads of this process ran.
+    others: float = 0.0
+    #: So many times it slept,
+    naps: int = 0
+    #: and the other threads were interrupted.
+    interrupted: int = 0
 
 
-def seconds_waited() -> float:
-    """For how long this thread was kept from running by others; 0 where no kernel tells (proc(5)).
+def standing() -> Standing:
+    """Of the thread that asks; nothing where no kernel tells."""
+    try:
+        own = resource.getrusage(resource.RUSAGE_THREAD)
+        with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
+            queued = int(file.read().split()[1]) / 1e9
+    except (OSError, AttributeError):
+        return Standing()
+    ran, all_ran = time.thread_time(), time.process_time()
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
+    return Standing(ran, queued, all_ran - ran, own.ru_nvcsw, interrupted)
 
-    A busy machine is no plugin's fault.
+
+def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
+    """For how much of so many seconds the thread itself kept everybody waiting.
+
+    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, which
+    another thread had. That ran, or was itself interrupted for nobody knows how long; but who waits
+    for the interpreter wakes up every few milliseconds to ask for it (`sys.setswitchinterval`).
     """
-    try:
-        file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-    except OSError:
-        return 0.0
-    try:
-        return int(os.read(file, 100).split()[1]) / 1e9
-    finally:
-        os.close(file)
+    waited = (now.naps - before.naps) * BLOCKING
+    if now.interrupted == before.interrupted:
+        waited = min(waited, now.others - before.others)
+    return max(min(seconds, now.ran - before.ran), seconds - (now.queued - before.queued) - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:
     """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
     if isinstance(error, SpyWatcherError):
         return re.sub(r"'.*'|\d+", "", str(error))
-    where = error.__traceback__
-    while where is not None and where.tb_next is not None:
-        where = where.tb_next
-    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    return where and (where[0].filename, where[0].lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -4630,47 +4620,50 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+@dataclasses.dataclass(eq=False)
 class Guarded:
-    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
+    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
+    counted, and logged once of its kind.
+    """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        arguments: tuple[object, ...],
-        name: str,
-        fence: Fence,
-        time_limit: float | None,
-        where: str = "",
-    ) -> None:
-        self._function = function
-        self._arguments = arguments
-        #: As log lines name it.
-        self.name = name
-        self._where = where
-        self._fence = fence
-        #: Seconds for which it may be awaited; None: for ever.
-        self._time_limit = time_limit
-        self._failed_in_row = 0
-        self._paused_until = 0.0
-        self._running: set[asyncio.Task[None]] = set()
+    plugin: str
+    metrics: Metrics
+    function: Callable[..., Any]
+    #: As log lines name it.
+    name: str
+    #: Seconds for which it may be awaited; None: for ever.
+    time_limit: float | None
+    #: What it is handed behind what it is called with.
+    arguments: tuple[object, ...] = ()
+    #: What failed in it or with it, for the log.
+    where: str = ""
+    #: What takes an event and what the function returned for it.
+    then: Callable[[Any, Any], object] = lambda event, result: None
+    _told: set[object] = dataclasses.field(default_factory=set)
+    _failed_in_row: int = 0
+    _paused_until: float = 0.0
+    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _stood_at: float = 0.0
+    _longest: float = 0.0
+    _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     @property
     def paused(self) -> bool:
         return self._paused_until > time.monotonic()
 
-    def call(self, subject: object, then: Callable[[Any, Any], None]) -> None:
-        """Call it with a subject, and `then` with that and what it returns, when that is there."""
+    def call(self, event: object) -> None:
+        """Call it with an event, and `then` once what it returns is there."""
         if self._paused_until and self.paused:
             return
         try:
-            result = self._call(subject)
+            result = self._call(event)
             if hasattr(result, "__await__"):
-                task = asyncio.create_task(self._finish(result, subject, then))
+                task = asyncio.create_task(self._finish(event, result))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
             if result is not None:
-                then(subject, result)
+                self.then(event, result)
         except FAULTS as error:
             self._failed(error)
         else:
@@ -4699,70 +4692,94 @@ class Guarded:
             await asyncio.wait(self._running)
 
     def _call(self, *subject: object) -> Any:
-        began = self._fence.begin()
+        began = self._begin()
         try:
-            return self._function(*subject, *self._arguments)
+            return self.function(*subject, *self.arguments)
         finally:
-            self._fence.took(self.name, began)
+            self._took(began)
 
-    async def _finish(
-        self, result: Awaitable[Any], subject: object, then: Callable[[Any, Any], None]
-    ) -> None:
+    async def _finish(self, event: object, result: Awaitable[Any]) -> None:
         with caught(self._failed):
             answer = await self._awaited(result)
             if answer is not None:
-                then(subject, answer)
+                self.then(event, answer)
             self._failed_in_row = 0
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
         steps = self._in_steps(result)
-        if self._time_limit is None:
+        if self.time_limit is None:
             return await steps
         task = asyncio.create_task(steps)
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await asyncio.wait([task], timeout=self._time_limit)
+            await asyncio.wait([task], timeout=self.time_limit)
             if task.done():
                 return task.result()
-            raise PluginError(f"took longer than {self._time_limit:g} s and was cancelled")
+            raise PluginError(f"took longer than {self.time_limit:g} s and was cancelled")
         finally:
             task.cancel()
 
     async def _in_steps(self, result: Awaitable[Any]) -> Any:
-        return await Steps(result, self._fence, self.name)
+        return await self._steps(result)
 
-    def _failed(self, error: BaseException) -> None:
-        self._fence.failed(f"{self.name} failed{self._where}", error)
-        self._failed_in_row += 1
-        if self._failed_in_row % MOST_FAILURES == 0:
-            self._paused_until = time.monotonic() + PAUSE
-            self._fence.paused(self.name + self._where)
-
-
-class Steps(NamedTuple):
-    """Awaits something, and has each step of it counted: each holds up the loop."""
-
-    awaitable: Awaitable[Any]
-    fence: Fence
-    name: str
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        steps: Any = self.awaitable.__await__()  # a coroutine's or a future's: both have all three
+    @coroutine
+    def _steps(self, result: Awaitable[Any]) -> Generator[Any, Any, Any]:
+        """Awaits it, and has each step of it counted: each holds up the loop."""
+        steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            began = self.fence.begin()
+            began = self._begin()
             try:
                 awaited = resume(value)
             except StopIteration as end:
                 return end.value
             finally:
-                self.fence.took(self.name, began)
+                self._took(began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
                 resume, value = steps.throw, error
+
+    # -- its account
+
+    def _begin(self) -> float:
+        """The moment at which the function goes on."""
+        now = time.perf_counter()
+        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), now
+        return now
+
+    def _took(self, began: float) -> None:
+        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        seconds = time.perf_counter() - began
+        self.metrics.plugin_seconds.counts[self.plugin] += seconds
+        if seconds > BLOCKING:
+            seconds = seconds_held(seconds, self._standing, standing())
+            if seconds > max(BLOCKING, 2 * self._longest):
+                self._longest = seconds
+                held_up = "plugin %s: %s held up the server for %.0f ms"
+                log.warning(held_up, self.plugin, self.name, seconds * 1000)
+
+    def _failed(self, error: BaseException) -> None:
+        self.report(error)
+        self._failed_in_row += 1
+        if self._failed_in_row % MOST_FAILURES == 0:
+            self._paused_until = time.monotonic() + PAUSE
+            self.metrics.plugin_pauses.labels(self.plugin).inc()
+            paused = "plugin %s: %s%s failed %d times in a row and is paused for %.0f s"
+            log.error(paused, self.plugin, self.name, self.where, MOST_FAILURES, PAUSE)
+
+    def report(self, error: BaseException) -> None:
+        """Count a fault, and log it if it is the first of its kind."""
+        self.metrics.plugin_failures.labels(self.plugin).inc()
+        kind = type(error), kind_of_fault(error)
+        if kind not in self._told and len(self._told) < MOST_KINDS:
+            self._told.add(kind)
+            failed = "plugin %s: %s failed%s: %s"
+            why, trace = reason(error), traceback_of(error)
+            log.error(failed, self.plugin, self.name, self.where, why, exc_info=trace)
 
 
 # -- one plugin
@@ -4775,7 +4792,7 @@ class Marked(NamedTuple):
 
     function: Any
     mark: Any
-    #: How many of the hook's arguments it takes.
+    #: How many arguments it takes of those that it may.
     takes: int
 
 
@@ -4788,15 +4805,14 @@ class Plugin:
         self.module = module
         used = attributes_used(path)
         self.settings_form = settings_form(module, reads_settings="settings" in used)
-        faults: list[str] = []
-        self.settings = self.check_settings(table, faults)
-        if faults:
-            raise OperatorError(*faults)
-        marked = marked_in(module)
-        self.listeners = [one for one in marked if isinstance(one.mark, Listener)]
-        self.repeated = [one for one in marked if isinstance(one.mark, Repeated)]
-        self.greeters = [one for one in marked if isinstance(one.mark, Greeter)]
-        self.routes = [one for one in marked if isinstance(one.mark, Route)]
+        self.settings = self.check_settings(table)
+        #: Functions and handlers with each mark on them, in the order of the file.
+        self._marked = [
+            Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
+            for _, value in own_things(module)
+            for mark in getattr(value, "__dict__", {}).get(MARKS, ())
+        ]
+        self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
         check_payloads(module)
@@ -4804,20 +4820,25 @@ class Plugin:
         rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
         self.events = set(rooms)
         self.kinds = frozenset(rooms.values())
-        if reserved := self.events & RESERVED_EVENTS:
-            raise PluginError(f"the event name {min(reserved)} is reserved")
+
+    def marked(self, kind: type[Mark]) -> list[Marked]:
+        """What has such a mark."""
+        return [one for one in self._marked if isinstance(one.mark, kind)]
 
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {one.mark.source for one in self.listeners}
-        heard = {source for source in heard if not isinstance(source, str)}
+        heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
-    def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
-        """The plugin's `[plugin.NAME]` table as it reads it; what is wrong is added to `faults`."""
+    def check_settings(self, table: dict[str, Any]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
         if self.settings_form is None:
             return table
-        return check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        faults: list[str] = []
+        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        if faults:
+            raise OperatorError(*faults)
+        return settings
 
 
 def own_things(module: ModuleType) -> list[tuple[str, Any]]:
@@ -4829,24 +4850,6 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
         if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
             seen.setdefault(id(value), (name, value))
     return list(seen.values())
-
-
-def marked_in(module: ModuleType) -> list[Marked]:
-    """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
-    return [
-        Marked(value, mark, check_marked(value, mark))
-        for _, value in own_things(module)
-        for mark in getattr(value, "__dict__", {}).get(MARKS, ())
-    ]
-
-
-def check_marked(value: Any, mark: Mark) -> int:
-    """How many arguments the function takes of those that it is handed; raises PluginError."""
-    if not isinstance(mark, Route):
-        return arguments_taken(value, HOOKS[type(mark)])
-    if not (isinstance(value, type) and issubclass(value, RequestHandler)):
-        raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
-    return 0
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4908,27 +4911,31 @@ def attributes_used(path: Path) -> dict[str, str]:
     }
 
 
-def arguments_taken(function: Any, hook: Hook) -> int:
-    """How many of a hook's arguments the function takes."""
-    most = len(hook.arguments)
-    forms = [f"({', '.join(hook.arguments[:count])})" for count in range(hook.least, most + 1)]
+def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
+    """How many arguments the function takes, in the longest of these forms that it allows."""
+    if forms is None:
+        return 0
+    expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) or not hasattr(function, "__name__"):
-        raise PluginError(f"{name}: expected a function of {' or '.join(forms)}")
+        raise PluginError(f"{name}: expected a function of {expected}")
     signature = inspect.signature(function)
-    for count in range(most, hook.least - 1, -1):
+    for form in reversed(forms):
         with contextlib.suppress(TypeError):
-            signature.bind(*hook.arguments[:count])
-            return count
-    code = inspect.unwrap(function).__code__
-    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
+            return len(signature.bind(*form.split(", ")).args)
+    raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
 def check_payloads(module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
+            fields = value.__struct_fields__
+            telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
+            if telling and "channel_id" not in fields:
+                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
+                why = "goes to all who see the guild: only channel_id hides an event"
+                log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
                 msgspec.convert({}, value, dec_hook=accept)
             except msgspec.ValidationError:
@@ -4941,8 +4948,7 @@ class PluginHandler(RequestHandler):
     """The host's side of a plugin's route."""
 
     spy: Spy
-    #: Told what failed, and what it raised.
-    failed: Callable[[str, BaseException], None]
+    _guarded: Guarded
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4951,16 +4957,11 @@ class PluginHandler(RequestHandler):
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
-            type(self).failed(f"{type(self).__name__} failed", value)
+            self._guarded.report(value)
 
 
-class Hearer(NamedTuple):
-    """One listener at work."""
-
-    listener: Listener
-    guarded: Guarded
-    #: Takes an event and what the function returned for it.
-    send: Callable[[Any, Any], None]
+#: A function that hears events, and its mark.
+Listening = tuple[Listener, Guarded]
 
 
 class Runner:
@@ -4979,7 +4980,6 @@ class Runner:
         publish: Callable[[str, EventData], None],
     ) -> None:
         self.plugin = plugin
-        self.fence = fence = Fence(plugin.name, metrics)
         self._context = context
         self._time_limit = time_limit
         #: Refuses an event and a kind of room that are not the plugin's to use.
@@ -4990,48 +4990,52 @@ class Runner:
         #: From its `setup` to its `teardown`.
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
-        counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        failed = metrics.plugin_failures.labels(plugin.name).inc
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, failed)
-        self.listeners = [self._hearer(*marked) for marked in plugin.listeners]
-        self.greeters = [
-            (
-                mark,
-                Guarded(f, (), f"making {mark.emit}", fence, time_limit, f" in {f.__name__}"),
-                takes,
-            )
-            for f, mark, takes in plugin.greeters
-        ]
-        self.repeated = [
-            (Guarded(f, (self.spy,), f.__name__, fence, None), mark.seconds)
-            for f, mark, _ in plugin.repeated
-        ]
-        own = {"spy": self.spy, "failed": fence.failed}
+        self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
+        self._guard = functools.partial(Guarded, plugin.name, metrics)
+        #: What makes an event's payload when it is really sent, by event.
+        self._makers: dict[str, Guarded] = {}
+        self.setup = self._hook("setup", self.setup_limit)
+        self.teardown = self._hook("teardown", time_limit)
+        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
+        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
+        self.repeated = [(one.mark.seconds, self._guarded(one)) for one in plugin.marked(Repeated)]
         #: What the plugin serves: a pattern of the whole path, and what answers there.
-        self.routes: Routes = [
-            (PathMatches(mark.pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, mark, _ in plugin.routes
+        self.routes = [
+            (PathMatches(one.mark.pattern), self._page(one.function))
+            for one in plugin.marked(Route)
         ]
 
-    def _hearer(self, function: Callable[..., Any], mark: Listener, takes: int) -> Hearer:
+    def _hook(self, name: str, seconds: float) -> Guarded:
+        hook = self.plugin.hooks.get(name, lambda spy: None)
+        return self._guard(hook, name, seconds, (self.spy,))
+
+    def _guarded(self, marked: Marked) -> Guarded:
+        function, mark, takes = marked
+        name, limit = function.__name__, self._time_limit
+        if isinstance(mark, Greeter):
+            return self._guard(function, f"making {mark.emit}", limit, (), f" in {name}")
+        if isinstance(mark, Repeated):
+            return self._guard(function, name, None, (self.spy,))
         where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        more, limit = (self.spy,)[: takes - 1], self._time_limit
-        guarded = Guarded(function, more, function.__name__, self.fence, limit, where)
-        return Hearer(mark, guarded, functools.partial(self._send_result, mark))
+        then = functools.partial(self._send_result, mark)
+        return self._guard(function, name, limit, (self.spy,)[: takes - 1], where, then)
+
+    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
+        name = handler.__name__
+        own = {"spy": self.spy, "_guarded": self._guard(handler, name, None)}
+        return type(name, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = [hearer.guarded for hearer in self.listeners]
-        everything += [guarded for _, guarded, _ in self.greeters]
-        everything += [guarded for guarded, _ in self.repeated]
-        return [f"{self.plugin.name}.{one.name}" for one in everything if one.paused]
+        everything = (*self.listeners, *self.greeters, *self.repeated)
+        return [f"{self.plugin.name}.{one.name}" for _, one in everything if one.paused]
 
     # -- life
 
     async def set_up(self) -> None:
         """Run the plugin's `setup`; raises whatever that raises."""
         self.spy.shared = self._context.share(self.plugin.name)
-        await self._run_hook("setup", self.setup_limit)
+        await self.setup.run()
 
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
@@ -5052,17 +5056,13 @@ class Runner:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for hearer in self.listeners:
-            await hearer.guarded.wait()
-        with caught(functools.partial(self.fence.failed, "teardown failed")):
-            await self._run_hook("teardown", self._time_limit)
-
-    async def _run_hook(self, name: str, seconds: float) -> None:
-        if hook := self.plugin.hooks.get(name):
-            await Guarded(hook, (self.spy,), name, self.fence, seconds).run()
+        for _, guarded in self.listeners:
+            await guarded.wait()
+        with caught(self.teardown.report):
+            await self.teardown.run()
 
     @staticmethod
-    async def _repeat(guarded: Guarded, seconds: float) -> None:
+    async def _repeat(seconds: float, guarded: Guarded) -> None:
         while True:
             await asyncio.sleep(seconds)
             await guarded.ask()
@@ -5077,7 +5077,7 @@ class Runner:
         Without a subscriber, what all of them would get.
         """
         finish = functools.partial(finish_payload, guild_id=guild_id)
-        for mark, guarded, takes in self.greeters:
+        for (_, mark, takes), guarded in self.greeters:
             if mark.kind == kind and (subscriber or takes < 3):
                 arguments = (guild_id, self.spy, subscriber)[:takes]
                 fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
@@ -5091,7 +5091,9 @@ class Runner:
         if listener.settled and not self._context.settled():
             self._dropped("startup grace").inc()
             return
-        self._send(listener.emit, guild_of(event), result, listener.room)
+        guild_id = guild_of(event)
+        fields = self._finished(listener.emit, guild_id, result)
+        self._context.emit(listener.emit, guild_id, fields, listener.room)
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         """What `spy.emit` does."""
@@ -5099,15 +5101,13 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            guarded = Guarded(payload, (), f"making {event}", self.fence, self._time_limit)
+            if event not in self._makers:
+                self._makers[event] = self._guard(call, f"making {event}", self._time_limit)
             finish = functools.partial(self._finished, event, guild_id)
-            make = functools.partial(guarded.ask, then=finish)
+            make = functools.partial(self._makers[event].ask, payload, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
-            self._send(event, guild_id, payload, room)
-
-    def _send(self, event: str, guild_id: str, payload: object, room: str) -> None:
-        self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
+            self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
 
     def _finished(self, event: str, guild_id: str, payload: object) -> EventData:
         fields = finish_payload(event, payload, guild_id)
@@ -5127,8 +5127,6 @@ def guild_of(event: Any) -> str:
 
 #: How many plugins may hear each other's events one after the other, of one event of hikari's.
 MOST_CHAINED: Final = 8
-#: Seconds between two looks at the plugins' files.
-LOOK_EVERY: Final = 0.4
 CHAIN: Final = contextvars.ContextVar("how many plugins' events led here", default=0)
 
 
@@ -5137,26 +5135,26 @@ class Dispatcher:
 
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
-        self._metrics = metrics
-        self._hearers: dict[type | str, list[Hearer]] = {}
-        self._subscribed: dict[type[hikari.Event], Any] = {}
+        self._received = metrics.received.counts
+        self._hearers: dict[type | str, list[Listening]] = {}
+        self._subscribed: dict[type[hikari.Event], Callable[[Any], None]] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[Hearer]] = {}
+        hearers: dict[type | str, list[Listening]] = {}
         for runner in runners:
-            for hearer in runner.listeners:
-                hearers.setdefault(hearer.listener.source, []).append(hearer)
+            for listener, guarded in runner.listeners:
+                hearers.setdefault(listener.source, []).append((listener, guarded))
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
-        events = self._context.events
+        bot = self._context.bot
         for event_type in self._subscribed.keys() - wanted:
-            events.unsubscribe(event_type, self._subscribed.pop(event_type))
+            bot.events.unsubscribe(event_type, self._subscribed.pop(event_type))
         for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
-            if not missing_intents(event_type, self._context.bot.intents):
+            if not missing_intents(event_type, bot.intents):
                 self._subscribed[event_type] = self._subscription(event_type)
-                events.subscribe(event_type, self._subscribed[event_type])
+                bot.events.subscribe(event_type, self._subscribed[event_type])
 
     def publish(self, event: str, fields: EventData) -> None:
         """Hand a plugin's event to other plugins."""
@@ -5165,8 +5163,8 @@ class Dispatcher:
                 raise PluginError(f"{event} comes of itself, through plugins that hear each other")
             before = CHAIN.set(CHAIN.get() + 1)
             try:
-                for hearer in hearers:
-                    hearer.guarded.call(copy.deepcopy(fields), hearer.send)
+                for _, guarded in hearers:
+                    guarded.call(copy.deepcopy(fields))
             finally:
                 CHAIN.reset(before)
 
@@ -5181,21 +5179,19 @@ class Dispatcher:
             if guild_id is not None and not self._context.watches(guild_id):
                 return
             person = rule is None or rule(event, presences)
-            self._count(event)
+            if (
+                self._counted is not event
+            ):  # it comes to the subscription of each type that it is of
+                self._counted = event
+                self._received[type(event).__name__] += 1
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
                 event.old_member = cache.get_member(event.guild_id, event.user_id)
-            for listener, guarded, send in self._hearers.get(event_type, ()):
+            for listener, guarded in self._hearers.get(event_type, ()):
                 if person or listener.bots:
-                    guarded.call(event, send)
+                    guarded.call(event)
 
         return hear
-
-    def _count(self, event: hikari.Event) -> None:
-        """Once per event, though it comes to the subscription of each type that it is of."""
-        if self._counted is not event:
-            self._counted = event
-            self._metrics.received.counts[type(event).__name__] += 1
 
 
 def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hikari.Intents:
@@ -5207,56 +5203,79 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
     return min(in_guilds, key=int) & ~had
 
 
-def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
-    """Where to look, an operator's own before the shipped ones of the same name.
-
-    Raises OperatorError for a folder that is not there.
-    """
-    folders: list[Path] = []
-    for name in names:
-        places = [folder / name]
-        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
-            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
-        found = [place for place in places if place.is_dir()]
-        if not found:
-            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-        folders += found
-    return folders
+#: Files and folders that are no plugins: parts of one, and tests.
+NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
+#: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
+Contents = list[tuple[Path, bytes | None]]
 
 
 class PluginFiles:
-    """Where plugins are, and which of them have changed since they were taken."""
+    """Where plugins are, an operator's own before the shipped ones, and which have changed since they
+    were taken.
+    """
 
+    #: Seconds between two looks.
+    pace: ClassVar[float] = 0.4
     #: Seconds for which a change must have rested, for editors write in several steps;
     rest: ClassVar[float] = 0.3
     #: and for which more is awaited where a file is empty or no Python.
     patience: ClassVar[float] = 1.5
 
-    def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
-        self._folders = folders
-        self.disabled = frozenset(disabled)
-        #: Of each plugin that was taken, the stamps and the contents of its files;
-        self._stamps: dict[str, FilesState] = {}
-        self._contents: dict[str, FilesState] = {}
-        #: of each that has changed since, its stamps now, and since when.
-        self._seen: dict[str, tuple[FilesState, float]] = {}
+    def __init__(self, settings: PluginsSettings, folder: Path) -> None:
+        self._shipped = shipped_plugins()
+        self._folders: list[Path] = []
+        for name in settings.folders:
+            places = [(folder / name).resolve()]
+            if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
+                places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
+            found = [place for place in places if place.is_dir()]
+            if not found:
+                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+            self._folders += (place for place in found if place not in self._folders)
+        #: (name, file, file of a later folder whose place it takes)
+        self._replaced: set[tuple[str, Path, Path]] = set()
+        self._disabled = frozenset(settings.disabled)
+        #: What each file held when it was read, and when it had been written by then.
+        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
+        #: Each plugin as it was taken;
+        self._taken: dict[str, Contents] = {}
+        #: each that has changed since as it is now, and since when.
+        self._seen: dict[str, tuple[Contents, float]] = {}
 
     def find(self) -> dict[str, Path]:
-        """The plugins that there are, by name: a file of each."""
+        """The plugins that there are, by name: a file of each, in the order to load them.
+
+        The shipped ones come first, then each folder's: of two that claim an event the earlier has it.
+        """
         found: dict[str, Path] = {}
+        replaced: set[tuple[str, Path, Path]] = set()
+        for name, path in self._files():
+            if (taken := found.setdefault(name, path)) != path:
+                replaced.add((name, taken, path))
+        for name, taken, path in sorted(replaced - self._replaced):
+            log.info("plugin %s: %s replaces %s", name, taken, path)
+        self._replaced = replaced
+        shipped = [name for name, path in found.items() if self._shipped in path.parents]
+        return {name: found[name] for name in (*shipped, *found)}
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
             folder = entry.is_dir()
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
-            if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
-                found.setdefault(name, path)
-        return {name: path for name, path in sorted(found.items()) if name not in self.disabled}
+            left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
+            if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
+                yield name, path
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._stamps = {name: state_of(path, stamp) for name, path in found.items()}
-        self._contents = {name: state_of(path, digest) for name, path in found.items()}
+        self._taken = {name: self._contents(path) for name, path in found.items()}
         return found
+
+    @property
+    def names(self) -> set[str]:
+        """Of all plugins that there are, loaded or not."""
+        return {*self._taken, *self._disabled}
 
     @property
     def resting(self) -> bool:
@@ -5266,28 +5285,35 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        changed = [name for name in {**self._stamps, **found} if self._has_settled(name, found)]
-        return {name: found.get(name) for name in sorted(changed)}
+        names = dict.fromkeys([*found, *self._taken])
+        return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
-    def _has_settled(self, name: str, found: Mapping[str, Path]) -> bool:
-        path = found.get(name)
-        current, now = state_of(path, stamp), time.monotonic()
-        if current == self._stamps.get(name, []):
+    def _has_settled(self, name: str, path: Path | None) -> bool:
+        contents, now = self._contents(path) if path else [], time.monotonic()
+        if contents == self._taken.get(name, []):
             self._seen.pop(name, None)
             return False
-        if name not in self._seen or self._seen[name][0] != current:
-            self._seen[name] = (current, now)
+        if name not in self._seen or self._seen[name][0] != contents:
+            self._seen[name] = (contents, now)
         rests = now - self._seen[name][1]
         if rests < (self.rest if path is None or is_python(path) else self.patience):
             return False
-        del self._seen[name]
-        before, self._stamps[name] = self._contents.get(name), current
-        self._contents[name] = state_of(path, digest)
-        return self._contents[name] != before  # it may have been written anew without a change
+        self._taken[name], _ = self._seen.pop(name)
+        return True
 
-
-#: The files of a plugin, with something of each.
-FilesState = list[tuple[Path, object]]
+    def _contents(self, path: Path) -> Contents:
+        """What is in a plugin's files now; read only where one was written since the last look."""
+        contents: Contents = []
+        for file in files_of(path):
+            found = None
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                written = status.st_mtime_ns, status.st_size, status.st_ino
+                if self._read.get(file, ((), b""))[0] != written and file.is_file():
+                    self._read[file] = written, hashlib.sha256(file.read_bytes()).digest()
+                _, found = self._read.get(file, ((), None))
+            contents.append((file, found))
+        return contents
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5302,31 +5328,10 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def state_of(path: Path | None, look: Callable[[Path], object]) -> FilesState:
-    """What `look` finds in each of a plugin's files; None where it has gone or leads nowhere."""
-    state: FilesState = []
-    for file in files_of(path) if path else ():
-        found = None
-        with contextlib.suppress(OSError):
-            found = look(file)
-        state.append((file, found))
-    return state
-
-
-def stamp(file: Path) -> tuple[int, int, int]:
-    """What changes when the file is written; costs no reading."""
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def digest(file: Path) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
-
-
 def is_python(path: Path) -> bool:
     """Whether a file has something in it, and that can be compiled."""
     try:
-        source = path.read_bytes()
+        source = path.read_bytes() if path.is_file() else b""
         compile(source, path, "exec")
     except (OSError, SyntaxError, ValueError):
         return False
@@ -5373,41 +5378,65 @@ def fresh_modules(name: str) -> Iterator[None]:
         raise
 
 
+def line_of(name: str, path: Path) -> str:
+    """Where a plugin's file gives something this name: `mine.py, line 3`."""
+    source = path.read_text("utf-8", "replace")
+    found = re.search(rf"^((async )?def |class )?{name}\b", source, re.MULTILINE)
+    line = source[: found.start()].count("\n") + 1 if found else 0
+    return f"{path.name}, line {line}" if line else ""
+
+
 def reason_not_loaded(error: BaseException, path: Path) -> str:
     """Why a plugin did not load, and where in its files that came up."""
-    if isinstance(error, SyntaxError):
-        return str(error)  # says file and line
+    if isinstance(error, SyntaxError | OperatorError):
+        return str(error).replace("\n", "; ")  # says where
     place = ""
     home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    about = re.match(r"(class )?(\w+)", str(error))  # our own refusals begin with a name
+    if about and not place and isinstance(error, PluginError):
+        place = line_of(about[2], path)
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
     return f"{error} ({more})" if more else str(error)
 
 
+def check_free(event: str, name: str, plugins: Mapping[str, Plugin]) -> None:
+    """Refuse an event that is not this plugin's to send; raises PluginError."""
+    if event in RESERVED_EVENTS:
+        raise PluginError(f"the event name {event} is reserved")
+    for other, plugin in plugins.items():
+        if other != name and event in plugin.events:
+            raise PluginError(
+                f"plugins {other} and {name} both claim the event {event};"
+                " disable one of them in [plugins] disabled"
+            )
+
+
 class PluginLoader:
-    """Makes plugins of files; one whose file is wrong is named, and what was loaded before stays."""
+    """Makes plugins of files, and knows what they ask for; one whose file is wrong is named, and
+    what was loaded before stays.
+    """
 
     def __init__(
         self,
-        files: PluginFiles,
+        settings: PluginsSettings,
         tables: Mapping[str, dict[str, Any]],
+        folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = files
+        self.files = PluginFiles(settings, folder)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
-        self._metrics = metrics
+        self._failures = metrics.plugin_failures
         self.plugins: dict[str, Plugin] = {}
         #: What did not load or start, and why; the version before may be at work.
         self.failures: dict[str, str] = {}
-        #: Whose tables are wrong: that keeps the server from starting.
-        self.refused: set[str] = set()
 
     def load_all(self) -> None:
-        """Load every plugin of the folders, in the order of their names.
+        """Load every plugin of the folders.
 
         Raises OperatorError for wrong `[plugin.NAME]` tables; a plugin that fails is in `failures`
         afterwards.
@@ -5415,41 +5444,42 @@ class PluginLoader:
         faults: list[str] = []
         for name, path in self.files.take().items():
             try:
-                with fresh_modules(name):
-                    self.plugins[name] = self.load(name, path, self.plugins.values())
+                self.plugins[name] = self.load(name, path, self.plugins)
             except OperatorError as error:
-                self.refused.add(name)
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
+        for plugin in self.plugins.values():
+            self.warn_of_typos(plugin)
         if faults:
             raise OperatorError(*faults)
 
-    def load(self, name: str, path: Path, others: Iterable[Plugin]) -> Plugin:
-        """A plugin as its file is now, which claims no event of others."""
-        plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-        for other in others:
-            if other.name != name and (both := plugin.events & other.events):
-                raise PluginError(
-                    f"plugins {other.name} and {name} both claim the event {min(both)};"
-                    f" disable one of them in [plugins] disabled"
-                )
-        return plugin
+    def warn_of_typos(self, plugin: Plugin) -> None:
+        """Name what the plugin hears where nobody sends that, but something much like it."""
+        known = [event for one in self.plugins.values() for event in one.events]
+        for event in (one.mark.source for one in plugin.listeners):
+            near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
+            if near and event not in known:
+                why = f"no plugin emits {event}, did you mean {near[0]}?"
+                log.warning("plugin %s: %s", plugin.name, why)
 
-    def check_secret(self, tokens: Tokens) -> None:
-        """Raises OperatorError for each plugin that signs where nothing can be signed."""
-        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
-        if signing and not tokens.can_issue:
-            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
-            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
+    def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
+        """A plugin as its file is now, which claims no event of others."""
+        with fresh_modules(name):
+            plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
+            for event in sorted(plugin.events):
+                check_free(event, name, others)
+        return plugin
 
     def report(self, name: str, path: Path, error: BaseException) -> None:
         """Say once why a plugin did not load."""
         self.failures[name] = why = reason_not_loaded(error, path)
-        self._metrics.plugin_failures.labels(name).inc()
+        self._failures.labels(name).inc()
         kept = "; the version before goes on" if name in self.plugins else ""
         shown = None if isinstance(error, SyntaxError) else traceback_of(error)
         log.error("plugin %s: not loaded: %s%s", name, why, kept, exc_info=shown)
+
+    # -- what is wrong
 
     def faults(self) -> list[str]:
         """What is wrong with the plugins, a line each."""
@@ -5458,160 +5488,44 @@ class PluginLoader:
 
     def tables_without_plugin(self) -> list[str]:
         """A line for each `[plugin.NAME]` whose plugin is not there."""
-        known = {*self.plugins, *self.failures, *self.refused, *self.files.disabled}
+        names = sorted(self.files.names)
         return [
-            f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
+            f"plugin.{name}: no such plugin{nearest(name, names)}"
             for name in self.tables
-            if name not in known
+            if name not in names
         ]
 
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
-        checked = {
-            name: plugin.check_settings(tables.get(name, {}), faults)
-            for name, plugin in self.plugins.items()
-        }
+        checked = {}
+        for name, plugin in self.plugins.items():
+            with collecting(faults):
+                checked[name] = plugin.check_settings(tables.get(name, {}))
         if faults:
             raise OperatorError(*faults)
         return checked
 
-
-class PluginHost:
-    """All plugins at work: set up, heard, served and ended, and replaced while everything goes on."""
-
-    def __init__(
-        self,
-        settings: PluginsSettings,
-        tables: dict[str, dict[str, Any]],
-        folder: Path,
-        metrics: Metrics,
-    ) -> None:
-        files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
-        self.loader = PluginLoader(files, tables, metrics)
-        self.load = self.loader.load_all
-        self.check = self.loader.check
-        self.plugins = self.loader.plugins
-        self.failures = self.loader.failures
-        #: The loaded plugins with what they work with.
-        self.runners: dict[str, Runner] = {}
-        self._settings = settings
-        self._metrics = metrics
-        self._context: HostContext | None = None
-        self._dispatcher: Dispatcher | None = None
-        self._routes: Routes = []
-        #: Whether plugins are at work here, and what is held while that or they change.
-        self.leading = False
-        self.changing = asyncio.Lock()
-        #: What the instances of a plugin, by its name, take in turn.
-        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
+    def check_secret(self, tokens: Tokens) -> None:
+        """Raises OperatorError for each plugin that signs where nothing can be signed."""
+        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
+        if signing and not tokens.can_issue:
+            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
+            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
 
     # -- what plugins ask for
 
-    def event_types(self) -> dict[type[hikari.Event], list[str]]:
-        """Which hikari events are listened to, and by which plugins."""
-        wanted: dict[type[hikari.Event], list[str]] = {}
-        for plugin in self.plugins.values():
-            for event_type in plugin.event_types():
-                wanted.setdefault(event_type, []).append(plugin.name)
-        return wanted
-
     def cached(self) -> hikari.api.CacheComponents:
         """What hikari has to keep for plugins' `needs`."""
-        components = hikari.api.CacheComponents.NONE
-        for plugin in self.plugins.values():
-            for need in plugin.needs:
-                components |= NEEDS[need].components
-        return components
+        needs = (need for plugin in self.plugins.values() for need in plugin.needs)
+        return functools.reduce(or_, (NEEDS[need].components for need in needs), CACHE.NONE)
 
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of room that there are: `guild`, and those that the plugins name."""
         return frozenset({"guild"}).union(*(plugin.kinds for plugin in self.plugins.values()))
 
-    # -- at work
-
-    def attach(self, context: HostContext) -> None:
-        """Give the plugins what they work with. What they serve is there from now on, on every node.
-
-        Raises OperatorError where one needs a secret that is not there.
-        """
-        if self._dispatcher is None:
-            self.loader.check_secret(context.tokens)
-            self._context, self._dispatcher = context, Dispatcher(context, self._metrics)
-            self.runners = {name: self.make_runner(plugin) for name, plugin in self.plugins.items()}
-            self.take_over()
-            for line in self.loader.tables_without_plugin():
-                log.warning("%s; it may come later", line)
-
-    def make_runner(self, plugin: Plugin) -> Runner:
-        """What has the plugin at work, once it is set up and taken over."""
-        assert self._context is not None
-        assert self._dispatcher is not None
-        limit, publish = self._settings.handler_timeout, self._dispatcher.publish
-        return Runner(plugin, self._context, self._metrics, limit, self._claim, publish)
-
-    async def start(self, context: HostContext) -> None:
-        """Set each plugin up, all at once, and let it hear hikari's events.
-
-        One that cannot be set up is left out until it changes or, of several nodes, the gateway
-        comes here again.
-        """
-        self.attach(context)
-        async with self.changing:
-            self.leading = True
-            ready = await asyncio.gather(*map(self._set_up, self.runners.values()))
-            for runner in filter(None, ready):
-                runner.begin()
-            self.take_over()
-
-    async def _set_up(self, runner: Runner) -> Runner | None:
-        def failed(error: BaseException) -> None:
-            self.failures[runner.plugin.name] = f"setup failed: {reason(error)}"
-            runner.fence.failed("setup failed", error)
-
-        with caught(failed):
-            await runner.set_up()
-            self.failures.pop(runner.plugin.name, None)
-            return runner
-
-    @property
-    def running(self) -> dict[str, Runner]:
-        """Those that are at work."""
-        return {name: runner for name, runner in self.runners.items() if runner.at_work}
-
-    def enter(self, runner: Runner) -> None:
-        """Have a plugin that was not there, or was removed; at work, if it is set up."""
-        name = runner.plugin.name
-        self.plugins[name], self.runners[name] = runner.plugin, runner
-        if self.leading:
-            runner.begin()
-
-    def remove(self, name: str) -> Runner | None:
-        """Have a plugin no more; what was at work is still to be torn down."""
-        self.plugins.pop(name, None)
-        self.failures.pop(name, None)
-        runner = self.runners.pop(name, None)
-        return runner if runner and runner.end() else None
-
-    def take_over(self) -> None:
-        """Have all that happens go to those that are there now, in one step."""
-        runners = [self.runners[name] for name in sorted(self.runners)]
-        self._routes = [route for runner in runners for route in runner.routes]
-        if self._dispatcher is not None:
-            self._dispatcher.connect(runner for runner in runners if runner.at_work)
-
-    async def stop(self) -> None:
-        """Stop hearing events and tear the plugins down."""
-        async with self.changing:
-            self.leading = False
-            ending = [runner for runner in self.runners.values() if runner.end()]
-            for runner in ending:
-                self.failures.pop(runner.plugin.name, None)  # it is not to be at work here now
-            self.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending))
-
-    def _claim(self, plugin: Plugin, event: str, room: str) -> None:
+    def claim(self, plugin: Plugin, event: str, room: str) -> None:
         """Let a plugin emit an event that nobody else does, to a kind of room that there is."""
         if room not in plugin.kinds and room not in (kinds := self.kinds):
             raise PluginError(
@@ -5621,11 +5535,172 @@ class PluginHost:
         if event in plugin.events:
             return
         check_name("spy.emit", event)
-        owner = next((other for other in self.plugins.values() if event in other.events), None)
-        if event in RESERVED_EVENTS or (owner is not None and owner.name != plugin.name):
-            whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
-            raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
+        check_free(event, plugin.name, self.plugins)
         plugin.events.add(event)
+
+
+class PluginHost:
+    """The loaded plugins at work: set up, heard, served and ended, and replaced when they are saved.
+
+    What they serve is there from the start, on every node; raises OperatorError where one needs a
+    secret that is not there.
+    """
+
+    def __init__(
+        self, loader: PluginLoader, context: HostContext, metrics: Metrics, time_limit: float
+    ) -> None:
+        loader.check_secret(context.tokens)
+        self.loader = loader
+        self.plugins = loader.plugins
+        self.failures = loader.failures
+        self._context = context
+        self._metrics = metrics
+        #: Seconds that an async function of a plugin may take.
+        self._time_limit = time_limit
+        self._dispatcher = Dispatcher(context, metrics)
+        #: The loaded plugins with what they work with.
+        self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
+        self._routes: Routes = []
+        #: Whether plugins are at work here, and what is held while that or they change.
+        self._leading = False
+        self._changing = asyncio.Lock()
+        self._look_now = asyncio.Event()
+        self._take_over()
+        for line in loader.tables_without_plugin():
+            log.warning("%s; it may come later", line)
+
+    def _runner(self, plugin: Plugin) -> Runner:
+        publish, claim = self._dispatcher.publish, self.loader.claim
+        return Runner(plugin, self._context, self._metrics, self._time_limit, claim, publish)
+
+    # -- start and stop
+
+    async def start(self) -> None:
+        """Set each plugin up, all at once, and let it hear hikari's events.
+
+        One that cannot be set up is left out until it changes or, of several nodes, the gateway
+        comes here again.
+        """
+        async with self._changing:
+            self._leading = True
+            await asyncio.gather(*map(self._begin, self.runners.values()))
+            self._take_over()
+
+    async def _begin(self, runner: Runner) -> None:
+        name = runner.plugin.name
+
+        def failed(error: BaseException) -> None:
+            self.failures[name] = f"setup failed: {reason(error)}"
+            runner.setup.report(error)
+
+        with caught(failed):
+            await runner.set_up()
+            self.failures.pop(name, None)
+            runner.begin()
+
+    @property
+    def running(self) -> dict[str, Runner]:
+        """Those that are at work."""
+        return {name: runner for name, runner in self.runners.items() if runner.at_work}
+
+    def _take_over(self) -> None:
+        """Have all that happens go to those that are there now, in one step."""
+        runners = [runner for _, runner in sorted(self.runners.items())]
+        self._routes = [route for runner in runners for route in runner.routes]
+        self._dispatcher.connect(runner for runner in runners if runner.at_work)
+
+    async def stop(self) -> None:
+        """Stop hearing events and tear the plugins down."""
+        async with self._changing:
+            self._leading = False
+            ending = self.running
+            for name, runner in ending.items():
+                runner.end()
+                self.failures.pop(name, None)  # it is not to be at work here now
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending.values()))
+
+    # -- what is saved meanwhile
+
+    async def follow(self, *, watch: bool) -> None:
+        """Take over what changes in the plugins' files, for as long as this runs.
+
+        Without `watch` only when asked to `look`.
+        """
+        files = self.loader.files
+        while True:
+            watching = watch or not files.resting
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(files.pace if watching else None):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            try:
+                if changed := files.take_changed():
+                    await self._change(changed)
+            except Exception:  # the next change gets its chance
+                log.exception("the plugins' files could not be followed")
+
+    def look(self) -> None:
+        """Look at the plugins' files now, watched or not."""
+        self._look_now.set()
+
+    async def _change(self, changed: dict[str, Path | None]) -> None:
+        """Set up what is new, and then, in one step, let it take the place of what was before."""
+        async with self._changing:
+            others = {name: one for name, one in self.plugins.items() if changed.get(name, True)}
+            coming: list[Runner] = []
+            for name, path in changed.items():
+                if path and (runner := await self._prepare(name, path, others)):
+                    coming.append(runner)
+                    others[name] = runner.plugin
+            gone = [name for name, path in changed.items() if path is None]
+            before = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
+            for name in gone:
+                take_modules(name)
+                log.info("plugin %s: gone", name)
+            for runner in coming:
+                self._enter(runner)
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in before if runner))
+
+    async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
+        """A new version, set up where plugins are at work; None where anything of that fails."""
+        with caught(functools.partial(self.loader.report, name, path)), fresh_modules(name):
+            plugin = self.loader.load(name, path, others)
+            for need in sorted(plugin.needs):
+                if NEEDS[need].components & ~self._context.bot.cache.settings.components:
+                    raise PluginError(
+                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
+                    )
+            runner = self._runner(plugin)
+            if self._leading:
+                await runner.set_up()
+            return runner
+
+    def _remove(self, name: str) -> Runner | None:
+        """Have a plugin no more; what was at work is still to be torn down."""
+        self.plugins.pop(name, None)
+        self.failures.pop(name, None)
+        runner = self.runners.pop(name, None)
+        return runner if runner and runner.end() else None
+
+    def _enter(self, runner: Runner) -> None:
+        """Have a plugin that was not there, or was removed; at work, if it is set up."""
+        plugin = runner.plugin
+        self.plugins[plugin.name], self.runners[plugin.name] = plugin, runner
+        if self._leading:
+            runner.begin()
+        log.info("plugin %s: loaded", plugin.name)
+        self.loader.warn_of_typos(plugin)
+        for event_type in plugin.event_types():
+            if missing := missing_intents(event_type, self._context.bot.intents):
+                log.warning(
+                    "plugin %s: hears %s only after a restart: the session with Discord began"
+                    " without the intent %s",
+                    plugin.name,
+                    event_type.__name__,
+                    missing.name,
+                )
 
     # -- requests and subscriptions
 
@@ -5650,13 +5725,10 @@ class PluginHost:
         await asyncio.gather(*(one.greet(kind, guild_id, tell, subscriber) for one in runners))
 
     def _subscriber(self, viewer: Viewer, guild_id: str) -> Subscriber:
-        assert self._context is not None
-        may_see = self._context.may_see
-        return Subscriber(
-            discord_id=viewer.discord_id,
-            role=viewer.role,
-            may_see=lambda channel_id: may_see(viewer, guild_id, str(int(channel_id))),
-        )
+        def may_see(channel_id: int | str) -> bool:
+            return self._context.may_see(viewer, guild_id, str(int(channel_id)))
+
+        return Subscriber(viewer.discord_id, viewer.role, may_see)
 
     # -- how things stand, live settings
 
@@ -5675,88 +5747,12 @@ class PluginHost:
             "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
+    def reconfigure(self, tables: Mapping[str, dict[str, Any]], checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `PluginLoader.check` made of these."""
+        self.loader.tables = tables
         for name, settings in checked.items():
             self.plugins[name].settings = settings
-            if name in self.runners:
-                self.runners[name].spy.settings = settings
-
-
-class PluginWatcher:
-    """Takes over what changes in the plugins' files, while everything else goes on."""
-
-    def __init__(self, host: PluginHost, bot: hikari.GatewayBot, *, watch: bool) -> None:
-        self._host = host
-        self._bot = bot
-        self._watch = watch
-        self._look_now = asyncio.Event()
-
-    async def run(self) -> None:
-        """Take over what changes in the folders, for as long as this runs."""
-        files = self._host.loader.files
-        while True:
-            watching = self._watch or not files.resting
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY if watching else None):
-                    await self._look_now.wait()
-            self._look_now.clear()
-            try:
-                if changed := files.take_changed():
-                    await self._change(changed)
-            except Exception:  # the next change gets its chance
-                log.exception("the plugins' files could not be followed")
-
-    def look(self) -> None:
-        """Look at the plugins' files now, watched or not."""
-        self._look_now.set()
-
-    async def _change(self, changed: dict[str, Path | None]) -> None:
-        """Set up what is new, and then, in one step, let it take the place of what was before."""
-        host = self._host
-        async with host.changing:
-            gone = [name for name, path in changed.items() if path is None]
-            others = {name: one for name, one in host.plugins.items() if name not in gone}
-            coming: dict[str, Runner] = {}
-            for name, path in changed.items():
-                if path and (runner := await self._prepare(name, path, others.values())):
-                    coming[name], others[name] = runner, runner.plugin
-            ending = [host.remove(name) for name in (*gone, *coming)]
-            for name in gone:
-                take_modules(name)
-                log.info("plugin %s: gone", name)
-            for runner in coming.values():
-                host.enter(runner)
-                self._say_loaded(runner.plugin)
-            host.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
-
-    async def _prepare(self, name: str, path: Path, others: Iterable[Plugin]) -> Runner | None:
-        """A new version, set up where plugins are at work; None where anything of that fails."""
-        host = self._host
-        with caught(functools.partial(host.loader.report, name, path)), fresh_modules(name):
-            plugin = host.loader.load(name, path, others)
-            for need in sorted(plugin.needs):
-                if NEEDS[need].components & ~self._bot.cache.settings.components:
-                    raise PluginError(
-                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
-                    )
-            runner = host.make_runner(plugin)
-            if host.leading:
-                await runner.set_up()
-            return runner
-
-    def _say_loaded(self, plugin: Plugin) -> None:
-        log.info("plugin %s: loaded", plugin.name)
-        for event_type in plugin.event_types():
-            if missing := missing_intents(event_type, self._bot.intents):
-                log.warning(
-                    "plugin %s: hears %s only after a restart: the session with Discord began"
-                    " without the intent %s",
-                    plugin.name,
-                    event_type.__name__,
-                    missing.name,
-                )
+            self.runners[name].spy.settings = settings
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -6803,9 +6799,8 @@ class Node:
         to = destination_of(guild_id, kind, fields)
         if self._listens(to.room):
             self._parts.metrics.sent.counts[event] += 1
-            recovery = self._parts.recovery
-            packet = event_packet(event, fields)
-            self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
+            frame = self._parts.recovery.logs.add(to, event_packet(event, fields))
+            self._parts.clients.send(to, frame)
         else:
             self._parts.metrics.dropped.labels("nobody listens").inc()
 
@@ -7201,6 +7196,7 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def on_close(self) -> None:
         self._door.close(self._stream)
+        self._engine.socket_closed(self)
         if self._session is not None:
             self._session.detach(self)
             self._session = None
@@ -7421,13 +7417,22 @@ class Comeback(NamedTuple):
 class Dashboard:
     """One connected dashboard: whose it is, its transport and, if it can recover, its ticket."""
 
-    def __init__(self, viewer: Viewer, session: Session, ticket: Ticket | None) -> None:
-        self.viewer = viewer
+    def __init__(
+        self,
+        sid: Sid,
+        session: Session,
+        viewer: Viewer,
+        ticket: Ticket | None,
+        comeback: Comeback,
+    ) -> None:
+        self.sid = sid
         self.session = session
         self.ticket = ticket
-        self.expiry: asyncio.TimerHandle | None = None
+        self.comeback = comeback
         #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
         self.pending: set[str] = set() if ticket is None else ticket.pending
+        self._expiry: asyncio.TimerHandle | None = None
+        self.take_token(viewer)
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -7436,60 +7441,38 @@ class Dashboard:
         if frames:
             self.session.write(frames, b"".join([frame.bytes for frame in frames]))
 
+    # -- the life of its token
 
-class Comebacks:
-    """Decides what a client that comes back gets: all that it missed, or a new session."""
+    def take_token(self, viewer: Viewer) -> None:
+        """By this token it is here from now on, and until that expires."""
+        self.viewer = viewer
+        if self.ticket is not None:
+            self.ticket.viewer = viewer
+        self.forget_token()
+        if viewer.expires is not None:
+            warning = viewer.expires - time.time() - EXPIRY_WARNING
+            later = asyncio.get_running_loop().call_later
+            self._expiry = later(warning, self._warn, viewer.expires)
 
-    def __init__(
-        self, recovery: Recovery, access: Access, most_bytes: int, metrics: Metrics
-    ) -> None:
-        self._recovery = recovery
-        self._access = access
-        self._most_bytes = min(MAX_LOG_BYTES, most_bytes)
-        self._metrics = metrics
+    def forget_token(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
 
-    def take_back(self, viewer: Viewer, comeback: Comeback) -> Ticket | None:
-        """The ticket that the client had, if it can be given all that it missed."""
-        if comeback.pid is None:
-            return None
-        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
-        obstacle = self._obstacle(ticket, viewer, comeback)
-        if ticket is not None and obstacle is None:
-            ticket.viewer = viewer
-            return ticket
-        self._metrics.not_recovered.labels(obstacle).inc()
-        if ticket is not None:
-            self._recovery.forget(ticket)
-        return None
+    def _warn(self, expires: float) -> None:
+        moment = datetime.fromtimestamp(expires, UTC)
+        self.tell("auth:expiring", {"expiresAt": timestamp(moment)})
+        later = asyncio.get_running_loop().call_later
+        self._expiry = later(expires - time.time(), self._expire)
 
-    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
-        """Why the client has to begin anew, if so. Leaves the rooms that it may not view any more."""
-        if ticket is None:
-            return "unknown or too late"
-        for room in tuple(ticket.rooms):
-            may_view = self._access.may_view(viewer, room_guild(room))
-            if may_view is None:
-                return "rights not known"
-            if not may_view:
-                self._recovery.leave(ticket, room)
-        return None if self.due(ticket, viewer, comeback) is not None else "too much missed"
-
-    def due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
-        """What the client has missed and may have; None where that is not here whole, or too much."""
-        missed = self._recovery.missed(ticket, comeback.offset)
-        if missed is None:
-            return None
-        frames = [
-            event.frame
-            for event in missed
-            if self._access.may_have(viewer, event.to.guild_id, event.to.channel_id)
-        ]
-        size = sum(len(frame.bytes) for frame in frames)
-        return frames if size <= self._most_bytes else None
+    def _expire(self) -> None:
+        """Only the transport ends: a stock client comes back with what its `auth` gives then."""
+        self.tell("error", {"message": "Token expired", "code": "expired"})
+        self.session.end()
 
 
 class Subscriptions:
-    """Who is in which guild's rooms, or waits to be (design: rooms).
+    """The dashboards that are connected, and who of them is in which guild's rooms (design: rooms).
 
     a room is   from                                      until
     pending     it was asked for and may_view was None,   may_view is not None,
@@ -7503,7 +7486,7 @@ class Subscriptions:
         rooms: Rooms,
         access: Access,
         limits: Limits,
-        plugins: PluginHost,
+        plugins: PluginLoader,
         node: Node,
         recovery: Recovery,
     ) -> None:
@@ -7514,16 +7497,14 @@ class Subscriptions:
         self._node = node
         self._recovery = recovery
         self.connected: dict[Sid, Dashboard] = {}
-        #: By guild, those who are in a room of it or wait to be: nobody else is judged.
-        self._in_guild: dict[str, dict[Sid, None]] = {}
+        self.by_pid: dict[str, Dashboard] = {}  # those that can recover
+        #: Those who are in a room of a guild or wait to be: nobody else is judged.
+        self._by_guild: dict[str, dict[Dashboard, None]] = {}
         self._under_way: set[asyncio.Task[None]] = set()
 
     @property
     def kinds(self) -> Collection[str]:
         return self._plugins.kinds
-
-    def viewer(self, sid: Sid) -> Viewer:
-        return self.connected[sid].viewer
 
     def is_connected(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open, or one that may come back."""
@@ -7532,180 +7513,195 @@ class Subscriptions:
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
-        return {*self._in_guild, *map(room_guild, self._recovery.rooms())}
+        return {*self._by_guild, *map(room_guild, self._recovery.rooms())}
 
-    def guilds_of(self, sid: Sid) -> set[str]:
-        rooms = self._rooms.rooms_of(sid) | self.connected[sid].pending
-        return {room.partition(":")[2] for room in rooms}
+    def guilds_of(self, dashboard: Dashboard) -> set[str]:
+        return set(map(room_guild, self._rooms.rooms_of(dashboard.sid) | dashboard.pending))
 
-    def dashboards_of(self, guild_id: str) -> list[Sid]:
-        return list(self._in_guild.get(guild_id, ()))
+    # -- coming and going
+
+    def add(self, dashboard: Dashboard) -> None:
+        """A dashboard is connected, and in no room yet."""
+        self.connected[dashboard.sid] = dashboard
+        if dashboard.ticket is not None:
+            self.by_pid[dashboard.ticket.pid] = dashboard
+
+    def remove(self, sid: Sid) -> Dashboard:
+        """Its client is gone; its ticket stays in its rooms."""
+        dashboard = self.connected.pop(sid)
+        if dashboard.ticket is not None:
+            del self.by_pid[dashboard.ticket.pid]
+        for guild_id in self.guilds_of(dashboard):
+            self._forget(dashboard, guild_id)
+        return dashboard
+
+    def resume(self, dashboard: Dashboard, ticket: Ticket) -> None:
+        """It has come back to the rooms that it was in, or waited for."""
+        for room in tuple(ticket.rooms):
+            self._enter(dashboard, room)
+        for guild_id in set(map(room_guild, dashboard.pending)):
+            self._by_guild.setdefault(guild_id, {})[dashboard] = None
+            self._judge(dashboard, guild_id)
 
     # -- as clients ask
 
-    async def subscribe(self, sid: Sid, kind: str, guild_id: str) -> dict[str, Any]:
+    async def subscribe(self, dashboard: Dashboard, kind: str, guild_id: str) -> dict[str, Any]:
         """The answer, within a second; what is still to be decided is `pending`."""
-        room, dashboard = f"{kind}:{guild_id}", self.connected[sid]
-        rooms = self._rooms.rooms_of(sid) | dashboard.pending
+        room, entered = f"{kind}:{guild_id}", self._rooms.rooms_of(dashboard.sid)
+        rooms = entered | dashboard.pending
         if room not in rooms and len(rooms) >= self._limits.settings.rooms_per_connection:
             raise ClientError("too_many_rooms", f"Already in {len(rooms)} rooms")
         if self._access.may_view(dashboard.viewer, guild_id) is False:
-            self._leave(sid, room)
+            self._expel(dashboard, guild_id)
             raise ClientError("forbidden", f"No access to guild {guild_id}")
-        if room not in self._rooms.rooms_of(sid):
+        if room not in entered:
             dashboard.pending.add(room)
             if dashboard.ticket is not None:
                 self._recovery.wait_for(dashboard.ticket, room)
-            self._in_guild.setdefault(guild_id, {})[sid] = None
-            if (following := self.judge(sid, guild_id)) is not None:
+            self._by_guild.setdefault(guild_id, {})[dashboard] = None
+            if (following := self._judge(dashboard, guild_id)) is not None:
                 await asyncio.wait({following}, timeout=SUBSCRIBE_PATIENCE)
         return {"room": room, "pending": True} if room in dashboard.pending else {"room": room}
 
-    def unsubscribe(self, sid: Sid, room: str) -> dict[str, Any]:
-        self._leave(sid, room)
+    def unsubscribe(self, dashboard: Dashboard, room: str) -> dict[str, Any]:
+        self._leave(dashboard, room)
         return {"room": room}
-
-    def wait_again(self, sid: Sid) -> None:
-        """For the rooms that a client which came back was still waiting for."""
-        for guild_id in {room_guild(room) for room in self.connected[sid].pending}:
-            self._in_guild.setdefault(guild_id, {})[sid] = None
-            self.judge(sid, guild_id)
 
     # -- as rights are
 
-    def judge(self, sid: Sid, guild_id: str) -> asyncio.Task[None] | None:
-        """Put a dashboard into the guild's rooms that it waits for, or out of all of them.
-
-        Returns what it waits for, besides Discord: other nodes' events of the guild.
-        """
-        if sid not in self.connected:
-            return None
-        may_view = self._access.may_view(self.viewer(sid), guild_id)
-        if may_view is False:
-            self._expel(sid, guild_id)
-        pending = [one for one in self.connected[sid].pending if one.endswith(f":{guild_id}")]
-        if not may_view or not pending:
-            return None
-        following = self._node.follow(guild_id)
-        if following is None:
-            for room in pending:
-                self.enter(sid, room)
-                self.send_snapshots_soon(sid, room)
-        else:
-            following.add_done_callback(lambda _: self.judge(sid, guild_id))
-        return following
-
-    def enter(self, sid: Sid, room: str) -> None:
-        dashboard = self.connected[sid]
-        dashboard.pending.discard(room)
-        self._in_guild.setdefault(room.partition(":")[2], {})[sid] = None
-        self._rooms.enter(sid, room)
-        if dashboard.ticket is not None:
-            self._recovery.enter(dashboard.ticket, room)
-
-    def _expel(self, sid: Sid, guild_id: str) -> None:
-        """Once it is sure that a viewer may not, it is not even given what waits for it."""
-        dashboard = self.connected[sid]
-        rooms = [one for one in self._rooms.rooms_of(sid) if one.endswith(f":{guild_id}")]
-        pending = [one for one in dashboard.pending if one.endswith(f":{guild_id}")]
-        for room in rooms:
-            self._rooms.expel(sid, room)
-        for room in rooms + pending:
-            self._leave(sid, room)
-        if rooms or pending:
-            text = (
-                f"Access to guild {guild_id} was lost"
-                if rooms
-                else f"No access to guild {guild_id}"
-            )
-            self._limits.metrics.refused_requests.labels(
-                "right_lost" if rooms else "forbidden"
-            ).inc()
-            dashboard.tell("error", ClientError("forbidden", text).to_wire())
-
-    def judge_awaited(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
-        """Of a guild that they may not view any more, who comes back is owed nothing."""
+    def judge(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
+        """Whether these viewers, or (None) all, may be in the guild's rooms; who comes back too."""
+        for dashboard in tuple(self._by_guild.get(guild_id, ())):
+            if discord_ids is None or dashboard.viewer.discord_id in discord_ids:
+                self._judge(dashboard, guild_id)
         for ticket in self._recovery.awaited(guild_id):
             wanted = discord_ids is None or ticket.viewer.discord_id in discord_ids
             if wanted and self._access.may_view(ticket.viewer, guild_id) is False:
                 for room in [room for room in ticket.rooms if room_guild(room) == guild_id]:
                     self._recovery.leave(ticket, room)
 
-    def _leave(self, sid: Sid, room: str) -> None:
-        dashboard = self.connected[sid]
-        self._rooms.leave(sid, room)
+    def _judge(self, dashboard: Dashboard, guild_id: str) -> asyncio.Task[None] | None:
+        """Put a dashboard into the guild's rooms that it waits for, or out of all of them.
+
+        Returns what it waits for, besides Discord: other nodes' events of the guild.
+        """
+        if dashboard.sid not in self.connected:
+            return None
+        may_view = self._access.may_view(dashboard.viewer, guild_id)
+        if may_view is False:
+            self._expel(dashboard, guild_id)
+        pending = [room for room in dashboard.pending if room_guild(room) == guild_id]
+        if not may_view or not pending:
+            return None
+        following = self._node.follow(guild_id)
+        if following is not None:
+            following.add_done_callback(lambda _: self._judge(dashboard, guild_id))
+            return following
+        for room in pending:
+            self._enter(dashboard, room)
+            self.send_snapshots_soon(dashboard, room)
+        return None
+
+    def _enter(self, dashboard: Dashboard, room: str) -> None:
+        dashboard.pending.discard(room)
+        self._by_guild.setdefault(room_guild(room), {})[dashboard] = None
+        self._rooms.enter(dashboard.sid, room)
+        if dashboard.ticket is not None:
+            self._recovery.enter(dashboard.ticket, room)
+
+    def _expel(self, dashboard: Dashboard, guild_id: str) -> None:
+        """Once it is sure that a viewer may not, it is not even given what waits for it."""
+        entered = self._rooms.rooms_of(dashboard.sid)
+        rooms = [one for one in entered | dashboard.pending if room_guild(one) == guild_id]
+        if not rooms:
+            return
+        lost = not entered.isdisjoint(rooms)
+        for room in rooms:
+            self._rooms.expel(dashboard.sid, room)
+            self._leave(dashboard, room)
+        self._limits.metrics.refused_requests.labels("right_lost" if lost else "forbidden").inc()
+        text = f"Access to guild {guild_id} was lost" if lost else f"No access to guild {guild_id}"
+        dashboard.tell("error", ClientError("forbidden", text).to_wire())
+
+    def _leave(self, dashboard: Dashboard, room: str) -> None:
+        self._rooms.leave(dashboard.sid, room)
         dashboard.pending.discard(room)
         if dashboard.ticket is not None:
             self._recovery.leave(dashboard.ticket, room)
-        guild_id = room.partition(":")[2]
-        if guild_id not in self.guilds_of(sid):
-            self._forget(sid, guild_id)
+        if room_guild(room) not in self.guilds_of(dashboard):
+            self._forget(dashboard, room_guild(room))
 
-    def _forget(self, sid: Sid, guild_id: str) -> None:
-        dashboards = self._in_guild.get(guild_id, {})
-        dashboards.pop(sid, None)
+    def _forget(self, dashboard: Dashboard, guild_id: str) -> None:
+        dashboards = self._by_guild.get(guild_id, {})
+        dashboards.pop(dashboard, None)
         if not dashboards:
-            self._in_guild.pop(guild_id, None)
-
-    def remove(self, sid: Sid) -> Dashboard:
-        """Its client is gone; its ticket stays in its rooms."""
-        for guild_id in self.guilds_of(sid):
-            self._forget(sid, guild_id)
-        return self.connected.pop(sid)
+            self._by_guild.pop(guild_id, None)
 
     # -- snapshots
 
-    def send_snapshots_soon(self, sid: Sid, room: str) -> None:
+    def send_snapshots_soon(self, dashboard: Dashboard, room: str) -> None:
         """What plugins have for a new subscriber; in a task, so that the answer comes first.
 
         To who can recover it goes with an offset, and again where it did not arrive.
         """
+        if dashboard.ticket is not None:
+            dashboard.ticket.unseen[room] = None
+        task = asyncio.create_task(self._send_snapshots(dashboard, room, dashboard.ticket))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def _send_snapshots(self, dashboard: Dashboard, room: str, ticket: Ticket | None) -> None:
         kind, _, guild_id = room.partition(":")
-        viewer, ticket = self.viewer(sid), self.connected[sid].ticket
-
-        def tell(event: str, payload: EventData) -> None:
-            channel_id = destination_of(guild_id, kind, payload).channel_id
-            if room not in self._rooms.rooms_of(sid) or not self._access.may_have(
-                self.viewer(sid), guild_id, channel_id
-            ):
-                return
-            offset: tuple[str, ...] = ()
-            if ticket is not None:
-                self._rooms.catch_up(sid)  # its offset says that all before it has come
-                offset = (self._recovery.number_snapshot(ticket, room),)
-            self.connected[sid].tell(event, payload, *offset)
-
-        def end(task: asyncio.Task[None]) -> None:
-            self._under_way.discard(task)
-            here = sid in self.connected  # else it was not sent, and is after the return
+        tell = functools.partial(self._tell_snapshot, dashboard, Destination(guild_id, kind))
+        try:
+            await self._node.send_snapshots(kind, guild_id, tell, dashboard.viewer)
+        finally:
+            here = dashboard.sid in self.connected  # else it was not sent, and is after the return
             if here and ticket is not None and ticket.unseen.get(room, ticket) is None:
                 del ticket.unseen[room]  # nobody had anything
 
-        if ticket is not None:
-            ticket.unseen[room] = None
-        task = asyncio.create_task(self._node.send_snapshots(kind, guild_id, tell, viewer))
-        self._under_way.add(task)
-        task.add_done_callback(end)
-
-
-class Told(NamedTuple):
-    """What `guilds:list` or `guilds:update` told a dashboard last."""
-
-    guilds: msgspec.Raw
-    complete: bool
+    def _tell_snapshot(
+        self, dashboard: Dashboard, room: Destination, event: str, payload: EventData
+    ) -> None:
+        to = destination_of(room.guild_id, room.kind, payload)
+        if to.room not in self._rooms.rooms_of(dashboard.sid) or not self._access.may_have(
+            dashboard.viewer, to.guild_id, to.channel_id
+        ):
+            return
+        offset: tuple[str, ...] = ()
+        if dashboard.ticket is not None:
+            self._rooms.catch_up(dashboard.sid)  # its offset says that all before it has come
+            offset = (self._recovery.number_snapshot(dashboard.ticket, to.room),)
+        dashboard.tell(event, payload, *offset)
 
 
 class GuildList:
-    """The guilds that viewers of one kind may see, and which dashboards have been told what of it."""
+    """The guilds that all viewers with one `Access.list_key` may see."""
 
-    def __init__(self, viewer: Viewer) -> None:
-        self.viewer = viewer
+    def __init__(self, key: object, viewer: Viewer) -> None:
+        self.key = key
+        self.viewer = viewer  # any of them
+        self.dashboards = 0  # that have asked
         #: Guilds to judge anew; None: all.
         self.stale: set[int] | None = None
         self.summaries: dict[int, GuildSummary] = {}
-        self.encoded = msgspec.Raw(b"[]")
-        self.told: dict[Dashboard, Told] = {}  # who has asked
+        self.encoded = b"[]"
+        self.update = event_frame("guilds:update", {"guilds": []})
         self.timeouts: dict[int, asyncio.TimerHandle] = {}
+
+    def encode(self) -> None:
+        """Once for all who are told."""
+        ordered = sorted(self.summaries.values(), key=itemgetter("name", "id"))
+        self.encoded = msgspec.json.encode(ordered)
+        self.update = event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
+
+
+class Told(NamedTuple):
+    """What `guilds:list` or `guilds:update` told a dashboard last, and from which list."""
+
+    source: GuildList
+    guilds: bytes
+    complete: bool
 
 
 class GuildLists:
@@ -7717,136 +7713,120 @@ class GuildLists:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._lists: dict[object, GuildList] = {}
+        self._told: dict[Dashboard, Told] = {}  # who has asked
         self._round: asyncio.TimerHandle | None = None
         self._last_round = 0.0
         self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
-        guild_list = self._list_of(dashboard)
-        self._refresh(guild_list)
-        told = guild_list.told[dashboard] = Told(guild_list.encoded, self._access.complete)
-        return {"guilds": told.guilds, "complete": told.complete}
+        told = self._told.get(dashboard)
+        now = self._told[dashboard] = self._now(told.source if told else self._join(dashboard))
+        return {"guilds": msgspec.Raw(now.guilds), "complete": now.complete}
 
-    def _list_of(self, dashboard: Dashboard) -> GuildList:
+    def _join(self, dashboard: Dashboard) -> GuildList:
         key = self._access.list_key(dashboard.viewer)
-        return self._lists.setdefault(key, GuildList(dashboard.viewer))
+        source = self._lists.setdefault(key, GuildList(key, dashboard.viewer))
+        source.dashboards += 1
+        return source
 
-    def remove(self, dashboard: Dashboard) -> Told | None:
-        """What it was told, if it has asked."""
-        for key, guild_list in self._lists.items():
-            if (told := guild_list.told.pop(dashboard, None)) is not None:
-                if not guild_list.told:
-                    for timer in self._lists.pop(key).timeouts.values():
-                        timer.cancel()
-                return told
-        return None
+    def remove(self, dashboard: Dashboard) -> None:
+        """It is told no more; a list goes with the last of its dashboards."""
+        told = self._told.pop(dashboard, None)
+        if told is None:
+            return
+        told.source.dashboards -= 1
+        if not told.source.dashboards:
+            del self._lists[told.source.key]
+            for timer in told.source.timeouts.values():
+                timer.cancel()
 
     def change_viewer(self, dashboard: Dashboard) -> None:
         """It has another token."""
-        told = self.remove(dashboard)
+        told = self._told.get(dashboard)
         if told is not None:
-            self._list_of(dashboard).told[dashboard] = told
+            self.remove(dashboard)
+            self._told[dashboard] = told._replace(source=self._join(dashboard))
             self._tell_soon()
 
     def change_guild(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
         """Something has changed in a guild, for these viewers or (None) for all."""
-        for guild_list in self._lists.values():
-            if guild_list.stale is not None and (
-                discord_ids is None or guild_list.viewer.discord_id in discord_ids
+        for source in self._lists.values():
+            if source.stale is not None and (
+                discord_ids is None or source.viewer.discord_id in discord_ids
             ):
-                guild_list.stale.add(int(guild_id))
+                source.stale.add(int(guild_id))
         self._tell_soon()
 
     def change_all(self) -> None:
-        for guild_list in tuple(self._lists.values()):
-            guild_list.stale = None
-            for dashboard in tuple(guild_list.told):
-                self.change_viewer(dashboard)  # what makes an admin may have changed
-        self._tell_soon()
+        for source in self._lists.values():
+            source.stale = None
+        for dashboard in tuple(self._told):
+            self.change_viewer(dashboard)  # what makes an admin may have changed
 
-    # -- what is in it
+    # -- what is in a list
 
-    def _refresh(self, guild_list: GuildList) -> None:
-        stale, guild_list.stale = guild_list.stale, set()
-        summaries = guild_list.summaries
+    def _now(self, source: GuildList) -> Told:
+        """What there is to tell."""
+        stale, source.stale = source.stale, set()
         if stale is None:
-            stale = {*summaries, *self._access.guilds_to_judge(guild_list.viewer)}
+            stale = {*source.summaries, *self._access.guilds_to_judge(source.viewer)}
         changed = False
         for guild_id in stale:
-            summary = self._access.summary(guild_list.viewer, guild_id)
-            changed |= summary != summaries.get(guild_id)
-            if summary is None:
-                summaries.pop(guild_id, None)
-            else:
-                summaries[guild_id] = summary
-            self._watch_timeout(guild_list, guild_id)
+            summary = self._access.summary(source.viewer, guild_id)
+            changed |= summary != source.summaries.pop(guild_id, None)
+            if summary is not None:
+                source.summaries[guild_id] = summary
+            self._watch_timeout(source, guild_id)
         if changed:
-            ordered = sorted(summaries.values(), key=itemgetter("name", "id"))
-            guild_list.encoded = msgspec.Raw(msgspec.json.encode(ordered))
+            source.encode()
+        return Told(source, source.encoded, self._access.complete)
 
-    def _watch_timeout(self, guild_list: GuildList, guild_id: int) -> None:
+    def _watch_timeout(self, source: GuildList, guild_id: int) -> None:
         """Discord says nothing when a time-out ends."""
-        until = self._access.timed_out_until(guild_list.viewer, guild_id)
-        timer = guild_list.timeouts.pop(guild_id, None)
+        until = self._access.timed_out_until(source.viewer, guild_id)
+        timer = source.timeouts.pop(guild_id, None)
         if timer is not None:
             timer.cancel()
         if until is not None:
-            viewers = (guild_list.viewer.discord_id,)
+            viewers = (source.viewer.discord_id,)
             later = asyncio.get_running_loop().call_later
-            guild_list.timeouts[guild_id] = later(
+            source.timeouts[guild_id] = later(
                 until - time.time(), self.change_guild, str(guild_id), viewers
             )
 
     # -- who is told
 
     def _tell_soon(self) -> None:
-        self._changed = bool(self._lists)
+        self._changed = bool(self._told)
         if self._changed and self._round is None:
             loop = asyncio.get_running_loop()
             self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
 
     def _begin_round(self) -> None:
-        self._changed = False
-        self._tell(list(self._lists.values()))
+        self._changed, self._last_round = False, asyncio.get_running_loop().time()
+        self._tell(list(self._told))
 
-    def _tell(self, lists: list[GuildList]) -> None:
+    def _tell(self, dashboards: list[Dashboard]) -> None:
         """Tell whoever has not heard of a change yet, in slices."""
-        loop = asyncio.get_running_loop()
-        self._round, self._last_round = None, loop.time()
-        while lists and loop.time() - self._last_round < SLICE:
-            guild_list = lists.pop()
-            if guild_list.told:
-                self._refresh(guild_list)
-                self._tell_changes(guild_list)
-        if lists:
-            self._round = loop.call_later(0, self._tell, lists)
+        began, self._round = time.monotonic(), None
+        while dashboards and time.monotonic() - began < SLICE:
+            dashboard = dashboards.pop()
+            if (told := self._told.get(dashboard)) is not None:
+                now = self._told[dashboard] = self._now(told.source)
+                if told.guilds != now.guilds or told.complete < now.complete:
+                    dashboard.write([now.source.update])
+        if dashboards:
+            self._round = asyncio.get_running_loop().call_later(0, self._tell, dashboards)
         elif self._changed:
             self._tell_soon()
 
-    def _tell_changes(self, guild_list: GuildList) -> None:
-        now = Told(guild_list.encoded, self._access.complete)
-        for dashboard, told in tuple(guild_list.told.items()):
-            if told.guilds != now.guilds or told.complete < now.complete:
-                dashboard.tell("guilds:update", {"guilds": now.guilds})
-                guild_list.told[dashboard] = now
-
 
 class RightsWatcher:
-    """Keeps rooms in line with all that decides rights; the one place where a judgement is forgotten.
+    """Hears what changes rights (the table is in `Access.may_have`), and keeps rooms and lists in line.
 
     hikari runs listeners in the order of the gateway's packets, and these are subscribed before
     any plugin's: whatever comes after a change is judged by it. Rooms are looked through a little
     later, in slices, or when something is about to be sent to them.
-
-        what decides                       is heard by                   what is judged anew
-        roles, channels, overwrites        CHANNEL_CHANGES               channels of the guild
-        roles, owner, name of the guild    GUILD_CHANGES                 all in the guild
-        roles and time-out of a member     MEMBER_CHANGES                that viewer in the guild
-        the end of a time-out              the clock, at each judgement  channels of the guild
-        guilds that come, go or are lost   the gateway's sessions        all in the guild
-        the token                          `auth:refresh`                that dashboard
-        settings, another gateway holder   `check_all`                   all
-        who is in a room                   `Rooms.members`               channels of the room
     """
 
     def __init__(
@@ -7856,9 +7836,6 @@ class RightsWatcher:
         self.subscriptions = subscriptions
         self.lists = lists
         self._rooms = rooms
-        #: By guild, then by room and channel: who was judged, who of them may not see the channel,
-        #: and until when (in seconds since 1970) that holds.
-        self._judged: dict[str, dict[tuple[str, str], tuple[tuple[Sid, ...], Hidden, float]]] = {}
         #: Guilds whose rooms are to be looked through: for these viewers, or (None) for all.
         self._stale: dict[str, set[str] | None] = {}
         self._checking: asyncio.TimerHandle | None = None
@@ -7892,7 +7869,7 @@ class RightsWatcher:
         """What it has to hear: intents follow from it."""
         return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
-    def subscribe(self, events: Events) -> None:
+    def subscribe(self, events: GatewayEvents) -> None:
         for change in self.CHANNEL_CHANGES:
             events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
@@ -7907,63 +7884,34 @@ class RightsWatcher:
         events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
 
+    # -- to dashboards
+
     def send(self, to: Destination, frame: RoomFrame) -> None:
         """An event to those in a room who may see it."""
         if to.guild_id in self._stale:
             self._look_through(to.guild_id)
-        room = to.room
-        hidden = functools.partial(self.hidden, room, to.guild_id, to.channel_id)
-        self._rooms.send(room, frame, hidden if to.channel_id else None)
+        hidden = functools.partial(self._hidden, to) if to.channel_id else None
+        self._rooms.send(to.room, frame, hidden)
 
-    def hidden(self, room: str, guild_id: str, channel_id: str) -> Hidden:
+    def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
-        channels = self._judged.setdefault(guild_id, {})
-        members = self._rooms.members(room)
-        judged, hidden, until = channels.get((room, channel_id), (None, NOBODY, 0.0))
+        memory: dict[Destination, tuple[tuple[Sid, ...], Hidden, float]]
+        memory, members = self._access.memory(to.guild_id), self._rooms.members(to.room)
+        judged, hidden, until = memory.get(to, ((), NOBODY, 0.0))
         if judged is not members or until <= time.time():
-            viewers = {sid: self.subscriptions.viewer(sid) for sid in members}
+            viewers = {sid: self.subscriptions.connected[sid].viewer for sid in members}
             hidden = frozenset(
                 sid
                 for sid, viewer in viewers.items()
-                if not self._access.may_have(viewer, guild_id, channel_id)
+                if not self._access.may_have(viewer, to.guild_id, to.channel_id)
             )
-            ends = [self._access.timed_out_until(viewers[sid], int(guild_id)) for sid in hidden]
-            until = min(filter(None, ends), default=math.inf)
-            channels[room, channel_id] = members, hidden, until
+            ends = [self._access.timed_out_until(viewers[sid], int(to.guild_id)) for sid in hidden]
+            memory[to] = members, hidden, min(filter(None, ends), default=math.inf)
         return hidden
 
     def end(self, pid: str) -> None:
-        for dashboard in tuple(self.subscriptions.connected.values()):
-            if dashboard.ticket is not None and dashboard.ticket.pid == pid:
-                dashboard.session.lose()
-
-    # -- what is judged anew
-
-    def check(self, guild_id: str, discord_id: str | None = None) -> None:
-        """Something has changed in a guild: for all of its viewers, or for one."""
-        self._judged.pop(guild_id, None)
-        viewers = self._stale.setdefault(guild_id, set())
-        if discord_id is None:
-            self._access.forget(int(guild_id))
-            self._stale[guild_id] = None
-        elif viewers is not None:
-            viewers.add(discord_id)
-        self._check_soon(CHECK_DELAY)
-
-    def check_all(self) -> None:
-        """Something has changed that decides everywhere."""
-        self._judged.clear()
-        self._access.forget_all()
-        self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
-        self.lists.change_all()
-        self._check_soon(0.0)
-
-    def check_viewer(self, sid: Sid) -> None:
-        """A dashboard has another token."""
-        for guild_id in self.subscriptions.guilds_of(sid):
-            self._judged.pop(guild_id, None)
-            self.subscriptions.judge(sid, guild_id)
-        self.lists.change_viewer(self.subscriptions.connected[sid])
+        if (dashboard := self.subscriptions.by_pid.get(pid)) is not None:
+            dashboard.session.lose()
 
     def remove(self, sid: Sid) -> Dashboard:
         """A dashboard is gone."""
@@ -7971,9 +7919,30 @@ class RightsWatcher:
         self.lists.remove(dashboard)
         return dashboard
 
-    def _forget(self, guild_id: str) -> None:
-        self._judged.pop(guild_id, None)
+    # -- what is judged anew
+
+    def check(self, guild_id: str, discord_id: str | None = None) -> None:
+        """Something has changed in a guild: for all of its viewers, or for one."""
         self._access.forget(int(guild_id))
+        viewers = self._stale.setdefault(guild_id, set())
+        if discord_id is None:
+            self._stale[guild_id] = None
+        elif viewers is not None:
+            viewers.add(discord_id)
+        self._check_soon(CHECK_DELAY)
+
+    def check_all(self) -> None:
+        """Something has changed that decides everywhere."""
+        self._access.forget_all()
+        self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
+        self.lists.change_all()
+        self._check_soon(0.0)
+
+    def check_dashboard(self, dashboard: Dashboard) -> None:
+        """It has another token."""
+        for guild_id in self.subscriptions.guilds_of(dashboard):
+            self.check(guild_id, dashboard.viewer.discord_id)
+        self.lists.change_viewer(dashboard)
 
     def _check_soon(self, seconds: float) -> None:
         if self._checking is None:
@@ -7990,14 +7959,11 @@ class RightsWatcher:
 
     def _look_through(self, guild_id: str) -> None:
         viewers = self._stale.pop(guild_id)
-        for sid in self.subscriptions.dashboards_of(guild_id):
-            if viewers is None or self.subscriptions.viewer(sid).discord_id in viewers:
-                self.subscriptions.judge(sid, guild_id)
-        self.subscriptions.judge_awaited(guild_id, viewers)
+        self.subscriptions.judge(guild_id, viewers)
         self.lists.change_guild(guild_id, viewers)
 
     def _on_channel_change(self, event: Any) -> None:
-        self._forget(str(event.guild_id))
+        self._access.forget(event.guild_id)
 
     def _on_guild_change(self, event: Any) -> None:
         self.check(str(event.guild_id))
@@ -8051,6 +8017,108 @@ class RightsWatcher:
         self.check(str(guild_id))
 
 
+class Comebacks:
+    """Gives a client that comes back all that it missed, or a new session (design: recovery)."""
+
+    def __init__(
+        self,
+        recovery: Recovery,
+        access: Access,
+        subscriptions: Subscriptions,
+        most_bytes: int,
+        metrics: Metrics,
+    ) -> None:
+        self._recovery = recovery
+        self._access = access
+        self._subscriptions = subscriptions
+        self._most_bytes = min(MAX_LOG_BYTES, most_bytes)
+        self._metrics = metrics
+
+    async def end_half_open(self, viewer: Viewer, comeback: Comeback) -> bool:
+        """Whether the connection that this client had was still taken for open: it counts no more."""
+        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
+        half_open = self._subscriptions.by_pid.get(ticket.pid) if ticket else None
+        if half_open is None:
+            return False
+        await half_open.session.close()
+        return True
+
+    def ticket_for(self, session: Session, viewer: Viewer, comeback: Comeback) -> Ticket | None:
+        """That which the client had, if it can be given all that it missed, or a new one."""
+        wanted = session.from_browser if comeback.recover is None else comeback.recover
+        if not wanted or not self._recovery.enabled:
+            return None
+        return self._take_back(viewer, comeback) or self._recovery.issue(viewer)
+
+    def _take_back(self, viewer: Viewer, comeback: Comeback) -> Ticket | None:
+        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
+        if comeback.pid is None or (ticket and ticket.pid in self._subscriptions.by_pid):
+            return None
+        obstacle = self._obstacle(ticket, viewer, comeback)
+        if ticket is not None and obstacle is None:
+            ticket.viewer = viewer
+            self._recovery.hold(ticket)
+            return ticket
+        self._metrics.not_recovered.labels(obstacle).inc()
+        if ticket is not None:
+            self._recovery.forget(ticket)
+        return None
+
+    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
+        """Why the client has to begin anew, if so. Leaves the rooms that it may not view any more."""
+        if ticket is None:
+            return "unknown or too late"
+        for room in tuple(ticket.rooms):
+            may_view = self._access.may_view(viewer, room_guild(room))
+            if may_view is None:
+                return "rights not known"
+            if not may_view:
+                self._recovery.leave(ticket, room)
+        return None if self._due(ticket, viewer, comeback) is not None else "too much missed"
+
+    def _due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
+        """What the client has missed and may have; None where that is not here whole, or too much."""
+        missed = self._recovery.missed(ticket, comeback.offset)
+        if missed is None:
+            return None
+        frames = [
+            event.frame
+            for event in missed
+            if self._access.may_have(viewer, event.to.guild_id, event.to.channel_id)
+        ]
+        size = sum(len(frame.bytes) for frame in frames)
+        return frames if size <= self._most_bytes else None
+
+    def expect(self, ticket: Ticket, session: Session) -> None:
+        """Keep for its client what comes from now on, unless it has said DISCONNECT."""
+        if session.closed:
+            self._recovery.await_return(ticket)
+        else:
+            self._recovery.forget(ticket)
+
+    def welcome(self, dashboard: Dashboard) -> None:
+        """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
+        ticket, comeback = dashboard.ticket, dashboard.comeback
+        if ticket is None:
+            dashboard.tell("session", {"recovered": False, "rooms": []})
+            return
+        recovered = ticket.pid == comeback.pid
+        unseen = self._recovery.rooms_without_snapshot(ticket, comeback.offset)
+        if recovered:
+            due = self._due(ticket, dashboard.viewer, comeback)
+            if due is None:
+                dashboard.session.cut("recovery was overtaken")
+                return
+            dashboard.write(due)
+            self._metrics.recovered.inc()
+            self._subscriptions.resume(dashboard, ticket)
+        rooms = sorted(ticket.rooms.keys() | ticket.pending)
+        state = {"recovered": recovered, "rooms": rooms}
+        dashboard.tell("session", state, self._recovery.logs.offset)
+        for room in unseen:
+            self._subscriptions.send_snapshots_soon(dashboard, room)
+
+
 class Dashboards:
     """Lets dashboards in and sees them go, and hears what they ask (design: identity)."""
 
@@ -8058,28 +8126,25 @@ class Dashboards:
         self,
         sio: SocketIO,
         tokens: Tokens,
-        access: Access,
         limits: Limits,
         node: Node,
-        recovery: Recovery,
         rights: RightsWatcher,
+        comebacks: Comebacks,
     ) -> None:
         self._sio = sio
-        self._recovery = recovery
-        most_bytes = sio.eio.max_queue_bytes // 2
-        self._returns = Comebacks(recovery, access, most_bytes, limits.metrics)
-        self._holders: dict[str, Dashboard] = {}  # by pid
-        self._comebacks: dict[Sid, Comeback] = {}  # of those who are about to get what they missed
         self._tokens = tokens
         self._limits = limits
         self._node = node
         self._rights = rights
+        self._comebacks = comebacks
         self._subscriptions = rights.subscriptions
-        self._connected = rights.subscriptions.connected
         sio.on("connect", self._connect)
         sio.on(CONNECTED, self._welcome)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
+
+    def __len__(self) -> int:
+        return len(self._subscriptions.connected)
 
     # -- coming and going
 
@@ -8096,21 +8161,18 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        ticket = self._take_ticket(sid, session, viewer, comeback)
-        self._connected[sid] = Dashboard(viewer, session, ticket)
+        ticket = self._comebacks.ticket_for(session, viewer, comeback)
+        session.tracks = ticket is not None
+        self._subscriptions.add(Dashboard(sid, session, viewer, ticket, comeback))
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._node.viewer_entered(viewer.discord_id)
-        self._watch_expiry(sid)
-        if ticket is None:
-            return {}
-        session.tracks = True
-        self._holders[ticket.pid] = self._connected[sid]
-        return {"pid": ticket.pid}
+        return {} if ticket is None else {"pid": ticket.pid}
 
     async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
         if session.refusal is not None and comeback.pid is None:
             raise session.refusal
-        await self._limits.let_try(session.address)
+        if seconds := await self._limits.blocked_for(session.address):
+            raise self._limits.over("blocked", seconds)
         token = auth.get("token") if isinstance(auth, dict) else None
         try:
             viewer = self._tokens.verify(token)
@@ -8119,118 +8181,58 @@ class Dashboards:
             raise
         self._limits.strangers.leave(session)
         moved = await self._node.recall(comeback.pid, viewer, comeback.offset)
-        replaced = await self._end_half_open(viewer, comeback) or moved
+        replaced = await self._comebacks.end_half_open(viewer, comeback) or moved
         if session.refusal is not None and not replaced:
             raise session.refusal
         await self._limits.accepted(session.address)
         await self._limits.enter(viewer.discord_id, replaces=replaced)
         return viewer
 
-    # -- coming back (design: recovery)
-
-    async def _end_half_open(self, viewer: Viewer, comeback: Comeback) -> bool:
-        """Whether the connection that this client had was still taken for open: it counts no more."""
-        ticket = self._recovery.find(comeback.pid, viewer.discord_id)
-        half_open = self._holders.get(ticket.pid) if ticket else None
-        if half_open is None:
-            return False
-        await half_open.session.close()
-        return True
-
-    def _take_ticket(
-        self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback
-    ) -> Ticket | None:
-        wanted = session.from_browser if comeback.recover is None else comeback.recover
-        if not wanted or not self._recovery.enabled:
-            return None
-        held = comeback.pid in self._holders if isinstance(comeback.pid, str) else False
-        ticket = None if held else self._returns.take_back(viewer, comeback)
-        if ticket is None:
-            return self._recovery.issue(viewer)
-        self._recovery.hold(ticket)
-        self._comebacks[sid] = comeback
-        return ticket
-
     async def _welcome(self, sid: Sid) -> None:
-        """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
-        dashboard = self._connected.get(sid)
-        if dashboard is None:
-            return
-        comeback, ticket = self._comebacks.pop(sid, None), dashboard.ticket
-        if ticket is None:
-            dashboard.tell("session", {"recovered": False, "rooms": []})
-        elif comeback is None:
-            state = {"recovered": False, "rooms": []}
-            dashboard.tell("session", state, self._recovery.offset)
-        else:
-            self._make_up(sid, ticket, comeback)
-
-    def _make_up(self, sid: Sid, ticket: Ticket, comeback: Comeback) -> None:
-        """Give a client what it missed, and its rooms."""
-        dashboard = self._connected[sid]
-        due = self._returns.due(ticket, dashboard.viewer, comeback)
-        if due is None:
-            dashboard.session.cut("recovery was overtaken")
-            return
-        dashboard.write(due)
-        self._limits.metrics.recovered.inc()
-        rooms = sorted(ticket.rooms.keys() | ticket.pending)
-        for room in tuple(ticket.rooms):
-            self._subscriptions.enter(sid, room)
-        dashboard.tell("session", {"recovered": True, "rooms": rooms}, self._recovery.offset)
-        for room in self._recovery.rooms_without_snapshot(ticket, comeback.offset):
-            self._subscriptions.send_snapshots_soon(sid, room)
-        self._subscriptions.wait_again(sid)
+        if (dashboard := self._subscriptions.connected.get(sid)) is not None:
+            self._comebacks.welcome(dashboard)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._rights.remove(sid)
-        self._comebacks.pop(sid, None)
+        dashboard.forget_token()
+        session = dashboard.session
         if dashboard.ticket is not None:
-            del self._holders[dashboard.ticket.pid]
-            if not dashboard.session.closed:  # it said DISCONNECT
-                self._recovery.forget(dashboard.ticket)
-            else:
-                self._recovery.await_return(dashboard.ticket)
-        if dashboard.expiry is not None:
-            dashboard.expiry.cancel()
+            self._comebacks.expect(dashboard.ticket, session)
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
         self._node.viewer_left(dashboard.viewer.discord_id)
-        session = dashboard.session
         if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
             self._limits.strangers.enter(session)
         session.log.info("viewer is gone: %s", reason)
 
-    def __len__(self) -> int:
-        return len(self._connected)
+    # -- requests
 
-    # -- the life of a token
+    async def _request(self, sid: Sid, event: object, *args: object) -> dict[str, Any]:
+        dashboard = self._subscriptions.connected[sid]
+        try:
+            if not self._limits.may_send(dashboard.session.allowance):
+                raise ClientError("rate_limited", "Too many events; slow down")
+            return {"ok": True, **await self._answer(event, dashboard, args)}
+        except ClientError as error:
+            self._limits.metrics.refused_requests.labels(error.code).inc()
+            dashboard.tell("error", error.to_wire())
+            return {"ok": False, "error": error.to_wire()}
 
-    def _watch_expiry(self, sid: Sid) -> None:
-        dashboard = self._connected[sid]
-        if dashboard.expiry is not None:
-            dashboard.expiry.cancel()
-            dashboard.expiry = None
-        if dashboard.viewer.expires is not None:
-            warning = dashboard.viewer.expires - time.time() - EXPIRY_WARNING
-            dashboard.expiry = asyncio.get_running_loop().call_later(warning, self._expiring, sid)
+    async def _answer(
+        self, event: object, dashboard: Dashboard, args: tuple[object, ...]
+    ) -> dict[str, Any]:
+        if event == "guilds:list":
+            return self._rights.lists.ask(dashboard)
+        if event == "auth:refresh":
+            return self._refresh(dashboard, args)
+        verb, _, kind = event.partition(":") if isinstance(event, str) else ("", "", "")
+        if kind in self._subscriptions.kinds and verb == "subscribe":
+            return await self._subscriptions.subscribe(dashboard, kind, guild_argument(args))
+        if kind in self._subscriptions.kinds and verb == "unsubscribe":
+            return self._subscriptions.unsubscribe(dashboard, f"{kind}:{guild_argument(args)}")
+        raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
 
-    def _expiring(self, sid: Sid) -> None:
-        dashboard = self._connected[sid]
-        expires = dashboard.viewer.expires or 0.0
-        moment = datetime.fromtimestamp(expires, UTC)
-        dashboard.tell("auth:expiring", {"expiresAt": timestamp(moment)})
-        loop = asyncio.get_running_loop()
-        dashboard.expiry = loop.call_later(expires - time.time(), self._expire, sid)
-
-    def _expire(self, sid: Sid) -> None:
-        """Only the transport ends: a stock client comes back with what its `auth` gives then."""
-        dashboard = self._connected[sid]
-        dashboard.tell("error", {"message": "Token expired", "code": "expired"})
-        dashboard.session.end()
-
-    async def _refresh(self, sid: Sid, args: tuple[object, ...]) -> dict[str, Any]:
+    def _refresh(self, dashboard: Dashboard, args: tuple[object, ...]) -> dict[str, Any]:
         """A new token for the same viewer; what it no longer allows is left."""
-        dashboard = self._connected[sid]
         try:
             viewer = self._tokens.verify(args[0] if len(args) == 1 else None)
         except RefusedConnectionError as refusal:
@@ -8239,37 +8241,9 @@ class Dashboards:
             raise ClientError("forbidden", refusal.message) from refusal
         if viewer.discord_id != dashboard.viewer.discord_id:
             raise ClientError("forbidden", "The token is another viewer's")
-        dashboard.viewer = viewer
-        if dashboard.ticket is not None:
-            dashboard.ticket.viewer = viewer
-        self._watch_expiry(sid)
-        self._rights.check_viewer(sid)
+        dashboard.take_token(viewer)
+        self._rights.check_dashboard(dashboard)
         return {}
-
-    # -- requests
-
-    async def _request(self, sid: Sid, event: object, *args: object) -> dict[str, Any]:
-        try:
-            if not self._limits.may_send(self._connected[sid].session.allowance):
-                raise ClientError("rate_limited", "Too many events; slow down")
-            return {"ok": True, **await self._answer(event, sid, args)}
-        except ClientError as error:
-            self._limits.metrics.refused_requests.labels(error.code).inc()
-            if sid in self._connected:
-                self._connected[sid].tell("error", error.to_wire())
-            return {"ok": False, "error": error.to_wire()}
-
-    async def _answer(self, event: object, sid: Sid, args: tuple[object, ...]) -> dict[str, Any]:
-        if event == "guilds:list":
-            return self._rights.lists.ask(self._connected[sid])
-        if event == "auth:refresh":
-            return await self._refresh(sid, args)
-        verb, _, kind = event.partition(":") if isinstance(event, str) else ("", "", "")
-        if kind in self._subscriptions.kinds and verb == "subscribe":
-            return await self._subscriptions.subscribe(sid, kind, guild_argument(args))
-        if kind in self._subscriptions.kinds and verb == "unsubscribe":
-            return self._subscriptions.unsubscribe(sid, f"{kind}:{guild_argument(args)}")
-        raise ClientError("unknown_event", f"Unknown event: {quoted(event)}")
 
 
 def shard_range_of(shard: hikari.api.GatewayShard) -> ShardRange:
@@ -8365,7 +8339,7 @@ def measure(server: Server) -> None:
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
-    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.size)
+    gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.logs.size)
     gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
     gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
     gauge(
@@ -8435,6 +8409,15 @@ def listening(family: socket.AddressFamily, host: str, port: int) -> socket.sock
     return listener
 
 
+def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:
+    """Which events are needed, and by whom."""
+    wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
+    for plugin in plugins.plugins.values():
+        for event_type in plugin.event_types():
+            wanted.setdefault(event_type, []).append(plugin.name)
+    return wanted
+
+
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
@@ -8456,10 +8439,10 @@ class Server:
         self.metrics = Metrics()
         self.pulse = Pulse()
         self.draining = False
-        self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder, self.metrics)
-        self.plugins.load()
-        cached = self.plugins.cached()
-        self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics, cached)
+        loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, self.metrics)
+        loader.load_all()
+        wanted, cached = wanted_events(loader), loader.cached()
+        self.gateway = Gateway(settings.discord, token, wanted, self.metrics, cached)
         self.node = make_node(settings, self.gateway.bot)
         self.access = self.node.make_access()
         self.tokens = Tokens(keys, settings.auth.algorithms)
@@ -8477,43 +8460,32 @@ class Server:
         self.recovery = Recovery(settings.recovery, key, self.node.ticket_changed)
         timeout = settings.plugins.handler_timeout
         self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
+        self.door = FrontDoor(settings.server, self.limits)
+        self.plugins = PluginHost(loader, self._workplace(), self.metrics, timeout)
         self.rights = self._make_rights()
         self.dashboards = self._make_dashboards()
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
-        self.door = FrontDoor(settings.server, self.limits)
         measure(self)
-        self.plugins.attach(self._workplace())
-        watch = settings.plugins.watch
-        self.plugin_watcher = PluginWatcher(self.plugins, self.gateway.bot, watch=watch)
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     def _make_rights(self) -> RightsWatcher:
         subscriptions = Subscriptions(
-            self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+            self.rooms, self.access, self.limits, self.plugins.loader, self.node, self.recovery
         )
         return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
 
     def _make_dashboards(self) -> Dashboards:
-        return Dashboards(
-            self.socketio,
-            self.tokens,
-            self.access,
-            self.limits,
-            self.node,
-            self.recovery,
-            self.rights,
+        most_bytes = self._settings.server.max_queue_bytes // 2
+        comebacks = Comebacks(
+            self.recovery, self.access, self.rights.subscriptions, most_bytes, self.metrics
         )
-
-    def _wanted(self) -> dict[type[hikari.Event], list[str]]:
-        """Which events are needed, and by whom."""
-        wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
-        for event_type, names in self.plugins.event_types().items():
-            wanted[event_type] = [*wanted.get(event_type, ()), *names]
-        return wanted
+        return Dashboards(
+            self.socketio, self.tokens, self.limits, self.node, self.rights, comebacks
+        )
 
     # -- how things stand
 
@@ -8561,7 +8533,9 @@ class Server:
         self.node.start()
         self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
-        files = asyncio.create_task(self.plugin_watcher.run(), name="plugins' files")
+        files = asyncio.create_task(
+            self.plugins.follow(watch=self._settings.plugins.watch), name="plugins' files"
+        )
         self._tasks = [self._gateway_task, pulse, files]
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
@@ -8569,7 +8543,7 @@ class Server:
     async def _lead(self) -> None:
         """Have plugins at work and the gateway running: both are one node's alone."""
         try:
-            await self.plugins.start(self._workplace())
+            await self.plugins.start()
             if not being_cancelled():
                 await self.gateway.run()
         finally:
@@ -8577,9 +8551,9 @@ class Server:
             await self.plugins.stop()
 
     def _workplace(self) -> HostContext:
+        locks = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
         return HostContext(
             bot=self.gateway.bot,
-            events=self.gateway.bot.events,
             presences=self.gateway.presences,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
@@ -8592,7 +8566,7 @@ class Server:
             rest_url=self._settings.discord.rest_url,
             address=self.door.address,
             lists_origin=self.door.lists,
-            alone=self.plugins.locks.__getitem__,
+            alone=locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:
@@ -8602,8 +8576,9 @@ class Server:
         except OSError as error:
             unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
             why = error.strerror if unknown else os.strerror(error.errno or 0)
+            key = "host" if unknown or error.errno == errno.EADDRNOTAVAIL else "port"
             place = f"{server.host}:{server.port}"
-            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
+            raise OperatorError(f"server.{key}: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -8615,10 +8590,9 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.check(settings.plugin)
+        plugin_settings = self.plugins.loader.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(plugin_settings)
-        self.plugins.loader.tables = settings.plugin
+        self.plugins.reconfigure(settings.plugin, plugin_settings)
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -8626,7 +8600,7 @@ class Server:
         self.throttle.windows = settings.throttle
         self.rights.check_all()
         self._settings = settings
-        self.plugin_watcher.look()
+        self.plugins.look()
         return [key for key in changed if not key.startswith(LIVE)]
 
     async def stop(self) -> None:
@@ -8637,6 +8611,7 @@ class Server:
         self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
+        until = time.monotonic() + grace
         work = [
             asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
@@ -8647,6 +8622,7 @@ class Server:
             task.cancel()
         await asyncio.wait(work)
         await self._close_sessions(0)
+        await self.socketio.eio.upgrades_end(until - time.monotonic())
         await self.web.close_all_connections()
 
     async def _stop_sources(self) -> None:
@@ -8656,15 +8632,19 @@ class Server:
         await self.node.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
-        """In random order, at an even pace that needs no more than `within` seconds."""
+        """In random order, at an even pace that needs no more than `within` seconds.
+
+        Of what a busy machine delays, a little is made up for: else many would be told at once.
+        """
         sessions = list(self.socketio.eio.sockets.values())
         random.shuffle(sessions)
         pace = min(GOODBYE_PACE, within / max(1, len(sessions)))
-        began = time.monotonic()
-        for number, session in enumerate(sessions):
-            if (early := began + number * pace - time.monotonic()) > 0:
+        due = time.monotonic()
+        for session in sessions:
+            if (early := due - time.monotonic()) > 0:
                 await asyncio.sleep(max(early, GOODBYE_PACE))
             await self._say_goodbye(session)
+            due = max(due, time.monotonic() - 2 * GOODBYE_PACE) + pace
 
     @staticmethod
     async def _say_goodbye(session: Session) -> None:
@@ -8839,30 +8819,17 @@ def parse_folder(text: str) -> Path:
     return path
 
 
-class CommandLine(argparse.ArgumentParser):
-    """Takes `--config` before a command and behind it."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_argument(
-            "--config",
-            type=Path,
-            default=argparse.SUPPRESS,
-            metavar="FILE",
-            help="settings (config.toml)",
-        )
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(
-        prog="spywatcher", description="Watch Discord guilds live, from any browser."
-    )
+    everywhere = argparse.ArgumentParser(add_help=False)  # before a command and behind it
+    no_default, about = argparse.SUPPRESS, "settings (config.toml)"
+    everywhere.add_argument("--config", type=Path, default=no_default, metavar="FILE", help=about)
+    about = "Watch Discord guilds live, from any browser."
+    parser = argparse.ArgumentParser("spywatcher", description=about, parents=[everywhere])
     parser.add_argument("--version", action="version", version=f"SpyWatcher {__version__}")
-    parser.set_defaults(config=None, command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, run: Callable[..., None], about: str) -> Callable[..., argparse.Action]:
-        command = commands.add_parser(name, help=about)
+        command = commands.add_parser(name, help=about, parents=[everywhere])
         command.set_defaults(command=run)
         return command.add_argument
 
@@ -8870,11 +8837,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
     demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
     types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    for command in (demo, check, types):
+        command("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     token = add("token", token_command, "make a viewer's token")
     token("--discord-id", required=True, help="the viewer's user id", **an_id)
     token("--role", default="USER", choices=sorted(get_args(Role)))
@@ -8883,7 +8851,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     forget = add("forget", forget_command, "remove a member's counts")
     forget("--member", required=True, help="the member", **an_id)
     forget("--guild", help="in this guild only", **an_id)
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, argparse.Namespace(config=None, command=serve_command))
 
 
 def code_beside(name: str, use: str) -> Any:
@@ -8916,25 +8884,22 @@ def bot_token_of(settings: Settings) -> str:
     return token
 
 
-def credentials_of(settings: Settings) -> tuple[Keys, str]:
-    """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
-    keys, token = given_credentials(settings)
-    if keys == Keys() or not token:
-        raise OperatorError(
-            "auth.secret and discord.token must both be set (or auth.secret_file and"
-            " discord.token_file); to look around without a bot: python spywatcher.py demo"
-        )
-    return keys, token
+def credentials_of(settings: Settings, *, needed: bool = True) -> tuple[Keys, str]:
+    """What tokens are checked with, and the bot's own.
 
-
-def given_credentials(settings: Settings) -> tuple[Keys, str]:
-    """The same, as far as they are set."""
+    Raises OperatorError where one is wrong or, if they are `needed`, missing.
+    """
     faults: list[str] = []
     keys, token = Keys(), ""
     with collecting(faults):
         keys = read_keys(settings.auth, settings.folder)
     with collecting(faults):
         token = bot_token_of(settings)
+    if not faults and needed and (keys == Keys() or not token):
+        faults.append(
+            "auth.secret and discord.token must both be set (or auth.secret_file and"
+            " discord.token_file); to look around without a bot: python spywatcher.py demo"
+        )
     if faults:
         raise OperatorError(*faults)
     return keys, token
@@ -8945,15 +8910,15 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
     systemd = Systemd(os.environ)
     sockets, make_node = systemd.sockets(), node_type(settings)
     server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
-    reload = functools.partial(reload_settings, server, arguments.config)
+    reload = functools.partial(reload_settings, server, lambda: read_settings(arguments.config))
     faulthandler.enable(2)  # systemd's watchdog sends SIGABRT: every thread's stack to the journal
     run_until_stopped(run_server(server, systemd, reload))
 
 
-def reload_settings(server: Server, path: Path | None) -> None:
+def reload_settings(server: Server, read: Callable[[], Settings]) -> None:
     """What SIGHUP does: read the settings again; a fault in them changes nothing."""
     try:
-        settings = read_settings(path)
+        settings = read()
         with naming_source(settings):
             keys = read_keys(settings.auth, settings.folder)
             if keys == Keys():
@@ -8969,77 +8934,88 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
-    host = plugin_host(settings)
-    faults = faults_beside_file(settings, host, credentials_of)
-    if not faults:
-        if arguments.settings:
-            print(settings_text(settings))
-        for plugin in host.plugins.values():
-            print(plugin_text(plugin))
-        for plugin in host.plugins.values():
-            print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if faults := faults + host.loader.faults():
+    """Print what there is, and say what `serve` would refuse and which plugins do not load."""
+    plugins = plugin_loader(settings, arguments.plugins)
+    faults = faults_beside_file(settings, plugins)
+    if arguments.settings:
+        print(settings_text(settings))
+    for plugin in plugins.plugins.values():
+        print(plugin_text(plugin))
+    if faults:
         raise OperatorError(*faults)
     print(f"all is well with {settings.source}")
 
 
 def faults_beside_file(
-    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
+    settings: Settings, plugins: PluginLoader, *, complete: bool = True
 ) -> list[str]:
-    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
+    """What is wrong with what settings name: plugins (which are loaded by it), keys, token, Redis.
+
+    Where settings are not `complete`, what is missing is no fault.
+    """
     faults: list[str] = []
     with collecting(faults):
-        host.load()
+        plugins.load_all()
     with collecting(faults):
-        keys, token = credentials(settings)
+        keys, token = credentials_of(settings, needed=complete)
         if keys != Keys():
-            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+            plugins.check_secret(Tokens(keys, settings.auth.algorithms))
         if token:  # this takes none that is no token
-            Gateway(settings.discord, token, host.event_types(), Metrics())
+            Gateway(settings.discord, token, wanted_events(plugins), Metrics())
     with collecting(faults):
         if settings.redis.url:
             cluster_code().check_redis(settings)
-    return faults
+    return faults + plugins.faults()
 
 
-def plugin_host(settings: Settings) -> PluginHost:
-    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+def plugin_loader(settings: Settings, first: Path | None = None) -> PluginLoader:
+    """Of the folders that settings name, with one before them."""
+    folders = (*([str(first)] if first else []), *settings.plugins.folders)
+    chosen = msgspec.structs.replace(settings.plugins, folders=folders)
+    return PluginLoader(chosen, settings.plugin, settings.folder, Metrics())
 
 
 def plugin_text(plugin: Plugin) -> str:
-    """What a plugin is called for, what it needs and what it serves, but its events."""
-    nothing = hikari.Intents.NONE
-    intents = nothing
+    """What a plugin sends, is called for, needs and serves."""
+    intents = nothing = hikari.Intents.NONE
     for event_type in plugin.event_types():
         intents |= missing_intents(event_type, nothing)
     hears = [one.mark.source for one in plugin.listeners]
+    form = plugin.settings_form
     rows: dict[str, Iterable[str]] = {
+        "sends": plugin.events,
         "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
-        "every": [f"{one.mark.seconds:g} s" for one in plugin.repeated],
+        "every": [f"{one.mark.seconds:g} s" for one in plugin.marked(Repeated)],
         "greets": [one.mark.kind for one in plugin.greeters],
         "hooks": plugin.hooks,
         "rooms": plugin.kinds,
-        "routes": [one.mark.pattern for one in plugin.routes],
+        "routes": [one.mark.pattern for one in plugin.marked(Route)],
         "intents": [str(intent.name) for intent in intents],
         "needs": plugin.needs,
-        "settings": plugin.settings_form.__struct_fields__
-        if plugin.settings_form
-        else plugin.settings,
+        "settings": form.__struct_fields__ if form else plugin.settings,
     }
-    lines = [f"  {what:<10}{', '.join(sorted(set(of)))}" for what, of in rows.items() if of]
+    lines = [
+        textwrap.fill(
+            ", ".join(sorted(set(of))),
+            100,
+            initial_indent=f"  {what:<10}",
+            subsequent_indent=" " * 12,
+        )
+        for what, of in rows.items()
+        if of
+    ]
     return "\n".join([f"{plugin.name}:", *lines])
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    host = plugin_host(settings)
-    host.load()
-    if faults := host.loader.faults():
+    plugins = plugin_loader(settings, arguments.plugins)
+    plugins.load_all()
+    if faults := plugins.faults():
         raise OperatorError(*faults)
     write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
-    print(write(host))
+    print(write(plugins))
 
 
 def settings_text(settings: Settings) -> str:
@@ -9066,29 +9042,29 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host, member, guild = plugin_host(settings), arguments.member, arguments.guild
-    host.load()
+    plugins, member, guild = plugin_loader(settings), arguments.member, arguments.guild
+    plugins.load_all()
     if settings.redis.url:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
-    for name, plugin in host.plugins.items():
+    for name, plugin in plugins.plugins.items():
         if forget := plugin.hooks.get("forget"):
             try:
                 print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
             except FAULTS as error:  # as in PluginLoader.load_all
                 raise OperatorError(f"plugin {name} could not forget: {error}") from error
-    if host.failures:
-        raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
+    if plugins.failures:
+        raise OperatorError(*(f"plugin {name}: {e}" for name, e in plugins.failures.items()))
 
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
-    simulator = code_beside("simulator", "the command demo")
-    run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
+    demo = code_beside("simulator", "the command demo")
+    run_until_stopped(demo.run_demo(settings, arguments.port, arguments.plugins, arguments.config))
 
 
 async def run_server(
-    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] | None = None
+    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] = lambda: None
 ) -> None:
     """Serve until a signal comes or Discord refuses us for good."""
     systemd = systemd or Systemd({})
@@ -9100,8 +9076,7 @@ async def run_server(
     def on_sighup() -> None:
         systemd.tell_reloading()
         try:
-            if reload:
-                reload()
+            reload()
         finally:
             systemd.tell("READY=1")
 
@@ -9128,8 +9103,10 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     else:
         loop_factory = uvloop.new_event_loop
-    # Nearly all that the garbage collector walks lives as long as its client: let it walk less.
+    # Nearly all that the garbage collector walks lives as long as its client: let it walk less, and
+    # never through what was imported: that alone takes 50 ms.
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main)
 
@@ -9165,9 +9142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
-            host = plugin_host(error.sound)
-            more = faults_beside_file(error.sound, host, given_credentials)
-            faults += with_source(more + host.loader.faults(), error.sound)
+            plugins = plugin_loader(error.sound, getattr(parsed, "plugins", None))
+            more = faults_beside_file(error.sound, plugins, complete=False)
+            faults += with_source(more, error.sound)
         say_faults(*faults)
         return EXIT_OPERATOR
     except UpstreamError as error:

@@ -23,6 +23,7 @@ import ssl
 import time
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Collection,
     Coroutine,
@@ -33,7 +34,7 @@ from collections.abc import (
     Set,
 )
 from datetime import datetime
-from typing import Any, Final, NamedTuple, NoReturn, Protocol
+from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeVar
 
 import hikari
 import msgspec
@@ -48,7 +49,7 @@ from spywatcher import (
     DataOrMaker,
     Destination,
     EventData,
-    Events,
+    GatewayEvents,
     Logged,
     Marks,
     News,
@@ -57,9 +58,9 @@ from spywatcher import (
     OperatorError,
     Parts,
     PluginHost,
-    Recovery,
     RecoverySettings,
     RedisSettings,
+    RightsWatcher,
     RoomFrame,
     SectionT,
     Settings,
@@ -79,6 +80,8 @@ from spywatcher import (
     is_snowflake,
     log,
     read_secret,
+    remove_one,
+    room_guild,
     shown,
     without_login,
 )
@@ -87,13 +90,10 @@ CONTROL: Final = "spywatcher:control"
 GUILDS: Final = "spywatcher:guilds"  # hash: guild id -> GuildState
 GATEWAY: Final = "spywatcher:gateway"  # who holds it; empty: free
 TERM: Final = "spywatcher:term"  # the fencing counter
-WINDOWS: Final = (
-    "spywatcher:windows"  # hash: Topic -> when its window ends, what is to be sent then
-)
-#: A topic of guilds' streams too, where all others are kinds of rooms.
-CHANGE: Final = "state:change"
-#: The same of one member.
-MEMBER: Final = "state:member"
+#: hash: Topic -> when its window ends, what is to be sent then
+WINDOWS: Final = "spywatcher:windows"
+#: Topics of notes before which GUILDS has what they are about.
+OF_A_GUILD: Final = ("guild", "change")
 
 #: Seconds until a holder that does not renew has lost the gateway. A holder counts fewer, from
 #: before it asked, so that it has stopped when another begins.
@@ -263,6 +263,10 @@ return {cjson.encode(found), #KEYS, '0'}
 """
 
 
+NewsT = TypeVar("NewsT")
+StateT = TypeVar("StateT", bound=msgspec.Struct)
+
+
 def boot_clock() -> float:
     """Seconds that go on while this process, or its machine, sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
@@ -311,6 +315,8 @@ class Link:
         self.redis, self.errors = self._open(lambda: not self._closed)
         self._clients = [self.redis]
         self.up = False
+        #: Set once Redis has answered.
+        self.reached = asyncio.Event()
         self._slow_until = float("-inf")
         self._why = self._fault = ""
         self._faulty_until = float("-inf")
@@ -369,6 +375,7 @@ class Link:
         if time.monotonic() < self._faulty_until:
             return
         self.up = True
+        self.reached.set()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -400,6 +407,51 @@ class Link:
             for pool in (client.connection_pool, *sentinel_pools(client)):
                 with contextlib.suppress(*self.errors):
                     await pool.aclose()
+
+
+class WriteBehind(Generic[NewsT]):
+    """The latest news for Redis of each key, told in batches; what could not be told is told again."""
+
+    def __init__(self, write: Callable[[dict[Any, NewsT]], Awaitable[bool]]) -> None:
+        """`write` returns whether Redis took it."""
+        self.news: dict[Any, NewsT] = {}
+        self._write = write
+        self._wake = asyncio.Event()
+        self._writing = asyncio.Lock()
+
+    def wake(self) -> None:
+        """Tell at once, and not within half a second."""
+        self._wake.set()
+
+    async def work(self) -> None:
+        """Tell for as long as Redis answers."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEWAL):
+                    await self._wake.wait()
+            self._wake.clear()
+            if await self.flush():
+                self.wake()
+            await asyncio.sleep(BUSY_REST)
+
+    async def drain(self) -> None:
+        """Tell all that Redis takes."""
+        while await self.flush():
+            pass
+
+    async def flush(self) -> bool:
+        """Tell some of it. Returns whether there is more that Redis would take."""
+        async with self._writing:
+            batch = dict(itertools.islice(self.news.items(), BATCH))
+            for key in batch:
+                del self.news[key]
+            taken = not batch
+            try:
+                taken = taken or await self._write(batch)
+            finally:
+                if not taken:
+                    self.news = batch | self.news
+        return taken and bool(self.news)
 
 
 def fault_of(error: Exception) -> str:
@@ -525,7 +577,7 @@ def check_redis(settings: Settings) -> None:
 
 
 class Waiting(NamedTuple):
-    """An entry on its way to Redis; `guild` is the field of GUILDS that is set before it."""
+    """An entry on its way to Redis; `guild` is the field of GUILDS that is set before it, if any."""
 
     stream: str
     term: int
@@ -542,20 +594,20 @@ class Publisher:
         self,
         link: Link,
         lease: Lease,
-        guild_data: Callable[[str], bytes | None],
+        known: KnownGuilds,
         on_restart: Callable[[], None],
         window: float,
     ) -> None:
-        """`guild_data` is what GUILDS is to hold of a guild, as of now; `on_restart` is called when
-        Redis came back as another run of it, perhaps without its data. Entries of the last `window`
-        seconds can be recovered.
+        """`on_restart` is called when Redis came back as another run of it, perhaps without its data.
+
+        Entries of the last `window` seconds can be recovered.
         """
         self._age = STREAM_AGE + int(window * 1000)
-        self._began = 0
+        self._position = self._began = 0  # in the count of events: now, and when the term began
         self._positions: dict[str, int] = {}  # what each stream was told last in this term
         self._link = link
         self._lease = lease
-        self._guild_data = guild_data
+        self._known = known
         self._on_restart = on_restart
         self._redis = link.client(lambda: not self._server_known)
         self._server_known = False
@@ -579,24 +631,41 @@ class Publisher:
         """Until nothing waits for Redis."""
         await self._drained.wait()
 
-    def put(
-        self,
-        stream: str,
-        topic: str,
-        detail: str = "",
-        body: bytes = b"",
-        *,
-        term: int = 0,
-        guild: str = "",
-        position: int = 0,
-    ) -> None:
+    @property
+    def leading(self) -> bool:
+        """Whether this node may say what only the holder of the gateway says."""
+        return self._lease.leading
+
+    def begin_term(self, position: int) -> None:
+        """From here on this node's count of events is that of all."""
+        self._position = self._began = position
+        self._positions.clear()
+
+    def tell(self, topic: str, detail: str = "", body: bytes = b"") -> None:
+        """Say something to all other nodes that any node may say."""
+        self._put(CONTROL, Note(self._lease.source, 0, topic, detail, body))
+
+    def tell_as_holder(self, topic: str, detail: str = "", body: bytes = b"") -> None:
+        """Say what only the holder may say; without a term, nothing."""
+        if self.leading:
+            self._put_counted(CONTROL, topic, detail, body)
+
+    def send(self, to: Destination, packet: bytes, position: int) -> None:
+        """Send the event of this position to the other nodes as soon as Redis can."""
+        self._position = position
+        self._put_counted(guild_stream(to.guild_id), to.kind, to.channel_id, packet)
+
+    def _put_counted(self, stream: str, topic: str, detail: str, body: bytes) -> None:
+        term, position = self._lease.led, self._position
+        before = self._positions.get(stream, self._began)
+        self._positions[stream] = position
+        self._put(stream, Note(self._lease.source, term, topic, detail, body, position, before))
+
+    def _put(self, stream: str, note: Note) -> None:
         """Never waits; past the bounds the oldest goes."""
-        before = self._positions.get(stream, self._began) if position else 0
-        if position:
-            self._positions[stream] = position
-        note = Note(self._lease.source, term, topic, detail, body, position, before)
         data = msgspec.msgpack.encode(note)
-        self._queue.append(Waiting(stream, term, data, guild, time.monotonic()))
+        guild = note.detail if stream == CONTROL and note.topic in OF_A_GUILD else ""
+        self._queue.append(Waiting(stream, note.term, data, guild, time.monotonic()))
         self._bytes += len(data)
         while len(self._queue) > MOST_WAITING or self._bytes > MOST_WAITING_BYTES:
             self._numbers[self._drop_oldest().stream] += 1  # a gap for readers to see
@@ -605,11 +674,6 @@ class Publisher:
             self.dropped += 1
         self._wake.set()
         self._drained.clear()
-
-    def begin_term(self, position: int) -> None:
-        """From here on this node's count of events is that of all."""
-        self._began = position
-        self._positions.clear()
 
     def _drop_oldest(self) -> Waiting:
         item = self._queue.popleft()
@@ -673,7 +737,7 @@ class Publisher:
         pipe = self._redis.pipeline(transaction=False)
         streams = {item.stream for item in self._batch}
         for guild in {item.guild for item in self._batch} - {""}:
-            data = self._guild_data(guild)
+            data = self._known.encoded(int(guild))
             pipe.hdel(GUILDS, guild) if data is None else pipe.hset(GUILDS, guild, data)
         for item in self._batch:
             fields = {"n": item.data, "i": item.number}
@@ -702,14 +766,10 @@ class Tail:
 
     def __init__(self, last: str) -> None:
         self.last = last
-        self._first = numbers_of(last)
         self._had: dict[str, int] = {}
         self._term = 0
         #: Entries that were not there any more, since the reader asked last.
         self.lost = 0
-
-    def begins_before(self, entry_id: str) -> bool:
-        return self._first < numbers_of(entry_id)
 
     def admits(self, entry: Entry) -> bool:
         """Whether this entry is new: not had before, and not of a holder that was replaced."""
@@ -722,30 +782,14 @@ class Tail:
         return True
 
 
-class Listener(Protocol):
-    """Who takes what a reader reads."""
-
-    async def catch_up(self) -> None:
-        """Notes may have been missed: learn anew what they told."""
-
-    async def prepare(self, notes: list[Note]) -> Callable[[Note], None]:
-        """Get ready for these notes of the control stream; returns what takes one of them."""
-
-    def take_event(self, stream: str, entry: Entry) -> None:
-        """Take an entry of a guild's stream."""
-
-    def caught_up(self) -> None:
-        """All has been taken that was told before the latest note."""
-
-
 class Reader:
     """Reads the control stream and those of the guilds that this node's clients are in."""
 
-    def __init__(self, link: Link, source: str, listener: Listener) -> None:
+    def __init__(self, link: Link, source: str, hearing: Hearing) -> None:
         self._link = link
         self._source = source
         self._own = f"spywatcher:node:{source}"
-        self._listener = listener
+        self._hearing = hearing
         self._tails: dict[str, Tail] = {}
         self._idle: dict[str, float] = {}  # streams that nobody needs, since when
         self._newest = "0-0"
@@ -761,16 +805,16 @@ class Reader:
 
     # -- which streams
 
-    def follows(self, stream: str) -> bool:
-        """Whether it is read; it is needed from now on."""
-        self._idle.pop(stream, None)
-        return stream in self._tails
+    def follow(self, guild_id: str) -> asyncio.Task[None] | None:
+        """Read a guild's stream from now on; None: it is read.
 
-    async def follow(self, stream: str) -> None:
-        """Read a stream from now on; returns when that is so, or when Redis takes too long to say."""
+        Done when that is so, or when Redis takes too long to say.
+        """
+        stream = guild_stream(guild_id)
         self._idle.pop(stream, None)
-        if stream in self._tails:
-            return
+        return None if stream in self._tails else asyncio.create_task(self._begin(stream))
+
+    async def _begin(self, stream: str) -> None:
         await self._poke_soon()
         self._tails.setdefault(stream, Tail(self._newest))
         await self._poke_soon()  # ends the read that waits, so that the next one has the stream
@@ -824,7 +868,7 @@ class Reader:
         self._restart_after_clock_step()
         while True:
             if self.missed:
-                await self._listener.catch_up()
+                await self._hearing.catch_up()
                 self.missed = False
             where = {stream: tail.last for stream, tail in self._tails.items()}
             answer = await self._link.redis.xread(where, count=BATCH_READ, block=1000)
@@ -834,9 +878,7 @@ class Reader:
             if own := found.pop(self._own, None):
                 self._heard = time.monotonic()
                 self._end(self._own, own)
-            # Rights travel in the control stream, and were put there before what they decide.
-            await self._take_control(found.pop(CONTROL, []))
-            self._take_events(found)
+            await self._take(found)
             if answer:
                 await asyncio.sleep(BUSY_REST)
 
@@ -852,43 +894,47 @@ class Reader:
             if numbers_of(tail.last)[0] > now + 1:
                 tail.last = "0-0"
 
-    async def _take_control(self, found: Found) -> None:
-        entries = list(self.decode(CONTROL, found))
-        take = await self._listener.prepare([entry.note for entry in entries])
-        for entry in entries:
-            self._admit(CONTROL, entry, lambda entry: take(entry.note))
-        self._end(CONTROL, found)
-
-    def _take_events(self, found: dict[str, Found]) -> None:
-        """All guilds' events in the order of the holder's count: how far that is for one of them, it
-        then is for all. Beyond what was cut off of a long answer nothing is taken yet.
+    async def _take(self, found: dict[str, Found]) -> None:
+        """All streams in one, in the order of the holder's count: what decides rights is in the control
+        stream, between the events before and after it. How far the count is in one stream, it then is
+        in all; beyond what was cut off of a long answer nothing is taken yet.
         """
-        streams = {stream: list(self.decode(stream, found[stream])) for stream in found}
+        streams = {stream: self._counted(stream, entries) for stream, entries in found.items()}
         cut = [
-            entries[-1].note.position
-            for stream, entries in streams.items()
-            if entries and len(found[stream]) == BATCH_READ
+            counted[-1][0]
+            for stream, counted in streams.items()
+            if counted and len(found[stream]) == BATCH_READ
         ]
         limit = min(cut, default=math.inf)
-        batch = [(entry, stream) for stream, entries in streams.items() for entry in entries]
-        for entry, stream in sorted(batch, key=lambda one: one[0].note.position):
-            if entry.note.position <= limit:
-                self._admit(stream, entry, functools.partial(self._listener.take_event, stream))
+        await self._hearing.prepare([entry.note for _, entry in streams.get(CONTROL, ())])
+        batch = [
+            (position, stream == CONTROL, stream, entry)
+            for stream, counted in streams.items()
+            for position, entry in counted
+            if position <= limit
+        ]
+        for _, _, stream, entry in sorted(batch, key=operator.itemgetter(0, 1)):
+            self._admit(stream, entry)
         if not cut:
             for stream, entries in found.items():
                 self._end(stream, entries)
-            self._listener.caught_up()
+            self._hearing.caught_up()
 
-    def _admit(self, stream: str, entry: Entry, take: Callable[[Entry], None]) -> None:
+    def _counted(self, stream: str, found: Found) -> list[tuple[int, Entry]]:
+        """Entries with their place in the holder's count: what says none follows what was before it."""
+        entries = list(self.decode(stream, found))
+        positions = itertools.accumulate((entry.note.position for entry in entries), max)
+        return list(zip(positions, entries, strict=True))
+
+    def _admit(self, stream: str, entry: Entry) -> None:
         tail = self._tails.get(stream)
         if tail is None:
             return
-        if (
-            tail.admits(entry)
-            and entry.note.source != self._source
-            and not self._comes_again(stream, entry)
-        ):
-            self._handle(take, entry)
+        if tail.admits(entry) and entry.note.source != self._source:
+            try:
+                self._hearing.take(stream, entry)
+            except Exception:  # one bad note, of another version perhaps, must not stop all others
+                log.exception("a note of another node could not be taken: %s", entry.note.topic)
         tail.last = entry.id
 
     def _end(self, stream: str, found: Found) -> None:
@@ -921,21 +967,6 @@ class Reader:
                     log.error("an entry of %s cannot be read: %s", stream, type(error).__name__)
                 self.unreadable += 1
 
-    @staticmethod
-    def _handle(take: Callable[[Entry], None], entry: Entry) -> None:
-        """One bad note, of a node of another version perhaps, must not stop all others."""
-        try:
-            take(entry)
-        except Exception:
-            log.exception("a note of another node could not be taken: %s", entry.note.topic)
-
-    def _comes_again(self, stream: str, entry: Entry) -> bool:
-        """Whether a change in the control stream will be read in its place among the guild's events."""
-        if stream != CONTROL or entry.note.topic not in (CHANGE, MEMBER):
-            return False
-        tail = self._tails.get(guild_stream(entry.note.detail))
-        return tail is not None and tail.begins_before(entry.id)
-
 
 class LeaseState(enum.Enum):
     """Where a node stands with the right to hold the gateway, which one node has for a term.
@@ -943,7 +974,13 @@ class LeaseState(enum.Enum):
     Redis decides: a key names the holder and runs out after LOCK_TIME, a counter gives each new
     holder a higher term. A node asks every RENEWAL seconds. It may count on an answer for
     TERM_TIME from before it asked, by a clock that goes on while the process sleeps: less than
-    LOCK_TIME, so that one holder has stopped telling others before the next begins.
+    LOCK_TIME, so that one holder has stopped telling others before the next begins. What happens
+    leads to one state, whatever the state was before:
+
+        it happens that                               the state is then
+        Redis says that its term lasts or begins      HELD
+        Redis says that it does not, or it lets go    STANDBY
+        TERM_TIME goes by without an answer           LAPSED, if it was HELD
 
         state     it is      its gateway   it publishes           its own clients hear
         STANDBY   not held   is closed     nothing of a gateway   the holder, by the streams
@@ -954,36 +991,13 @@ class LeaseState(enum.Enum):
     When Redis is back, either nobody else has had a term: the node takes up its own again and
     publishes what it has kept. Or somebody has: what it has kept is dropped, and its clients hear
     the new holder from CHANGE_OF_SOURCE on. So each client has one source at any time.
+
+    The value is whether what was done in its term may be published; None: Redis has to say.
     """
 
-    STANDBY = enum.auto()
-    HELD = enum.auto()
-    LAPSED = enum.auto()
-
-
-class Verdict(enum.Enum):
-    """What can happen to a lease."""
-
-    GRANTED = "Redis says that this node's term lasts or begins"
-    REFUSED = "Redis says that it does not, or the node lets go"
-    SILENCE = "TERM_TIME went by without an answer"
-
-
-TRANSITIONS: Final = {
-    (LeaseState.STANDBY, Verdict.GRANTED): LeaseState.HELD,
-    (LeaseState.STANDBY, Verdict.REFUSED): LeaseState.STANDBY,
-    (LeaseState.HELD, Verdict.GRANTED): LeaseState.HELD,
-    (LeaseState.HELD, Verdict.REFUSED): LeaseState.STANDBY,
-    (LeaseState.HELD, Verdict.SILENCE): LeaseState.LAPSED,
-    (LeaseState.LAPSED, Verdict.GRANTED): LeaseState.HELD,
-    (LeaseState.LAPSED, Verdict.REFUSED): LeaseState.STANDBY,
-}
-#: Whether what was done in a node's term may be published; None: Redis has to say.
-MAY_PUBLISH: Final = {
-    LeaseState.STANDBY: False,
-    LeaseState.HELD: True,
-    LeaseState.LAPSED: None,
-}
+    STANDBY = False
+    HELD = True
+    LAPSED = None
 
 
 class Lease:
@@ -996,12 +1010,13 @@ class Lease:
         self._release = link.redis.register_script(RELEASE)
         self._state = LeaseState.STANDBY
         self._until = float("-inf")
-        #: Of the term that is HELD or LAPSED; 0: STANDBY.
+        #: The term that is HELD or LAPSED; 0: STANDBY.
         self.term = 0
+        #: That in which this node's gateway and plugins run; 0: they do not.
+        self.led = 0
         #: The latest term that this node has heard of.
         self.known = 0
-        #: When this node last lost a term, by Redis' clock in milliseconds.
-        self.lost_at = -math.inf
+        self._lost_at = -math.inf  # when the last term was, by Redis' clock in milliseconds
         self._offset: float | None = None  # of Redis' clock, in milliseconds; None: not known yet
         self._empty_since = math.inf  # since when Redis knows no term, by `boot_clock`
         self._changed = asyncio.Condition()
@@ -1013,21 +1028,32 @@ class Lease:
     def state(self) -> LeaseState:
         """By this node's own clock, as it is now."""
         if self._state is LeaseState.HELD and boot_clock() >= self._until:
-            self._step(Verdict.SILENCE)
+            self._state = LeaseState.LAPSED
         return self._state
-
-    def _step(self, verdict: Verdict) -> None:
-        self._state = TRANSITIONS[self._state, verdict]
 
     def holds(self) -> bool:
         """Whether no other node can hold the gateway now."""
         return self.state is LeaseState.HELD
 
+    @property
+    def leading(self) -> bool:
+        """Whether gateway and plugins run here."""
+        return self.led > 0
+
     def verdict(self, term: int) -> bool | None:
         """Whether what was done in this term may be published; None: Redis has to say."""
         if term in (0, self.term):
-            return not term or MAY_PUBLISH[self.state]
+            return not term or self.state.value
         return False
+
+    def hears(self, term: int) -> bool:
+        """Whether what the holder of this term tells is for this node: not beside its own gateway."""
+        return not term or not self.term or term < self.term
+
+    def may_have_brought(self, entry: Entry) -> bool:
+        """Whether this node's clients may have an event from its own gateway, their source then."""
+        milliseconds, _ = numbers_of(entry.id)
+        return entry.note.term > 0 and milliseconds < self._lost_at + CHANGE_OF_SOURCE
 
     def saw_term(self, term: int) -> None:
         """Another node had this term."""
@@ -1079,19 +1105,18 @@ class Lease:
         return until * (contact >= EXPIRED_PATIENCE), until * (empty >= patience)
 
     async def _become(self, term: int, until: float) -> None:
-        before = self.term
-        if before and term != before:
-            self._step(Verdict.REFUSED)
-            self.lost_at = (self._offset or 0.0) + boot_clock() * 1000
-            log.info("this node no longer holds the gateway")
-        if term and term != before:
-            log.info("this node holds the gateway")
-        self._step(Verdict.GRANTED if term else Verdict.REFUSED)
-        self.term, self._until = term, until
+        before, self.term, self._until = self.term, term, until
+        self._state = LeaseState.HELD if term else LeaseState.STANDBY
         self.saw_term(term)
-        if term != before:
-            async with self._changed:
-                self._changed.notify_all()
+        if term == before:
+            return
+        if before:
+            self._lost_at = (self._offset or 0.0) + boot_clock() * 1000
+            log.info("this node no longer holds the gateway")
+        if term:
+            log.info("this node holds the gateway")
+        async with self._changed:
+            self._changed.notify_all()
 
     async def release(self) -> None:
         """Let another node take over at once."""
@@ -1149,17 +1174,31 @@ class GuildChange(msgspec.Struct, array_like=True, frozen=True):
     about: tuple[str, str | None, int] | None = None
 
 
+#: The fields of `GuildState` and `GuildChange` that have something by id.
+PARTS: Final = ("roles", "channels", "threads")
 #: What one user is in each guild; None: no member.
 Memberships = dict[int, MemberState | None]
 
 
-def encode_state(truth: object) -> bytes:
+def encode_state(state: object) -> bytes:
     """hikari's flags and enumerations go as their numbers."""
-    return msgspec.msgpack.encode(truth, enc_hook=int)
+    return msgspec.msgpack.encode(state, enc_hook=int)
 
 
 def decode_state(data: bytes, form: type[SectionT] | Any) -> Any:
-    return msgspec.msgpack.decode(data, type=form, dec_hook=lambda kind, value: kind(value))
+    return msgspec.msgpack.decode(data, type=form, dec_hook=as_hikari)
+
+
+def as_hikari(kind: type[Any], value: Any) -> Any:
+    """One of hikari's flags or enumerations, by its number."""
+    return kind(value)
+
+
+def state_of(entity: object, form: type[StateT]) -> StateT | None:
+    """What is told of one of hikari's entities; None of none."""
+    if entity is None:
+        return None
+    return msgspec.convert(entity, form, from_attributes=True, dec_hook=as_hikari)
 
 
 def update(known: dict[int, Any], news: Mapping[int, Any]) -> None:
@@ -1181,7 +1220,7 @@ class KnownGuilds:
         Redis has it, as a holder put it there once  not sure
         a holder tells of it, or that it is gone     sure
         a holder says that it has told of all        sure, as is that others do not exist
-        notes were missed, or the gateway was lost   not sure: what is here is learnt anew
+        notes were missed, or the holder is another  not sure: what is here is learnt anew
 
     While no holder is heard of (`fresh`) nothing is sure.
     """
@@ -1191,21 +1230,18 @@ class KnownGuilds:
         self._heard = float("-inf")
         self._changed = asyncio.Event()
 
-    def doubt(self) -> None:
-        """Another node holds the gateway: what is here may be outdated until that one has told."""
-        self._told.clear()
-        self.whole.clear()
-        self.complete = False
-
     def clear(self) -> None:
         """Forget all: it may be outdated."""
         self.guilds: dict[int, GuildState] = {}
         self.members: dict[int, Memberships] = {}
+        self._all: dict[str, dict[int, Any]] = {part: {} for part in PARTS}  # of all guilds, by id
+        self.doubt()
+
+    def doubt(self) -> None:
+        """Another holder has begun: what is here may be outdated until that one has told."""
+        self._told: set[int] = set()  # guilds of which a holder told, in this node's hearing
         #: Users of whom everything was told: where `members` has nothing, they are no members.
         self.whole: set[int] = set()
-        self._told: set[int] = set()  # guilds of which a holder told, in this node's hearing
-        self._role_guild: dict[int, int] = {}
-        self._channel_guild: dict[int, int] = {}
         #: Whether the holder has told of all of its guilds.
         self.complete = False
 
@@ -1243,34 +1279,32 @@ class KnownGuilds:
 
     def put_guild(self, guild_id: int, guild: GuildState | None) -> None:
         self._told.add(guild_id)
-        old = self.guilds.pop(guild_id, None)
-        if old is not None:
-            for number in old.roles:
-                self._role_guild.pop(number, None)
-            for number in (*old.channels, *old.threads):
-                self._channel_guild.pop(number, None)
+        before = self.guilds.pop(guild_id, None)
         if guild is not None:
             self.guilds[guild_id] = guild
-            self._role_guild.update(dict.fromkeys(guild.roles, guild_id))
-            self._channel_guild.update(dict.fromkeys((*guild.channels, *guild.threads), guild_id))
+        for part, known in self._all.items():
+            for number in getattr(before, part, ()):
+                known.pop(number, None)
+            known.update(getattr(guild, part, ()))
         self.wake()
 
     def change_guild(self, guild_id: int, change: GuildChange) -> None:
         guild = self.guilds.get(guild_id)
         if guild is None:
             return
-        for known, news, places in (
-            (guild.roles, change.roles, self._role_guild),
-            (guild.channels, change.channels, self._channel_guild),
-            (guild.threads, change.threads, self._channel_guild),
-        ):
-            update(known, news)
-            update(places, {number: guild_id if new else None for number, new in news.items()})
+        for part, known in self._all.items():
+            update(getattr(guild, part), getattr(change, part))
+            update(known, getattr(change, part))
         if change.about is not None:
             name, icon, owner = change.about
             about = {"name": name, "icon_hash": icon, "owner_id": owner}
             self.guilds[guild_id] = msgspec.structs.replace(guild, **about)
         self.wake()
+
+    def encoded(self, guild_id: int) -> bytes | None:
+        """What GUILDS is to hold of a guild."""
+        guild = self.guilds.get(guild_id)
+        return None if guild is None else encode_state(guild)
 
     def put_members(self, user_id: int, news: Memberships, whole: bool) -> set[int]:
         """`whole`: nothing else is known or true. Returns the guilds in which this changes anything."""
@@ -1306,16 +1340,13 @@ class KnownGuilds:
         return self.members.get(user_id, {}).get(guild_id)
 
     def get_role(self, role_id: int) -> RoleState | None:
-        guild = self.guilds.get(self._role_guild.get(role_id, 0))
-        return guild.roles.get(role_id) if guild else None
+        return self._all["roles"].get(role_id)
 
     def get_guild_channel(self, channel_id: int) -> ChannelState | None:
-        guild = self.guilds.get(self._channel_guild.get(channel_id, 0))
-        return guild.channels.get(channel_id) if guild else None
+        return self._all["channels"].get(channel_id)
 
     def get_thread(self, thread_id: int) -> ThreadState | None:
-        guild = self.guilds.get(self._channel_guild.get(thread_id, 0))
-        return guild.threads.get(thread_id) if guild else None
+        return self._all["threads"].get(thread_id)
 
 
 class SharedAccess(Access):
@@ -1327,22 +1358,20 @@ class SharedAccess(Access):
         watched: Sequence[str],
         known: KnownGuilds,
         cache: hikari.api.Cache,
-        tell: Callable[..., None],
-        leads: Callable[[], bool],
+        publisher: Publisher,
     ) -> None:
-        """`leads` says whether the gateway is this node's."""
         super().__init__(auth, watched, known)
-        self._leads = leads
         self._known = known
+        self._publisher = publisher
         #: Tells the other nodes, while the gateway is this one's.
-        self.reporter = GuildReporter(self, cache, known, tell)
+        self.reporter = GuildReporter(self, cache, known, publisher)
 
     def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        if not self._leads():  # the last word of a session that counts no more
+        if not self._publisher.leading:  # the last word of a session that counts no more
             return
         super().begin(guild_ids, shard_range)
-        for guild_id in self.lost:
-            self.reporter.tell_gone(guild_id)
+        for guild_id in self.lost:  # though hikari may still have it
+            self.reporter.tell_guild(guild_id, None)
 
     def fill(self, guild_id: int) -> None:
         super().fill(guild_id)
@@ -1374,35 +1403,17 @@ class GuildReporter:
     100,000 costs no more than one of ten.
     """
 
-    CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.GuildUpdateEvent,
-        hikari.RoleCreateEvent,
-        hikari.RoleUpdateEvent,
-        hikari.RoleDeleteEvent,
-        hikari.GuildChannelCreateEvent,
-        hikari.GuildChannelUpdateEvent,
-        hikari.GuildChannelDeleteEvent,
-        hikari.GuildThreadCreateEvent,
-        hikari.GuildThreadUpdateEvent,
-        hikari.GuildThreadDeleteEvent,
-    )
-    MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.MemberCreateEvent,
-        hikari.MemberUpdateEvent,
-        hikari.MemberDeleteEvent,
-    )
-
     def __init__(
         self,
         access: Access,
         cache: hikari.api.Cache,
         known: KnownGuilds,
-        tell: Callable[..., None],
+        publisher: Publisher,
     ) -> None:
         self._access = access
         self._cache = cache
         self._known = known
-        self._tell = tell
+        self._publisher = publisher
         self._wanted: dict[int, float] = {}  # viewers with a dashboard anywhere, until when
 
     @property
@@ -1414,71 +1425,68 @@ class GuildReporter:
         """Whether this user looks on somewhere."""
         return user_id in self._wanted
 
-    def subscribe(self, events: Events) -> None:
+    def subscribe(self, events: GatewayEvents) -> None:
         """Before whoever judges by what is told here."""
-        for change in self.CHANGES:
+        for change in RightsWatcher.CHANNEL_CHANGES + RightsWatcher.GUILD_CHANGES:
             events.subscribe(change, self._on_change)
-        for change in self.MEMBER_CHANGES:
+        for change in RightsWatcher.MEMBER_CHANGES:
             events.subscribe(change, self._on_member_change)
 
     def _on_change(self, event: Any) -> None:
-        """Told in the guild's stream too: there each event is judged by what came before it."""
         if not self._access.is_whole(event.guild_id):
+            return
+        if isinstance(event, hikari.ThreadListSyncEvent):  # of many threads at once
+            self.tell_guild(event.guild_id, self._cache.get_guild(event.guild_id))
             return
         change, guild = self._change_of(event), str(int(event.guild_id))
         self._known.change_guild(int(guild), change)
-        self._tell(CHANGE, guild, encode_state(change), guild=guild)
-        self._tell(CHANGE, guild, encode_state(change), stream=guild_stream(guild))
+        self._publisher.tell_as_holder("change", guild, encode_state(change))
 
     def _change_of(self, event: Any) -> GuildChange:
         if isinstance(event, hikari.GuildUpdateEvent):
             guild = event.guild
             return GuildChange(about=(guild.name, guild.icon_hash, int(guild.owner_id)))
         if isinstance(event, hikari.RoleEvent):
-            role = self._cache.get_role(event.role_id)
-            return GuildChange(roles={int(event.role_id): role_state(role) if role else None})
+            role = state_of(self._cache.get_role(event.role_id), RoleState)
+            return GuildChange(roles={int(event.role_id): role})
         if isinstance(event, hikari.GuildThreadEvent):
-            thread = self._cache.get_thread(event.thread_id)
-            return GuildChange(
-                threads={int(event.thread_id): thread_state(thread) if thread else None}
-            )
-        channel = self._cache.get_guild_channel(event.channel_id)
-        return GuildChange(
-            channels={int(event.channel_id): channel_state(channel) if channel else None}
-        )
+            thread = state_of(self._cache.get_thread(event.thread_id), ThreadState)
+            return GuildChange(threads={int(event.thread_id): thread})
+        channel = state_of(self._cache.get_guild_channel(event.channel_id), ChannelState)
+        return GuildChange(channels={int(event.channel_id): channel})
 
     def _on_member_change(self, event: Any) -> None:
         if event.user_id in self._wanted:
             self._tell_member(int(event.user_id), int(event.guild_id))
 
-    def tell_gone(self, guild_id: int) -> None:
-        """The bot is not in this guild, though hikari may still have it."""
-        self._tell_guild(guild_id, None)
-
     def tell_filled(self, guild_id: int) -> None:
         """All of this guild is in hikari's cache, or it is gone."""
-        self._tell_guild(guild_id, self._cache.get_guild(guild_id))
+        self.tell_guild(guild_id, self._cache.get_guild(guild_id))
         for user_id in self._wanted:
             self._tell_member(user_id, int(guild_id))
             if self._access.all_whole and user_id not in self._known.whole:
                 self.tell_members(user_id)
 
-    def _tell_guild(self, guild_id: int, guild: hikari.Guild | None) -> None:
+    def tell_guild(self, guild_id: int, guild: hikari.Guild | None) -> None:
+        """Whole, or that the bot is not in it."""
         self._known.put_guild(int(guild_id), self._guild_state(guild) if guild else None)
-        self._tell("guild", str(int(guild_id)), guild=str(int(guild_id)))
+        self._publisher.tell_as_holder("guild", str(int(guild_id)))
 
     def tell_all(self) -> None:
         """Redis may have lost everything."""
         for guild_id in self._filled():
-            self._tell_guild(guild_id, self._cache.get_guild(guild_id))
+            self.tell_guild(guild_id, self._cache.get_guild(guild_id))
 
     def _filled(self) -> list[int]:
         guilds = self._cache.get_guilds_view()
         return [int(guild_id) for guild_id in guilds if self._access.is_whole(guild_id)]
 
-    def want(self, viewers: Iterable[int]) -> None:
-        """These have a dashboard somewhere."""
+    def want(self, viewers: Iterable[int], unknown: Iterable[int]) -> None:
+        """These have a dashboard somewhere, and of some of them nothing is known there."""
         self._wanted.update(dict.fromkeys(viewers, boot_clock() + ROLL_CALL * 3))
+        if self._publisher.leading:
+            for user_id in unknown:
+                self.tell_members(user_id)
 
     def forget(self) -> None:
         """Nobody has spoken of these viewers for long."""
@@ -1489,73 +1497,173 @@ class GuildReporter:
 
     def _guild_state(self, guild: hikari.Guild) -> GuildState:
         cache, key = self._cache, guild.id
-        roles = cache.get_roles_view_for_guild(key).values()
-        channels = cache.get_guild_channels_view_for_guild(key).values()
-        threads = cache.get_threads_view_for_guild(key).values()
+
+        def states(entities: Mapping[hikari.Snowflake, Any], form: type[Any]) -> dict[int, Any]:
+            return {int(number): state_of(entity, form) for number, entity in entities.items()}
+
         return GuildState(
             id=int(key),
             name=guild.name,
             icon_hash=guild.icon_hash,
             owner_id=int(guild.owner_id),
-            roles={int(role.id): role_state(role) for role in roles},
-            channels={int(channel.id): channel_state(channel) for channel in channels},
-            threads={int(thread.id): thread_state(thread) for thread in threads},
+            roles=states(cache.get_roles_view_for_guild(key), RoleState),
+            channels=states(cache.get_guild_channels_view_for_guild(key), ChannelState),
+            threads=states(cache.get_threads_view_for_guild(key), ThreadState),
         )
 
     def _tell_member(self, user_id: int, guild_id: int) -> None:
-        """What has changed of a member; in the guild's stream too, as other changes are."""
-        member = self._member(guild_id, user_id)
+        """What has changed of a member."""
+        member = state_of(self._cache.get_member(guild_id, user_id), MemberState)
         if self._known.members.get(user_id, {}).get(guild_id, self) == member:
             return
         self._known.put_members(user_id, {guild_id: member}, whole=False)
-        body = encode_state((user_id, member))
-        self._tell(MEMBER, str(guild_id), body)
-        self._tell(MEMBER, str(guild_id), body, stream=guild_stream(str(guild_id)))
+        self._publisher.tell_as_holder("member", str(guild_id), encode_state((user_id, member)))
 
     def tell_members(self, user_id: int) -> None:
         """All that this user is in guilds that hikari's cache holds whole."""
-        news = {guild: self._member(guild, user_id) for guild in self._filled()}
-        whole = self._access.all_whole
+        get_member, whole = self._cache.get_member, self._access.all_whole
+        news = {one: state_of(get_member(one, user_id), MemberState) for one in self._filled()}
         if whole:
             news = {guild: member for guild, member in news.items() if member is not None}
         self._known.put_members(user_id, news, whole)
-        self._tell("members", str(user_id), encode_state((whole, news)))
-
-    def _member(self, guild_id: int, user_id: int) -> MemberState | None:
-        member = self._cache.get_member(guild_id, user_id)
-        if member is None:
-            return None
-        until = member.raw_communication_disabled_until
-        return MemberState(user_id, list(map(int, member.role_ids)), until)
+        self._publisher.tell_as_holder("members", str(user_id), encode_state((whole, news)))
 
 
-def role_state(role: hikari.Role) -> RoleState:
-    return RoleState(role.permissions)
+class Peers:
+    """What nodes tell each other of their clients: whose they are, and in which rooms.
 
-
-def thread_state(thread: hikari.GuildThreadChannel) -> ThreadState:
-    return ThreadState(int(thread.parent_id), hikari.ChannelType(thread.type))
-
-
-def channel_state(channel: hikari.PermissibleGuildChannel) -> ChannelState:
-    overwrites = channel.permission_overwrites.values()
-    states = {int(one.id): OverwriteState(one.allow, one.deny) for one in overwrites}
-    return ChannelState(states, hikari.ChannelType(channel.type))
-
-
-class GuildFollower:
-    """Takes in what the holder of the gateway tells, and has the rights judged that it changes."""
+    Of no other members does the holder tell, and for no other rooms does it make anything.
+    """
 
     def __init__(
-        self, link: Link, known: KnownGuilds, reporter: GuildReporter, parts: Parts
+        self,
+        lease: Lease,
+        publisher: Publisher,
+        known: KnownGuilds,
+        reporter: GuildReporter,
+        parts: Parts,
     ) -> None:
-        self._link = link
+        self._lease = lease
+        self._publisher = publisher
         self._known = known
         self._reporter = reporter
         self._parts = parts
+        self._dashboards: collections.Counter[int] = collections.Counter()  # here, by viewer
+        self._told: frozenset[str] = frozenset()  # rooms
+        self._until: dict[str, float] = {}  # other nodes
+        self._listening: dict[str, frozenset[str]] = {}
 
-    async def load(self) -> None:
-        """Begin anew, with what a holder has put into Redis."""
+    # -- this node's clients
+
+    def enter(self, discord_id: str) -> None:
+        """A viewer has a dashboard here."""
+        if is_snowflake(discord_id):
+            self._dashboards[int(discord_id)] += 1
+            self.ask(discord_id)
+
+    def leave(self, discord_id: str) -> None:
+        """One dashboard of this viewer is gone."""
+        if is_snowflake(discord_id):
+            remove_one(self._dashboards, int(discord_id))
+
+    def ask(self, discord_id: str) -> None:
+        """Have the holder tell what this viewer is in its guilds, where that is not known."""
+        if is_snowflake(discord_id) and int(discord_id) not in self._known.whole:
+            self._tell_viewers({int(discord_id)})
+
+    def call_roll(self) -> None:
+        """Say that this node is there, and whose clients are or may come back; ask for all anew."""
+        awaited = map(int, filter(is_snowflake, self._parts.recovery.viewers()))
+        self._tell_viewers({*self._dashboards, *awaited})
+        self.tell_rooms(again=True)
+
+    def _tell_viewers(self, viewers: set[int]) -> None:
+        """With the latest term known here: who is new would not wait for that one's holder."""
+        unknown = viewers - self._known.whole
+        body = msgspec.msgpack.encode((self._lease.known, viewers, unknown))
+        self._publisher.tell("node", body=body)
+        self._reporter.want(viewers, unknown)
+
+    def tell_rooms(self, again: bool) -> None:
+        """What somebody here is in, or may come back to, if that has changed."""
+        rooms = frozenset({*self._parts.rooms.names(), *self._parts.recovery.rooms()})
+        if again or rooms != self._told:
+            self._told = rooms
+            self._publisher.tell("rooms", body=msgspec.msgpack.encode(rooms))
+
+    def guilds(self) -> set[str]:
+        """Those of which somebody here is in a room, as told last."""
+        return set(map(room_guild, self._told))
+
+    # -- other nodes'
+
+    def has_listeners(self, room: str) -> bool:
+        """Whether anybody listens to it at another node."""
+        return any(room in rooms for rooms in self._listening.values())
+
+    def on_node(self, note: Note) -> None:
+        form = tuple[int, set[int], set[int]]
+        term, viewers, unknown = msgspec.msgpack.decode(note.body, type=form)
+        self._lease.saw_term(term)
+        self._reporter.want(viewers, unknown)
+        is_new = note.source not in self._until
+        self._until[note.source] = boot_clock() + ROLL_CALL * 3
+        if is_new:
+            self.call_roll()
+
+    def on_rooms(self, note: Note) -> None:
+        self._listening[note.source] = msgspec.msgpack.decode(note.body, type=frozenset[str])
+
+    def on_bye(self, note: Note) -> None:
+        self._until.pop(note.source, None)
+        self._listening.pop(note.source, None)
+        self._lease.wake()
+
+    def forget(self) -> None:
+        """Nothing was heard of these for long."""
+        now = boot_clock()
+        for source in [source for source, until in self._until.items() if until < now]:
+            del self._until[source]
+            self._listening.pop(source, None)
+
+
+class Hearing:
+    """Takes in what other nodes tell, and has the rights judged that it changes."""
+
+    def __init__(
+        self,
+        link: Link,
+        lease: Lease,
+        known: KnownGuilds,
+        reporter: GuildReporter,
+        peers: Peers,
+        parts: Parts,
+    ) -> None:
+        self._link = link
+        self._lease = lease
+        self._known = known
+        self._reporter = reporter
+        self._peers = peers
+        self._parts = parts
+        self._term = 0  # of the holder that was heard last, this node or another
+        self._position = 0  # how far its count of events was
+        self._fetched: dict[str, bytes | None] = {}  # what Redis holds of guilds that were told of
+        #: Who takes a note of the control stream, by topic.
+        self.topics: dict[str, Callable[[Note], None]] = {
+            "beat": self._on_beat,
+            "guild": self._on_guild,
+            "change": self._on_change,
+            "member": self._on_member,
+            "members": self._on_members,
+            "node": peers.on_node,
+            "rooms": peers.on_rooms,
+            "bye": peers.on_bye,
+        }
+
+    async def catch_up(self) -> None:
+        """Notes may have been missed: begin anew, with what a holder has put into Redis."""
+        if self._lease.leading:
+            return
         self._known.clear()
         found = await self._link.redis.hgetall(GUILDS)
         for guild_id, data in found.items():
@@ -1563,99 +1671,68 @@ class GuildFollower:
                 self._known.load_guild(int(guild_id), decode_state(data, GuildState))
             except ValueError:
                 log.error("what Redis has of guild %s cannot be read", shown(guild_id))
+        self._peers.call_roll()
 
-    async def fetch(self, notes: Iterable[Note]) -> dict[str, bytes | None]:
-        """What Redis holds of the guilds that these notes are about."""
+    async def prepare(self, notes: Iterable[Note]) -> None:
+        """Get ready for these notes of the control stream."""
         ids = list(dict.fromkeys(note.detail for note in notes if note.topic == "guild"))
         found = await self._link.redis.hmget(GUILDS, ids) if ids else []
-        return dict(zip(ids, found, strict=True))
+        self._fetched = dict(zip(ids, found, strict=True))
 
-    def on_beat(self, note: Note) -> None:
+    def take(self, stream: str, entry: Entry) -> None:
+        note = entry.note
+        self._lease.saw_term(note.term)
+        if not self._lease.hears(note.term):
+            return
+        self._position = max(self._position, note.position)
+        if note.term > self._term:
+            self.begin_term(note.term)
+        if stream == CONTROL:
+            self.topics[note.topic](note)
+        elif not self._lease.may_have_brought(entry):
+            to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
+            frame = self._parts.recovery.logs.add(to, note.body, note.position)
+            self._parts.clients.send(to, frame)
+
+    def begin_term(self, term: int) -> None:
+        """Another holder: what the last one told is asked for anew, of guilds and viewers."""
+        self._term = term
+        self._known.doubt()
+        self._peers.call_roll()
+
+    def caught_up(self) -> None:
+        """All has been taken that was told before the latest note."""
+        if not self._lease.leading:
+            self._parts.recovery.logs.reach(self._position)
+        self._known.wake()
+
+    # -- what the holder tells
+
+    def _on_beat(self, note: Note) -> None:
         if self._known.beat(note.detail == "complete"):
             self._parts.clients.check_all()
 
-    def on_guild(self, guild_id: str, data: bytes | None) -> None:
-        state = decode_state(data, GuildState) if data is not None else None
-        self._known.put_guild(int(guild_id), state)
-        self._parts.clients.check(guild_id)
+    def _on_guild(self, note: Note) -> None:
+        data = self._fetched[note.detail]
+        state = None if data is None else decode_state(data, GuildState)
+        self._known.put_guild(int(note.detail), state)
+        self._parts.clients.check(note.detail)
 
-    def on_change(self, note: Note) -> None:
+    def _on_change(self, note: Note) -> None:
         self._known.change_guild(int(note.detail), decode_state(note.body, GuildChange))
         self._parts.clients.check(note.detail)
 
-    def on_member(self, note: Note) -> None:
+    def _on_member(self, note: Note) -> None:
         user_id, member = decode_state(note.body, tuple[int, MemberState | None])
         if self._reporter.wants(user_id):
             self._known.put_members(user_id, {int(note.detail): member}, whole=False)
             self._parts.clients.check(note.detail, str(user_id))
 
-    def on_members(self, note: Note) -> None:
+    def _on_members(self, note: Note) -> None:
         if self._reporter.wants(int(note.detail)):
             whole, members = decode_state(note.body, tuple[bool, Memberships])
-            changed = self._known.put_members(int(note.detail), members, whole)
-            for guild_id in changed:
+            for guild_id in self._known.put_members(int(note.detail), members, whole):
                 self._parts.clients.check(str(guild_id), note.detail)
-
-
-def rooms_of(parts: Parts) -> frozenset[str]:
-    """Those that this node's clients are in, or may come back to."""
-    return frozenset({*parts.rooms.names(), *parts.recovery.rooms()})
-
-
-def guilds_of(parts: Parts) -> set[str]:
-    return {room.partition(":")[2] for room in rooms_of(parts)}
-
-
-class Viewers:
-    """Who has a dashboard here, or may come back, said to all nodes: of no others does the holder tell."""
-
-    def __init__(
-        self, reporter: GuildReporter, known: KnownGuilds, node: ClusterNode, recovery: Recovery
-    ) -> None:
-        self._reporter = reporter
-        self._known = known
-        self._node = node
-        self._recovery = recovery
-        self._dashboards: collections.Counter[int] = collections.Counter()
-
-    def enter(self, discord_id: str) -> None:
-        """A viewer has a dashboard here."""
-        if is_snowflake(discord_id):
-            self._dashboards[int(discord_id)] += 1
-            self.ask(int(discord_id))
-
-    def leave(self, discord_id: str) -> None:
-        """One dashboard of this viewer is gone."""
-        if is_snowflake(discord_id):
-            user_id = int(discord_id)
-            self._dashboards[user_id] -= 1
-            if not self._dashboards[user_id]:
-                del self._dashboards[user_id]
-
-    def call_roll(self) -> None:
-        """Say who looks on from here, and ask again for whom nothing was told."""
-        awaited = map(int, filter(is_snowflake, self._recovery.viewers()))
-        viewers = list({*self._dashboards, *awaited})
-        self._reporter.want(viewers)
-        self._node.tell("viewers", body=msgspec.msgpack.encode(viewers))
-        for user_id in viewers:
-            self.ask(user_id)
-
-    def ask(self, user_id: int) -> None:
-        if user_id not in self._known.whole:
-            self._node.tell("ask", str(user_id))
-            self._answer(user_id)
-
-    def _answer(self, user_id: int) -> None:
-        self._reporter.want([user_id])
-        if self._node.leading:
-            self._reporter.tell_members(user_id)
-
-    def on_ask(self, note: Note) -> None:
-        self._answer(int(note.detail))
-
-    def on_viewers(self, note: Note) -> None:
-        self._reporter.want(msgspec.msgpack.decode(note.body, type=list[int]))
 
 
 class Tickets:
@@ -1667,30 +1744,19 @@ class Tickets:
         self._clients = parts.clients
         self._max_events = settings.max_events
         self._lasts = int((settings.window + ROLL_CALL) * 1000)
-        self._news: dict[str, Ticket] = {}
-        self._wake = asyncio.Event()
-        self._writing = asyncio.Lock()
+        self.writing = WriteBehind(self._write)
+        self._taking = asyncio.Lock()
 
     def change(self, ticket: Ticket) -> None:
         """As Redis is to know it, soon; what is not told again lasts as long as a client may be away."""
-        self._news[ticket.pid] = ticket
-        self._wake.set()
+        self.writing.news[ticket.pid] = ticket
+        self.writing.wake()
 
     def tell_all(self) -> None:
         for ticket in self._recovery.held():
             self.change(ticket)
 
-    async def work(self) -> None:
-        """Tell Redis for as long as it answers."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            async with self._writing:
-                await self._write()
-            await asyncio.sleep(BUSY_REST)
-
-    async def _write(self) -> None:
-        news, self._news = self._news, {}
+    async def _write(self, news: dict[str, Ticket]) -> bool:
         pipe = self._node.link.redis.pipeline(transaction=False)
         for pid, ticket in news.items():
             if self._recovery.has(ticket):
@@ -1698,11 +1764,8 @@ class Tickets:
                 pipe.set(TICKET + pid, data, px=self._lasts)
             else:
                 pipe.delete(TICKET + pid)
-        try:
-            await pipe.execute()
-        except BaseException:
-            self._news = news | self._news
-            raise
+        await pipe.execute()
+        return True
 
     # -- a client that comes back
 
@@ -1714,37 +1777,35 @@ class Tickets:
         ticket = self._recovery.find(pid, viewer.discord_id)
         if ticket is None:
             return
-        if is_snowflake(viewer.discord_id):
-            self._node.viewers.ask(int(viewer.discord_id))
+        self._node.peers.ask(viewer.discord_id)
         for guild_id in ticket.since(seen):
             if (following := self._node.follow(guild_id)) is not None:
                 await following
         while not self._is_known(ticket, viewer, seen):
             await self._node.known.wait()
         for guild_id, since in ticket.since(seen).items():
-            here = self._recovery.reaches(guild_id, since, heard_elsewhere=moved)
+            here = self._recovery.logs.reaches(guild_id, since, heard_elsewhere=moved)
             if not here and not await self._fill(guild_id, since):
                 self._recovery.forget(ticket)
 
     async def take(self, pid: str) -> bool:
         """The ticket is this node's from now on. Returns whether it was another's."""
-        async with self._writing:
+        async with self._taking:
             data = await self._node.link.redis.get(TICKET + pid)
-            source, ticket = (
-                msgspec.msgpack.decode(data, type=tuple[str, Ticket]) if data else ("", None)
-            )
+            form = tuple[str, Ticket]
+            source, ticket = msgspec.msgpack.decode(data, type=form) if data else ("", None)
             if ticket is None or source == self._node.source:
                 return False
-            self._node.tell("moved", pid)
+            self._node.publisher.tell("moved", pid)
             self._recovery.adopt(ticket)
             self.change(ticket)
-            await self._write()
+            await self.writing.drain()
             return True
 
     def _is_known(self, ticket: Ticket, viewer: Viewer, seen: int) -> bool:
         """Whether this node has heard as much as the client, and what the viewer may view."""
         may_view = self._node.access.may_view
-        return self._recovery.position >= seen and all(
+        return self._recovery.logs.position >= seen and all(
             may_view(viewer, guild_id) is not None for guild_id in ticket.since(seen)
         )
 
@@ -1754,14 +1815,13 @@ class Tickets:
             await self._node.publisher.drained()
         stream, reader = guild_stream(guild_id), self._node.reader
         entries = await self._read_back(stream, since)
-        return entries is not None and self._recovery.fill(
+        return entries is not None and self._recovery.logs.fill(
             guild_id,
             since,
             [
                 logged(guild_id, entry.note)
                 for entry in entries
                 if entry.note.position > since
-                and entry.note.topic not in (CHANGE, MEMBER)
                 and (entry.note.source == self._node.source or reader.has_read(stream, entry.id))
             ],
         )
@@ -1792,66 +1852,17 @@ def logged(guild_id: str, note: Note) -> Logged:
     return Logged.of(Destination(guild_id, note.topic, note.detail), frame, note.position)
 
 
-class Peers:
-    """The other nodes: what their clients listen to, and the latest term that any of them knows."""
-
-    def __init__(self, parts: Parts, lease: Lease, tell: Callable[..., None]) -> None:
-        self._parts = parts
-        self._lease = lease
-        self._tell = tell
-        self._until: dict[str, float] = {}
-        self._listening: dict[str, frozenset[str]] = {}
-        self._told: frozenset[str] = frozenset()
-
-    def introduce(self) -> None:
-        """This node is there, and knows a term: who is new would not wait for that one's holder."""
-        self._tell("node", body=msgspec.msgpack.encode(self._lease.known))
-
-    def tell_rooms(self, again: bool) -> None:
-        rooms = rooms_of(self._parts)
-        if again or rooms != self._told:
-            self._told = rooms
-            self._tell("rooms", body=msgspec.msgpack.encode(list(rooms)))
-
-    def has_listeners(self, room: str) -> bool:
-        """Whether anybody listens to it at another node."""
-        return any(room in rooms for rooms in self._listening.values())
-
-    def on_node(self, note: Note) -> None:
-        self._lease.saw_term(msgspec.msgpack.decode(note.body, type=int))
-        if note.source not in self._until:
-            self.introduce()
-            self.tell_rooms(again=True)
-        self._until[note.source] = boot_clock() + ROLL_CALL * 3
-
-    def on_rooms(self, note: Note) -> None:
-        rooms = msgspec.msgpack.decode(note.body, type=list[str])
-        self._listening[note.source] = frozenset(rooms)
-
-    def on_bye(self, note: Note) -> None:
-        self._until.pop(note.source, None)
-        self._listening.pop(note.source, None)
-        self._lease.wake()
-
-    def forget(self) -> None:
-        """Nothing was heard of these for long."""
-        now = boot_clock()
-        for source in [source for source, until in self._until.items() if until < now]:
-            del self._until[source]
-            self._listening.pop(source, None)
-
-
 class Snapshots:
     """What the plugins at the holder have for new subscribers of any node."""
 
-    def __init__(self, plugins: PluginHost, node: ClusterNode) -> None:
+    def __init__(self, plugins: PluginHost, publisher: Publisher) -> None:
         self._plugins = plugins
-        self._node = node
+        self._publisher = publisher
         self._waiting: collections.OrderedDict[str, Tell] = collections.OrderedDict()
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def send(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
-        if self._node.leading:
+        if self._publisher.leading:
             await self._plugins.greet(kind, guild_id, tell, viewer)
             return
         ticket = secrets.token_hex(8)
@@ -1859,15 +1870,15 @@ class Snapshots:
         if len(self._waiting) > MOST_SNAPSHOTS:
             self._waiting.popitem(last=False)
         body = msgspec.json.encode((kind, guild_id, viewer))
-        self._node.tell("subscribed", ticket, body)
+        self._publisher.tell("subscribed", ticket, body)
 
     def on_subscribed(self, note: Note) -> None:
-        if not self._node.leading:
+        if not self._publisher.leading:
             return
         kind, guild_id, viewer = msgspec.json.decode(note.body, type=tuple[str, str, Viewer])
 
         def tell(event: str, payload: EventData) -> None:
-            self._node.tell("snapshot", note.detail, msgspec.json.encode((event, payload)))
+            self._publisher.tell("snapshot", note.detail, msgspec.json.encode((event, payload)))
 
         task = asyncio.create_task(self._plugins.greet(kind, guild_id, tell, viewer))
         self._under_way.add(task)
@@ -1897,9 +1908,7 @@ class Windows:
         self._throttle = throttle
         self._keep = link.redis.register_script(KEEP_WINDOWS)
         self._open: dict[Topic, tuple[float, DataOrMaker | None]] = {}  # until when, and what waits
-        self._news: set[Topic] = set()
-        self._wake = asyncio.Event()
-        self._flushing = asyncio.Lock()
+        self.writing: WriteBehind[None] = WriteBehind(self._write)
 
     def change(self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None) -> None:
         """As the throttle tells it (`Outlet.window_changed`)."""
@@ -1908,38 +1917,22 @@ class Windows:
         if seconds is None and callable(before) and callable(waiting):
             return
         self._open[topic] = until if seconds is None else now + seconds, waiting
-        self._news.add(topic)
-        if seconds:
-            self._wake.set()
+        self.writing.news[topic] = None
+        if seconds:  # what waits for the end of one is told twice a second
+            self.writing.wake()
 
     def tell_all(self) -> None:
         """Redis may have lost everything."""
-        self._news.update(self._open)
+        self.writing.news |= dict.fromkeys(self._open)
 
-    async def work(self) -> None:
-        """A window that opens is told at once; what waits for its end, twice a second."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RENEWAL):
-                    await self._wake.wait()
-            self._wake.clear()
-            await self.flush()
-            await asyncio.sleep(BUSY_REST)
-
-    async def flush(self) -> None:
-        """Tell Redis what is new, if this node's term still counts there."""
-        async with self._flushing:
-            news, self._news = self._news, set()
-            kept = False
-            try:
-                if news and self._lease.term:
-                    lasts = max(self._throttle.windows.values(), default=0.0) * 1000
-                    rows = [value for topic in news for value in self._row(topic)]
-                    args = [self._lease.source, int(lasts) + WINDOWS_LAST, *rows]
-                    kept = await self._keep(keys=[GATEWAY, WINDOWS], args=args)
-            finally:
-                if not kept:
-                    self._news |= news
+    async def _write(self, topics: Iterable[Topic]) -> bool:
+        """Tell Redis, if this node's term still counts there."""
+        if not self._lease.term:
+            return False
+        lasts = max(self._throttle.windows.values(), default=0.0) * 1000
+        rows = [value for topic in topics for value in self._row(topic)]
+        args = [self._lease.source, int(lasts) + WINDOWS_LAST, *rows]
+        return bool(await self._keep(keys=[GATEWAY, WINDOWS], args=args))
 
     def _row(self, topic: Topic) -> tuple[bytes, int | str, bytes]:
         """What KEEP_WINDOWS takes: the topic, milliseconds to its end (empty: it is over), what waits."""
@@ -1957,7 +1950,7 @@ class Windows:
         Returns the topics of what plugins were to make at the end of the window.
         """
         self._open.clear()
-        self._news.clear()
+        self.writing.news.clear()
         pipe = self._link.redis.pipeline()
         pipe.hgetall(WINDOWS)
         pipe.time()
@@ -1985,8 +1978,67 @@ class Windows:
         return topic if remake else None
 
 
+class Terms:
+    """Runs gateway and plugins in each term of this node, from where the last holder was."""
+
+    def __init__(self, node: ClusterNode, parts: Parts) -> None:
+        self._node = node
+        self._parts = parts
+        self.windows = Windows(node.link, node.lease, parts.throttle)
+
+    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Never returns; raises what `run` raises."""
+        lease = self._node.lease
+        while True:
+            await lease.wait(lambda term: term > 0)
+            term = lease.term
+            self._begin(term)
+            tasks = [
+                asyncio.create_task(self._take_over(run)),
+                asyncio.create_task(lease.wait(functools.partial(operator.ne, term))),
+            ]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if tasks[0].done():
+                    tasks[0].result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                lease.led = 0
+                self._node.reader.missed = True
+
+    def _begin(self, term: int) -> None:
+        """All hear of the term before anything else is told in it."""
+        node, logs = self._node, self._parts.recovery.logs
+        node.lease.led = term
+        logs.reach(max(clock_position(), logs.position + UNHEARD_POSITIONS))
+        node.publisher.begin_term(logs.position)
+        node.publisher.tell_as_holder("beat")
+        node.hearing.begin_term(term)
+
+    async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        topics = await self.windows.load()
+        remaking = [asyncio.create_task(self._remake(topic)) for topic in topics]
+        try:
+            if not being_cancelled():
+                await run()
+        finally:
+            for task in remaking:
+                task.cancel()
+
+    async def _remake(self, topic: Topic) -> None:
+        """What was to be sent by the last holder; names are there once Discord has sent the guild."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FILL_PATIENCE):
+                while not self._node.access.is_whole(int(topic.guild_id)):
+                    await self._node.known.wait()
+        make = functools.partial(self._node.snapshots.make, topic)
+        self._parts.throttle.emit(topic.event, topic.guild_id, make, topic.kind)
+
+
 class ClusterNode(Node):
-    """This process among the others: what it tells them, and what it does with what they tell."""
+    """This process among the others: wires the parts, and answers for them where one alone would."""
 
     def __init__(self, settings: Settings, bot: Bot) -> None:
         super().__init__(settings, bot)
@@ -1994,59 +2046,32 @@ class ClusterNode(Node):
         self.source = secrets.token_hex(8)
         self.link = Link(settings.redis, redis_password_of(settings))
         self.lease = Lease(self.link, self.source)
-        #: That in which this node's gateway and plugins run; 0: they do not.
-        self.term = 0
-        self._heard_term = 0  # of the holder that was heard last, this node or another
         self.known = KnownGuilds()
+        window = settings.recovery.window
+        self.publisher = Publisher(self.link, self.lease, self.known, self._retell, window)
         watched = settings.discord.guilds
-        self.access = SharedAccess(
-            settings.auth, watched, self.known, bot.cache, self.tell_as_holder, lambda: self.leading
-        )
+        self.access = SharedAccess(settings.auth, watched, self.known, bot.cache, self.publisher)
         self.reporter = self.access.reporter
         self.reporter.subscribe(bot.events)
-        window = settings.recovery.window
-        self.publisher = Publisher(self.link, self.lease, self._guild_data, self._retell, window)
-        self._told_position = 0  # how far the holder was that was heard last
-        self.reader = Reader(self.link, self.source, self)
         self.connections = SharedConnections(self.link, self.source)
         self._tasks: list[asyncio.Task[Any]] = []
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
-        parts.recovery.position = 0  # nothing has been heard yet
+        parts.recovery.logs.position = 0  # nothing has been heard yet
+        self.peers = Peers(self.lease, self.publisher, self.known, self.reporter, parts)
+        self.hearing = Hearing(self.link, self.lease, self.known, self.reporter, self.peers, parts)
+        self.reader = Reader(self.link, self.source, self.hearing)
         self.tickets = Tickets(self, parts, self._settings.recovery)
-        self.follower = GuildFollower(self.link, self.known, self.reporter, parts)
-        self.viewers = Viewers(self.reporter, self.known, self, parts.recovery)
-        self.peers = Peers(parts, self.lease, self.tell)
-        self.snapshots = Snapshots(parts.plugins, self)
-        self.windows = Windows(self.link, self.lease, parts.throttle)
-        self._topics: dict[str, Callable[[Note], None]] = {
-            "beat": self.follower.on_beat,
-            CHANGE: self.follower.on_change,
-            MEMBER: self.follower.on_member,
-            "members": self.follower.on_members,
-            "viewers": self.viewers.on_viewers,
-            "ask": self.viewers.on_ask,
-            "who": lambda note: self.viewers.call_roll(),
-            "node": self.peers.on_node,
-            "rooms": self.peers.on_rooms,
+        self.snapshots = Snapshots(parts.plugins, self.publisher)
+        self.terms = Terms(self, parts)
+        self.hearing.topics |= {
             "subscribed": self.snapshots.on_subscribed,
             "snapshot": self.snapshots.on_snapshot,
-            "bye": self.peers.on_bye,
             "moved": self.tickets.on_moved,
             "event": self._on_event,
         }
-        gauge = parts.metrics.gauge
-        gauge("redis_connected", "1 while Redis answers.", lambda: self.link.up)
-        gauge("redis_deaf", "1 while this node does not hear itself.", lambda: self.reader.deaf)
-        gauge("redis_streams", "Streams that this node reads.", lambda: len(self.reader))
-        gauge("redis_waiting", "Entries that wait for Redis.", lambda: len(self.publisher))
-        gauge("redis_dropped", "Entries that never reached Redis.", lambda: self.publisher.dropped)
-        fenced = "Entries not sent since another node had the gateway."
-        gauge("redis_fenced", fenced, lambda: self.publisher.fenced)
-        unreadable = "Entries of other nodes that could not be read."
-        gauge("redis_unreadable", unreadable, lambda: self.reader.unreadable)
-        gauge("gateway_held", "1 while the gateway is this node's.", self.lease.holds)
+        measure(self, parts.metrics.gauge)
 
     # -- what the parts of the process are made with
 
@@ -2063,7 +2088,10 @@ class ClusterNode(Node):
 
     def start(self) -> None:
         works = [self.publisher.work, self.reader.work, self.lease.work, self.reader.probe]
-        works += [self.windows.work, self.connections.work, self._beat, self.tickets.work]
+        works += [
+            part.writing.work for part in (self.terms.windows, self.connections, self.tickets)
+        ]
+        works.append(self._beat)
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
 
     async def stop(self, grace: float) -> None:
@@ -2074,9 +2102,9 @@ class ClusterNode(Node):
                     await self.connections.close()
                     await self.publisher.drained()
                     with contextlib.suppress(*self.link.errors):
-                        await self.windows.flush()
+                        await self.terms.windows.writing.drain()
             await self.lease.release()
-            self.tell("bye")
+            self.publisher.tell("bye")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(grace / 2, REDIS_TIMEOUT)):
                     await self.publisher.drained()
@@ -2098,9 +2126,7 @@ class ClusterNode(Node):
             return self.link.problem
         if self.reader.deaf:
             return "deaf: does not hear itself through Redis"
-        if not self.known.fresh:
-            return "no node holds the gateway"
-        return None
+        return None if self.known.fresh else "no node holds the gateway"
 
     def health(self) -> dict[str, Any]:
         return {
@@ -2110,84 +2136,52 @@ class ClusterNode(Node):
             "lost": self.publisher.dropped,
         }
 
+    async def _beat(self) -> None:
+        """The holder says that it is there; all say who watches here, for it to tell of them."""
+        for count in itertools.count():
+            complete = self.reporter.complete
+            if self.leading and self.known.beat(complete):
+                self._parts.clients.check_all()
+            if self.lease.holds():
+                self.publisher.tell_as_holder("beat", "complete" if complete else "")
+            self.reporter.forget()
+            self.peers.forget()
+            self.peers.tell_rooms(again=False)
+            self.reader.leave_all_but(set(map(guild_stream, self.peers.guilds())))
+            if count % ROLL_CALL == 0:
+                self.peers.call_roll()
+                self.connections.tell_all()
+                self.tickets.tell_all()
+            await asyncio.sleep(BEAT_INTERVAL)
+
+    def _retell(self) -> None:
+        """Redis may have lost everything."""
+        self.connections.tell_all()
+        self.tickets.tell_all()
+        if self.leading:
+            self.reporter.tell_all()
+            self.terms.windows.tell_all()
+
     # -- the gateway
 
     @property
     def leading(self) -> bool:
-        return self.term > 0
+        return self.lease.leading
 
     async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        while True:
-            await self.lease.wait(lambda term: term > 0)
-            self.term = term = self.lease.term
-            recovery = self._parts.recovery
-            recovery.reach(max(clock_position(), recovery.position + UNHEARD_POSITIONS))
-            self.publisher.begin_term(recovery.position)
-            self._begin_term(term)
-            self.tell("who")
-            tasks = [
-                asyncio.create_task(self._take_over(run)),
-                asyncio.create_task(self.lease.wait(functools.partial(operator.ne, term))),
-            ]
-            try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                if tasks[0].done():
-                    tasks[0].result()
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                self.term = 0
-                self.reader.missed = True
-
-    async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        topics = await self.windows.load()
-        remaking = [asyncio.create_task(self._remake(topic)) for topic in topics]
-        try:
-            if not being_cancelled():
-                await run()
-        finally:
-            for task in remaking:
-                task.cancel()
-
-    async def _remake(self, topic: Topic) -> None:
-        """What was to be sent by the last holder; names are there once Discord has sent the guild."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FILL_PATIENCE):
-                while not self.access.is_whole(int(topic.guild_id)):
-                    await self.known.wait()
-        make = functools.partial(self.snapshots.make, topic)
-        self._parts.throttle.emit(topic.event, topic.guild_id, make, topic.kind)
-
-    async def _beat(self) -> None:
-        """The holder says that it is there; all say who watches here, for it to tell of them."""
-        for count in itertools.count():
-            if self.leading and self.known.beat(self.reporter.complete):
-                self._parts.clients.check_all()
-            if self.lease.holds():
-                self.tell_as_holder("beat", "complete" if self.reporter.complete else "")
-            self.reporter.forget()
-            self.peers.forget()
-            self.peers.tell_rooms(count % ROLL_CALL == 0)
-            self.reader.leave_all_but(set(map(guild_stream, guilds_of(self._parts))))
-            if count % ROLL_CALL == 0:
-                self.viewers.call_roll()
-                self.connections.tell_all()
-                self.tickets.tell_all()
-                self.peers.introduce()
-            await asyncio.sleep(BEAT_INTERVAL)
+        await self.terms.lead(run)
 
     def marks(self, plugin: str) -> Marks:
         return SharedMarks(self.link, plugin)
 
     def share(self, plugin: str) -> Shared:
-        return SharedTables(self.link, self.term, plugin)
+        return SharedTables(self.link, self.lease.led, plugin)
 
     def window_changed(
         self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None
     ) -> None:
         if self.leading:
-            self.windows.change(topic, seconds, waiting)
+            self.terms.windows.change(topic, seconds, waiting)
 
     # -- events
 
@@ -2200,14 +2194,14 @@ class ClusterNode(Node):
 
         Other nodes' listeners of a moment ago are not known yet: it goes out for them all the same.
         """
-        if self.term != self.lease.term and self.leading:
+        if self.leading and self.lease.led != self.lease.term:
             return  # this node has lost the gateway: another one is its clients' source now
         self._parts.metrics.sent.counts[event] += 1
         to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
         if self.leading:
             self._send(to, packet)
         else:
-            self.tell("event", msgspec.json.encode(to).decode(), packet)
+            self.publisher.tell("event", msgspec.json.encode(to).decode(), packet)
 
     def _on_event(self, note: Note) -> None:
         if self.leading:
@@ -2215,35 +2209,9 @@ class ClusterNode(Node):
 
     def _send(self, to: Destination, packet: bytes) -> None:
         """To this node's clients at once, and to the other nodes as soon as Redis can."""
-        recovery = self._parts.recovery
-        self._parts.clients.send(to, recovery.add(to, packet, recovery.count()))
-        stream = guild_stream(to.guild_id)
-        self.tell_as_holder(to.kind, to.channel_id, packet, stream=stream)
-
-    def take_event(self, stream: str, entry: Entry) -> None:
-        note = entry.note
-        if note.topic in (CHANGE, MEMBER):
-            if self._counts(note):
-                self._topics[note.topic](note)
-        elif self._counts(note) and not self._may_have_been_had(entry):
-            to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
-            recovery = self._parts.recovery
-            frame = recovery.add(to, note.body, note.position or recovery.count())
-            self._parts.clients.send(to, frame)
-
-    def caught_up(self) -> None:
-        if not self.leading:
-            self._parts.recovery.reach(self._told_position)
-        self.known.wake()
-
-    def _counts(self, note: Note) -> bool:
-        """Whether to hear another holder: not beside this node's own gateway."""
-        return not note.term or not self.lease.term or note.term < self.lease.term
-
-    def _may_have_been_had(self, entry: Entry) -> bool:
-        """Whether this node's own gateway may have brought it, while it was still the source."""
-        milliseconds, _ = numbers_of(entry.id)
-        return entry.note.term > 0 and milliseconds < self.lease.lost_at + CHANGE_OF_SOURCE
+        logs = self._parts.recovery.logs
+        self._parts.clients.send(to, logs.add(to, packet))
+        self.publisher.send(to, packet, logs.position)
 
     # -- dashboards
 
@@ -2252,86 +2220,41 @@ class ClusterNode(Node):
 
     async def recall(self, pid: object, viewer: Viewer, offset: object) -> bool:
         seen, moved = decode_offset(offset), False
-        genuine = self._parts.recovery.is_genuine(pid, viewer.discord_id)
-        if genuine and seen is not None and self.link.up:
+        genuine = self._parts.recovery.pids.is_genuine(pid, viewer.discord_id)
+        if genuine and seen is not None and (self.link.up or not self.link.reached.is_set()):
             with contextlib.suppress(*self.link.errors):
                 async with asyncio.timeout(RECALL_PATIENCE):
+                    await self.link.reached.wait()  # this node has only just begun
                     moved = await self.tickets.take(str(pid))
                     await self.tickets.complete(str(pid), viewer, seen.position, moved)
         return moved
 
     def viewer_entered(self, discord_id: str) -> None:
-        self.viewers.enter(discord_id)
+        self.peers.enter(discord_id)
 
     def viewer_left(self, discord_id: str) -> None:
-        self.viewers.leave(discord_id)
+        self.peers.leave(discord_id)
 
     def follow(self, guild_id: str) -> asyncio.Task[None] | None:
-        stream = guild_stream(guild_id)
-        if self.reader.follows(stream):
-            return None
-        return asyncio.create_task(self.reader.follow(stream))
+        return self.reader.follow(guild_id)
 
     async def send_snapshots(self, kind: str, guild_id: str, tell: Tell, viewer: Viewer) -> None:
         await self.snapshots.send(kind, guild_id, tell, viewer)
 
-    # -- the control stream
 
-    def tell(self, topic: str, detail: str = "", body: bytes = b"") -> None:
-        """Say something to all other nodes that any node may say."""
-        self.publisher.put(CONTROL, topic, detail, body)
-
-    def tell_as_holder(
-        self,
-        topic: str,
-        detail: str = "",
-        body: bytes = b"",
-        guild: str = "",
-        stream: str = CONTROL,
-    ) -> None:
-        """Say what only the holder of the gateway may say; without a term, nothing."""
-        if self.leading:
-            position = self._parts.recovery.position
-            put = functools.partial(self.publisher.put, stream, topic, detail, body)
-            put(term=self.term, guild=guild, position=position)
-
-    async def catch_up(self) -> None:
-        if not self.leading:
-            await self.follower.load()
-            self.viewers.call_roll()
-
-    async def prepare(self, notes: list[Note]) -> Callable[[Note], None]:
-        return functools.partial(self._take, await self.follower.fetch(notes))
-
-    def _take(self, guilds: dict[str, bytes | None], note: Note) -> None:
-        self.lease.saw_term(note.term)
-        if not self._counts(note):
-            return
-        self._told_position = max(self._told_position, note.position)
-        if note.term > self._heard_term:
-            self._begin_term(note.term)
-        if note.topic == "guild":
-            self.follower.on_guild(note.detail, guilds[note.detail])
-        else:
-            self._topics[note.topic](note)
-
-    def _begin_term(self, term: int) -> None:
-        """Another holder: what the last one told is asked for anew, of guilds and viewers."""
-        self._heard_term = term
-        self.known.doubt()
-        self.viewers.call_roll()
-
-    def _guild_data(self, guild_id: str) -> bytes | None:
-        guild = self.known.guilds.get(int(guild_id))
-        return None if guild is None else encode_state(guild)
-
-    def _retell(self) -> None:
-        """Redis may have lost everything."""
-        self.connections.tell_all()
-        self.tickets.tell_all()
-        if self.leading:
-            self.reporter.tell_all()
-            self.windows.tell_all()
+def measure(node: ClusterNode, gauge: Callable[[str, str, Callable[[], float]], None]) -> None:
+    """What a node says of itself and of Redis at /metrics."""
+    link, publisher, reader = node.link, node.publisher, node.reader
+    gauge("redis_connected", "1 while Redis answers.", lambda: link.up)
+    gauge("redis_deaf", "1 while this node does not hear itself.", lambda: reader.deaf)
+    gauge("redis_streams", "Streams that this node reads.", lambda: len(reader))
+    gauge("redis_waiting", "Entries that wait for Redis.", lambda: len(publisher))
+    gauge("redis_dropped", "Entries that never reached Redis.", lambda: publisher.dropped)
+    fenced = "Entries not sent since another node had the gateway."
+    gauge("redis_fenced", fenced, lambda: publisher.fenced)
+    unreadable = "Entries of other nodes that could not be read."
+    gauge("redis_unreadable", unreadable, lambda: reader.unreadable)
+    gauge("gateway_held", "1 while the gateway is this node's.", node.lease.holds)
 
 
 class SharedTables(Shared):
@@ -2478,10 +2401,8 @@ class SharedConnections(OpenConnections):
         self._link = link
         self._source = source
         self._share = link.redis.register_script(SHARE)
-        #: What Redis is to be told, and who waits for how many there are elsewhere.
-        self._news: dict[str, asyncio.Future[int]] = {}
-        self._wake = asyncio.Event()
-        self._telling = asyncio.Lock()
+        #: Who waits for how many there are elsewhere.
+        self.writing: WriteBehind[asyncio.Future[int]] = WriteBehind(self._write)
         self._closed = False
 
     async def enter(self, whose: str) -> int:
@@ -2498,50 +2419,30 @@ class SharedConnections(OpenConnections):
         self._tell(whose)
 
     def _tell(self, whose: str) -> asyncio.Future[int]:
-        answer = self._news.setdefault(whose, asyncio.get_running_loop().create_future())
-        if len(self._news) > MOST_REMEMBERED:
-            self._news.pop(next(iter(self._news)))
-        self._wake.set()
+        news = self.writing.news
+        answer = news.setdefault(whose, asyncio.get_running_loop().create_future())
+        if len(news) > MOST_REMEMBERED:
+            news.pop(next(iter(news)))
+        self.writing.wake()
         return answer
 
     def tell_all(self) -> None:
         for whose in self:
             self._tell(whose)
 
-    async def work(self) -> None:
-        """Tell and ask for as long as Redis answers."""
-        while True:
-            while not self._news:
-                self._wake.clear()
-                await self._wake.wait()
-            await self._exchange()
-            if self._news:
-                await asyncio.sleep(BUSY_REST)
-
     async def close(self) -> None:
         """This node's are about to be closed: they count no more."""
         self._closed = True
         self.tell_all()
         with contextlib.suppress(*self._link.errors):
-            while self._news:
-                await self._exchange()
+            await self.writing.drain()
 
-    async def _exchange(self) -> None:
-        """Tell some news, and hear of these how many there are elsewhere."""
-        async with self._telling:
-            batch = dict(itertools.islice(self._news.items(), BATCH))
-            for whose in batch:
-                del self._news[whose]
-            try:
-                elsewhere = await self._ask(batch)
-            except BaseException:
-                self._news = batch | self._news
-                raise
-        for answer, count in zip(batch.values(), elsewhere, strict=True):
+    async def _write(self, news: dict[str, asyncio.Future[int]]) -> bool:
+        """Tell of these, and hear how many there are elsewhere."""
+        keys = [f"spywatcher:open:{whose}" for whose in news]
+        counts = [0 if self._closed else self[whose] for whose in news]
+        elsewhere = await self._share(keys=keys, args=[self._source, SHARE_LASTS, *counts])
+        for answer, count in zip(news.values(), elsewhere, strict=True):
             if not answer.done():
                 answer.set_result(count)
-
-    async def _ask(self, names: Iterable[str]) -> list[int]:
-        keys = [f"spywatcher:open:{whose}" for whose in names]
-        counts = [0 if self._closed else self[whose] for whose in names]
-        return list(await self._share(keys=keys, args=[self._source, SHARE_LASTS, *counts]))
+        return True

@@ -67,6 +67,10 @@ max_queue_bytes = 268_435_456
 interval = 300.0
 [auth]
 secret = "{secret}"
+[limits]
+connections_per_ip = 1_000_000
+connections_per_viewer = 1_000_000
+attempts_per_ip = "100000000/minute"
 [discord]
 token = "{token}"
 rest_url = "{rest}"

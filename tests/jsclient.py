@@ -230,6 +230,11 @@ class Dashboard:
         end: Disconnect = await self._next(self._lifecycle, "disconnect", timeout)
         return end
 
+    async def reconnecting(self, timeout: float = DEADLINE) -> int:
+        """Wait until the client tries to come back; return which attempt that is."""
+        attempt: int = await self._next(self._lifecycle, "reconnect_attempt", timeout)
+        return attempt
+
     async def upgraded(self, timeout: float = DEADLINE) -> str:
         """Wait until the transport is changed for a better one; return its name."""
         transport: str = await self._next(self._lifecycle, "upgrade", timeout)
@@ -387,6 +392,11 @@ class Node:
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
+
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
 
     def status(self) -> int:
         """The exit status, of a process that is ending."""

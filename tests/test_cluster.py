@@ -6,10 +6,16 @@ import asyncio
 import json
 import re
 import signal
+import sys
 import time
 from bisect import bisect
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +23,10 @@ from typing import Any
 import msgspec
 import pytest
 from jsclient import QUICK, Dashboard, JavaScript, State
+from length import length
 from redisserver import Proxy, RedisServer
 from service import (
+    ROOT,
     SECRET,
     Service,
     running,
@@ -31,7 +39,7 @@ from waiting import eventually
 
 import spywatcher
 import spywatcher_cluster
-from simulator import Guild, Permission, PretendDiscord, hidden_except
+from simulator import GatewaySocket, Guild, Op, Packet, Permission, PretendDiscord, hidden_except
 from spywatcher import Keys, Server, Tokens, Viewer
 
 pytestmark = pytest.mark.logs(
@@ -40,6 +48,39 @@ pytestmark = pytest.mark.logs(
     r"not connected to Discord",  # a node that is stopped as it takes over from one stopped before
     required=False,
 )
+
+
+#: What nodes wait for of each other, which faults are measured by.
+TIMES = ("LOCK_TIME", "TERM_TIME", "RENEWAL", "BEAT_INTERVAL", "STREAM_AGE", "CHANGE_OF_SOURCE")
+#: How much shorter it lasts where a test does not promise how long it takes.
+HURRY = length(3, 1)
+HURRIED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import spywatcher, spywatcher_cluster as cluster
+for name in {TIMES}:
+    value = getattr(cluster, name)
+    setattr(cluster, name, type(value)(value / {HURRY}))
+sys.exit(spywatcher.main())
+"""
+
+
+def scale_times(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
+    """Let terms, and what streams keep, last so much shorter."""
+    for name in TIMES:
+        value = getattr(spywatcher_cluster, name)
+        monkeypatch.setattr(spywatcher_cluster, name, type(value)(value / by))
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults last as much shorter as terms do."""
+    scale_times(monkeypatch, HURRY)
+
+
+def of_a_term(share: float) -> float:
+    """Seconds: so much of the time after which a holder that does not renew has lost the gateway."""
+    return spywatcher_cluster.LOCK_TIME * share
 
 
 @pytest.fixture
@@ -175,6 +216,18 @@ async def page(nodes: Nodes, server: Server, **options: Any) -> Dashboard:
     return await nodes.dashboard(server, **options)
 
 
+async def cut_again_and_again(dashboards: list[Dashboard]) -> None:
+    for _ in range(20):
+        for dashboard in dashboards:
+            await dashboard.drop()
+        await asyncio.gather(*(dashboard.reconnected() for dashboard in dashboards))
+
+
+async def all_recover(dashboards: list[Dashboard], count: int) -> None:
+    await everything_came(dashboards, count)
+    assert all(map(always_recovered, dashboards))
+
+
 async def test_who_comes_back_to_its_node_gets_what_it_missed_once(nodes, guild, monkeypatch):
     monkeypatch.setattr(spywatcher_cluster, "LINGER", 0.1)
     for _ in range(2):
@@ -182,12 +235,8 @@ async def test_who_comes_back_to_its_node_gets_what_it_missed_once(nodes, guild,
     await nodes.ready()
     dashboards = [await page(nodes, server) for server in nodes.servers]
     async with talking(nodes.holder, guild) as sent:
-        for _ in range(20):
-            for dashboard in dashboards:
-                await dashboard.drop()
-            await asyncio.gather(*(dashboard.reconnected() for dashboard in dashboards))
-    await everything_came(dashboards, len(sent))
-    assert all(map(always_recovered, dashboards))
+        await cut_again_and_again(dashboards)
+    await all_recover(dashboards, len(sent))
 
 
 async def test_a_node_reads_on_for_who_may_come_back_alone(nodes, guild, monkeypatch):
@@ -214,6 +263,8 @@ async def balanced(nodes: Nodes) -> AsyncIterator[Balancer]:
         yield balancer
 
 
+#: Dashboards in a rolling restart.
+CROWD = length(60, 300)
 #: The client's own way to come back.
 STOCK = {"reconnectionDelay": 1000, "reconnectionDelayMax": 5000, "randomizationFactor": 0.5}
 
@@ -226,12 +277,8 @@ async def test_who_comes_back_to_another_node_gets_what_it_missed_once(nodes, gu
     async with balanced(nodes) as balancer:
         dashboards = [await page(nodes, balancer) for _ in range(3)]
         async with talking(nodes.holder, guild) as sent:
-            for _ in range(20):
-                for dashboard in dashboards:
-                    await dashboard.drop()
-                await asyncio.gather(*(dashboard.reconnected() for dashboard in dashboards))
-        await everything_came(dashboards, len(sent))
-        assert all(map(always_recovered, dashboards))
+            await cut_again_and_again(dashboards)
+        await all_recover(dashboards, len(sent))
 
 
 async def test_a_viewer_comes_back_to_a_node_that_has_not_heard_of_it(nodes, guild):
@@ -253,8 +300,8 @@ async def test_of_a_stream_that_was_trimmed_no_part_comes(nodes, redis, guild):
             say(nodes.holder, guild, number)
         stream = f"spywatcher:guild:{guild.id}"
         await eventually(lambda: redis.ask("XLEN", stream))
-        position = nodes.holder.recovery.position
-        await eventually(lambda: all(s.recovery.position >= position for s in nodes.servers))
+        position = nodes.holder.recovery.logs.position
+        await eventually(lambda: all(s.recovery.logs.position >= position for s in nodes.servers))
         await redis.ask("XTRIM", stream, "MAXLEN", 3)
         await dashboard.reconnect()
         await dashboard.reconnected()
@@ -267,7 +314,7 @@ async def test_the_pid_of_another_viewer_is_of_no_use_at_any_node(nodes, redis, 
     async with balanced(nodes) as balancer:
         victim = await page(nodes, balancer)
         [key] = await eventually(lambda: redis.ask("KEYS", "spywatcher:ticket:*"))
-        pid, offset = key.decode().rpartition(":")[2], nodes.holder.recovery.offset
+        pid, offset = key.decode().rpartition(":")[2], nodes.holder.recovery.logs.offset
         owner, _ = msgspec.msgpack.decode(await redis.ask("GET", key))
         for said in (pid, pid[::-1], "x.y"):
             for server in nodes.servers:
@@ -278,49 +325,97 @@ async def test_the_pid_of_another_viewer_is_of_no_use_at_any_node(nodes, redis, 
 
 
 @pytest.mark.faults
-async def test_who_was_at_a_node_that_is_killed_misses_nothing(nodes, processes):
+@pytest.mark.parametrize("holds", [True, False], ids=["the holder", "another"])
+async def test_who_was_at_a_node_that_is_killed_misses_nothing_that_others_got(
+    nodes, processes, holds
+):
     holder = await find_holder(processes)
-    killed = processes[holder - 1]
-    ports = [service.port for service in processes if service is not killed]
-    async with Balancer(killed.port) as balancer, chatting(nodes) as sent:
-        dashboards = [await page(nodes, balancer) for _ in range(20)]
-        balancer.ports[:] = ports
-        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
+    killed = processes.pop(holder if holds else holder - 1)
+    async with Balancer(killed.port) as balancer, chatting(nodes, rate=100) as sent:
+        moving = [await page(nodes, balancer) for _ in range(10)]
+        staying = [await page(nodes, service) for service in processes]
+        balancer.ports[:] = [service.port for service in processes]
+        await eventually(lambda: all(len(authors(d)) > 20 for d in moving + staying))
         killed.process.kill()
-        await asyncio.gather(*(dashboard.reconnected() for dashboard in dashboards))
+        await asyncio.gather(*(dashboard.reconnected() for dashboard in moving))
         back = len(sent)
-        await eventually(lambda: all(authors(d)[-1] > back + 20 for d in dashboards))
+        await eventually(lambda: all(authors(d)[-1] > back + 20 for d in moving), timeout=15)
+    assert all(map(always_recovered, moving))
+    for dashboard in moving:
+        misses_nothing_of(dashboard, staying)
+        assert len(gaps(dashboard)) <= holds  # what Discord sent while nobody held the gateway
+
+
+def misses_nothing_of(dashboard: Dashboard, others: list[Dashboard]) -> None:
+    """What any of them got since it came it got too, in order and once."""
+    in_order_and_once(dashboard)
+    got = authors(dashboard)
+    for other in others:
+        in_order_and_once(other)
+        due = [number for number in authors(other) if got[0] <= number <= got[-1]]
+        assert not set(due) - set(got)
+
+
+def gaps(dashboard: Dashboard) -> list[int]:
+    """Behind which numbers others are missing."""
+    return [before for before, after in pairwise(authors(dashboard)) if after != before + 1]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+async def test_who_comes_back_after_all_nodes_began_anew_misses_nothing_that_others_got(
+    nodes, tmp_path, how
+):
+    async with AsyncExitStack() as stack:
+        services = await stack.enter_async_context(in_processes(nodes, tmp_path, count=2))
+        ports = [service.port for service in services]
+        balancer = await stack.enter_async_context(Balancer(*ports))
+        dashboards = [await page(nodes, balancer) for _ in range(6)]
+        sent = await stack.enter_async_context(chatting(nodes))
+        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
+        for service in services:
+            service.process.send_signal(how)
+        for number, service in enumerate(services):
+            await service.exit_status()
+            await restart(service, tmp_path / f"node{number}", stack)
+        await asyncio.gather(*(dashboard.reconnected(30) for dashboard in dashboards))
+        back = len(sent)
+        await eventually(lambda: all(authors(d)[-1] > back + 20 for d in dashboards), timeout=15)
+        assert all(map(always_recovered, dashboards))
+        await balancer.cut()
     for dashboard in dashboards:
-        got = authors(dashboard)
-        assert got == list(range(got[0], got[-1] + 1))
-        assert always_recovered(dashboard)
+        misses_nothing_of(dashboard, dashboards)
+        assert len(gaps(dashboard)) <= 1
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("empty", [False, True], ids=["with its data", "empty"])
+@pytest.mark.usefixtures("hurried")
 async def test_a_redis_that_is_killed_and_comes_back_loses_nothing(nodes, redis, guild, empty):
     dashboards = await two_nodes(nodes)
     async with talking(nodes.servers[0], guild) as sent:
-        await asyncio.sleep(0.5)
+        await eventually(lambda: len(sent) > 20)
         await redis.kill()
-        await asyncio.sleep(5)
+        await asyncio.sleep(of_a_term(5 / 8))
         await redis.start(empty=empty)
         back = time.monotonic()
         await eventually(lambda: all(s.node.link.up for s in nodes.servers))
         assert time.monotonic() - back <= 1
-        await asyncio.sleep(1)
+        count = len(sent)
+        await eventually(lambda: len(sent) > count + 20)
     await everything_came(dashboards, len(sent))
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
 async def test_a_frozen_redis_delays_no_local_event(nodes, redis, guild):
     dashboards = await two_nodes(nodes)
     async with talking(nodes.servers[0], guild) as sent:
-        await asyncio.sleep(0.5)
+        await eventually(lambda: len(sent) > 20)
         redis.freeze()
-        await asyncio.sleep(10)
+        await asyncio.sleep(of_a_term(10 / 8))
         redis.thaw()
-        await asyncio.sleep(1)
+        await eventually(lambda: all(s.node.link.up for s in nodes.servers))
     await everything_came(dashboards, len(sent))
     times = [event.monotonic for event in dashboards[0].events("test:event")]
     assert max(came - went for came, went in zip(times, sent, strict=True)) <= 0.05
@@ -333,7 +428,7 @@ async def test_a_hundred_cut_connections_lose_nothing_and_leak_nothing(nodes, re
     async with talking(nodes.servers[0], guild) as sent:
         for _ in range(100):
             await redis.ask("CLIENT", "KILL", "TYPE", "normal")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
     await everything_came(dashboards, len(sent))
     await eventually(lambda: all(s.node.link.up for s in nodes.servers))
     assert await redis.clients() <= before
@@ -363,6 +458,11 @@ def authors(dashboard: Dashboard) -> list[int]:
     return [int(data["username"][1:]) for data in dashboard.received("message:new")]
 
 
+def last_message(dashboard: Dashboard) -> float:
+    """When it came."""
+    return dashboard.events("message:new")[-1].monotonic
+
+
 def longest_silence(dashboard: Dashboard, since: float) -> float:
     times = [event.monotonic for event in dashboard.events("message:new")]
     times = [since, *(moment for moment in times if moment > since)]
@@ -375,6 +475,7 @@ def in_order_and_once(dashboard: Dashboard) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
 async def test_a_holder_cut_off_from_redis_is_replaced_and_is_silent_before_that(nodes, redis):
     dashboards = await two_nodes(nodes)
     holder = nodes.servers.index(nodes.holder)
@@ -384,24 +485,15 @@ async def test_a_holder_cut_off_from_redis_is_replaced_and_is_silent_before_that
         await nodes.proxies[holder].cut()
         await eventually(lambda: nodes.servers[1 - holder].node.lease.holds(), timeout=10)
         assert nodes.servers[holder].node.lease.holds() is False
-        await eventually(
-            lambda: dashboards[1 - holder].events("message:new")[-1].monotonic > cut + 5
-        )
+        await eventually(lambda: last_message(dashboards[1 - holder]) > cut + of_a_term(5 / 8))
         await nodes.proxies[holder].mend()
         await eventually(lambda: not nodes.servers[holder].node.leading)
         ended = time.monotonic()
-        await eventually(lambda: dashboards[holder].events("message:new")[-1].monotonic > ended + 2)
+        await eventually(lambda: last_message(dashboards[holder]) > ended + of_a_term(6 / 8))
     await eventually(lambda: authors(dashboards[0])[-20:] == authors(dashboards[1])[-20:])
     for dashboard in dashboards:
         in_order_and_once(dashboard)
     assert longest_silence(dashboards[1 - holder], cut) <= 10
-
-
-def scale_times(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
-    """Let terms, and what streams keep, last so much shorter."""
-    for name in ("LOCK_TIME", "TERM_TIME", "RENEWAL", "STREAM_AGE", "BEAT_INTERVAL"):
-        value = getattr(spywatcher_cluster, name) / by
-        monkeypatch.setattr(spywatcher_cluster, name, int(value) if value > 1000 else value)
 
 
 async def cut_off_for(nodes: Nodes, seconds: float) -> None:
@@ -420,7 +512,7 @@ async def cut_off_for(nodes: Nodes, seconds: float) -> None:
         await nodes.proxies[holder].mend()
         await eventually(lambda: not old.leading)
         ended = time.monotonic()
-        await eventually(lambda: dashboards[holder].events("message:new")[-1].monotonic > ended + 2)
+        await eventually(lambda: last_message(dashboards[holder]) > ended + 2)
     await eventually(lambda: authors(dashboards[0])[-20:] == authors(dashboards[1])[-20:])
     for dashboard in dashboards:
         in_order_and_once(dashboard)
@@ -433,13 +525,10 @@ async def cut_off_for(nodes: Nodes, seconds: float) -> None:
 async def test_who_is_cut_off_while_another_holds_the_gateway_tells_nobody_anything_twice(
     nodes, monkeypatch
 ):
-    scale_times(monkeypatch, 10)
-    await cut_off_for(nodes, 9)
-
-
-@pytest.mark.faults
-async def test_who_is_cut_off_for_ninety_seconds_tells_nobody_anything_twice(nodes):
-    await cut_off_for(nodes, 90)
+    """For ninety seconds, ten of them in terms that are as much shorter."""
+    shorter = length(9, 1)
+    scale_times(monkeypatch, shorter)
+    await cut_off_for(nodes, 90 / shorter)
 
 
 async def test_who_was_cut_off_for_long_learns_anew_who_may_see_what(nodes, guild, monkeypatch):
@@ -518,24 +607,29 @@ async def test_a_frozen_redis_keeps_no_first_subscriber_waiting(nodes, redis, gu
 
 
 @asynccontextmanager
-async def three_processes(
-    nodes: Nodes, tmp_path: Path, **tables: dict[str, Any]
+async def in_processes(
+    nodes: Nodes, tmp_path: Path, *command: str, count: int = 3, **tables: dict[str, Any]
 ) -> AsyncIterator[list[Service]]:
-    """Three nodes in processes of their own."""
+    """Nodes in processes of their own, hurried unless by another command."""
     async with AsyncExitStack() as stack:
         services = []
-        for number in range(3):
+        for number in range(count):
             folder = tmp_path / f"node{number}"
             folder.mkdir()
             redis = {"url": nodes.redis.url}
             write_settings(folder, tables_for(nodes.discord, redis=redis, **tables))
-            services.append(await stack.enter_async_context(running(folder)))
+            services.append(await stack.enter_async_context(process_in(folder, *command)))
         for service in services:
             await eventually(lambda s=service: part(s, "server", "redis"), timeout=15)
         yield services
 
 
+def process_in(folder: Path, *command: str) -> AbstractAsyncContextManager[Service]:
+    return running(folder, command=command or (sys.executable, "-c", HURRIED))
+
+
 @pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
 async def test_a_new_node_and_an_emptied_redis_make_no_second_holder_of_one_cut_off(nodes, redis):
     await two_nodes(nodes)
     cut_off = nodes.holder
@@ -551,7 +645,7 @@ async def test_a_new_node_and_an_emptied_redis_make_no_second_holder_of_one_cut_
 
 @pytest.fixture
 async def processes(nodes: Nodes, tmp_path: Path) -> AsyncIterator[list[Service]]:
-    async with three_processes(nodes, tmp_path) as services:
+    async with in_processes(nodes, tmp_path) as services:
         yield services
 
 
@@ -576,34 +670,46 @@ async def watch(nodes: Nodes, services: list[Service]) -> list[Dashboard]:
 
 
 @pytest.mark.faults
-async def test_a_holder_that_is_killed_is_replaced_within_ten_seconds(nodes, processes):
-    dashboards = await watch(nodes, processes)
-    holder = await find_holder(processes)
-    async with chatting(nodes):
-        await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
-        killed = time.monotonic()
-        processes[holder].process.kill()
+async def test_a_holder_that_is_killed_is_replaced_within_ten_seconds(nodes, tmp_path):
+    """As the product is; what its throttle holds back comes at the end of the window."""
+    script, window = str(ROOT / "spywatcher.py"), {"analytics:update": 13.0}
+    command = sys.executable, script
+    async with in_processes(nodes, tmp_path, *command, throttle=window) as processes:
+        dashboards = await watch(nodes, processes)
+        holder = await find_holder(processes)
         left = [d for number, d in enumerate(dashboards) if number != holder]
-        await eventually(
-            lambda: all(d.events("message:new")[-1].monotonic > killed + 2 for d in left),
-            timeout=12,
-        )
+        async with chatting(nodes):
+            await left[0].call("subscribe:analytics", str(nodes.guild.id))
+            await eventually(lambda: len(updates(left[0])) == 2)  # what is, and what has changed
+            await eventually(lambda: kept(nodes.redis, b" true"))
+            killed = time.monotonic()
+            processes[holder].process.kill()
+            await eventually(lambda: min(map(last_message, left)) > killed + 2, timeout=12)
+            await eventually(lambda: len(updates(left[0])) == 3, timeout=15)
     for dashboard in left:
         in_order_and_once(dashboard)
         assert longest_silence(dashboard, killed) <= 10
+    _, before, after = updates(left[0])
+    assert 13.0 - 0.1 <= after - before <= 13.0 + 1
+
+
+def updates(dashboard: Dashboard) -> list[float]:
+    """When the lists came."""
+    return [event.monotonic for event in dashboard.events("analytics:update")]
 
 
 @pytest.mark.faults
 async def test_a_holder_that_sleeps_says_nothing_when_it_wakes(nodes, processes):
     dashboards = await watch(nodes, processes)
     holder = await find_holder(processes)
-    async with chatting(nodes):
+    async with chatting(nodes) as sent:
         await eventually(lambda: all(len(authors(d)) > 20 for d in dashboards))
         stopped = time.monotonic()
         processes[holder].process.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(30)
+        await asyncio.sleep(of_a_term(12 / 8) / HURRY)
         processes[holder].process.send_signal(signal.SIGCONT)
-        await asyncio.sleep(2)
+        count = len(sent)
+        await eventually(lambda: len(sent) > count + 50)
     await eventually(lambda: len({authors(d)[-1] for d in dashboards}) == 1)
     for dashboard in dashboards:
         in_order_and_once(dashboard)
@@ -619,9 +725,7 @@ async def test_a_clean_stop_hands_the_gateway_over_at_once(nodes, processes):
         stopped = time.monotonic()
         processes[holder].process.terminate()
         left = [d for number, d in enumerate(dashboards) if number != holder]
-        await eventually(
-            lambda: all(d.events("message:new")[-1].monotonic > stopped + 3 for d in left)
-        )
+        await eventually(lambda: min(map(last_message, left)) > stopped + 3)
     for dashboard in left:
         in_order_and_once(dashboard)
         assert longest_silence(dashboard, stopped) <= 2
@@ -682,20 +786,11 @@ async def gone(redis: RedisServer, key: str) -> bool:
 
 
 @pytest.mark.faults
-async def test_a_window_outlives_a_holder_that_is_killed(nodes, tmp_path):
-    windows = dict.fromkeys(THROTTLE, 13.0)
-    async with three_processes(nodes, tmp_path, throttle=windows) as processes:
-        holder = await find_holder(processes)
-        watching = (await watch(nodes, processes))[holder - 1]
-        await hold_back(nodes, watching)
-        processes[holder].process.kill()
-        await comes_at_the_end(watching, 13.0)
-
-
-@pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
 async def test_a_holder_that_is_cut_off_sends_nothing_at_the_end_of_a_window(nodes, redis):
+    window = of_a_term(13 / 8)
     for _ in range(2):
-        await nodes.add(throttle=dict.fromkeys(THROTTLE, 13.0))
+        await nodes.add(throttle=dict.fromkeys(THROTTLE, window))
     await nodes.ready()
     holder = nodes.servers.index(nodes.holder)
     watching = await nodes.dashboard(nodes.servers[1 - holder])
@@ -704,7 +799,7 @@ async def test_a_holder_that_is_cut_off_sends_nothing_at_the_end_of_a_window(nod
     await nodes.proxies[holder].cut()
     await eventually(lambda: nodes.servers[1 - holder].node.lease.holds(), timeout=10)
     await nodes.proxies[holder].mend()
-    await comes_at_the_end(watching, 13.0)
+    await comes_at_the_end(watching, window)
     await eventually(lambda: len(at_the_holder.events("message:new")) == 2)
     await at_the_holder.call("guilds:list")
     assert len(at_the_holder.events("message:new")) == 2
@@ -936,6 +1031,7 @@ async def test_nodes_that_start_without_redis_serve_and_say_so(nodes, redis):
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
 async def test_a_node_without_fresh_truth_admits_nobody_new(nodes, redis, guild):
     await two_nodes(nodes)
     server = other(nodes)
@@ -1072,10 +1168,10 @@ async def test_a_busy_guild_slows_no_other_and_costs_nodes_without_its_viewers_n
 ):
     dashboards = await two_nodes(nodes)
 
-    async def delays(rate: float) -> float:
+    async def delay(rate: float) -> float:
         before = len(numbers(dashboards[1]))
         async with talking(nodes.servers[0], guild, rate=20) as sent:
-            until = time.monotonic() + 5
+            until = time.monotonic() + 1
             while time.monotonic() < until:
                 for _ in range(int(rate / 100)):
                     nodes.servers[0].node.deliver("test:busy", "4711", {"number": 1}, "guild")
@@ -1085,8 +1181,9 @@ async def test_a_busy_guild_slows_no_other_and_costs_nodes_without_its_viewers_n
         took = sorted(event.monotonic - at for event, at in zip(came, sent, strict=True))
         return took[len(took) // 2]
 
-    quiet, read = await delays(0), streams(nodes.servers[1])
-    assert await delays(1000) <= quiet * 1.2 + 0.003
+    read = streams(nodes.servers[1])
+    quiet, busy = zip(*[(await delay(0), await delay(1000)) for _ in range(4)], strict=True)
+    assert min(busy) <= min(quiet) * 1.2 + 0.003
     assert streams(nodes.servers[1]) == read
 
 
@@ -1123,7 +1220,7 @@ async def restart(service: Service, folder: Path, stack: AsyncExitStack) -> Serv
     settings = (folder / "config.toml").read_text()
     write = settings.replace('"port" = 0', f'"port" = {service.port}')
     (folder / "config.toml").write_text(write)
-    return await stack.enter_async_context(running(folder))
+    return await stack.enter_async_context(process_in(folder))
 
 
 @pytest.mark.faults
@@ -1133,7 +1230,7 @@ async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_on
     async with AsyncExitStack() as stack:
         balancer = await stack.enter_async_context(Balancer(*(s.port for s in processes)))
         dashboards = [
-            await page(nodes, balancer, viewer=str(number), **STOCK) for number in range(300)
+            await page(nodes, balancer, viewer=str(number), **STOCK) for number in range(CROWD)
         ]
         await stack.enter_async_context(chatting(nodes, rate=2))
         for number, service in enumerate(processes):
@@ -1142,10 +1239,10 @@ async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_on
             balancer.moments.clear()
             service.process.terminate()
             await eventually(
-                lambda n=300 - leaving, b=before: len(b & {d.id for d in dashboards}) == n,
+                lambda n=CROWD - leaving, b=before: len(b & {d.id for d in dashboards}) == n,
                 timeout=10,
             )
-            assert busiest(balancer.moments) <= leaving / 5
+            assert busiest(balancer.moments) <= max(10, leaving / 5)
             assert await service.exit_status() == 0
             again = await restart(service, tmp_path / f"node{number}", stack)
             await eventually(lambda s=again: part(s, "server", "redis"), timeout=15)
@@ -1185,6 +1282,7 @@ async def test_a_role_counts_at_its_place_among_the_messages_on_another_node(nod
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("how", ["cut off", "let go"])
 async def test_after_a_takeover_everybody_is_judged_anew(nodes, redis, guild, how):
     """Also where another follows at once, so that no node ever missed a holder."""
@@ -1213,3 +1311,77 @@ async def test_after_a_takeover_everybody_is_judged_anew(nodes, redis, guild, ho
     await nodes.discord.message(guild, guild.owner, guild.general)
     for dashboard in (dashboards[2], dashboards[5]):
         await dashboard.next("message:new")
+
+
+class Gate:
+    """While it is shut, Discord answers no bot that wants to begin a session."""
+
+    def __init__(self) -> None:
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.opened.set_result(None)
+
+    def shut(self) -> None:
+        self.opened = asyncio.get_running_loop().create_future()
+
+    def open(self) -> None:
+        self.opened.set_result(None)
+
+
+@pytest.fixture
+async def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate, receive = Gate(), GatewaySocket._receive
+
+    def hold(socket: GatewaySocket, packet: Packet) -> None:
+        if packet.op == Op.IDENTIFY:
+            gate.opened.add_done_callback(lambda _: receive(socket, packet))
+        else:
+            receive(socket, packet)
+
+    monkeypatch.setattr(GatewaySocket, "_receive", hold)
+    return gate
+
+
+@pytest.mark.faults
+async def test_nobody_is_let_in_by_what_the_last_holder_told(nodes, guild, gate):
+    ada = guild.add_member("ada", roles=[guild.add_role("manager", Permission.MANAGE_GUILD)])
+    await two_nodes(nodes)
+    before, after = nodes.holder, other(nodes)
+    for server in nodes.servers:  # that she may is known
+        await nodes.dashboard(server, str(ada.id), "USER")
+    gate.shut()
+    ada.role_ids.clear()  # while nobody holds the gateway
+    await before.node.lease.release()
+    await eventually(lambda: after.node.leading)
+    await eventually(lambda: before.node.lease.known == after.node.lease.term)
+    coming = [
+        await nodes.js.connect(
+            f"http://127.0.0.1:{server.port}", token=viewer_token("USER", str(ada.id))
+        )
+        for server in nodes.servers
+    ]
+    for dashboard in coming:
+        assert (await dashboard.call("subscribe:guild", str(guild.id)))["pending"]
+    gate.open()
+    for dashboard in coming:
+        assert (await dashboard.next("error", timeout=10))["code"] == "forbidden"
+
+
+@pytest.mark.faults
+async def test_a_new_holder_learns_of_viewers_whose_coming_it_missed(nodes, redis, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manager])
+    await two_nodes(nodes)
+    deaf, holder = other(nodes), nodes.holder
+    third = await nodes.add()
+    await nodes.ready()
+    proxy = nodes.proxies[nodes.servers.index(deaf)]
+    await proxy.cut()
+    there = await nodes.dashboard(third, str(ada.id), "USER")
+    await redis.ask("XTRIM", spywatcher_cluster.CONTROL, "MAXLEN", 0)
+    await proxy.mend()
+    await eventually(lambda: deaf.node.link.up)
+    third.node.lease.wanted = False
+    await holder.node.lease.release()
+    await eventually(lambda: deaf.node.lease.holds() and deaf.access.all_whole, timeout=10)
+    await nodes.discord.remove_role(guild, ada, manager)
+    assert (await there.next("error", timeout=2))["code"] == "forbidden"

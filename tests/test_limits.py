@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import jwt
 import pytest
 from jsclient import ConnectError
+from length import length
+from redisserver import Proxy
 from service import SECRET
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httputil import HTTPHeaders
@@ -281,6 +283,37 @@ async def test_valid_viewers_behind_one_address_all_come_back_by_themselves(watc
             for dashboard in dashboards:
                 await dashboard.reconnected(timeout=20)
         assert count(spy, "refused", "attempts_per_ip") > 0
+        assert not spy.server.metrics.blocked._value.get()
+
+
+@pytest.mark.skipif(not length(0, 1), reason="takes two minutes: LONG=1 runs it")
+async def test_forty_dashboards_behind_one_address_are_back_within_90_seconds(watching):
+    """By the limits and the client as they come, each connection cut twice within a minute."""
+    stock = {"reconnectionDelay": 1000, "reconnectionDelayMax": 5000}
+    async with watching() as spy, Proxy(spy.server.port) as office:
+        url = f"http://127.0.0.1:{office.port}"
+        dashboards = []
+        for number in range(40):
+            token = spy.token(str(number), guilds=[str(spy.guild.id)])
+            transports = [["websocket", "polling"], ["polling", "websocket"]][number % 2]
+            one = await spy.js.connect(url, token=token, transports=transports, **stock)
+            assert (await one.call("subscribe:guild", str(spy.guild.id)))["ok"]
+            dashboards.append(one)
+        for wait in (25, 0):
+            await office.cut()
+            await eventually(lambda: not len(spy.server.dashboards))
+            await office.mend()
+            cut = time.monotonic()
+            await asyncio.sleep(wait)
+        back: dict[int, float] = {}
+        while time.monotonic() - cut < 90 and len(back) < len(dashboards):
+            for one in dashboards:
+                if (await one.state()).connected:
+                    back.setdefault(one.number, time.monotonic() - cut)
+            await asyncio.sleep(0.1)
+        seconds = sorted(back.values())
+        assert len(seconds) == len(dashboards)
+        print(f"half are back in {seconds[19]:.1f} s, all in {seconds[-1]:.1f}")
         assert not spy.server.metrics.blocked._value.get()
 
 
@@ -695,7 +728,7 @@ async def test_no_event_reaches_a_handler_by_its_name(spy, event):
     """The arguments are those of the handlers: another client's id, its auth, a reason."""
     victim = await spy.connect("1")
     raw = await spy.raw(spy.token("2"))
-    sid = next(iter(spy.server.dashboards._connected))
+    sid = next(iter(spy.server.rights.subscriptions.connected))
     await raw.send("421" + json.dumps([event, sid, {"token": "x"}, "transport error"]))
     packets = [await raw.read(), await raw.read()]
     assert all('"unknown_event"' in packet for packet in packets)

@@ -137,8 +137,8 @@ async def test_what_the_throttle_held_back_meanwhile_is_not_lost(watching: Watch
             spy.server.throttle.emit("x", str(spy.guild.id), {"number": number}, "guild")
         assert await numbers(dashboard, 1) == [1]
         await away(spy, dashboard)
-        before = spy.server.recovery.offset
-        await eventually(lambda: spy.server.recovery.offset != before)
+        before = spy.server.recovery.logs.offset
+        await eventually(lambda: spy.server.recovery.logs.offset != before)
         await dashboard.reconnected()
         assert await numbers(dashboard, 1) == [2]
         await dashboard.quiet("x")
@@ -232,7 +232,7 @@ async def test_nobody_recovers_where_it_is_switched_off(watching: Watching) -> N
 )
 async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: object) -> None:
     first = await page(spy, reconnection=False)
-    pid = next(iter(spy.server.dashboards._holders))
+    pid = next(iter(spy.server.rights.subscriptions.by_pid))
     await away(spy, first)
     raw = await spy.raw(headers=PAGE)
     said = {"token": spy.token(role="ADMIN"), "pid": pid, "offset": offset}
@@ -254,7 +254,7 @@ async def test_an_offset_of_another_shape_is_a_fresh_start(spy: Watch, offset: o
 )
 async def test_a_pid_that_was_not_given_out_is_a_fresh_start(spy: Watch, change: Any) -> None:
     first = await page(spy, reconnection=False)
-    pid = next(iter(spy.server.dashboards._holders))
+    pid = next(iter(spy.server.rights.subscriptions.by_pid))
     await away(spy, first)
     broadcast(spy, 1)
     raw = await spy.raw(headers=PAGE)
@@ -266,7 +266,7 @@ async def test_a_pid_that_was_not_given_out_is_a_fresh_start(spy: Watch, change:
 
 async def test_a_stolen_pid_is_of_no_use_to_another_viewer(spy: Watch) -> None:
     victim = await page(spy, reconnection=False)
-    pid = next(iter(spy.server.dashboards._holders))
+    pid = next(iter(spy.server.rights.subscriptions.by_pid))
     broadcast(spy, 1)
     await victim.next("x")
     thief = await spy.raw(headers=PAGE)
@@ -292,7 +292,22 @@ async def test_who_leaves_on_purpose_is_not_waited_for(spy: Watch) -> None:
     await dashboard.disconnect()
     room = f"guild:{spy.guild.id}"
     await eventually(lambda: not spy.server.recovery.has_listeners(room))
-    assert spy.server.recovery.size == 0
+    assert spy.server.recovery.logs.size == 0
+
+
+async def test_who_connects_again_and_declines_gets_events_without_offsets(spy: Watch) -> None:
+    await page(spy)  # so that events have offsets
+    said, raw, _ = await bare_page(spy)
+    declined = {"token": said["token"], "recover": False}
+    await raw.send("41", "40" + json.dumps(declined))
+    await raw.send("42" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+    room = f"guild:{spy.guild.id}"
+    await eventually(lambda: len(spy.server.rooms.members(room)) == 2)
+    broadcast(spy, 1)
+    packet = ""
+    while not packet.startswith('42["x"'):
+        packet = str(await raw.read())
+    assert json.loads(packet[2:]) == ["x", {"number": 1}]
 
 
 # ---- rights
@@ -346,7 +361,7 @@ async def test_who_was_kicked_from_the_guild_while_away_is_owed_nothing(
     broadcast(spy, 1)
     await spy.discord.kick(spy.guild, ada)
     await spy.discord.caught_up()
-    assert spy.server.recovery.size == 0
+    assert spy.server.recovery.logs.size == 0
     await dashboard.reconnected()
     assert await dashboard.next("session") == {"recovered": True, "rooms": []}
     await dashboard.quiet("x")
@@ -434,10 +449,10 @@ def test_twenty_busy_guilds_keep_no_more_than_their_bounds() -> None:
     for size in (100, 5_000):
         packet = event_packet("x", {"text": "x" * size})
         for guild_id in guilds * 2_000:
-            recovery.add(Destination(guild_id, "guild"), packet, recovery.count())
-        assert recovery.size <= 20 * min(MAX_LOG_BYTES, 1_000 * (len(packet) + 40))
+            recovery.logs.add(Destination(guild_id, "guild"), packet)
+        assert recovery.logs.size <= 20 * min(MAX_LOG_BYTES, 1_000 * (len(packet) + 40))
     recovery.forget(ticket)
-    assert recovery.size == 0
+    assert recovery.logs.size == 0
 
 
 async def test_a_return_replaces_its_half_open_connection(watching: Watching) -> None:

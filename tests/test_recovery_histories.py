@@ -13,7 +13,7 @@ import json
 import random
 from typing import Any, NamedTuple
 
-import pytest
+from length import length
 from service import ROOT
 from waiting import eventually
 from watching import RawClient, Watch, Watching
@@ -23,6 +23,7 @@ from spywatcher import Viewer
 
 PAGE = {"Origin": "http://localhost:5173"}
 MAX_EVENTS = 12
+HISTORIES = length(60, 2_000)
 
 
 class Said(NamedTuple):
@@ -278,9 +279,8 @@ class History:
         await eventually(lambda: not len(self.spy.server.dashboards))
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2_000, marks=pytest.mark.faults)])
 async def test_every_history_gives_each_viewer_its_own_and_all_of_it(
-    discord, guild, watching: Watching, count: int
+    discord, guild, watching: Watching
 ) -> None:
     guilds = [guild, discord.add_guild(name="Second")]
     staff = [one.add_role("Staff", Permission.MANAGE_GUILD) for one in guilds]
@@ -291,7 +291,7 @@ async def test_every_history_gives_each_viewer_its_own_and_all_of_it(
     shipped = [path.stem for path in (ROOT / "plugins").iterdir()]
     tables = {"limits": limits, "recovery": recovery, "plugins": {"disabled": shipped}}
     async with watching(**tables) as spy:
-        for number in range(count):
+        for number in range(HISTORIES):
             seed = random.randrange(2**32)
             random.seed(seed)
             history = History(spy, guilds, staff, [ada, there])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 from jsclient import QUICK, Dashboard
+from length import length
 from redisserver import Proxy
-from service import CROWD
+from service import CROWD, running, tables_for, viewer_token, write_settings
 from waiting import eventually
 from watching import Watch, Watching
 
@@ -20,6 +22,7 @@ import spywatcher
 from simulator import Guild
 
 PAGE = {"Origin": "http://localhost:5173"}
+CUTS = length(100, 1_000)
 Cut = Callable[[Watch, Proxy, Dashboard], Awaitable[None]]
 
 
@@ -96,11 +99,11 @@ async def crowd(spy: Watch, proxy: Proxy, **options: Any) -> list[Dashboard]:
     return dashboards
 
 
-async def storm(spy: Watch, proxy: Proxy, dashboards: list[Dashboard], cut: Cut, cuts: int) -> None:
-    """So many cuts, in turn, while events go on."""
+async def storm(spy: Watch, proxy: Proxy, dashboards: list[Dashboard], cut: Cut) -> None:
+    """Cut after cut, while events go on."""
 
     async def torment(dashboard: Dashboard) -> None:
-        for number in range(cuts // len(dashboards)):
+        for number in range(CUTS // len(dashboards)):
             await cut(spy, proxy, dashboard)
             await asyncio.sleep(random.uniform(0, 0.3))
             if number % 3:  # else in the middle of its return
@@ -124,24 +127,19 @@ async def stormy(watching: Watching) -> AsyncIterator[tuple[Watch, Proxy]]:
         yield spy, proxy
 
 
-@pytest.fixture(params=[100, pytest.param(1_000, marks=pytest.mark.faults)])
-def cuts(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
 @pytest.mark.parametrize("transport", ["websocket", "polling"])
 @pytest.mark.parametrize("cut", [close_engine, close_page, cut_tcp])
 async def test_whoever_is_cut_off_again_and_again_misses_nothing(
-    discord, guild, watching, cuts: int, cut: Cut, transport: str
+    discord, guild, watching, cut: Cut, transport: str
 ) -> None:
     discord.add_guild(name="Second")
     async with stormy(watching) as (spy, proxy):
         dashboards = await crowd(spy, proxy, transports=[transport])
-        await storm(spy, proxy, dashboards, cut, cuts)
+        await storm(spy, proxy, dashboards, cut)
 
 
 async def test_whoever_is_cut_off_in_the_middle_of_the_upgrade_misses_nothing(
-    discord, guild, watching, cuts: int, monkeypatch: pytest.MonkeyPatch
+    discord, guild, watching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     discord.add_guild(name="Second")
     probe = spywatcher.Session.probe
@@ -154,4 +152,39 @@ async def test_whoever_is_cut_off_in_the_middle_of_the_upgrade_misses_nothing(
     async with stormy(watching) as (spy, proxy):
         dashboards = await crowd(spy, proxy, transports=["polling", "websocket"])
         monkeypatch.setattr(spywatcher.Session, "probe", probe_and_die)
-        await storm(spy, proxy, dashboards, close_engine, cuts)
+        await storm(spy, proxy, dashboards, close_engine)
+
+
+class LatePolls(Proxy):
+    """Once the probe of an upgrade was answered, polls are answered half a second later."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.probed = asyncio.Event()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                if b"3probe" in data:
+                    self.probed.set()
+                elif self.probed.is_set() and data.startswith(b"HTTP/1.1 200"):
+                    await asyncio.sleep(0.5)
+                writer.write(data)
+        writer.close()
+        self._writers.discard(writer)
+
+
+async def test_who_is_in_the_middle_of_the_upgrade_hears_of_a_stop_at_once(
+    discord, guild, js, tmp_path
+) -> None:
+    write_settings(tmp_path, tables_for(discord))
+    async with running(tmp_path) as service, LatePolls(service.port) as proxy:
+        dashboard = await js.open(
+            f"http://127.0.0.1:{proxy.port}",
+            token=viewer_token(),
+            transports=["polling", "websocket"],
+        )
+        await proxy.probed.wait()
+        service.process.send_signal(signal.SIGTERM)
+        assert await service.exit_status() == 0
+        assert await dashboard.reconnecting(timeout=5)

@@ -212,7 +212,7 @@ async def test_who_is_gone_leaves_nothing_behind(spy):
     await eventually(lambda: not spy.server.socketio.eio.sockets)
     assert not spy.server.rooms._rooms
     assert not spy.server.rooms._rooms_of
-    assert not spy.server.dashboards._connected
+    assert not spy.server.rights.subscriptions.connected
 
 
 # ---- the way there
@@ -357,11 +357,11 @@ async def test_a_malformed_packet_ends_its_session(spy, packet):
 async def test_a_reserved_event_reaches_no_handler(spy, event):
     """Stock python-socketio would call the server's own handlers with a client's arguments."""
     raw = await spy.raw(spy.token(role="ADMIN"))
-    viewers = dict(spy.server.dashboards._connected)
+    viewers = dict(spy.server.rights.subscriptions.connected)
     await raw.send(f'420["{event}",{{"token":"x"}}]')
     said = [await raw.read(), await raw.read()]
     assert any(packet.startswith('430[{"ok":false') for packet in said)
-    assert spy.server.dashboards._connected == viewers
+    assert spy.server.rights.subscriptions.connected == viewers
     await raw.send('421["guilds:list"]')
     assert (await raw.read()).startswith('431[{"ok":true')
 

@@ -85,7 +85,7 @@ def figures_of(server: Server) -> Callable[[], dict[str, int]]:
             "strangers": len(server.limits.strangers),
             "rooms": len(rooms),
             "members": len(rooms.members(event.ROOM)),
-            "offset": server.recovery.position,
+            "offset": server.recovery.logs.position,
             "namespaces": len(server.socketio.manager.rooms),
             "pending": len(server.socketio.manager.pending_connect)
             + len(server.socketio.manager.pending_disconnect),
