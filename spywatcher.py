@@ -1403,9 +1403,9 @@ class Access:
 
     # -- guilds
 
-    def watches(self, guild_id: str) -> bool:
+    def watches(self, guild_id: int | str) -> bool:
         """Whether events of this guild are for anyone at all."""
-        return not self._watched or guild_id in self._watched
+        return not self._watched or str(guild_id) in self._watched
 
     def may_view(self, viewer: Viewer, guild_id: str) -> bool | None:
         """Whether the bot watches this guild and the viewer may see it; None: not known yet."""
@@ -2381,17 +2381,16 @@ class Session:
         return True
 
     def attach(self, handler: SocketHandler) -> None:
-        """From now on this WebSocket is the transport; what waited goes first."""
+        """From now on this WebSocket is the transport; what waited goes first, and nobody polls."""
         if not self._become(State.WEBSOCKET):
             handler.close()
             return
         self.from_browser = handler.from_browser
-        self.handler, self._prober = handler, None
+        self.handler, self._prober, self.queue.poller = handler, None, None
         self.carried_by(handler.connection, "websocket")
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
-        self.queue.poller = None  # nobody polls any more: it need not be kept for hours
         for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
@@ -2828,7 +2827,7 @@ class Outbox:
         )
         batch: list[Outgoing] = []
         size = 0
-        for out in in_order(self._busy if shared else [room]):
+        for out in in_order(self._busy) if shared else room.waiting:
             size += len(out.frame.tracked.bytes)
             if batch and size > self._max_write:
                 break
@@ -2857,7 +2856,9 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
         ways.setdefault((out.room, out.hidden), 1 << len(ways))
     written = keeping_up = behind = 0
     for (tracks, bits, number), audience in audiences(ways, had).items():
-        due = [out for out in batch if ways[out.room, out.hidden] & bits and out.number > number]
+        due = batch
+        if len(ways) > 1 or number:
+            due = [o for o in batch if ways[o.room, o.hidden] & bits and o.number > number]
         frames = [out.form(tracks) for out in due]
         data = b"".join([frame.bytes for frame in frames])
         written += len(frames) * len(audience)
@@ -4229,7 +4230,7 @@ class HostContext(NamedTuple):
     #: Whether the gateway session is past its startup grace.
     settled: Callable[[], bool]
     #: Whether a guild is one of those to be watched.
-    watches: Callable[[str], bool]
+    watches: Callable[[int | str], bool]
     storage: Path
     #: What a plugin of this name keeps for all nodes; None where there is one.
     share: Callable[[str], Shared | None] = lambda name: None
@@ -5175,7 +5176,7 @@ class Dispatcher:
 
         def hear(event: Any) -> None:
             guild_id = getattr(event, "guild_id", None)
-            if guild_id is not None and not self._context.watches(str(int(guild_id))):
+            if guild_id is not None and not self._context.watches(guild_id):
                 return
             person = rule is None or rule(event, presences)
             if (
@@ -6013,6 +6014,11 @@ def place_of(error: BaseException) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
 
 
+def ids_of(payload: Any) -> tuple[hikari.Snowflake, hikari.Snowflake]:
+    """Guild and user of a packet about a member."""
+    return hikari.Snowflake(payload["guild_id"]), hikari.Snowflake(payload["user"]["id"])
+
+
 class GatewayEvents(hikari.impl.EventManagerImpl):
     """hikari's, but plain functions may subscribe too: they are called at once, without a task, so
     that they find everything as the packet left it. Of a packet that it cannot read no payload is
@@ -6020,14 +6026,10 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     they came, where hikari keeps presences for plugins that need activities.
     """
 
-    #: Told the event's name, its payload and what was raised.
-    unreadable: Callable[[str, Any, Exception], None]
-    #: Told each event that was read, and its payload.
-    read: Callable[[str, Any], None]
-
-    def __init__(self, presences: Presences, *hikaris: Any, cache: Any) -> None:
+    def __init__(self, gateway: Gateway, *hikaris: Any, cache: Any) -> None:
         super().__init__(*hikaris, cache=cache)
-        self._presences = presences
+        self._gateway = gateway
+        self._presences = gateway.presences
         self._whole = bool(cache.settings.components & hikari.api.CacheComponents.PRESENCES)
         self._plain: dict[type[Any], tuple[Callable[[Any], Any], ...]] = {}
 
@@ -6037,7 +6039,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if payload is UNCHANGED:
             return
         consumer = self._consumers[event_name.lower()]  # LookupError: hikari knows no such event
-        if self._enabled_for_event(hikari.ShardPayloadEvent):
+        if type(payload) is dict and self._enabled_for_event(hikari.ShardPayloadEvent):
             factory = self._event_factory
             self.dispatch(factory.deserialize_shard_payload_event(shard, payload, name=event_name))
         if not consumer.is_enabled:
@@ -6045,16 +6047,16 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         try:
             self._presences.take(event_name, payload)
             consumer.callback(shard, payload)
-            if self._whole and event_name in ("GUILD_MEMBER_REMOVE", "PRESENCE_UPDATE"):
-                self._forget_stranger(int(payload["guild_id"]), int(payload["user"]["id"]))
+            if self._whole and self._cache and event_name == "GUILD_MEMBER_REMOVE":
+                self._cache.delete_presence(*ids_of(payload))  # hikari 2.7 keeps it
         except hikari.UnrecognisedEntityError:
             return
         except Exception as error:
             if event_name == "READY":
                 raise AwayError("READY", f"READY cannot be read: {reason_of(error)}") from error
-            self.unreadable(event_name, payload, error)
+            self._gateway.packet_unreadable(event_name, payload, error)
         else:
-            self.read(event_name, payload)
+            self._gateway.packet_read(event_name, payload)
 
     def subscribe(
         self, event_type: type[Any], callback: Callable[[Any], Any], *, _nested: int = 0
@@ -6102,10 +6104,6 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     def _wants_all(self) -> bool:
         return self._whole or self._enabled_for_event(hikari.ShardPayloadEvent)
 
-    def _forget_stranger(self, *ids: int) -> None:
-        if self._cache and self._presences.of(*ids) is None:
-            self._cache.delete_presence(*map(hikari.Snowflake, ids))
-
     @filtered(PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
     def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
         update = msgspec.convert(payload, PresenceUpdate)
@@ -6119,7 +6117,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         event = PresenceUpdateEvent(shard, guild_id, user_id, appeared, make)
         if self._whole and self._cache:
             presence = event.presence  # with it the old one is read, before it goes
-            if code:
+            if code and before is not None:
                 self._cache.update_presence(presence)
             else:
                 self._cache.delete_presence(guild_id, user_id)
@@ -6130,8 +6128,7 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
     ) -> hikari.PresenceUpdateEvent:
         """What hikari makes of it, with activities only where it keeps presences."""
         if self._whole and self._cache:
-            ids = int(payload["guild_id"]), int(payload["user"]["id"])
-            old = self._cache.get_presence(*map(hikari.Snowflake, ids))
+            old = self._cache.get_presence(*ids_of(payload))
         else:
             if isinstance(payload, PresenceUpdate):
                 payload = msgspec.structs.asdict(payload)
@@ -6380,13 +6377,14 @@ RESUME_LATER: Final = 3000
 class Bot(hikari.GatewayBot):
     """hikari's bot with shards of ours. It is begun with what REST said, and asks it nothing itself."""
 
-    def __init__(self, token: str, presences: Presences, **hikaris: Any) -> None:
+    def __init__(self, gateway: Gateway, token: str, **hikaris: Any) -> None:
         super().__init__(token, **hikaris)
+        self._gateway = gateway
         self._event_manager = self.events = GatewayEvents(
-            presences, self._entity_factory, self._event_factory, self._intents, cache=self._cache
+            gateway, self._entity_factory, self._event_factory, self._intents, cache=self._cache
         )
 
-    async def begin(self, gateway: Gateway, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
+    async def begin(self, info: GatewayInfo, brakes: Mapping[int, Brake]) -> None:
         """Start a shard for each brake; returns once each is about to connect."""
         self._closed_event, self._closing_event = asyncio.Event(), asyncio.Event()
         self._rest.start()
@@ -6395,13 +6393,13 @@ class Bot(hikari.GatewayBot):
         for number, (shard_id, brake) in enumerate(brakes.items()):
             if number and number % info.session_start_limit.max_concurrency == 0:
                 await asyncio.sleep(STARTUP_WINDOW)
-            self._shards[shard_id] = shard = self._shard(gateway, info, shard_id, brake)
+            self._shards[shard_id] = shard = self._shard(info, shard_id, brake)
             await shard.start()
         self._event_manager.dispatch(self._event_factory.deserialize_started_event())
 
-    def _shard(self, gateway: Gateway, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
+    def _shard(self, info: GatewayInfo, shard_id: int, brake: Brake) -> Shard:
         return Shard(
-            gateway,
+            self._gateway,
             brake,
             shard_id=shard_id,
             shard_count=info.shards,
@@ -6475,8 +6473,6 @@ class Gateway:
             raise OperatorError(
                 f"{self.token_key}: got what is no bot token, expected the one from {PORTAL}"
             ) from error
-        self.bot.events.unreadable = self._on_unreadable
-        self.bot.events.read = self._on_read
         self.bot.events.subscribe(hikari.ShardReadyEvent, self._on_ready)
         self.bot.events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
 
@@ -6484,8 +6480,8 @@ class Gateway:
         # Well within the time of a step, so that aiohttp itself tidies up what hangs.
         timeouts = hikari.impl.HTTPTimeoutSettings(total=self.patience.step * 0.7)
         return Bot(
+            self,
             token,
-            self.presences,
             rest_url=self._settings.rest_url,
             intents=self.intents,
             cache_settings=hikari.impl.CacheSettings(
@@ -6543,7 +6539,7 @@ class Gateway:
             for shard_id in range(info.shards)
         }
         self._ended = None
-        await self.bot.begin(self, info, self._brakes)
+        await self.bot.begin(info, self._brakes)
 
     async def _turning(self, step: Coroutine[Any, Any, None]) -> None:
         """Wait for a step that may take any time, and note meanwhile that this still runs."""
@@ -6666,9 +6662,9 @@ class Gateway:
         self._metrics.gateway_failures.labels(cause).inc()
         self._report.say(cause, why, connected=False)
 
-    # -- what cannot be read
+    # -- what the bot tells of packets
 
-    def _on_unreadable(self, name: str, payload: Any, error: Exception) -> None:
+    def packet_unreadable(self, name: str, payload: Any, error: Exception) -> None:
         self._metrics.unreadable_packets.labels(name).inc()
         self._report.unreadable(name, f"{reason_of(error)} at {place_of(error)}")
         if name in GUILD_CONTENT and isinstance(payload, dict):
@@ -6678,7 +6674,7 @@ class Gateway:
                 f" ({shown})" if shown != "0" else ""
             )
 
-    def _on_read(self, name: str, payload: Any) -> None:
+    def packet_read(self, name: str, payload: Any) -> None:
         if self._unread_guilds and name in (*GUILD_CONTENT, "GUILD_DELETE"):
             self._unread_guilds.pop(str(payload.get(GUILD_CONTENT.get(name, "id"))), None)
 

@@ -5,7 +5,8 @@
 A pretend Discord writes frames, made beforehand, to the gateway socket of one bot after the other,
 as fast as that reads them. SpyWatcher is the whole product with a dashboard in the guild's room,
 which must get every event that is one, in order of each member, and so is discord.js with Socket.IO;
-discord.js and discord.py alone only decode, and call an empty listener.
+discord.js and discord.py alone only decode, and call an empty listener. Neither counts anything:
+SpyWatcher without its plugins that do is what they compare with.
 What counts is the CPU time of the bot's process, all threads and children of the kernel's included.
 `--checkout` puts another version of SpyWatcher beside this one. `--members` measures nothing but the
 memory of a bot with so many members in its guild, each with a presence.
@@ -42,6 +43,8 @@ from peers import SERVERS, event, node_path  # noqa: E402
 import simulator  # noqa: E402
 from simulator import Guild, Member, PretendDiscord  # noqa: E402
 
+#: A plugin for who hears what the others hear.
+LISTENING = ROOT / "bench" / "listening"
 MEMBERS = 2_000
 #: Frames that are written in one go, as a busy connection has them.
 TOGETHER = 50
@@ -49,6 +52,7 @@ STATUSES = ("online", "idle", "dnd", "offline")
 DEVICES = ("desktop", "mobile", "web")
 NAMES = {
     "spywatcher": "SpyWatcher",
+    "spywatcher-counts": "SpyWatcher without analytics and history",
     "other": "SpyWatcher, the other checkout",
     "discord.js+socket.io": "discord.js that tells a dashboard",
     "discord.js": "discord.js that only listens",
@@ -63,12 +67,17 @@ max_queue_bytes = 268_435_456
 interval = 300.0
 [auth]
 secret = "{secret}"
+[limits]
+connections_per_ip = 1_000_000
+connections_per_viewer = 1_000_000
+attempts_per_ip = "100000000/minute"
 [discord]
 token = "{token}"
 rest_url = "{rest}"
 startup_grace = 0.0
 [plugins]
-folders = ["{plugins}"]
+folders = ["{plugins}", "{listening}"]
+disabled = {disabled}
 watch = false
 [plugin.presence]
 snapshot_members = 0
@@ -210,7 +219,10 @@ async def start(kind: str, discord: PretendDiscord, folder: Path, root: Path) ->
         program = SERVERS / "watched_server.py" if kind == "watched" else root / "spywatcher.py"
         config = folder / "config.toml"
         about = {"secret": event.SECRET, "token": discord.token, "rest": discord.rest_url}
-        config.write_text(CONFIG.format(plugins=root / "plugins", **about))
+        uncounted = kind == "spywatcher-counts"
+        about["disabled"] = json.dumps(["analytics", "history"] if uncounted else ["typing"])
+        folders = {"plugins": root / "plugins", "listening": LISTENING}
+        config.write_text(CONFIG.format(**folders, **about))
         command = [sys.executable, str(program), "--config", str(config)]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(

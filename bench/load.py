@@ -128,6 +128,8 @@ class Load:
         data = client.socket.recv(READ_BYTES)
         if not data:
             raise BrokenError(f"refused in step {client.step}: {client.buffer!r}")
+        if client.step == len(steps):
+            return False  # what plugins tell a new subscriber
         client.buffer += data
         if steps[client.step][1] not in client.buffer:
             return False

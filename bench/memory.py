@@ -174,7 +174,7 @@ def show_idle(quick: bool) -> dict[str, Any]:
 
 
 def show_pollers(quick: bool) -> dict[str, Any]:
-    count = 100 if quick else 1_000
+    count = 100 if quick else 300
     each = {kind: polling(kind, count) for kind in ("spywatcher", "node")}
     rows: list[list[object]] = [[peers.NAMES[kind], each[kind]] for kind in each]
     report.show(f"{count:,} idle clients that poll", ["resident memory", "KB each"], rows)

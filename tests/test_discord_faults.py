@@ -18,7 +18,7 @@ from faultydiscord import Fault, FaultyDiscord, gateway_info, ready_json
 from service import server_for, viewer_token
 from waiting import eventually
 
-from simulator import Op, guild_create_json, make_guild, message_json
+from simulator import Op, guild_create_json, make_guild, message_json, presence_json
 from spywatcher import Gateway, Patience, UpstreamError
 
 #: Seconds that a step may take here, so that a row takes no longer.
@@ -448,6 +448,27 @@ async def test_what_cannot_be_read_is_told_without_what_was_written(spy, caplog)
     assert sum("cannot read" in record.getMessage() for record in caplog.records) == 1
     counted = spy.server.metrics.unreadable_packets.labels("MESSAGE_CREATE")
     assert counted._value.get() == 3
+
+
+SICK_PRESENCES = [
+    *({"guild_id": one} for one in ("x", "", "9" * 5000, None, 7)),
+    *({"user": one} for one in ({}, {"id": None}, {"id": "x"}, [], None)),
+    *({"status": one} for one in (None, 5, ["online"])),
+    *({"client_status": one} for one in (None, [], {"web": 1})),
+]
+
+
+@pytest.mark.logs("ERROR spywatcher: cannot read Discord's PRESENCE_UPDATE: ")
+async def test_presences_that_cannot_be_read_are_left_out_and_end_nothing(spy):
+    dashboard, discord, guild = await spy.dashboard(), spy.discord, spy.guild
+    body = presence_json(guild, guild.owner)
+    for sick in SICK_PRESENCES:
+        await discord.dispatch("PRESENCE_UPDATE", body | sick, guild_id=guild.id)
+    await discord.presence(guild, guild.owner, "dnd", ["web"])
+    assert (await dashboard.next("presence:update"))["status"] == "dnd"
+    assert discord.identifies == 1
+    counted = spy.server.metrics.unreadable_packets.labels("PRESENCE_UPDATE")
+    assert counted._value.get() == len(SICK_PRESENCES)
 
 
 @pytest.mark.logs("ERROR spywatcher: cannot read Discord's GUILD_CREATE: ")

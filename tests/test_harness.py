@@ -17,6 +17,7 @@ from simulator import (
     Harness,
     hidden_except,
     message_json,
+    presence_json,
     reaction_json,
     typing_json,
     voice_state_json,
@@ -125,6 +126,17 @@ def test_a_presence_tells_how_the_member_appeared_before_and_now(plugin: Any, ne
         seen = [one.fields["shown"] for one in h.emitted]
     idle, busy, away = ["idle", ["mobile"]], ["dnd", ["mobile", "web"]], ["offline", []]
     assert seen == [[away, idle], [idle, busy], [busy, away]]
+
+
+def test_of_who_left_hikari_keeps_no_presence(plugin: Any) -> None:
+    with Harness(plugin(PRESENCES + '    needs = {"activities"}')) as h:
+        ada, cache = h.guild.add_member("ada"), h.bot.cache
+        h.run(h.discord.presence(h.guild, ada, "idle", ["mobile"]))
+        assert cache.get_presence(h.guild.id, ada.id)
+        h.run(h.discord.leave(h.guild, ada))
+        assert not cache.get_presence(h.guild.id, ada.id)
+        h.feed("PRESENCE_UPDATE", presence_json(h.guild, ada))  # which Discord may send late
+        assert not cache.get_presence(h.guild.id, ada.id)
 
 
 def test_hikari_makes_nothing_of_a_presence_that_no_plugin_looks_into(
@@ -311,7 +323,7 @@ ACTS = """
 def test_the_member_that_discord_sends_along_need_not_be_fed(plugin: Any) -> None:
     with Harness(plugin(ACTS)) as h:
         ada, general = h.guild.add_member("ada"), h.guild.general
-        h.guild.voice[ada.id] = h.guild.add_channel("talk", kind=ChannelType.VOICE).id
+        h.guild.voice[ada.id] = h.guild.add_channel("talk", kind=ChannelType.GUILD_VOICE).id
         packets = {
             "TYPING_START": typing_json(h.guild, ada, general),
             "MESSAGE_REACTION_ADD": reaction_json(h.guild, ada, general),
