@@ -1367,6 +1367,20 @@ async def test_nobody_is_let_in_by_what_the_last_holder_told(nodes, guild, gate)
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
+async def test_a_new_holder_judges_before_it_beats_for_the_first_time(nodes, guild, monkeypatch):
+    ada = guild.add_member("ada", roles=[guild.add_role("manager", Permission.MANAGE_GUILD)])
+    await two_nodes(nodes)
+    before, after = nodes.servers.index(nodes.holder), other(nodes)
+    dashboard = await nodes.dashboard(after, str(ada.id), "USER")
+    ada.role_ids.clear()
+    monkeypatch.setattr(spywatcher_cluster, "BEAT_INTERVAL", 60.0)
+    await nodes.proxies[before].cut()
+    await eventually(lambda: after.node.lease.holds() and after.access.all_whole, timeout=15)
+    assert (await dashboard.next("error", timeout=2))["code"] == "forbidden"
+
+
+@pytest.mark.faults
 async def test_a_new_holder_learns_of_viewers_whose_coming_it_missed(nodes, redis, guild):
     manager = guild.add_role("manager", Permission.MANAGE_GUILD)
     ada = guild.add_member("ada", roles=[manager])
