@@ -43,6 +43,7 @@ import binascii
 import collections
 import contextlib
 import enum
+import functools
 import hashlib
 import http
 import importlib
@@ -124,8 +125,7 @@ T = TypeVar("T")
 
 
 # ---- numbers of the protocol ----
-# Names and values as Discord documents them (Gateway: Opcodes and Close Codes, Permissions,
-# Channel Types). Nothing here does anything.
+# Opcodes as Discord documents them (Gateway: Opcodes), all else as hikari has it. Nothing here does anything.
 
 API_VERSION = 10
 TRACE = ["simulator"]  # where Discord names the servers that a packet came through
@@ -149,54 +149,12 @@ class Op(enum.IntEnum):
     REQUEST_CHANNEL_INFO = 43
 
 
-class CloseCode(enum.IntEnum):
-    """Why the gateway closes a socket; the reason sent along is the name in words."""
+CloseCode = hikari.errors.ShardCloseCode
+Intent = hikari.Intents
+Permission = hikari.Permissions
+ChannelType = hikari.ChannelType
 
-    GOING_AWAY = 1001
-    UNKNOWN_ERROR = 4000
-    UNKNOWN_OPCODE = 4001
-    DECODE_ERROR = 4002
-    NOT_AUTHENTICATED = 4003
-    AUTHENTICATION_FAILED = 4004
-    ALREADY_AUTHENTICATED = 4005
-    INVALID_SEQ = 4007
-    RATE_LIMITED = 4008
-    SESSION_TIMED_OUT = 4009
-    INVALID_SHARD = 4010
-    SHARDING_REQUIRED = 4011
-    INVALID_API_VERSION = 4012
-    INVALID_INTENTS = 4013
-    DISALLOWED_INTENTS = 4014
-
-
-class Intent(enum.IntFlag):
-    """Gateway intents."""
-
-    GUILDS = 1 << 0
-    GUILD_MEMBERS = 1 << 1
-    GUILD_MODERATION = 1 << 2
-    GUILD_EXPRESSIONS = 1 << 3
-    GUILD_INTEGRATIONS = 1 << 4
-    GUILD_WEBHOOKS = 1 << 5
-    GUILD_INVITES = 1 << 6
-    GUILD_VOICE_STATES = 1 << 7
-    GUILD_PRESENCES = 1 << 8
-    GUILD_MESSAGES = 1 << 9
-    GUILD_MESSAGE_REACTIONS = 1 << 10
-    GUILD_MESSAGE_TYPING = 1 << 11
-    DIRECT_MESSAGES = 1 << 12
-    DIRECT_MESSAGE_REACTIONS = 1 << 13
-    DIRECT_MESSAGE_TYPING = 1 << 14
-    MESSAGE_CONTENT = 1 << 15
-    GUILD_SCHEDULED_EVENTS = 1 << 16
-    AUTO_MODERATION_CONFIGURATION = 1 << 20
-    AUTO_MODERATION_EXECUTION = 1 << 21
-    GUILD_MESSAGE_POLLS = 1 << 24
-    DIRECT_MESSAGE_POLLS = 1 << 25
-
-
-ALL_INTENTS = Intent(sum(Intent))
-PRIVILEGED = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSAGE_CONTENT
+PRIVILEGED = Intent.ALL_PRIVILEGED
 # The flag of an application by the privileged intent that a bot in under a hundred guilds may use
 # (Resources: Application, Application Flags, the ones that end in _LIMITED).
 APPLICATION_FLAGS = {
@@ -204,28 +162,6 @@ APPLICATION_FLAGS = {
     Intent.GUILD_MEMBERS: 1 << 15,
     Intent.MESSAGE_CONTENT: 1 << 19,
 }
-
-
-class Permission(enum.IntFlag):
-    """The permissions that tests and the lively guild need."""
-
-    KICK_MEMBERS = 1 << 1
-    BAN_MEMBERS = 1 << 2
-    ADMINISTRATOR = 1 << 3
-    MANAGE_CHANNELS = 1 << 4
-    MANAGE_GUILD = 1 << 5
-    ADD_REACTIONS = 1 << 6
-    VIEW_CHANNEL = 1 << 10
-    SEND_MESSAGES = 1 << 11
-    MANAGE_MESSAGES = 1 << 13
-    READ_MESSAGE_HISTORY = 1 << 16
-    CONNECT = 1 << 20
-    SPEAK = 1 << 21
-    MANAGE_ROLES = 1 << 28
-    CREATE_PUBLIC_THREADS = 1 << 35
-    SEND_MESSAGES_IN_THREADS = 1 << 38
-
-
 EVERYONE_MAY = (
     Permission.ADD_REACTIONS
     | Permission.VIEW_CHANNEL
@@ -236,17 +172,6 @@ EVERYONE_MAY = (
     | Permission.CREATE_PUBLIC_THREADS
     | Permission.SEND_MESSAGES_IN_THREADS
 )
-
-
-class ChannelType(enum.IntEnum):
-    """Kinds of channels."""
-
-    TEXT = 0
-    DM = 1
-    VOICE = 2
-    CATEGORY = 4
-    ANNOUNCEMENT = 5
-    PUBLIC_THREAD = 11
 
 
 # ---- ids and times ----
@@ -306,6 +231,7 @@ class User:
     name: str
     display_name: str | None = None
     bot: bool = False
+    avatar: str | None = None  # 32 hexadecimal digits
 
     def to_json(self) -> Json:
         """Resources: User object, as other users see it."""
@@ -314,7 +240,7 @@ class User:
             "username": self.name,
             "global_name": self.display_name,
             "discriminator": "0",
-            "avatar": None,
+            "avatar": self.avatar,
             "avatar_decoration_data": None,
             "bot": self.bot,
             "public_flags": 0,
@@ -433,7 +359,7 @@ class Channel:
     id: int
     guild_id: int
     name: str
-    type: int = ChannelType.TEXT
+    type: int = ChannelType.GUILD_TEXT
     position: int = 0
     parent_id: int | None = None
     overwrites: list[Overwrite] = field(default_factory=list)
@@ -455,7 +381,7 @@ class Channel:
             "rate_limit_per_user": 0,
             "last_message_id": _id_or_none(self.last_message_id),
             "flags": 0,
-        } | (voice if self.type == ChannelType.VOICE else {})
+        } | (voice if self.type == ChannelType.GUILD_VOICE else {})
 
 
 @dataclass(slots=True)
@@ -477,7 +403,7 @@ class Thread:
             "guild_id": str(self.guild_id),
             "parent_id": str(self.parent_id),
             "owner_id": str(self.owner_id),
-            "type": int(ChannelType.PUBLIC_THREAD),
+            "type": int(ChannelType.GUILD_PUBLIC_THREAD),
             "name": self.name,
             "last_message_id": _id_or_none(self.last_message_id),
             "rate_limit_per_user": 0,
@@ -525,7 +451,7 @@ class Guild:
     @property
     def general(self) -> Channel:
         """The first text channel."""
-        return next(c for c in self.channels.values() if c.type == ChannelType.TEXT)
+        return next(c for c in self.channels.values() if c.type == ChannelType.GUILD_TEXT)
 
     def add_member(
         self,
@@ -557,7 +483,7 @@ class Guild:
         self,
         name: str,
         *,
-        kind: int = ChannelType.TEXT,
+        kind: int = ChannelType.GUILD_TEXT,
         parent: Channel | None = None,
         overwrites: Iterable[Overwrite] = (),
     ) -> Channel:
@@ -834,20 +760,24 @@ def voice_state_json(guild: Guild, member: Member) -> Json:
     }
 
 
+MOST_SHOWN = 75_000  # members of a guild that is shown whole in GUILD_CREATE (Gateway Events)
+
+
 def guild_create_json(
     guild: Guild,
-    intents: int = ALL_INTENTS,
+    intents: int = Intent.ALL,
     *,
     large_threshold: int = 250,
     joined_now: bool = False,
 ) -> Json:
     """GUILD_CREATE as a session with these intents gets it (Gateway Events: Guild Create).
 
-    Without GUILD_PRESENCES it shows no presence and only the bot and who is in voice; a guild over
-    the threshold shows who is online. `unavailable` is missing when the bot was just added.
+    Without GUILD_PRESENCES, or of more than 75,000 members, it shows no presence and only the bot and
+    who is in voice; a guild over the threshold shows who is online. `unavailable` is missing when the
+    bot was just added.
     """
     large = len(guild.members) > large_threshold
-    with_presences = bool(intents & Intent.GUILD_PRESENCES)
+    with_presences = bool(intents & Intent.GUILD_PRESENCES) and len(guild.members) <= MOST_SHOWN
     online = [m for m in guild.members.values() if m.status != "offline"]
     always = [guild.members[i] for i in {guild.bot_id, *guild.voice} if i in guild.members]
     shown = (online if large else guild.members.values()) if with_presences else ()
@@ -886,7 +816,7 @@ _GUILD_EVENTS = {
     Intent.GUILD_MEMBERS: """GUILD_MEMBER_ADD GUILD_MEMBER_UPDATE GUILD_MEMBER_REMOVE
         THREAD_MEMBERS_UPDATE""",
     Intent.GUILD_MODERATION: "GUILD_AUDIT_LOG_ENTRY_CREATE GUILD_BAN_ADD GUILD_BAN_REMOVE",
-    Intent.GUILD_EXPRESSIONS: "GUILD_EMOJIS_UPDATE GUILD_STICKERS_UPDATE",
+    Intent.GUILD_EMOJIS: "GUILD_EMOJIS_UPDATE GUILD_STICKERS_UPDATE",
     Intent.GUILD_INTEGRATIONS: """GUILD_INTEGRATIONS_UPDATE INTEGRATION_CREATE INTEGRATION_UPDATE
         INTEGRATION_DELETE""",
     Intent.GUILD_WEBHOOKS: "WEBHOOKS_UPDATE",
@@ -899,9 +829,9 @@ _GUILD_EVENTS = {
     Intent.GUILD_MESSAGE_TYPING: "TYPING_START",
 }
 _DIRECT_EVENTS = {
-    Intent.DIRECT_MESSAGES: "MESSAGE_CREATE MESSAGE_UPDATE MESSAGE_DELETE CHANNEL_PINS_UPDATE",
-    Intent.DIRECT_MESSAGE_REACTIONS: _GUILD_EVENTS[Intent.GUILD_MESSAGE_REACTIONS],
-    Intent.DIRECT_MESSAGE_TYPING: "TYPING_START",
+    Intent.DM_MESSAGES: "MESSAGE_CREATE MESSAGE_UPDATE MESSAGE_DELETE CHANNEL_PINS_UPDATE",
+    Intent.DM_MESSAGE_REACTIONS: _GUILD_EVENTS[Intent.GUILD_MESSAGE_REACTIONS],
+    Intent.DM_MESSAGE_TYPING: "TYPING_START",
 }
 _NO_CONTENT: Json = {"content": "", "embeds": [], "attachments": [], "components": []}
 
@@ -1105,10 +1035,10 @@ class Gateway:
         self._check_token(identify.token)
         if not 0 <= shard_id < shard_count:
             raise RefusedError(CloseCode.INVALID_SHARD)
-        if identify.intents & ~int(ALL_INTENTS):
-            raise RefusedError(CloseCode.INVALID_INTENTS)
+        if identify.intents & ~int(Intent.ALL):
+            raise RefusedError(CloseCode.INVALID_INTENT)
         if identify.intents & PRIVILEGED & ~self.allowed_privileged:
-            raise RefusedError(CloseCode.DISALLOWED_INTENTS)
+            raise RefusedError(CloseCode.DISALLOWED_INTENT)
 
     def _check_token(self, token: str) -> None:
         if token.removeprefix("Bot ") != self.token:
@@ -1413,7 +1343,7 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
     def _negotiated(self) -> Pack:
         """How to pack what goes out, from the address (Gateway: Gateway URL Query String Params)."""
         if self.get_query_argument("v", None) != str(API_VERSION):
-            raise RefusedError(CloseCode.INVALID_API_VERSION)
+            raise RefusedError(CloseCode.INVALID_VERSION)
         encoding = self.get_query_argument("encoding", "json")
         if encoding != "json":
             raise RefusedError(CloseCode.DECODE_ERROR, f"No encoding {encoding} here, only json.")
@@ -1434,7 +1364,7 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
 
     def _time_out(self) -> None:
         self.gateway.forget(self)
-        self.refuse(RefusedError(CloseCode.SESSION_TIMED_OUT))
+        self.refuse(RefusedError(CloseCode.SESSION_TIMEOUT))
 
     def transmit(self, packet: bytes) -> asyncio.Future[None] | None:
         """Send an encoded packet; None when the socket is closing."""
@@ -1701,7 +1631,7 @@ class Happenings(Gateway):
         guild: Guild,
         name: str,
         *,
-        kind: int = ChannelType.TEXT,
+        kind: int = ChannelType.GUILD_TEXT,
         parent: Channel | None = None,
         overwrites: Iterable[Overwrite] = (),
     ) -> Channel:
@@ -2011,11 +1941,12 @@ def by_path(routes: Mapping[str, Answer]) -> dict[str, dict[str, Answer]]:
 # ---- signing in ----
 # Discord's side of OAuth2 (Topics: OAuth2, authorization code grant, RFC 6749 and 7636): a page on which
 # one picks whom of the pretend people to be, the token that a code is traded for, its revocation,
-# and who it belongs to. Nobody has a password here.
+# who it belongs to, and their picture. Nobody has a password here.
 
 AUTHORIZE_PATH = "/oauth2/authorize"
 CODE_LASTS = 60.0  # seconds until a code that nobody trades is void
 TOKEN_LASTS = 604_800  # seconds, as Discord's
+ONE_PIXEL = b"GIF89a\1\0\1\0\x80\0\0%s\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 AUTHORIZE_PAGE = tornado.template.Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pretend Discord</title>
@@ -2050,7 +1981,7 @@ class OAuth2:
     """The application of the bot, as the developer portal has it, and who has let it in.
 
     `people` are those whom the authorise page offers, by label; with none it offers all members. A
-    handler in `instead`, by `token`, `revoke` or `me`, answers in that route's place: how a test has
+    handler in `instead`, by `token`, `revoke`, `me` or `picture`, answers in that route's place: how a test has
     Discord fail. `revoked` are the access tokens that were handed back.
     """
 
@@ -2227,6 +2158,17 @@ class BearerHandler(OAuth2Handler):
         self.finish(grant.user.to_json() | more)
 
 
+class PictureHandler(OAuth2Handler):
+    """A picture as Discord's CDN has it: one pixel, of the colour that its hash begins with."""
+
+    name = "picture"
+
+    def get(self, colour: str) -> None:
+        """Answer whoever asks."""
+        self.set_header("Content-Type", "image/gif")
+        self.finish(ONE_PIXEL % bytes.fromhex(colour))
+
+
 class BearsToken(tornado.routing.Matcher):
     """Requests that carry somebody's access token."""
 
@@ -2239,6 +2181,7 @@ def sign_in_routes(oauth2: OAuth2, api: str) -> list[tornado.routing.Rule]:
     """Where all that is, below the API's path; before the bot's routes."""
     handlers = {
         AUTHORIZE_PATH: AuthorizeHandler,
+        r"/avatars/\d+/(?:a_)?([0-9a-f]{6})[0-9a-f]{26}\.png": PictureHandler,
         f"{api}/oauth2/token": TokenHandler,
         f"{api}/oauth2/token/revoke": RevokeHandler,
     }
@@ -2372,6 +2315,11 @@ class PretendDiscord(Happenings):
 # as a gateway session of the plugins' own intents would feed them.
 
 PATIENCE = 5.0  # seconds after which what a plugin still does counts as going on in the background
+# What Discord never sends of a guild without saying who that is (Gateway Events).
+WITH_MEMBER = frozenset(
+    {"MESSAGE_CREATE", "MESSAGE_UPDATE", "MESSAGE_REACTION_ADD", "TYPING_START"}
+    | {"VOICE_STATE_UPDATE"}
+)
 
 
 class Emitted(NamedTuple):
@@ -2403,7 +2351,7 @@ class Harness:
         self.guild = self.discord.add_guild()
         #: What was emitted so far, in order.
         self.emitted: list[Emitted] = []
-        self._paths = [Path(path).resolve() for path in paths]
+        self._paths = [found_plugin(Path(path)) for path in paths]
         self._tables = {name: dict(table) for name, table in (settings or {}).items()}
         self._faults = FaultsLogged()
         self._making: set[asyncio.Task[None]] = set()
@@ -2428,9 +2376,22 @@ class Harness:
     def feed(self, name: str, data: Json) -> None:
         """One dispatch of the gateway: `d` as Discord documents it, of which hikari makes its event.
 
-        It comes only to a plugin whose events need its intent, and without what people wrote.
+        What people wrote is left out, and a `member` that is missing is taken from `guild`. Raises
+        PluginError for what no bot with the intents of these plugins would get, or could read.
         """
-        self.run(self.discord.dispatch(name, data))
+        try:
+            whole = self._with_member(data) if name in WITH_MEMBER else data
+            direct = "guild_id" not in data
+            if (
+                let_through(name, whole, self.bot.intents, self.discord.bot.id, direct=direct)
+                is None
+            ):
+                without = " without guild_id" if direct else ""
+                raise spywatcher.PluginError(f"feed: no plugin hears a {name}{without}")
+            self.run(self.discord.dispatch(name, whole))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise spywatcher.PluginError(f"feed: cannot read this {name}: {what}") from error
 
     def run(self, doing: Coroutine[Any, Any, T]) -> T:
         """Have something happen, and wait until the plugins are through with it."""
@@ -2438,15 +2399,17 @@ class Harness:
         self._raise_faults()
         return result
 
-    def subscribe(self, kind: str = "guild") -> list[Emitted]:
-        """What a new subscriber of the guild's room gets at once."""
+    def subscribe(self, kind: str = "guild", viewer: Member | None = None) -> list[Emitted]:
+        """What a new subscriber of the guild's room gets at once: this member, else an admin."""
+        admin = spywatcher.Viewer("1", "ADMIN")
+        subscriber = spywatcher.Viewer(str(viewer.id), "USER") if viewer else admin
         told: list[Emitted] = []
         guild_id = str(self.guild.id)
 
         def tell(event: str, fields: Json) -> None:
             told.append(Emitted(event, fields, f"{kind}:{guild_id}"))
 
-        self.run(self.host.greet(kind, guild_id, tell))
+        self.run(self.host.greet(kind, guild_id, tell, subscriber))
         return told
 
     def tick(self) -> None:
@@ -2454,6 +2417,24 @@ class Harness:
         self.run(self._tick())
 
     # Behind the scenes.
+
+    def _with_member(self, data: Json) -> Json:
+        """Messages of webhooks, and of who has left, are of nobody in the guild."""
+        if "member" in data or "guild_id" not in data:
+            return data
+        user_id = data.get("user_id") or data.get("author", {}).get("id")
+        member = self.guild.members.get(int(user_id or 0))
+        if member:
+            return data | {"member": member.to_json(with_user="author" not in data)}
+        if "user_id" in data:
+            raise spywatcher.PluginError(f"feed: no member, and none of h.guild is {user_id}")
+        return data
+
+    def _may_see(self, viewer: spywatcher.Viewer, guild_id: str, channel_id: str) -> bool:
+        """By the cache as it is now."""
+        cache = spywatcher.CacheReader(self.bot.cache)
+        access = spywatcher.Access(spywatcher.AuthSettings(), (), cache)
+        return access.may_see(viewer, guild_id, channel_id)
 
     def _end(self) -> None:
         self._runner.run(self.host.stop())
@@ -2471,24 +2452,23 @@ class Harness:
         folders = dict.fromkeys(path.parent for path in self._paths)
         others = {entry.stem for folder in folders for entry in folder.iterdir()} - names
         settings = spywatcher.PluginsSettings(tuple(map(str, folders)), tuple(sorted(others)))
-        self.host = spywatcher.PluginHost(settings, self._tables, self._folder, metrics)
-        self.host.load()
-        wanted = {kind: ["access"] for kind in spywatcher.RightsWatcher.event_types()}
-        wanted |= self.host.event_types()
-        discord, kept = spywatcher.DiscordSettings(), self.host.cached()
-        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, kept)
+        plugins = spywatcher.PluginLoader(settings, self._tables, self._folder, metrics)
+        plugins.load_all()
+        discord, wanted = spywatcher.DiscordSettings(), spywatcher.wanted_events(plugins)
+        gateway = spywatcher.Gateway(discord, self.discord.token, wanted, metrics, plugins.cached())
         self.bot = gateway.bot
         place = spywatcher.HostContext(
             bot=self.bot,
-            events=self.bot.events,
             presences=gateway.presences,
             emit=self._emit,
             settled=lambda: True,
             watches=lambda guild_id: True,
             storage=self._folder / "counts.db",
+            may_see=self._may_see,
             tokens=spywatcher.Tokens(spywatcher.Keys((secrets.token_hex(32),)), ("HS256",)),
         )
-        await self.host.start(place)
+        self.host = spywatcher.PluginHost(plugins, place, metrics, settings.handler_timeout)
+        await self.host.start()
         self._resting = asyncio.all_tasks()
 
     def _emit(self, event: str, guild_id: str, content: Any, kind: str) -> None:
@@ -2505,7 +2485,7 @@ class Harness:
 
     async def _tick(self) -> None:
         for runner in self.host.runners.values():
-            for guarded, _ in runner.repeated:
+            for _, guarded in runner.repeated:
                 await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
@@ -2522,6 +2502,17 @@ class Harness:
             done, _ = await asyncio.wait(tasks, timeout=PATIENCE)
             if not done:
                 self._resting |= tasks
+
+
+def found_plugin(path: Path) -> Path:
+    """The whole path of a plugin; raises spywatcher.PluginError where a server would find none."""
+    whole = path.resolve()
+    if whole.parent.is_dir():
+        folder = spywatcher.PluginsSettings((str(whole.parent),))
+        found = spywatcher.PluginFiles(folder, whole.parent).find().get(whole.stem)
+        if found in (whole, whole / "__init__.py"):
+            return whole
+    raise spywatcher.PluginError(f"Harness: no plugin at {path}")
 
 
 class FaultsLogged(logging.Handler):
@@ -2564,7 +2555,10 @@ class ShardByHand(PretendShard):
         """What the pretend Discord sends."""
         dispatch = msgspec.json.decode(packet)
         consume = self._bot.event_manager.consume_raw_event
-        consume(dispatch["t"], cast("Any", self), dispatch["d"])
+        try:
+            consume(dispatch["t"], cast("Any", self), dispatch["d"])
+        except LookupError as error:
+            raise spywatcher.PluginError(f"hikari knows no event {dispatch['t']}") from error
 
     async def request_guild_members(
         self, guild: int, *, include_presences: bool = False, nonce: str | None = None, **_: Any
@@ -2648,7 +2642,7 @@ class LivelyGuild:
         private = hidden_except(self.guild, staff)
         self.staff_room = self.guild.add_channel("staff-room", overwrites=private)
         self.voice_channels = [
-            self.guild.add_channel(name, kind=ChannelType.VOICE) for name in VOICE_CHANNELS
+            self.guild.add_channel(name, kind=ChannelType.GUILD_VOICE) for name in VOICE_CHANNELS
         ]
         self.threads = [self.guild.add_thread(topic, channels[-1]) for topic in TOPICS[:2]]
         self.channels = channels
@@ -2924,22 +2918,34 @@ LIFE_BEFORE = 500
 
 
 async def run_demo(
-    settings: spywatcher.Settings, port: int | None = None, plugins: Path | None = None
+    settings: spywatcher.Settings,
+    port: int | None = None,
+    plugins: Path | None = None,
+    config: Path | None = None,
 ) -> None:
-    """Serve until a signal comes; `port` and a folder of `plugins` go before the settings'.
+    """Serve until a signal comes; `port` and a folder of `plugins` go before the settings', which
+    SIGHUP reads again, from the file `config` or where they are by default.
 
     Raises spywatcher.OperatorError when the port cannot be had or a plugin's settings are wrong.
     """
     async with PretendDiscord() as discord, contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = demo_settings(settings, discord, folder, port, plugins)
-        settings = with_sign_in(settings, discord)
-        keys = spywatcher.Keys(secrets=(secrets.token_hex(32),))
-        server = spywatcher.Server(settings, keys=keys, token=discord.token)
+        started = demo_settings(settings, discord, folder, port, plugins)
+        started = with_sign_in(started, discord)
+        keys = spywatcher.read_keys(started.auth, started.folder)
+        server = spywatcher.Server(started, keys=keys, token=discord.token)
+
+        def read_again() -> spywatcher.Settings:
+            settings = spywatcher.read_settings(config)
+            now = demo_settings(settings, discord, folder, started.server.port, plugins)
+            tables = now.plugin | {"signin": started.plugin["signin"]}
+            return msgspec.structs.replace(now, auth=started.auth, plugin=tables)
+
         lively = lively_guilds(discord)
         discord.oauth2.people = demo_people(lively[0]) | discord.oauth2.people
         give_a_past(server.plugins, lively, folder)
-        serving = asyncio.create_task(serve(server))
+        reload = functools.partial(spywatcher.reload_settings, server, read_again)
+        serving = asyncio.create_task(serve(server, reload))
         showing = asyncio.create_task(show(discord, server, lively, plugins))
         both = [serving, showing]
         ended, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -2950,10 +2956,10 @@ async def run_demo(
             task.result()
 
 
-async def serve(server: spywatcher.Server) -> None:
+async def serve(server: spywatcher.Server, reload: Callable[[], None]) -> None:
     """Run the server until a signal comes; a port in use is said with the way out."""
     try:
-        await spywatcher.run_server(server)
+        await spywatcher.run_server(server, reload=reload)
     except spywatcher.OperatorError as error:
         way_out = "take another one: python spywatcher.py demo --port 0"
         raise spywatcher.OperatorError(f"{error}; {way_out}") from error
@@ -2975,6 +2981,7 @@ def demo_settings(
             port=settings.server.port if port is None else port,
             cors_origins=LOOPBACK_ORIGINS,
         ),
+        auth=spywatcher.AuthSettings(secret=secrets.token_hex(32)),
         discord=spywatcher.DiscordSettings(rest_url=discord.rest_url, startup_grace=0.0),
         limits=spywatcher.LimitsSettings(block_for=5.0),  # a wrong token is one's own mistake here
         storage=spywatcher.StorageSettings(path=str(folder / DEMO_FILE)),
@@ -2983,6 +2990,7 @@ def demo_settings(
         throttle=settings.throttle,
         log=settings.log,
         folder=settings.folder,
+        source=settings.source,
     )
 
 
@@ -3076,7 +3084,7 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
     joined: set[str] = set()
     try:
         while True:  # a plugin that is saved meanwhile may open rooms of another kind
-            for kind in sorted(server.plugins.kinds - joined):
+            for kind in sorted(server.plugins.loader.kinds - joined):
                 joined.add(kind)
                 for guild in guilds:
                     await client.emit(f"subscribe:{kind}", guild["id"])

@@ -64,10 +64,12 @@ import math
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
 import sys
+import textwrap
 import time
 import tomllib
 import traceback
@@ -89,9 +91,9 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime
-from operator import itemgetter
+from operator import call, itemgetter, or_
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, coroutine
 from typing import (
     Annotated,
     Any,
@@ -143,6 +145,7 @@ __all__ = [
     "Payload",
     "PluginSettings",
     "Presence",
+    "PresenceUpdateEvent",
     "Shared",
     "Spy",
     "Subscriber",
@@ -306,6 +309,16 @@ def known_network(text: str) -> str:
     return text
 
 
+def known_host(text: str) -> str:
+    """A name or an address; raises ValueError for more than that."""
+    plain = re.sub(r"^\w+://|[/?#].*", "", text)
+    if plain.count(":") == 1:
+        plain = plain.partition(":")[0]
+    if plain != text:
+        raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
+    return text
+
+
 def known_permission(name: str) -> str:
     """A permission as Discord calls it; raises ValueError with the nearest one."""
     known = [str(permission.name) for permission in hikari.Permissions]
@@ -315,8 +328,9 @@ def known_permission(name: str) -> str:
     raise ValueError(f'expected a Discord permission in capitals, such as "{close}"')
 
 
-#: How each of a list is read, where the type does not say all of it.
+#: How a text, or each of a list, is read, where the type does not say all of it.
 READ_EACH: Final[dict[str, Callable[[str], str]]] = {
+    "server.host": known_host,
     "server.cors_origins": plain_origin,
     "server.trusted_proxies": known_network,
     "server.metrics_from": known_network,
@@ -533,17 +547,16 @@ def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
         wanted = expected(kind) or str(error).removeprefix("Expected ")
         faults.append(f"{path}: got {came}, expected {wanted}")
         return msgspec.UNSET
-    return read_each(read, path, faults) if path in READ_EACH else read
-
-
-def read_each(values: Iterable[str], path: str, faults: list[str]) -> tuple[str, ...]:
+    if path not in READ_EACH:
+        return read
+    texts = (read,) if isinstance(read, str) else read
     sound = []
-    for value in values:
+    for text in texts:
         try:
-            sound.append(READ_EACH[path](value))
+            sound.append(READ_EACH[path](text))
         except ValueError as error:
-            faults.append(f"{path}: got {shown(value)}, {error}")
-    return tuple(sound)
+            faults.append(f"{path}: got {shown(text)}, {error}")
+    return read if isinstance(read, str) else tuple(sound)
 
 
 def is_secret(key: str, value: object) -> bool:
@@ -630,8 +643,13 @@ def parse_settings(
             sections["throttle"] = check_throttle_table(table, faults)
         elif name in types:
             sections[name] = check_table(table, types[name], name, faults)
-        else:
+        elif isinstance(table, dict):
             faults.append(f"{name}: unknown table{nearest(name, [*types, 'plugin', 'throttle'])}")
+        else:
+            owners = [f"[{one}]" for one, kind in types.items() if name in kind.__struct_fields__]
+            faults.append(
+                f"{name}: expected below a table: {' or '.join(owners) or '[server], say'}"
+            )
     settings = Settings(**sections)
     if faults:
         raise SettingsError(*faults, sound=settings)
@@ -690,7 +708,7 @@ def changed_keys(old: Settings, new: Settings) -> list[str]:
 
 def shipped_plugins() -> Path | None:
     """The plugins that came with this file: beside a plain copy of it, or as it was installed."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     places = [here / OWN_PLUGINS, here / "spywatcher_plugins"]
     return next((place for place in places if place.is_dir()), None)
 
@@ -707,7 +725,7 @@ def read_settings(path: Path | None) -> Settings:
             plain = (Path(__file__).parent / OWN_PLUGINS).is_dir()
             folders = " or ".join(dict.fromkeys(str(place.resolve().parent) for place in here))
             return Settings(
-                folder=Path(__file__).parent if plain else Path.cwd(),
+                folder=Path(__file__).resolve().parent if plain else Path.cwd(),
                 source=f"no config.toml in {folders}",
             )
     try:
@@ -752,6 +770,8 @@ SYNTAX_ADVICE: Final = (
     (r"=\s*(yes|no|on|off|Yes|No|On|Off)\b", "write true or false"),
     (r"=\s*(None|null|nil)\b", "leave the line out"),
     (r"=\s*\d[\d.]*\s*[A-Za-z]+", "write a number without unit, or a text in quotes"),
+    (r"=\s*0\d", "write quotes around a text, no zeros before a number"),
+    (r"['\"]\s+['\"]", "write a comma between two texts"),
     (r"=\s*['\"][^'\"]*$", "write a quote at the end of the text"),
     (r"=\s*[^\s\d'\"\[{+-].*", 'write quotes around a text: "..."'),
     (r",\s*}", "write no comma before }"),
@@ -856,7 +876,7 @@ class Metrics:
         self.refused_requests = count("refused_requests", "Clients' requests refused.", "reason")
         self.cut = count("cut_connections", "Connections that the server broke off.", "reason")
         self.received = Tally("received_events", "Discord's events handed to plugins.", "event")
-        self.sent = count("sent_events", "Events that went to a room with listeners.", "event")
+        self.sent = Tally("sent_events", "Events that went to a room with listeners.", "event")
         self.dropped = count("dropped_events", "Events that went to nobody.", "reason")
         self.throttled = count("throttled_events", "Events held back to be merged.", "event")
         self.deliveries = count("deliveries", "Events written to a client, each client counted.")
@@ -870,7 +890,7 @@ class Metrics:
         self.plugin_counts = count("plugin_counts", "What plugins count.", "plugin", "what")
         self.gateway_changes = count("gateway_changes", "Turns of the link to Discord.", "change")
         self.gateway_failures = count("gateway_failures", "Tries that failed.", "cause")
-        for tally in (self.received, self.plugin_seconds):
+        for tally in (self.received, self.sent, self.plugin_seconds):
             self.registry.register(tally)
         self.unreadable_packets = count("unreadable_packets", "Packets left out.", "event")
 
@@ -2371,6 +2391,7 @@ class Session:
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
+        self.queue.poller = None  # nobody polls any more: it need not be kept for hours
         for frame in self.queue.take():
             self.write((frame,), frame.bytes)
 
@@ -3648,7 +3669,8 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Base of a plugin's `class Settings`: the keys of its `[plugin.NAME]` table in config.toml.
 
         class Settings(PluginSettings, frozen=True):
-            longest: Annotated[int, Meta(ge=1, description="Characters shown.")] = 80
+            #: Characters shown.
+            longest: Annotated[int, Meta(ge=1)] = 80
 
     Give each key a type and a default. Wrong values are refused with their key path, what does not
     fit together by `__post_init__` with `ValueError("key: what is wrong", …)`; what is in force is
@@ -3698,24 +3720,15 @@ Mark = Listener | Repeated | Greeter | Route
 MARKS: Final = "__spywatcher__"
 
 
-class Hook(NamedTuple):
-    """How one kind of a plugin's functions is called."""
-
-    #: What it is handed, in this order,
-    arguments: tuple[str, ...]
-    #: and how many of them it has to take at least.
-    least: int
-
-
-#: Every function of a plugin that the host calls: by its mark, or by its name in the module.
-#: Besides there are `class Settings(PluginSettings)`, `needs`, and `route`, which marks a class.
-HOOKS: Final[dict[type | str, Hook]] = {
-    Listener: Hook(("event", "spy"), 1),
-    Repeated: Hook(("spy",), 1),
-    Greeter: Hook(("guild_id", "spy", "viewer"), 2),
-    "setup": Hook(("spy",), 1),
-    "teardown": Hook(("spy",), 1),
-    "forget": Hook(("storage", "member_id", "guild_id"), 3),
+#: Every function of a plugin that the host calls, by its mark or by its name in the module, and what
+#: it may take. Besides there are `class Settings(PluginSettings)`, `needs`, and `route`'s classes.
+HOOKS: Final[dict[type | str, tuple[str, ...]]] = {
+    Listener: ("event", "event, spy"),
+    Repeated: ("spy",),
+    Greeter: ("guild_id, spy", "guild_id, spy, viewer"),
+    "setup": ("spy",),
+    "teardown": ("spy",),
+    "forget": ("storage, member_id, guild_id",),
 }
 
 
@@ -3749,8 +3762,7 @@ NEEDS: Final = {
 
 def marked(function: Maker, mark: Mark) -> Maker:
     """The same function (or class) with one more mark on it."""
-    marks = [*vars(function).get(MARKS, ()), mark]
-    setattr(function, MARKS, marks)
+    setattr(function, MARKS, [*vars(function).get(MARKS, ()), mark])
     return function
 
 
@@ -3782,7 +3794,7 @@ def on(
     `[discord] startup_grace` of a new gateway session, while what looks like news is only Discord
     telling how things stand.
     """
-    check_source(event)
+    check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
     return lambda function: marked(function, Listener(event, emit, room, settled, bots))
@@ -3798,8 +3810,10 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     and counted, and it goes on. Of several nodes (docs/scale.md) only the one that holds the
     gateway calls it: a plugin is at work there alone, from its `setup` to its `teardown`.
     """
-    check_seconds(seconds)
-    return lambda function: marked(function, Repeated(float(seconds)))
+    given: object = seconds  # the function itself, where the brackets were left out
+    if not isinstance(given, int | float) or not 0 < given < math.inf:
+        raise PluginError(f"every({shown(given)}): expected seconds, as in @every(60)")
+    return lambda function: marked(function, Repeated(seconds))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
@@ -3837,17 +3851,16 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     if not pattern.startswith("/"):
         raise PluginError(f"route({shown(pattern)}): expected a path that begins with /")
 
-    return lambda handler: marked(handler, Route(pattern))
+    def mark(handler: Any) -> Any:
+        if not (isinstance(handler, type) and issubclass(handler, RequestHandler)):
+            raise PluginError(f"route({shown(pattern)}) belongs on a RequestHandler")
+        return marked(handler, Route(pattern))
+
+    return mark
 
 
-def check_seconds(seconds: object) -> None:
-    """Refuse what is no time to wait; raises PluginError."""
-    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise PluginError(f"every({shown(seconds)}): expected seconds, as in @every(60)")
-
-
-def check_source(event: object) -> None:
-    """Refuse what `on` cannot listen to; raises PluginError."""
+def check_source(event: object, emit: str | None) -> None:
+    """Refuse what `on` cannot listen to, or has no guild to emit to; raises PluginError."""
     if isinstance(event, str):
         check_name("on", event)
         for name in (f"Guild{event}Event", f"Guild{event}", f"{event}Event", event):
@@ -3860,6 +3873,13 @@ def check_source(event: object) -> None:
         raise PluginError(
             f"on({came}): expected a class of hikari's events or the name of a plugin's event"
         )
+    elif emit and not has_guild(event):
+        raise PluginError(f"on({event.__name__}) has no guild_id: leave emit= out, use spy.emit")
+
+
+def has_guild(event_type: type[hikari.Event]) -> bool:
+    """Whether events of this type, or of a narrower one, say of which guild they are."""
+    return hasattr(event_type, "guild_id") or any(map(has_guild, event_type.__subclasses__()))
 
 
 def check_name(where: str, name: object) -> None:
@@ -4007,6 +4027,45 @@ class Presence(NamedTuple):
     platforms: frozenset[str]
 
 
+class PresenceUpdateEvent(hikari.PresenceUpdateEvent):
+    """hikari's event, as plugins hear it: it tells, too, how the member appeared `before`, and `now`.
+
+        @on(PresenceUpdateEvent, emit="gone")
+        def gone(event):
+            return {"userId": str(event.user_id)} if event.now.status == "offline" else None
+
+    Who is not known appeared as None before. hikari's objects (`presence`, `old_presence`, `user`)
+    are made when they are first asked for: these two cost a tenth.
+    """
+
+    __slots__ = ("_make", "before", "guild_id", "now", "user_id")
+
+    guild_id: hikari.Snowflake
+    user_id: hikari.Snowflake
+    before: Presence | None
+    now: Presence
+
+    def __init__(
+        self,
+        shard: hikari.api.GatewayShard,
+        guild_id: hikari.Snowflake,
+        user_id: hikari.Snowflake,
+        appeared: tuple[Presence | None, Presence],
+        make: Callable[[], hikari.PresenceUpdateEvent],
+    ) -> None:
+        self.shard, self.guild_id, self.user_id = shard, guild_id, user_id
+        self.before, self.now = appeared
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        """hikari's fields, which are empty at first."""
+        if name not in ("presence", "old_presence", "user"):
+            raise AttributeError(name)
+        made = self._make()
+        self.presence, self.old_presence, self.user = made.presence, made.old_presence, made.user
+        return getattr(self, name)
+
+
 class Subscriber(msgspec.Struct, frozen=True):
     """Who has subscribed, for a function of `on_subscribe` with three arguments.
 
@@ -4037,9 +4096,8 @@ class Spy:
         name: str,
         settings: Any,
         context: HostContext,
+        metrics: Metrics,
         emit: Callable[..., None],
-        counts: Callable[[str], Counter],
-        failed: Callable[[], None],
     ) -> None:
         #: The `[plugin.NAME]` table: the plugin's `Settings`, or a dict if it has none.
         self.settings = settings
@@ -4060,13 +4118,9 @@ class Spy:
         #: the `teardown` of the old one: what must not be done by both is done under this.
         self.alone = context.alone(name)
         self._name = name
-        self._tokens = context.tokens
-        self._address = context.address
-        self._lists_origin = context.lists_origin
-        self._presences = context.presences
+        self._context = context
+        self._metrics = metrics
         self._emit = emit
-        self._counts = counts
-        self._failed = failed
         self._problem: str | None = None
 
     @property
@@ -4076,7 +4130,7 @@ class Spy:
 
     def count(self, what: str, amount: float = 1) -> None:
         """Add to `spywatcher_plugin_counts_total{plugin, what}` in /metrics; few different `what`s."""
-        self._counts(what).inc(amount)
+        self._metrics.plugin_counts.labels(self._name, what).inc(amount)
 
     def emit(
         self, event: str, guild_id: int | str, payload: PayloadOrMaker, room: str = "guild"
@@ -4095,11 +4149,11 @@ class Spy:
 
         It is kept for plugins that hear `hikari.PresenceUpdateEvent`; for others all are offline.
         """
-        return self._presences.of(int(guild_id), int(user_id))
+        return self._context.presences.of(int(guild_id), int(user_id))
 
     def online(self, guild_id: int | str) -> list[int]:
         """The ids of the guild's members who are not offline; bots are left out."""
-        return self._presences.online(int(guild_id))
+        return self._context.presences.online(int(guild_id))
 
     def issue_token(
         self, discord_id: str, role: Role = "USER", ttl: float = 900.0, guilds: Sequence[str] = ()
@@ -4109,7 +4163,7 @@ class Spy:
         `guilds` are those that it may view, whatever Discord says; none: what Discord says counts.
         Raises an exception where the server has no secret.
         """
-        return self._tokens.issue(discord_id, role, guilds, ttl)
+        return self._context.tokens.issue(discord_id, role, guilds, ttl)
 
     def key(self, purpose: str) -> bytes:
         """32 bytes for signatures of the plugin's own, derived from `[auth] secret`.
@@ -4119,15 +4173,15 @@ class Spy:
 
             hmac.digest(spy.key("cookie"), value, "sha256")
         """
-        return self._tokens.derive_key(f"plugin {self._name}: {purpose}")
+        return self._context.tokens.derive_key(f"plugin {self._name}: {purpose}")
 
     def address(self, request: HTTPServerRequest) -> str:
         """Whom a request counts for: the client's address, behind a trusted proxy too; of IPv6 the /64."""
-        return self._address(request)
+        return self._context.address(request)
 
     def lists_origin(self, origin: str) -> bool:
         """Whether `[server] cors_origins` names this page's origin; "*" and "null" name nobody."""
-        return self._lists_origin(origin)
+        return self._context.lists_origin(origin)
 
     @property
     def problem(self) -> str | None:
@@ -4140,7 +4194,7 @@ class Spy:
     @problem.setter
     def problem(self, text: str | None) -> None:
         if text is not None:
-            self._failed()
+            self._metrics.plugin_failures.labels(self._name).inc()
         if text != self._problem:
             level = logging.INFO if text is None else logging.WARNING
             self.log.log(level, "%s", text or "all is well again")
@@ -4165,22 +4219,10 @@ RESERVED_EVENTS: Final = frozenset(
 FAULTS: Final = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
-class Events(Protocol):
-    """Where to hear of what happens, as it happens: what is subscribed waits for nothing."""
-
-    def subscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-    def unsubscribe(
-        self, event_type: type[hikari.Event], callback: Callable[[Any], Any], /
-    ) -> None: ...
-
-
 class HostContext(NamedTuple):
     """What one server gives all of its plugins to work with."""
 
-    bot: hikari.GatewayBot
-    events: Events
+    bot: Bot
     presences: Presences
     #: The way to the rooms: event, guild id, content, kind of room.
     emit: Callable[[str, str, DataOrMaker, str], None]
@@ -4343,6 +4385,7 @@ APPEARANCES: Final = [
     for status in STATUSES
     for bits in range(8)
 ]
+NO_MEMBERS: Final[dict[int, int]] = {}
 
 
 class Presences:
@@ -4353,11 +4396,20 @@ class Presences:
     """
 
     def __init__(self) -> None:
-        self._guilds: dict[int, dict[int, int]] = {}
+        self._guilds: dict[int, dict[int, int]] = collections.defaultdict(dict)
+        self._takers = {
+            "READY": self._ready,
+            "GUILD_CREATE": self._guild,
+            "GUILD_DELETE": self._guild,
+            "GUILD_MEMBERS_CHUNK": self._chunk,
+            "GUILD_MEMBER_ADD": self._member,
+            "GUILD_MEMBER_UPDATE": self._member,
+            "GUILD_MEMBER_REMOVE": self._member_gone,
+        }
 
     def of(self, guild_id: int, user_id: int) -> Presence | None:
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return None if code is None else APPEARANCES[code % BOT]
+        code = self.code(guild_id, user_id)
+        return None if code is None else APPEARANCES[code]
 
     def online(self, guild_id: int) -> list[int]:
         """People who are not offline."""
@@ -4370,41 +4422,49 @@ class Presences:
     def clear(self) -> None:
         self._guilds.clear()
 
-    def update(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Take how a member appears now; whether that is news."""
-        members = self._guilds.get(guild_id, {})
+    def code(self, guild_id: int, user_id: int) -> int | None:
+        """How a member appears, as `code_of` says it; None of who is none."""
+        code = self._guilds.get(guild_id, NO_MEMBERS).get(user_id)
+        return None if code is None else code % BOT
+
+    def update(self, guild_id: int, user_id: int, code: int) -> int | None:
+        """Take how a member appears now; returns how it appeared before, as `code` does."""
+        members = self._guilds.get(guild_id, NO_MEMBERS)
         before = members.get(user_id)
         if before is None:
-            return True
-        code = before & BOT | code_of(status, devices)
-        members[user_id] = code
-        return code != before
-
-    def knows(self, guild_id: int, user_id: int, status: str, devices: Mapping[str, str]) -> bool:
-        """Whether this is how the member appears already."""
-        code = self._guilds.get(guild_id, {}).get(user_id)
-        return code is not None and code % BOT == code_of(status, devices)
+            return None
+        members[user_id] = before & BOT | code
+        return before % BOT
 
     def take(self, event: str, payload: Any) -> None:
         """What a packet other than PRESENCE_UPDATE says of who is there."""
-        if event == "GUILD_MEMBER_REMOVE":
-            self._members(payload["guild_id"]).pop(int(payload["user"]["id"]), None)
-        elif event in ("GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE"):
-            self._enter(self._members(payload["guild_id"]), [payload], ())
-        elif event == "GUILD_MEMBERS_CHUNK":
-            members = self._members(payload["guild_id"])
-            self._enter(members, payload["members"], payload.get("presences", ()))
-        elif event in ("GUILD_CREATE", "GUILD_DELETE") and not payload.get("unavailable"):
+        if taker := self._takers.get(event):
+            taker(payload)
+
+    def _ready(self, payload: Any) -> None:
+        """Of the shard's guilds that it does not name the bot has left while it was away."""
+        named = {int(guild["id"]) for guild in payload["guilds"]}
+        served = ShardRange(*payload.get("shard", (0, 1)))
+        for guild_id in [one for one in self._guilds if served.has(one) and one not in named]:
+            del self._guilds[guild_id]
+
+    def _guild(self, payload: Any) -> None:
+        if not payload.get("unavailable"):
             self._guilds.pop(int(payload["id"]), None)
-            if event == "GUILD_CREATE":
-                members = self._members(payload["id"])
-                self._enter(members, payload["members"], payload.get("presences", ()))
+            if "members" in payload:
+                self._enter(payload["id"], payload["members"], payload.get("presences", ()))
 
-    def _members(self, guild_id: str) -> dict[int, int]:
-        return self._guilds.setdefault(int(guild_id), {})
+    def _chunk(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], payload["members"], payload.get("presences", ()))
 
-    @staticmethod
-    def _enter(members: dict[int, int], entries: Iterable[Any], presences: Iterable[Any]) -> None:
+    def _member(self, payload: Any) -> None:
+        self._enter(payload["guild_id"], [payload], ())
+
+    def _member_gone(self, payload: Any) -> None:
+        self._guilds[int(payload["guild_id"])].pop(int(payload["user"]["id"]), None)
+
+    def _enter(self, guild_id: str, entries: Iterable[Any], presences: Iterable[Any]) -> None:
+        members = self._guilds[int(guild_id)]
         for entry in entries:
             user = entry["user"]
             user_id, is_bot = int(user["id"]), user.get("bot") or user.get("system")
@@ -4442,6 +4502,8 @@ def was_author_person(event: Any, presences: Presences) -> bool:
 
 
 def is_user_person(event: Any, presences: Presences) -> bool:
+    if isinstance(event, PresenceUpdateEvent) and event.before is not None:  # a member's
+        return presences.is_person(event.guild_id, event.user_id)
     user = getattr(event, "user", None) or getattr(event, "member", None)
     if user is None or getattr(user, "username", None) is hikari.UNDEFINED:
         return presences.is_person(event.guild_id, event.user_id)
@@ -4477,73 +4539,57 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Kinds of faults remembered as told, of one plugin.
+#: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
 
-class Fence:
-    """Keeps the account of one plugin's faults: each is counted, and logged once of its kind."""
+class Standing(NamedTuple):
+    """What a thread has had so far, in seconds; two of them tell what kept it (proc(5), getrusage(2))."""
 
-    def __init__(self, name: str, metrics: Metrics) -> None:
-        self.name = name
-        self._failures = metrics.plugin_failures.labels(name)
-        self._seconds = metrics.plugin_seconds.counts
-        self._pauses = metrics.plugin_pauses.labels(name)
-        self._told: set[object] = set()
-        self._longest: dict[str, float] = {}
-        self._waited = self._waited_at = 0.0
-
-    def failed(self, what: str, error: BaseException) -> None:
-        self._failures.inc()
-        kind = (what, type(error), kind_of_fault(error))
-        if kind in self._told or len(self._told) >= MOST_KINDS:
-            return
-        self._told.add(kind)
-        log.error("plugin %s: %s: %s", self.name, what, reason(error), exc_info=traceback_of(error))
-
-    def begin(self) -> float:
-        """The moment at which a function of the plugin is called."""
-        now = time.perf_counter()
-        if now > self._waited_at + 0.01:  # to ask each time would cost more than most calls
-            self._waited, self._waited_at = seconds_waited(), now
-        return now
-
-    def took(self, what: str, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self._seconds[self.name] += seconds
-        if seconds > BLOCKING:
-            seconds -= seconds_waited() - self._waited
-            if seconds > max(BLOCKING, 2 * self._longest.get(what, 0.0)):
-                self._longest[what] = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.name, what, seconds * 1000)
-
-    def paused(self, what: str) -> None:
-        self._pauses.inc()
-        paused = "plugin %s: %s failed %d times in a row and is paused for %.0f s"
-        log.error(paused, self.name, what, MOST_FAILURES, PAUSE)
+    #: It ran;
+    ran: float = 0.0
+    #: it was ready to run, and other threads of the machine ran;
+    queued: float = 0.0
+    #: the other threads of this process ran.
+    others: float = 0.0
+    #: So many times it slept,
+    naps: int = 0
+    #: and the other threads were interrupted.
+    interrupted: int = 0
 
 
-def seconds_waited() -> float:
-    """For how long this thread was kept from running by others; 0 where no kernel tells (proc(5)).
-
-    A busy machine is no plugin's fault.
-    """
+def standing() -> Standing:
+    """Of the thread that asks; nothing where no kernel tells."""
     try:
-        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
-    except OSError:
-        return 0.0
+        own = resource.getrusage(resource.RUSAGE_THREAD)
+        with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
+            queued = int(file.read().split()[1]) / 1e9
+    except (OSError, AttributeError):
+        return Standing()
+    ran, all_ran = time.thread_time(), time.process_time()
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
+    return Standing(ran, queued, all_ran - ran, own.ru_nvcsw, interrupted)
+
+
+def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
+    """For how much of so many seconds the thread itself kept everybody waiting.
+
+    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, which
+    another thread had. That ran, or was itself interrupted for nobody knows how long; but who waits
+    for the interpreter wakes up every few milliseconds to ask for it (`sys.setswitchinterval`).
+    """
+    waited = (now.naps - before.naps) * BLOCKING
+    if now.interrupted == before.interrupted:
+        waited = min(waited, now.others - before.others)
+    return max(min(seconds, now.ran - before.ran), seconds - (now.queued - before.queued) - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:
     """The same for faults that one line in the log stands for: of ours, whatever value it was of."""
     if isinstance(error, SpyWatcherError):
         return re.sub(r"'.*'|\d+", "", str(error))
-    where = error.__traceback__
-    while where is not None and where.tb_next is not None:
-        where = where.tb_next
-    return where and (where.tb_frame.f_code.co_filename, where.tb_lineno)
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    return where and (where[0].filename, where[0].lineno)
 
 
 def reason(error: BaseException) -> str:
@@ -4573,47 +4619,50 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+@dataclasses.dataclass(eq=False)
 class Guarded:
-    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else."""
+    """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
+    counted, and logged once of its kind.
+    """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        arguments: tuple[object, ...],
-        name: str,
-        fence: Fence,
-        time_limit: float | None,
-        where: str = "",
-    ) -> None:
-        self._function = function
-        self._arguments = arguments
-        #: As log lines name it.
-        self.name = name
-        self._where = where
-        self._fence = fence
-        #: Seconds for which it may be awaited; None: for ever.
-        self._time_limit = time_limit
-        self._failed_in_row = 0
-        self._paused_until = 0.0
-        self._running: set[asyncio.Task[None]] = set()
+    plugin: str
+    metrics: Metrics
+    function: Callable[..., Any]
+    #: As log lines name it.
+    name: str
+    #: Seconds for which it may be awaited; None: for ever.
+    time_limit: float | None
+    #: What it is handed behind what it is called with.
+    arguments: tuple[object, ...] = ()
+    #: What failed in it or with it, for the log.
+    where: str = ""
+    #: What takes an event and what the function returned for it.
+    then: Callable[[Any, Any], object] = lambda event, result: None
+    _told: set[object] = dataclasses.field(default_factory=set)
+    _failed_in_row: int = 0
+    _paused_until: float = 0.0
+    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _stood_at: float = 0.0
+    _longest: float = 0.0
+    _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
     @property
     def paused(self) -> bool:
         return self._paused_until > time.monotonic()
 
-    def call(self, subject: object, then: Callable[[Any, Any], None]) -> None:
-        """Call it with a subject, and `then` with that and what it returns, when that is there."""
+    def call(self, event: object) -> None:
+        """Call it with an event, and `then` once what it returns is there."""
         if self._paused_until and self.paused:
             return
         try:
-            result = self._call(subject)
+            result = self._call(event)
             if hasattr(result, "__await__"):
-                task = asyncio.create_task(self._finish(result, subject, then))
+                task = asyncio.create_task(self._finish(event, result))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
             if result is not None:
-                then(subject, result)
+                self.then(event, result)
         except FAULTS as error:
             self._failed(error)
         else:
@@ -4642,70 +4691,94 @@ class Guarded:
             await asyncio.wait(self._running)
 
     def _call(self, *subject: object) -> Any:
-        began = self._fence.begin()
+        began = self._begin()
         try:
-            return self._function(*subject, *self._arguments)
+            return self.function(*subject, *self.arguments)
         finally:
-            self._fence.took(self.name, began)
+            self._took(began)
 
-    async def _finish(
-        self, result: Awaitable[Any], subject: object, then: Callable[[Any, Any], None]
-    ) -> None:
+    async def _finish(self, event: object, result: Awaitable[Any]) -> None:
         with caught(self._failed):
             answer = await self._awaited(result)
             if answer is not None:
-                then(subject, answer)
+                self.then(event, answer)
             self._failed_in_row = 0
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
         steps = self._in_steps(result)
-        if self._time_limit is None:
+        if self.time_limit is None:
             return await steps
         task = asyncio.create_task(steps)
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await asyncio.wait([task], timeout=self._time_limit)
+            await asyncio.wait([task], timeout=self.time_limit)
             if task.done():
                 return task.result()
-            raise PluginError(f"took longer than {self._time_limit:g} s and was cancelled")
+            raise PluginError(f"took longer than {self.time_limit:g} s and was cancelled")
         finally:
             task.cancel()
 
     async def _in_steps(self, result: Awaitable[Any]) -> Any:
-        return await Steps(result, self._fence, self.name)
+        return await self._steps(result)
 
-    def _failed(self, error: BaseException) -> None:
-        self._fence.failed(f"{self.name} failed{self._where}", error)
-        self._failed_in_row += 1
-        if self._failed_in_row % MOST_FAILURES == 0:
-            self._paused_until = time.monotonic() + PAUSE
-            self._fence.paused(self.name + self._where)
-
-
-class Steps(NamedTuple):
-    """Awaits something, and has each step of it counted: each holds up the loop."""
-
-    awaitable: Awaitable[Any]
-    fence: Fence
-    name: str
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        steps: Any = self.awaitable.__await__()  # a coroutine's or a future's: both have all three
+    @coroutine
+    def _steps(self, result: Awaitable[Any]) -> Generator[Any, Any, Any]:
+        """Awaits it, and has each step of it counted: each holds up the loop."""
+        steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            began = self.fence.begin()
+            began = self._begin()
             try:
                 awaited = resume(value)
             except StopIteration as end:
                 return end.value
             finally:
-                self.fence.took(self.name, began)
+                self._took(began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
                 resume, value = steps.throw, error
+
+    # -- its account
+
+    def _begin(self) -> float:
+        """The moment at which the function goes on."""
+        now = time.perf_counter()
+        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), now
+        return now
+
+    def _took(self, began: float) -> None:
+        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
+        seconds = time.perf_counter() - began
+        self.metrics.plugin_seconds.counts[self.plugin] += seconds
+        if seconds > BLOCKING:
+            seconds = seconds_held(seconds, self._standing, standing())
+            if seconds > max(BLOCKING, 2 * self._longest):
+                self._longest = seconds
+                held_up = "plugin %s: %s held up the server for %.0f ms"
+                log.warning(held_up, self.plugin, self.name, seconds * 1000)
+
+    def _failed(self, error: BaseException) -> None:
+        self.report(error)
+        self._failed_in_row += 1
+        if self._failed_in_row % MOST_FAILURES == 0:
+            self._paused_until = time.monotonic() + PAUSE
+            self.metrics.plugin_pauses.labels(self.plugin).inc()
+            paused = "plugin %s: %s%s failed %d times in a row and is paused for %.0f s"
+            log.error(paused, self.plugin, self.name, self.where, MOST_FAILURES, PAUSE)
+
+    def report(self, error: BaseException) -> None:
+        """Count a fault, and log it if it is the first of its kind."""
+        self.metrics.plugin_failures.labels(self.plugin).inc()
+        kind = type(error), kind_of_fault(error)
+        if kind not in self._told and len(self._told) < MOST_KINDS:
+            self._told.add(kind)
+            failed = "plugin %s: %s failed%s: %s"
+            why, trace = reason(error), traceback_of(error)
+            log.error(failed, self.plugin, self.name, self.where, why, exc_info=trace)
 
 
 # -- one plugin
@@ -4718,7 +4791,7 @@ class Marked(NamedTuple):
 
     function: Any
     mark: Any
-    #: How many of the hook's arguments it takes.
+    #: How many arguments it takes of those that it may.
     takes: int
 
 
@@ -4731,15 +4804,14 @@ class Plugin:
         self.module = module
         used = attributes_used(path)
         self.settings_form = settings_form(module, reads_settings="settings" in used)
-        faults: list[str] = []
-        self.settings = self.check_settings(table, faults)
-        if faults:
-            raise OperatorError(*faults)
-        marked = marked_in(module)
-        self.listeners = [one for one in marked if isinstance(one.mark, Listener)]
-        self.repeated = [one for one in marked if isinstance(one.mark, Repeated)]
-        self.greeters = [one for one in marked if isinstance(one.mark, Greeter)]
-        self.routes = [one for one in marked if isinstance(one.mark, Route)]
+        self.settings = self.check_settings(table)
+        #: Functions and handlers with each mark on them, in the order of the file.
+        self._marked = [
+            Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
+            for _, value in own_things(module)
+            for mark in getattr(value, "__dict__", {}).get(MARKS, ())
+        ]
+        self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
         self.hooks = named_hooks(module)
         self.needs = checked_needs(module, used)
         check_payloads(module)
@@ -4747,20 +4819,25 @@ class Plugin:
         rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
         self.events = set(rooms)
         self.kinds = frozenset(rooms.values())
-        if reserved := self.events & RESERVED_EVENTS:
-            raise PluginError(f"the event name {min(reserved)} is reserved")
+
+    def marked(self, kind: type[Mark]) -> list[Marked]:
+        """What has such a mark."""
+        return [one for one in self._marked if isinstance(one.mark, kind)]
 
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {one.mark.source for one in self.listeners}
-        heard = {source for source in heard if not isinstance(source, str)}
+        heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
-    def check_settings(self, table: dict[str, Any], faults: list[str]) -> Any:
-        """The plugin's `[plugin.NAME]` table as it reads it; what is wrong is added to `faults`."""
+    def check_settings(self, table: dict[str, Any]) -> Any:
+        """The plugin's `[plugin.NAME]` table as it reads it; raises OperatorError."""
         if self.settings_form is None:
             return table
-        return check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        faults: list[str] = []
+        settings = check_table(table, self.settings_form, f"plugin.{self.name}", faults)
+        if faults:
+            raise OperatorError(*faults)
+        return settings
 
 
 def own_things(module: ModuleType) -> list[tuple[str, Any]]:
@@ -4772,24 +4849,6 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
         if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
             seen.setdefault(id(value), (name, value))
     return list(seen.values())
-
-
-def marked_in(module: ModuleType) -> list[Marked]:
-    """Functions and classes with each mark on them, in the order of the file; raises PluginError."""
-    return [
-        Marked(value, mark, check_marked(value, mark))
-        for _, value in own_things(module)
-        for mark in getattr(value, "__dict__", {}).get(MARKS, ())
-    ]
-
-
-def check_marked(value: Any, mark: Mark) -> int:
-    """How many arguments the function takes of those that it is handed; raises PluginError."""
-    if not isinstance(mark, Route):
-        return arguments_taken(value, HOOKS[type(mark)])
-    if not (isinstance(value, type) and issubclass(value, RequestHandler)):
-        raise PluginError(f"route({shown(mark.pattern)}) belongs on a RequestHandler")
-    return 0
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4851,27 +4910,31 @@ def attributes_used(path: Path) -> dict[str, str]:
     }
 
 
-def arguments_taken(function: Any, hook: Hook) -> int:
-    """How many of a hook's arguments the function takes."""
-    most = len(hook.arguments)
-    forms = [f"({', '.join(hook.arguments[:count])})" for count in range(hook.least, most + 1)]
+def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
+    """How many arguments the function takes, in the longest of these forms that it allows."""
+    if forms is None:
+        return 0
+    expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) or not hasattr(function, "__name__"):
-        raise PluginError(f"{name}: expected a function of {' or '.join(forms)}")
+        raise PluginError(f"{name}: expected a function of {expected}")
     signature = inspect.signature(function)
-    for count in range(most, hook.least - 1, -1):
+    for form in reversed(forms):
         with contextlib.suppress(TypeError):
-            signature.bind(*hook.arguments[:count])
-            return count
-    code = inspect.unwrap(function).__code__
-    where = f"({Path(code.co_filename).name}, line {code.co_firstlineno})"
-    raise PluginError(f"{name} takes {signature}, expected {' or '.join(forms)} {where}")
+            return len(signature.bind(*form.split(", ")).args)
+    raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
 def check_payloads(module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
+            fields = value.__struct_fields__
+            telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
+            if telling and "channel_id" not in fields:
+                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
+                why = "goes to all who see the guild: only channel_id hides an event"
+                log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
                 msgspec.convert({}, value, dec_hook=accept)
             except msgspec.ValidationError:
@@ -4884,8 +4947,7 @@ class PluginHandler(RequestHandler):
     """The host's side of a plugin's route."""
 
     spy: Spy
-    #: Told what failed, and what it raised.
-    failed: Callable[[str, BaseException], None]
+    _guarded: Guarded
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4894,16 +4956,11 @@ class PluginHandler(RequestHandler):
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
-            type(self).failed(f"{type(self).__name__} failed", value)
+            self._guarded.report(value)
 
 
-class Hearer(NamedTuple):
-    """One listener at work."""
-
-    listener: Listener
-    guarded: Guarded
-    #: Takes an event and what the function returned for it.
-    send: Callable[[Any, Any], None]
+#: A function that hears events, and its mark.
+Listening = tuple[Listener, Guarded]
 
 
 class Runner:
@@ -4922,7 +4979,6 @@ class Runner:
         publish: Callable[[str, EventData], None],
     ) -> None:
         self.plugin = plugin
-        self.fence = fence = Fence(plugin.name, metrics)
         self._context = context
         self._time_limit = time_limit
         #: Refuses an event and a kind of room that are not the plugin's to use.
@@ -4933,48 +4989,52 @@ class Runner:
         #: From its `setup` to its `teardown`.
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
-        counts = functools.partial(metrics.plugin_counts.labels, plugin.name)
-        failed = metrics.plugin_failures.labels(plugin.name).inc
-        self.spy = Spy(plugin.name, plugin.settings, context, self._emit, counts, failed)
-        self.listeners = [self._hearer(*marked) for marked in plugin.listeners]
-        self.greeters = [
-            (
-                mark,
-                Guarded(f, (), f"making {mark.emit}", fence, time_limit, f" in {f.__name__}"),
-                takes,
-            )
-            for f, mark, takes in plugin.greeters
-        ]
-        self.repeated = [
-            (Guarded(f, (self.spy,), f.__name__, fence, None), mark.seconds)
-            for f, mark, _ in plugin.repeated
-        ]
-        own = {"spy": self.spy, "failed": fence.failed}
+        self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
+        self._guard = functools.partial(Guarded, plugin.name, metrics)
+        #: What makes an event's payload when it is really sent, by event.
+        self._makers: dict[str, Guarded] = {}
+        self.setup = self._hook("setup", self.setup_limit)
+        self.teardown = self._hook("teardown", time_limit)
+        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
+        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
+        self.repeated = [(one.mark.seconds, self._guarded(one)) for one in plugin.marked(Repeated)]
         #: What the plugin serves: a pattern of the whole path, and what answers there.
-        self.routes: Routes = [
-            (PathMatches(mark.pattern), type(handler.__name__, (PluginHandler, handler), own))
-            for handler, mark, _ in plugin.routes
+        self.routes = [
+            (PathMatches(one.mark.pattern), self._page(one.function))
+            for one in plugin.marked(Route)
         ]
 
-    def _hearer(self, function: Callable[..., Any], mark: Listener, takes: int) -> Hearer:
+    def _hook(self, name: str, seconds: float) -> Guarded:
+        hook = self.plugin.hooks.get(name, lambda spy: None)
+        return self._guard(hook, name, seconds, (self.spy,))
+
+    def _guarded(self, marked: Marked) -> Guarded:
+        function, mark, takes = marked
+        name, limit = function.__name__, self._time_limit
+        if isinstance(mark, Greeter):
+            return self._guard(function, f"making {mark.emit}", limit, (), f" in {name}")
+        if isinstance(mark, Repeated):
+            return self._guard(function, name, None, (self.spy,))
         where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        more, limit = (self.spy,)[: takes - 1], self._time_limit
-        guarded = Guarded(function, more, function.__name__, self.fence, limit, where)
-        return Hearer(mark, guarded, functools.partial(self._send_result, mark))
+        then = functools.partial(self._send_result, mark)
+        return self._guard(function, name, limit, (self.spy,)[: takes - 1], where, then)
+
+    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
+        name = handler.__name__
+        own = {"spy": self.spy, "_guarded": self._guard(handler, name, None)}
+        return type(name, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = [hearer.guarded for hearer in self.listeners]
-        everything += [guarded for _, guarded, _ in self.greeters]
-        everything += [guarded for guarded, _ in self.repeated]
-        return [f"{self.plugin.name}.{one.name}" for one in everything if one.paused]
+        everything = (*self.listeners, *self.greeters, *self.repeated)
+        return [f"{self.plugin.name}.{one.name}" for _, one in everything if one.paused]
 
     # -- life
 
     async def set_up(self) -> None:
         """Run the plugin's `setup`; raises whatever that raises."""
         self.spy.shared = self._context.share(self.plugin.name)
-        await self._run_hook("setup", self.setup_limit)
+        await self.setup.run()
 
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
@@ -4995,17 +5055,13 @@ class Runner:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for hearer in self.listeners:
-            await hearer.guarded.wait()
-        with caught(functools.partial(self.fence.failed, "teardown failed")):
-            await self._run_hook("teardown", self._time_limit)
-
-    async def _run_hook(self, name: str, seconds: float) -> None:
-        if hook := self.plugin.hooks.get(name):
-            await Guarded(hook, (self.spy,), name, self.fence, seconds).run()
+        for _, guarded in self.listeners:
+            await guarded.wait()
+        with caught(self.teardown.report):
+            await self.teardown.run()
 
     @staticmethod
-    async def _repeat(guarded: Guarded, seconds: float) -> None:
+    async def _repeat(seconds: float, guarded: Guarded) -> None:
         while True:
             await asyncio.sleep(seconds)
             await guarded.ask()
@@ -5020,7 +5076,7 @@ class Runner:
         Without a subscriber, what all of them would get.
         """
         finish = functools.partial(finish_payload, guild_id=guild_id)
-        for mark, guarded, takes in self.greeters:
+        for (_, mark, takes), guarded in self.greeters:
             if mark.kind == kind and (subscriber or takes < 3):
                 arguments = (guild_id, self.spy, subscriber)[:takes]
                 fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
@@ -5034,7 +5090,9 @@ class Runner:
         if listener.settled and not self._context.settled():
             self._dropped("startup grace").inc()
             return
-        self._send(listener.emit, guild_of(event), result, listener.room)
+        guild_id = guild_of(event)
+        fields = self._finished(listener.emit, guild_id, result)
+        self._context.emit(listener.emit, guild_id, fields, listener.room)
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         """What `spy.emit` does."""
@@ -5042,15 +5100,13 @@ class Runner:
         if not self._context.watches(guild_id):
             self._dropped("guild not watched").inc()
         elif callable(payload):
-            guarded = Guarded(payload, (), f"making {event}", self.fence, self._time_limit)
+            if event not in self._makers:
+                self._makers[event] = self._guard(call, f"making {event}", self._time_limit)
             finish = functools.partial(self._finished, event, guild_id)
-            make = functools.partial(guarded.ask, then=finish)
+            make = functools.partial(self._makers[event].ask, payload, then=finish)
             self._context.emit(event, guild_id, make, room)
         else:
-            self._send(event, guild_id, payload, room)
-
-    def _send(self, event: str, guild_id: str, payload: object, room: str) -> None:
-        self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
+            self._context.emit(event, guild_id, self._finished(event, guild_id, payload), room)
 
     def _finished(self, event: str, guild_id: str, payload: object) -> EventData:
         fields = finish_payload(event, payload, guild_id)
@@ -5070,8 +5126,6 @@ def guild_of(event: Any) -> str:
 
 #: How many plugins may hear each other's events one after the other, of one event of hikari's.
 MOST_CHAINED: Final = 8
-#: Seconds between two looks at the plugins' files.
-LOOK_EVERY: Final = 0.4
 CHAIN: Final = contextvars.ContextVar("how many plugins' events led here", default=0)
 
 
@@ -5080,26 +5134,26 @@ class Dispatcher:
 
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
-        self._metrics = metrics
-        self._hearers: dict[type | str, list[Hearer]] = {}
-        self._subscribed: dict[type[hikari.Event], Any] = {}
+        self._received = metrics.received.counts
+        self._hearers: dict[type | str, list[Listening]] = {}
+        self._subscribed: dict[type[hikari.Event], Callable[[Any], None]] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[Hearer]] = {}
+        hearers: dict[type | str, list[Listening]] = {}
         for runner in runners:
-            for hearer in runner.listeners:
-                hearers.setdefault(hearer.listener.source, []).append(hearer)
+            for listener, guarded in runner.listeners:
+                hearers.setdefault(listener.source, []).append((listener, guarded))
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
-        events = self._context.events
+        bot = self._context.bot
         for event_type in self._subscribed.keys() - wanted:
-            events.unsubscribe(event_type, self._subscribed.pop(event_type))
+            bot.events.unsubscribe(event_type, self._subscribed.pop(event_type))
         for event_type in sorted(wanted - self._subscribed.keys(), key=lambda one: one.__name__):
-            if not missing_intents(event_type, self._context.bot.intents):
+            if not missing_intents(event_type, bot.intents):
                 self._subscribed[event_type] = self._subscription(event_type)
-                events.subscribe(event_type, self._subscribed[event_type])
+                bot.events.subscribe(event_type, self._subscribed[event_type])
 
     def publish(self, event: str, fields: EventData) -> None:
         """Hand a plugin's event to other plugins."""
@@ -5108,8 +5162,8 @@ class Dispatcher:
                 raise PluginError(f"{event} comes of itself, through plugins that hear each other")
             before = CHAIN.set(CHAIN.get() + 1)
             try:
-                for hearer in hearers:
-                    hearer.guarded.call(copy.deepcopy(fields), hearer.send)
+                for _, guarded in hearers:
+                    guarded.call(copy.deepcopy(fields))
             finally:
                 CHAIN.reset(before)
 
@@ -5124,21 +5178,19 @@ class Dispatcher:
             if guild_id is not None and not self._context.watches(str(int(guild_id))):
                 return
             person = rule is None or rule(event, presences)
-            self._count(event)
+            if (
+                self._counted is not event
+            ):  # it comes to the subscription of each type that it is of
+                self._counted = event
+                self._received[type(event).__name__] += 1
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
                 event.old_member = cache.get_member(event.guild_id, event.user_id)
-            for listener, guarded, send in self._hearers.get(event_type, ()):
+            for listener, guarded in self._hearers.get(event_type, ()):
                 if person or listener.bots:
-                    guarded.call(event, send)
+                    guarded.call(event)
 
         return hear
-
-    def _count(self, event: hikari.Event) -> None:
-        """Once per event, though it comes to the subscription of each type that it is of."""
-        if self._counted is not event:
-            self._counted = event
-            self._metrics.received.counts[type(event).__name__] += 1
 
 
 def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hikari.Intents:
@@ -5150,56 +5202,79 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
     return min(in_guilds, key=int) & ~had
 
 
-def plugin_folders(names: Sequence[str], folder: Path) -> list[Path]:
-    """Where to look, an operator's own before the shipped ones of the same name.
-
-    Raises OperatorError for a folder that is not there.
-    """
-    folders: list[Path] = []
-    for name in names:
-        places = [folder / name]
-        if Path(name).parts[:1] == (OWN_PLUGINS,) and (shipped := shipped_plugins()):
-            places.append(shipped / Path(name).relative_to(OWN_PLUGINS))
-        found = [place for place in places if place.is_dir()]
-        if not found:
-            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-        folders += found
-    return folders
+#: Files and folders that are no plugins: parts of one, and tests.
+NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
+#: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
+Contents = list[tuple[Path, bytes | None]]
 
 
 class PluginFiles:
-    """Where plugins are, and which of them have changed since they were taken."""
+    """Where plugins are, an operator's own before the shipped ones, and which have changed since they
+    were taken.
+    """
 
+    #: Seconds between two looks.
+    pace: ClassVar[float] = 0.4
     #: Seconds for which a change must have rested, for editors write in several steps;
     rest: ClassVar[float] = 0.3
     #: and for which more is awaited where a file is empty or no Python.
     patience: ClassVar[float] = 1.5
 
-    def __init__(self, folders: Sequence[Path], disabled: Collection[str]) -> None:
-        self._folders = folders
-        self.disabled = frozenset(disabled)
-        #: Of each plugin that was taken, the stamps and the contents of its files;
-        self._stamps: dict[str, FilesState] = {}
-        self._contents: dict[str, FilesState] = {}
-        #: of each that has changed since, its stamps now, and since when.
-        self._seen: dict[str, tuple[FilesState, float]] = {}
+    def __init__(self, settings: PluginsSettings, folder: Path) -> None:
+        self._shipped = shipped_plugins()
+        self._folders: list[Path] = []
+        for name in settings.folders:
+            places = [(folder / name).resolve()]
+            if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
+                places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
+            found = [place for place in places if place.is_dir()]
+            if not found:
+                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+            self._folders += (place for place in found if place not in self._folders)
+        #: (name, file, file of a later folder whose place it takes)
+        self._replaced: set[tuple[str, Path, Path]] = set()
+        self._disabled = frozenset(settings.disabled)
+        #: What each file held when it was read, and when it had been written by then.
+        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
+        #: Each plugin as it was taken;
+        self._taken: dict[str, Contents] = {}
+        #: each that has changed since as it is now, and since when.
+        self._seen: dict[str, tuple[Contents, float]] = {}
 
     def find(self) -> dict[str, Path]:
-        """The plugins that there are, by name: a file of each."""
+        """The plugins that there are, by name: a file of each, in the order to load them.
+
+        The shipped ones come first, then each folder's: of two that claim an event the earlier has it.
+        """
         found: dict[str, Path] = {}
+        replaced: set[tuple[str, Path, Path]] = set()
+        for name, path in self._files():
+            if (taken := found.setdefault(name, path)) != path:
+                replaced.add((name, taken, path))
+        for name, taken, path in sorted(replaced - self._replaced):
+            log.info("plugin %s: %s replaces %s", name, taken, path)
+        self._replaced = replaced
+        shipped = [name for name, path in found.items() if self._shipped in path.parents]
+        return {name: found[name] for name in (*shipped, *found)}
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
             folder = entry.is_dir()
             path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
-            if path.suffix == ".py" and name[0] not in "_." and (path.is_file() or not folder):
-                found.setdefault(name, path)
-        return {name: path for name, path in sorted(found.items()) if name not in self.disabled}
+            left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
+            if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
+                yield name, path
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._stamps = {name: state_of(path, stamp) for name, path in found.items()}
-        self._contents = {name: state_of(path, digest) for name, path in found.items()}
+        self._taken = {name: self._contents(path) for name, path in found.items()}
         return found
+
+    @property
+    def names(self) -> set[str]:
+        """Of all plugins that there are, loaded or not."""
+        return {*self._taken, *self._disabled}
 
     @property
     def resting(self) -> bool:
@@ -5209,28 +5284,35 @@ class PluginFiles:
     def take_changed(self) -> dict[str, Path | None]:
         """The plugins that have changed and come to rest; None for one that has gone."""
         found = self.find()
-        changed = [name for name in {**self._stamps, **found} if self._has_settled(name, found)]
-        return {name: found.get(name) for name in sorted(changed)}
+        names = dict.fromkeys([*found, *self._taken])
+        return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
-    def _has_settled(self, name: str, found: Mapping[str, Path]) -> bool:
-        path = found.get(name)
-        current, now = state_of(path, stamp), time.monotonic()
-        if current == self._stamps.get(name, []):
+    def _has_settled(self, name: str, path: Path | None) -> bool:
+        contents, now = self._contents(path) if path else [], time.monotonic()
+        if contents == self._taken.get(name, []):
             self._seen.pop(name, None)
             return False
-        if name not in self._seen or self._seen[name][0] != current:
-            self._seen[name] = (current, now)
+        if name not in self._seen or self._seen[name][0] != contents:
+            self._seen[name] = (contents, now)
         rests = now - self._seen[name][1]
         if rests < (self.rest if path is None or is_python(path) else self.patience):
             return False
-        del self._seen[name]
-        before, self._stamps[name] = self._contents.get(name), current
-        self._contents[name] = state_of(path, digest)
-        return self._contents[name] != before  # it may have been written anew without a change
+        self._taken[name], _ = self._seen.pop(name)
+        return True
 
-
-#: The files of a plugin, with something of each.
-FilesState = list[tuple[Path, object]]
+    def _contents(self, path: Path) -> Contents:
+        """What is in a plugin's files now; read only where one was written since the last look."""
+        contents: Contents = []
+        for file in files_of(path):
+            found = None
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                written = status.st_mtime_ns, status.st_size, status.st_ino
+                if self._read.get(file, ((), b""))[0] != written and file.is_file():
+                    self._read[file] = written, hashlib.sha256(file.read_bytes()).digest()
+                _, found = self._read.get(file, ((), None))
+            contents.append((file, found))
+        return contents
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5245,31 +5327,10 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def state_of(path: Path | None, look: Callable[[Path], object]) -> FilesState:
-    """What `look` finds in each of a plugin's files; None where it has gone or leads nowhere."""
-    state: FilesState = []
-    for file in files_of(path) if path else ():
-        found = None
-        with contextlib.suppress(OSError):
-            found = look(file)
-        state.append((file, found))
-    return state
-
-
-def stamp(file: Path) -> tuple[int, int, int]:
-    """What changes when the file is written; costs no reading."""
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def digest(file: Path) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
-
-
 def is_python(path: Path) -> bool:
     """Whether a file has something in it, and that can be compiled."""
     try:
-        source = path.read_bytes()
+        source = path.read_bytes() if path.is_file() else b""
         compile(source, path, "exec")
     except (OSError, SyntaxError, ValueError):
         return False
@@ -5316,41 +5377,65 @@ def fresh_modules(name: str) -> Iterator[None]:
         raise
 
 
+def line_of(name: str, path: Path) -> str:
+    """Where a plugin's file gives something this name: `mine.py, line 3`."""
+    source = path.read_text("utf-8", "replace")
+    found = re.search(rf"^((async )?def |class )?{name}\b", source, re.MULTILINE)
+    line = source[: found.start()].count("\n") + 1 if found else 0
+    return f"{path.name}, line {line}" if line else ""
+
+
 def reason_not_loaded(error: BaseException, path: Path) -> str:
     """Why a plugin did not load, and where in its files that came up."""
-    if isinstance(error, SyntaxError):
-        return str(error)  # says file and line
+    if isinstance(error, SyntaxError | OperatorError):
+        return str(error).replace("\n", "; ")  # says where
     place = ""
     home = path.parent if path.name == "__init__.py" else path
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).is_relative_to(home):
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    about = re.match(r"(class )?(\w+)", str(error))  # our own refusals begin with a name
+    if about and not place and isinstance(error, PluginError):
+        place = line_of(about[2], path)
     kind = "" if isinstance(error, SpyWatcherError) else type(error).__name__
     more = ", ".join(filter(None, [kind, place]))
     return f"{error} ({more})" if more else str(error)
 
 
+def check_free(event: str, name: str, plugins: Mapping[str, Plugin]) -> None:
+    """Refuse an event that is not this plugin's to send; raises PluginError."""
+    if event in RESERVED_EVENTS:
+        raise PluginError(f"the event name {event} is reserved")
+    for other, plugin in plugins.items():
+        if other != name and event in plugin.events:
+            raise PluginError(
+                f"plugins {other} and {name} both claim the event {event};"
+                " disable one of them in [plugins] disabled"
+            )
+
+
 class PluginLoader:
-    """Makes plugins of files; one whose file is wrong is named, and what was loaded before stays."""
+    """Makes plugins of files, and knows what they ask for; one whose file is wrong is named, and
+    what was loaded before stays.
+    """
 
     def __init__(
         self,
-        files: PluginFiles,
+        settings: PluginsSettings,
         tables: Mapping[str, dict[str, Any]],
+        folder: Path,
         metrics: Metrics,
     ) -> None:
-        self.files = files
+        self.files = PluginFiles(settings, folder)
         #: The `[plugin.NAME]` tables.
         self.tables = tables
-        self._metrics = metrics
+        self._failures = metrics.plugin_failures
         self.plugins: dict[str, Plugin] = {}
         #: What did not load or start, and why; the version before may be at work.
         self.failures: dict[str, str] = {}
-        #: Whose tables are wrong: that keeps the server from starting.
-        self.refused: set[str] = set()
 
     def load_all(self) -> None:
-        """Load every plugin of the folders, in the order of their names.
+        """Load every plugin of the folders.
 
         Raises OperatorError for wrong `[plugin.NAME]` tables; a plugin that fails is in `failures`
         afterwards.
@@ -5358,41 +5443,42 @@ class PluginLoader:
         faults: list[str] = []
         for name, path in self.files.take().items():
             try:
-                with fresh_modules(name):
-                    self.plugins[name] = self.load(name, path, self.plugins.values())
+                self.plugins[name] = self.load(name, path, self.plugins)
             except OperatorError as error:
-                self.refused.add(name)
                 faults += error.faults
             except FAULTS as error:  # nothing a plugin does may end the server
                 self.report(name, path, error)
+        for plugin in self.plugins.values():
+            self.warn_of_typos(plugin)
         if faults:
             raise OperatorError(*faults)
 
-    def load(self, name: str, path: Path, others: Iterable[Plugin]) -> Plugin:
-        """A plugin as its file is now, which claims no event of others."""
-        plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
-        for other in others:
-            if other.name != name and (both := plugin.events & other.events):
-                raise PluginError(
-                    f"plugins {other.name} and {name} both claim the event {min(both)};"
-                    f" disable one of them in [plugins] disabled"
-                )
-        return plugin
+    def warn_of_typos(self, plugin: Plugin) -> None:
+        """Name what the plugin hears where nobody sends that, but something much like it."""
+        known = [event for one in self.plugins.values() for event in one.events]
+        for event in (one.mark.source for one in plugin.listeners):
+            near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
+            if near and event not in known:
+                why = f"no plugin emits {event}, did you mean {near[0]}?"
+                log.warning("plugin %s: %s", plugin.name, why)
 
-    def check_secret(self, tokens: Tokens) -> None:
-        """Raises OperatorError for each plugin that signs where nothing can be signed."""
-        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
-        if signing and not tokens.can_issue:
-            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
-            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
+    def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
+        """A plugin as its file is now, which claims no event of others."""
+        with fresh_modules(name):
+            plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
+            for event in sorted(plugin.events):
+                check_free(event, name, others)
+        return plugin
 
     def report(self, name: str, path: Path, error: BaseException) -> None:
         """Say once why a plugin did not load."""
         self.failures[name] = why = reason_not_loaded(error, path)
-        self._metrics.plugin_failures.labels(name).inc()
+        self._failures.labels(name).inc()
         kept = "; the version before goes on" if name in self.plugins else ""
         shown = None if isinstance(error, SyntaxError) else traceback_of(error)
         log.error("plugin %s: not loaded: %s%s", name, why, kept, exc_info=shown)
+
+    # -- what is wrong
 
     def faults(self) -> list[str]:
         """What is wrong with the plugins, a line each."""
@@ -5401,160 +5487,44 @@ class PluginLoader:
 
     def tables_without_plugin(self) -> list[str]:
         """A line for each `[plugin.NAME]` whose plugin is not there."""
-        known = {*self.plugins, *self.failures, *self.refused, *self.files.disabled}
+        names = sorted(self.files.names)
         return [
-            f"plugin.{name}: no such plugin{nearest(name, sorted(known))}"
+            f"plugin.{name}: no such plugin{nearest(name, names)}"
             for name in self.tables
-            if name not in known
+            if name not in names
         ]
 
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The settings of each plugin as of these tables; raises OperatorError."""
         faults: list[str] = []
-        checked = {
-            name: plugin.check_settings(tables.get(name, {}), faults)
-            for name, plugin in self.plugins.items()
-        }
+        checked = {}
+        for name, plugin in self.plugins.items():
+            with collecting(faults):
+                checked[name] = plugin.check_settings(tables.get(name, {}))
         if faults:
             raise OperatorError(*faults)
         return checked
 
-
-class PluginHost:
-    """All plugins at work: set up, heard, served and ended, and replaced while everything goes on."""
-
-    def __init__(
-        self,
-        settings: PluginsSettings,
-        tables: dict[str, dict[str, Any]],
-        folder: Path,
-        metrics: Metrics,
-    ) -> None:
-        files = PluginFiles(plugin_folders(settings.folders, folder), settings.disabled)
-        self.loader = PluginLoader(files, tables, metrics)
-        self.load = self.loader.load_all
-        self.check = self.loader.check
-        self.plugins = self.loader.plugins
-        self.failures = self.loader.failures
-        #: The loaded plugins with what they work with.
-        self.runners: dict[str, Runner] = {}
-        self._settings = settings
-        self._metrics = metrics
-        self._context: HostContext | None = None
-        self._dispatcher: Dispatcher | None = None
-        self._routes: Routes = []
-        #: Whether plugins are at work here, and what is held while that or they change.
-        self.leading = False
-        self.changing = asyncio.Lock()
-        #: What the instances of a plugin, by its name, take in turn.
-        self.locks: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
+    def check_secret(self, tokens: Tokens) -> None:
+        """Raises OperatorError for each plugin that signs where nothing can be signed."""
+        signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
+        if signing and not tokens.can_issue:
+            why = "needs [auth] secret and an algorithm like HS256: a public key signs nothing"
+            raise OperatorError(*(f"plugin.{name}: {why}" for name in signing))
 
     # -- what plugins ask for
 
-    def event_types(self) -> dict[type[hikari.Event], list[str]]:
-        """Which hikari events are listened to, and by which plugins."""
-        wanted: dict[type[hikari.Event], list[str]] = {}
-        for plugin in self.plugins.values():
-            for event_type in plugin.event_types():
-                wanted.setdefault(event_type, []).append(plugin.name)
-        return wanted
-
     def cached(self) -> hikari.api.CacheComponents:
         """What hikari has to keep for plugins' `needs`."""
-        components = hikari.api.CacheComponents.NONE
-        for plugin in self.plugins.values():
-            for need in plugin.needs:
-                components |= NEEDS[need].components
-        return components
+        needs = (need for plugin in self.plugins.values() for need in plugin.needs)
+        return functools.reduce(or_, (NEEDS[need].components for need in needs), CACHE.NONE)
 
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of room that there are: `guild`, and those that the plugins name."""
         return frozenset({"guild"}).union(*(plugin.kinds for plugin in self.plugins.values()))
 
-    # -- at work
-
-    def attach(self, context: HostContext) -> None:
-        """Give the plugins what they work with. What they serve is there from now on, on every node.
-
-        Raises OperatorError where one needs a secret that is not there.
-        """
-        if self._dispatcher is None:
-            self.loader.check_secret(context.tokens)
-            self._context, self._dispatcher = context, Dispatcher(context, self._metrics)
-            self.runners = {name: self.make_runner(plugin) for name, plugin in self.plugins.items()}
-            self.take_over()
-            for line in self.loader.tables_without_plugin():
-                log.warning("%s; it may come later", line)
-
-    def make_runner(self, plugin: Plugin) -> Runner:
-        """What has the plugin at work, once it is set up and taken over."""
-        assert self._context is not None
-        assert self._dispatcher is not None
-        limit, publish = self._settings.handler_timeout, self._dispatcher.publish
-        return Runner(plugin, self._context, self._metrics, limit, self._claim, publish)
-
-    async def start(self, context: HostContext) -> None:
-        """Set each plugin up, all at once, and let it hear hikari's events.
-
-        One that cannot be set up is left out until it changes or, of several nodes, the gateway
-        comes here again.
-        """
-        self.attach(context)
-        async with self.changing:
-            self.leading = True
-            ready = await asyncio.gather(*map(self._set_up, self.runners.values()))
-            for runner in filter(None, ready):
-                runner.begin()
-            self.take_over()
-
-    async def _set_up(self, runner: Runner) -> Runner | None:
-        def failed(error: BaseException) -> None:
-            self.failures[runner.plugin.name] = f"setup failed: {reason(error)}"
-            runner.fence.failed("setup failed", error)
-
-        with caught(failed):
-            await runner.set_up()
-            self.failures.pop(runner.plugin.name, None)
-            return runner
-
-    @property
-    def running(self) -> dict[str, Runner]:
-        """Those that are at work."""
-        return {name: runner for name, runner in self.runners.items() if runner.at_work}
-
-    def enter(self, runner: Runner) -> None:
-        """Have a plugin that was not there, or was removed; at work, if it is set up."""
-        name = runner.plugin.name
-        self.plugins[name], self.runners[name] = runner.plugin, runner
-        if self.leading:
-            runner.begin()
-
-    def remove(self, name: str) -> Runner | None:
-        """Have a plugin no more; what was at work is still to be torn down."""
-        self.plugins.pop(name, None)
-        self.failures.pop(name, None)
-        runner = self.runners.pop(name, None)
-        return runner if runner and runner.end() else None
-
-    def take_over(self) -> None:
-        """Have all that happens go to those that are there now, in one step."""
-        runners = [self.runners[name] for name in sorted(self.runners)]
-        self._routes = [route for runner in runners for route in runner.routes]
-        if self._dispatcher is not None:
-            self._dispatcher.connect(runner for runner in runners if runner.at_work)
-
-    async def stop(self) -> None:
-        """Stop hearing events and tear the plugins down."""
-        async with self.changing:
-            self.leading = False
-            ending = [runner for runner in self.runners.values() if runner.end()]
-            for runner in ending:
-                self.failures.pop(runner.plugin.name, None)  # it is not to be at work here now
-            self.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending))
-
-    def _claim(self, plugin: Plugin, event: str, room: str) -> None:
+    def claim(self, plugin: Plugin, event: str, room: str) -> None:
         """Let a plugin emit an event that nobody else does, to a kind of room that there is."""
         if room not in plugin.kinds and room not in (kinds := self.kinds):
             raise PluginError(
@@ -5564,11 +5534,172 @@ class PluginHost:
         if event in plugin.events:
             return
         check_name("spy.emit", event)
-        owner = next((other for other in self.plugins.values() if event in other.events), None)
-        if event in RESERVED_EVENTS or (owner is not None and owner.name != plugin.name):
-            whose = f"belongs to plugin {owner.name}" if owner else "is reserved"
-            raise PluginError(f"plugin {plugin.name} may not emit {event}, which {whose}")
+        check_free(event, plugin.name, self.plugins)
         plugin.events.add(event)
+
+
+class PluginHost:
+    """The loaded plugins at work: set up, heard, served and ended, and replaced when they are saved.
+
+    What they serve is there from the start, on every node; raises OperatorError where one needs a
+    secret that is not there.
+    """
+
+    def __init__(
+        self, loader: PluginLoader, context: HostContext, metrics: Metrics, time_limit: float
+    ) -> None:
+        loader.check_secret(context.tokens)
+        self.loader = loader
+        self.plugins = loader.plugins
+        self.failures = loader.failures
+        self._context = context
+        self._metrics = metrics
+        #: Seconds that an async function of a plugin may take.
+        self._time_limit = time_limit
+        self._dispatcher = Dispatcher(context, metrics)
+        #: The loaded plugins with what they work with.
+        self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
+        self._routes: Routes = []
+        #: Whether plugins are at work here, and what is held while that or they change.
+        self._leading = False
+        self._changing = asyncio.Lock()
+        self._look_now = asyncio.Event()
+        self._take_over()
+        for line in loader.tables_without_plugin():
+            log.warning("%s; it may come later", line)
+
+    def _runner(self, plugin: Plugin) -> Runner:
+        publish, claim = self._dispatcher.publish, self.loader.claim
+        return Runner(plugin, self._context, self._metrics, self._time_limit, claim, publish)
+
+    # -- start and stop
+
+    async def start(self) -> None:
+        """Set each plugin up, all at once, and let it hear hikari's events.
+
+        One that cannot be set up is left out until it changes or, of several nodes, the gateway
+        comes here again.
+        """
+        async with self._changing:
+            self._leading = True
+            await asyncio.gather(*map(self._begin, self.runners.values()))
+            self._take_over()
+
+    async def _begin(self, runner: Runner) -> None:
+        name = runner.plugin.name
+
+        def failed(error: BaseException) -> None:
+            self.failures[name] = f"setup failed: {reason(error)}"
+            runner.setup.report(error)
+
+        with caught(failed):
+            await runner.set_up()
+            self.failures.pop(name, None)
+            runner.begin()
+
+    @property
+    def running(self) -> dict[str, Runner]:
+        """Those that are at work."""
+        return {name: runner for name, runner in self.runners.items() if runner.at_work}
+
+    def _take_over(self) -> None:
+        """Have all that happens go to those that are there now, in one step."""
+        runners = [runner for _, runner in sorted(self.runners.items())]
+        self._routes = [route for runner in runners for route in runner.routes]
+        self._dispatcher.connect(runner for runner in runners if runner.at_work)
+
+    async def stop(self) -> None:
+        """Stop hearing events and tear the plugins down."""
+        async with self._changing:
+            self._leading = False
+            ending = self.running
+            for name, runner in ending.items():
+                runner.end()
+                self.failures.pop(name, None)  # it is not to be at work here now
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in ending.values()))
+
+    # -- what is saved meanwhile
+
+    async def follow(self, *, watch: bool) -> None:
+        """Take over what changes in the plugins' files, for as long as this runs.
+
+        Without `watch` only when asked to `look`.
+        """
+        files = self.loader.files
+        while True:
+            watching = watch or not files.resting
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(files.pace if watching else None):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            try:
+                if changed := files.take_changed():
+                    await self._change(changed)
+            except Exception:  # the next change gets its chance
+                log.exception("the plugins' files could not be followed")
+
+    def look(self) -> None:
+        """Look at the plugins' files now, watched or not."""
+        self._look_now.set()
+
+    async def _change(self, changed: dict[str, Path | None]) -> None:
+        """Set up what is new, and then, in one step, let it take the place of what was before."""
+        async with self._changing:
+            others = {name: one for name, one in self.plugins.items() if changed.get(name, True)}
+            coming: list[Runner] = []
+            for name, path in changed.items():
+                if path and (runner := await self._prepare(name, path, others)):
+                    coming.append(runner)
+                    others[name] = runner.plugin
+            gone = [name for name, path in changed.items() if path is None]
+            before = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
+            for name in gone:
+                take_modules(name)
+                log.info("plugin %s: gone", name)
+            for runner in coming:
+                self._enter(runner)
+            self._take_over()
+            await asyncio.gather(*(runner.tear_down() for runner in before if runner))
+
+    async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
+        """A new version, set up where plugins are at work; None where anything of that fails."""
+        with caught(functools.partial(self.loader.report, name, path)), fresh_modules(name):
+            plugin = self.loader.load(name, path, others)
+            for need in sorted(plugin.needs):
+                if NEEDS[need].components & ~self._context.bot.cache.settings.components:
+                    raise PluginError(
+                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
+                    )
+            runner = self._runner(plugin)
+            if self._leading:
+                await runner.set_up()
+            return runner
+
+    def _remove(self, name: str) -> Runner | None:
+        """Have a plugin no more; what was at work is still to be torn down."""
+        self.plugins.pop(name, None)
+        self.failures.pop(name, None)
+        runner = self.runners.pop(name, None)
+        return runner if runner and runner.end() else None
+
+    def _enter(self, runner: Runner) -> None:
+        """Have a plugin that was not there, or was removed; at work, if it is set up."""
+        plugin = runner.plugin
+        self.plugins[plugin.name], self.runners[plugin.name] = plugin, runner
+        if self._leading:
+            runner.begin()
+        log.info("plugin %s: loaded", plugin.name)
+        self.loader.warn_of_typos(plugin)
+        for event_type in plugin.event_types():
+            if missing := missing_intents(event_type, self._context.bot.intents):
+                log.warning(
+                    "plugin %s: hears %s only after a restart: the session with Discord began"
+                    " without the intent %s",
+                    plugin.name,
+                    event_type.__name__,
+                    missing.name,
+                )
 
     # -- requests and subscriptions
 
@@ -5593,13 +5724,10 @@ class PluginHost:
         await asyncio.gather(*(one.greet(kind, guild_id, tell, subscriber) for one in runners))
 
     def _subscriber(self, viewer: Viewer, guild_id: str) -> Subscriber:
-        assert self._context is not None
-        may_see = self._context.may_see
-        return Subscriber(
-            discord_id=viewer.discord_id,
-            role=viewer.role,
-            may_see=lambda channel_id: may_see(viewer, guild_id, str(int(channel_id))),
-        )
+        def may_see(channel_id: int | str) -> bool:
+            return self._context.may_see(viewer, guild_id, str(int(channel_id)))
+
+        return Subscriber(viewer.discord_id, viewer.role, may_see)
 
     # -- how things stand, live settings
 
@@ -5618,88 +5746,12 @@ class PluginHost:
             "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `check` made of their tables."""
+    def reconfigure(self, tables: Mapping[str, dict[str, Any]], checked: dict[str, Any]) -> None:
+        """From now on each plugin reads in `spy.settings` what `PluginLoader.check` made of these."""
+        self.loader.tables = tables
         for name, settings in checked.items():
             self.plugins[name].settings = settings
-            if name in self.runners:
-                self.runners[name].spy.settings = settings
-
-
-class PluginWatcher:
-    """Takes over what changes in the plugins' files, while everything else goes on."""
-
-    def __init__(self, host: PluginHost, bot: hikari.GatewayBot, *, watch: bool) -> None:
-        self._host = host
-        self._bot = bot
-        self._watch = watch
-        self._look_now = asyncio.Event()
-
-    async def run(self) -> None:
-        """Take over what changes in the folders, for as long as this runs."""
-        files = self._host.loader.files
-        while True:
-            watching = self._watch or not files.resting
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY if watching else None):
-                    await self._look_now.wait()
-            self._look_now.clear()
-            try:
-                if changed := files.take_changed():
-                    await self._change(changed)
-            except Exception:  # the next change gets its chance
-                log.exception("the plugins' files could not be followed")
-
-    def look(self) -> None:
-        """Look at the plugins' files now, watched or not."""
-        self._look_now.set()
-
-    async def _change(self, changed: dict[str, Path | None]) -> None:
-        """Set up what is new, and then, in one step, let it take the place of what was before."""
-        host = self._host
-        async with host.changing:
-            gone = [name for name, path in changed.items() if path is None]
-            others = {name: one for name, one in host.plugins.items() if name not in gone}
-            coming: dict[str, Runner] = {}
-            for name, path in changed.items():
-                if path and (runner := await self._prepare(name, path, others.values())):
-                    coming[name], others[name] = runner, runner.plugin
-            ending = [host.remove(name) for name in (*gone, *coming)]
-            for name in gone:
-                take_modules(name)
-                log.info("plugin %s: gone", name)
-            for runner in coming.values():
-                host.enter(runner)
-                self._say_loaded(runner.plugin)
-            host.take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in ending if runner))
-
-    async def _prepare(self, name: str, path: Path, others: Iterable[Plugin]) -> Runner | None:
-        """A new version, set up where plugins are at work; None where anything of that fails."""
-        host = self._host
-        with caught(functools.partial(host.loader.report, name, path)), fresh_modules(name):
-            plugin = host.loader.load(name, path, others)
-            for need in sorted(plugin.needs):
-                if NEEDS[need].components & ~self._bot.cache.settings.components:
-                    raise PluginError(
-                        f'needs "{need}" asks for a restart: hikari keeps it from its start on'
-                    )
-            runner = host.make_runner(plugin)
-            if host.leading:
-                await runner.set_up()
-            return runner
-
-    def _say_loaded(self, plugin: Plugin) -> None:
-        log.info("plugin %s: loaded", plugin.name)
-        for event_type in plugin.event_types():
-            if missing := missing_intents(event_type, self._bot.intents):
-                log.warning(
-                    "plugin %s: hears %s only after a restart: the session with Discord began"
-                    " without the intent %s",
-                    plugin.name,
-                    event_type.__name__,
-                    missing.name,
-                )
+            self.runners[name].spy.settings = settings
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -5737,21 +5789,20 @@ def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     return intents
 
 
-class PartialUser(msgspec.Struct):
-    id: str
-
-
 class PresenceUpdate(msgspec.Struct):
     """What decides whether a presence is news (Discord documentation: Presence Update)."""
 
-    user: PartialUser
+    user: dict[str, Any]
     guild_id: str
     status: str
     client_status: dict[str, str]
+    #: Guild and user, and how that one appears (`code_of`).
+    ids: tuple[int, int] = (0, 0)
+    code: int = 0
 
-    @property
-    def content(self) -> tuple[int, int, str, dict[str, str]]:
-        return int(self.guild_id), int(self.user.id), self.status, self.client_status
+    def __post_init__(self) -> None:
+        self.ids = int(self.guild_id), int(self.user["id"])
+        self.code = code_of(self.status, self.client_status)
 
 
 class PresencePacket(msgspec.Struct):
@@ -6032,15 +6083,19 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         for event_type in event.dispatches():
             for callback in self._plain.get(event_type, ()):
                 callback(event)
-        return super().dispatch(event, return_tasks=return_tasks)
+        if return_tasks or self._listeners or self._waiters:
+            return super().dispatch(event, return_tasks=return_tasks)
+        return None
 
     def read_packet(self, data: bytes) -> Any:
-        """A packet from its JSON; in place of a presence that is no event stands `UNCHANGED`."""
-        with contextlib.suppress(msgspec.MsgspecError):
+        """A packet from its JSON. Of a presence stands there what decides, or that it is `UNCHANGED`."""
+        with contextlib.suppress(msgspec.MsgspecError, ValueError, KeyError):
             if b'"PRESENCE_UPDATE"' in data and not self._wants_all():
                 packet = read_presence(data)
-                if packet.t == "PRESENCE_UPDATE" and self._presences.knows(*packet.d.content):
-                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": UNCHANGED}
+                if packet.t == "PRESENCE_UPDATE":
+                    known = self._presences.code(*packet.d.ids) == packet.d.code
+                    content = UNCHANGED if known else packet.d
+                    return {"op": packet.op, "t": packet.t, "s": packet.s, "d": content}
             return msgspec.json.decode(data)
         return json.loads(data)  # it takes more than the standard allows
 
@@ -6051,26 +6106,46 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
         if self._cache and self._presences.of(*ids) is None:
             self._cache.delete_presence(*map(hikari.Snowflake, ids))
 
-    @filtered(hikari.PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
+    @filtered(PresenceUpdateEvent, hikari.api.CacheComponents.PRESENCES)
     def on_presence_update(self, shard: hikari.api.GatewayShard, payload: Any) -> None:
-        ids = int(payload["guild_id"]), int(payload["user"]["id"])
-        before = self._presences.of(*ids)
-        news = self._presences.update(*ids, payload["status"], payload["client_status"])
-        if self._whole:
-            super().on_presence_update(shard, payload)
-        elif news:
-            self.dispatch(
-                self._event_factory.deserialize_presence_update_event(
-                    shard, {**payload, "activities": ()}, old_presence=self._old(payload, before)
-                )
-            )
+        update = msgspec.convert(payload, PresenceUpdate)
+        guild_id, user_id = map(hikari.Snowflake, update.ids)
+        code = update.code
+        before = self._presences.update(guild_id, user_id, code)
+        if before == code and not self._whole:
+            return
+        appeared = None if before is None else APPEARANCES[before], APPEARANCES[code]
+        make = functools.partial(self._hikaris, shard, payload, appeared[0])
+        event = PresenceUpdateEvent(shard, guild_id, user_id, appeared, make)
+        if self._whole and self._cache:
+            presence = event.presence  # with it the old one is read, before it goes
+            if code:
+                self._cache.update_presence(presence)
+            else:
+                self._cache.delete_presence(guild_id, user_id)
+        self.dispatch(event)
+
+    def _hikaris(
+        self, shard: hikari.api.GatewayShard, payload: Any, before: Presence | None
+    ) -> hikari.PresenceUpdateEvent:
+        """What hikari makes of it, with activities only where it keeps presences."""
+        if self._whole and self._cache:
+            ids = int(payload["guild_id"]), int(payload["user"]["id"])
+            old = self._cache.get_presence(*map(hikari.Snowflake, ids))
+        else:
+            if isinstance(payload, PresenceUpdate):
+                payload = msgspec.structs.asdict(payload)
+            payload = {**payload, "activities": ()}
+            old = self._old(payload, before)
+        factory = self._event_factory
+        return factory.deserialize_presence_update_event(shard, payload, old_presence=old)
 
     def _old(self, payload: Any, before: Presence | None) -> hikari.MemberPresence | None:
         """hikari's form of how a member appeared; None for offline, as hikari has it."""
         if before is None or before.status == "offline":
             return None
         devices = dict.fromkeys(before.platforms, before.status)
-        old = {"status": before.status, "client_status": devices, "activities": ()}
+        old = {"status": before.status, "client_status": devices}
         return self._entity_factory.deserialize_member_presence({**payload, **old})
 
 
@@ -6718,14 +6793,16 @@ class Node:
 
     def has_listeners(self, guild_id: str, kind: str) -> bool:
         """Whether anybody is in the room, or may come back to it: else no payload needs to be made."""
-        room = Destination(guild_id, kind).room
+        return self._listens(Destination(guild_id, kind).room)
+
+    def _listens(self, room: str) -> bool:
         return self._parts.rooms.has_listeners(room) or self._parts.recovery.has_listeners(room)
 
     def deliver(self, event: str, guild_id: str, fields: EventData, kind: str) -> None:
         """The last step of an event that all nodes share: to whom it goes."""
-        if self.has_listeners(guild_id, kind):
-            self._parts.metrics.sent.labels(event).inc()
-            to = destination_of(guild_id, kind, fields)
+        to = destination_of(guild_id, kind, fields)
+        if self._listens(to.room):
+            self._parts.metrics.sent.counts[event] += 1
             frame = self._parts.recovery.logs.add(to, event_packet(event, fields))
             self._parts.clients.send(to, frame)
         else:
@@ -7413,7 +7490,7 @@ class Subscriptions:
         rooms: Rooms,
         access: Access,
         limits: Limits,
-        plugins: PluginHost,
+        plugins: PluginLoader,
         node: Node,
         recovery: Recovery,
     ) -> None:
@@ -7479,7 +7556,7 @@ class Subscriptions:
         if room not in rooms and len(rooms) >= self._limits.settings.rooms_per_connection:
             raise ClientError("too_many_rooms", f"Already in {len(rooms)} rooms")
         if self._access.may_view(dashboard.viewer, guild_id) is False:
-            self._leave(dashboard, room)
+            self._expel(dashboard, guild_id)
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         if room not in entered:
             dashboard.pending.add(room)
@@ -7515,9 +7592,9 @@ class Subscriptions:
         if dashboard.sid not in self.connected:
             return None
         may_view = self._access.may_view(dashboard.viewer, guild_id)
-        pending = [room for room in dashboard.pending if room_guild(room) == guild_id]
         if may_view is False:
-            self._expel(dashboard, guild_id, pending)
+            self._expel(dashboard, guild_id)
+        pending = [room for room in dashboard.pending if room_guild(room) == guild_id]
         if not may_view or not pending:
             return None
         following = self._node.follow(guild_id)
@@ -7536,23 +7613,19 @@ class Subscriptions:
         if dashboard.ticket is not None:
             self._recovery.enter(dashboard.ticket, room)
 
-    def _expel(self, dashboard: Dashboard, guild_id: str, pending: Sequence[str]) -> None:
+    def _expel(self, dashboard: Dashboard, guild_id: str) -> None:
         """Once it is sure that a viewer may not, it is not even given what waits for it."""
-        rooms = [one for one in self._rooms.rooms_of(dashboard.sid) if room_guild(one) == guild_id]
+        entered = self._rooms.rooms_of(dashboard.sid)
+        rooms = [one for one in entered | dashboard.pending if room_guild(one) == guild_id]
+        if not rooms:
+            return
+        lost = not entered.isdisjoint(rooms)
         for room in rooms:
             self._rooms.expel(dashboard.sid, room)
-        for room in (*rooms, *pending):
             self._leave(dashboard, room)
-        if rooms or pending:
-            self._limits.metrics.refused_requests.labels(
-                "right_lost" if rooms else "forbidden"
-            ).inc()
-            text = (
-                f"Access to guild {guild_id} was lost"
-                if rooms
-                else f"No access to guild {guild_id}"
-            )
-            dashboard.tell("error", ClientError("forbidden", text).to_wire())
+        self._limits.metrics.refused_requests.labels("right_lost" if lost else "forbidden").inc()
+        text = f"Access to guild {guild_id} was lost" if lost else f"No access to guild {guild_id}"
+        dashboard.tell("error", ClientError("forbidden", text).to_wire())
 
     def _leave(self, dashboard: Dashboard, room: str) -> None:
         self._rooms.leave(dashboard.sid, room)
@@ -7800,7 +7873,7 @@ class RightsWatcher:
         """What it has to hear: intents follow from it."""
         return cls.CHANNEL_CHANGES + cls.GUILD_CHANGES + cls.MEMBER_CHANGES
 
-    def subscribe(self, events: Events) -> None:
+    def subscribe(self, events: GatewayEvents) -> None:
         for change in self.CHANNEL_CHANGES:
             events.subscribe(change, self._on_channel_change)
         for change in self.GUILD_CHANGES:
@@ -7821,9 +7894,8 @@ class RightsWatcher:
         """An event to those in a room who may see it."""
         if to.guild_id in self._stale:
             self._look_through(to.guild_id)
-        self._rooms.send(
-            to.room, frame, functools.partial(self._hidden, to) if to.channel_id else None
-        )
+        hidden = functools.partial(self._hidden, to) if to.channel_id else None
+        self._rooms.send(to.room, frame, hidden)
 
     def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
@@ -8021,6 +8093,13 @@ class Comebacks:
         size = sum(len(frame.bytes) for frame in frames)
         return frames if size <= self._most_bytes else None
 
+    def expect(self, ticket: Ticket, session: Session) -> None:
+        """Keep for its client what comes from now on, unless it has said DISCONNECT."""
+        if session.closed:
+            self._recovery.await_return(ticket)
+        else:
+            self._recovery.forget(ticket)
+
     def welcome(self, dashboard: Dashboard) -> None:
         """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
         ticket, comeback = dashboard.ticket, dashboard.comeback
@@ -8053,7 +8132,6 @@ class Dashboards:
         tokens: Tokens,
         limits: Limits,
         node: Node,
-        recovery: Recovery,
         rights: RightsWatcher,
         comebacks: Comebacks,
     ) -> None:
@@ -8061,7 +8139,6 @@ class Dashboards:
         self._tokens = tokens
         self._limits = limits
         self._node = node
-        self._recovery = recovery
         self._rights = rights
         self._comebacks = comebacks
         self._subscriptions = rights.subscriptions
@@ -8122,11 +8199,9 @@ class Dashboards:
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._rights.remove(sid)
         dashboard.forget_token()
-        session, ticket = dashboard.session, dashboard.ticket
-        if ticket is not None and session.closed:
-            self._recovery.await_return(ticket)
-        elif ticket is not None:  # it said DISCONNECT
-            self._recovery.forget(ticket)
+        session = dashboard.session
+        if dashboard.ticket is not None:
+            self._comebacks.expect(dashboard.ticket, session)
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
         self._node.viewer_left(dashboard.viewer.discord_id)
         if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
@@ -8338,6 +8413,15 @@ def listening(family: socket.AddressFamily, host: str, port: int) -> socket.sock
     return listener
 
 
+def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:
+    """Which events are needed, and by whom."""
+    wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
+    for plugin in plugins.plugins.values():
+        for event_type in plugin.event_types():
+            wanted.setdefault(event_type, []).append(plugin.name)
+    return wanted
+
+
 class Server:
     """All the parts of one process, made from settings; `async with` starts and stops them.
 
@@ -8359,10 +8443,10 @@ class Server:
         self.metrics = Metrics()
         self.pulse = Pulse()
         self.draining = False
-        self.plugins = PluginHost(settings.plugins, settings.plugin, settings.folder, self.metrics)
-        self.plugins.load()
-        cached = self.plugins.cached()
-        self.gateway = Gateway(settings.discord, token, self._wanted(), self.metrics, cached)
+        loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, self.metrics)
+        loader.load_all()
+        wanted, cached = wanted_events(loader), loader.cached()
+        self.gateway = Gateway(settings.discord, token, wanted, self.metrics, cached)
         self.node = make_node(settings, self.gateway.bot)
         self.access = self.node.make_access()
         self.tokens = Tokens(keys, settings.auth.algorithms)
@@ -8380,23 +8464,21 @@ class Server:
         self.recovery = Recovery(settings.recovery, key, self.node.ticket_changed)
         timeout = settings.plugins.handler_timeout
         self.throttle = Throttle(settings.throttle, self.node, self.metrics, timeout)
+        self.door = FrontDoor(settings.server, self.limits)
+        self.plugins = PluginHost(loader, self._workplace(), self.metrics, timeout)
         self.rights = self._make_rights()
         self.dashboards = self._make_dashboards()
         self.node.attach(
             Parts(self.rights, self.rooms, self.recovery, self.plugins, self.throttle, self.metrics)
         )
-        self.door = FrontDoor(settings.server, self.limits)
         measure(self)
-        self.plugins.attach(self._workplace())
-        watch = settings.plugins.watch
-        self.plugin_watcher = PluginWatcher(self.plugins, self.gateway.bot, watch=watch)
         self.web = make_web(self, settings)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     def _make_rights(self) -> RightsWatcher:
         subscriptions = Subscriptions(
-            self.rooms, self.access, self.limits, self.plugins, self.node, self.recovery
+            self.rooms, self.access, self.limits, self.plugins.loader, self.node, self.recovery
         )
         return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
 
@@ -8406,21 +8488,8 @@ class Server:
             self.recovery, self.access, self.rights.subscriptions, most_bytes, self.metrics
         )
         return Dashboards(
-            self.socketio,
-            self.tokens,
-            self.limits,
-            self.node,
-            self.recovery,
-            self.rights,
-            comebacks,
+            self.socketio, self.tokens, self.limits, self.node, self.rights, comebacks
         )
-
-    def _wanted(self) -> dict[type[hikari.Event], list[str]]:
-        """Which events are needed, and by whom."""
-        wanted = {event_type: ["access"] for event_type in RightsWatcher.event_types()}
-        for event_type, names in self.plugins.event_types().items():
-            wanted[event_type] = [*wanted.get(event_type, ()), *names]
-        return wanted
 
     # -- how things stand
 
@@ -8468,7 +8537,9 @@ class Server:
         self.node.start()
         self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
-        files = asyncio.create_task(self.plugin_watcher.run(), name="plugins' files")
+        files = asyncio.create_task(
+            self.plugins.follow(watch=self._settings.plugins.watch), name="plugins' files"
+        )
         self._tasks = [self._gateway_task, pulse, files]
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
@@ -8476,7 +8547,7 @@ class Server:
     async def _lead(self) -> None:
         """Have plugins at work and the gateway running: both are one node's alone."""
         try:
-            await self.plugins.start(self._workplace())
+            await self.plugins.start()
             if not being_cancelled():
                 await self.gateway.run()
         finally:
@@ -8484,9 +8555,9 @@ class Server:
             await self.plugins.stop()
 
     def _workplace(self) -> HostContext:
+        locks = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
         return HostContext(
             bot=self.gateway.bot,
-            events=self.gateway.bot.events,
             presences=self.gateway.presences,
             emit=self.throttle.emit,
             settled=self.gateway.settled,
@@ -8499,7 +8570,7 @@ class Server:
             rest_url=self._settings.discord.rest_url,
             address=self.door.address,
             lists_origin=self.door.lists,
-            alone=self.plugins.locks.__getitem__,
+            alone=locks.__getitem__,
         )
 
     def _bind(self) -> list[socket.socket]:
@@ -8509,8 +8580,9 @@ class Server:
         except OSError as error:
             unknown = isinstance(error, socket.gaierror)  # its numbers are others than errno's
             why = error.strerror if unknown else os.strerror(error.errno or 0)
+            key = "host" if unknown or error.errno == errno.EADDRNOTAVAIL else "port"
             place = f"{server.host}:{server.port}"
-            raise OperatorError(f"server.port: cannot listen on {place}: {why}") from error
+            raise OperatorError(f"server.{key}: cannot listen on {place}: {why}") from error
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
@@ -8522,10 +8594,9 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.check(settings.plugin)
+        plugin_settings = self.plugins.loader.check(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(plugin_settings)
-        self.plugins.loader.tables = settings.plugin
+        self.plugins.reconfigure(settings.plugin, plugin_settings)
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -8533,7 +8604,7 @@ class Server:
         self.throttle.windows = settings.throttle
         self.rights.check_all()
         self._settings = settings
-        self.plugin_watcher.look()
+        self.plugins.look()
         return [key for key in changed if not key.startswith(LIVE)]
 
     async def stop(self) -> None:
@@ -8565,15 +8636,19 @@ class Server:
         await self.node.stop(self._settings.server.shutdown_grace / 2)
 
     async def _close_sessions(self, within: float) -> None:
-        """In random order, at an even pace that needs no more than `within` seconds."""
+        """In random order, at an even pace that needs no more than `within` seconds.
+
+        Of what a busy machine delays, a little is made up for: else many would be told at once.
+        """
         sessions = list(self.socketio.eio.sockets.values())
         random.shuffle(sessions)
         pace = min(GOODBYE_PACE, within / max(1, len(sessions)))
-        began = time.monotonic()
-        for number, session in enumerate(sessions):
-            if (early := began + number * pace - time.monotonic()) > 0:
+        due = time.monotonic()
+        for session in sessions:
+            if (early := due - time.monotonic()) > 0:
                 await asyncio.sleep(max(early, GOODBYE_PACE))
             await self._say_goodbye(session)
+            due = max(due, time.monotonic() - 2 * GOODBYE_PACE) + pace
 
     @staticmethod
     async def _say_goodbye(session: Session) -> None:
@@ -8748,30 +8823,17 @@ def parse_folder(text: str) -> Path:
     return path
 
 
-class CommandLine(argparse.ArgumentParser):
-    """Takes `--config` before a command and behind it."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_argument(
-            "--config",
-            type=Path,
-            default=argparse.SUPPRESS,
-            metavar="FILE",
-            help="settings (config.toml)",
-        )
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(
-        prog="spywatcher", description="Watch Discord guilds live, from any browser."
-    )
+    everywhere = argparse.ArgumentParser(add_help=False)  # before a command and behind it
+    no_default, about = argparse.SUPPRESS, "settings (config.toml)"
+    everywhere.add_argument("--config", type=Path, default=no_default, metavar="FILE", help=about)
+    about = "Watch Discord guilds live, from any browser."
+    parser = argparse.ArgumentParser("spywatcher", description=about, parents=[everywhere])
     parser.add_argument("--version", action="version", version=f"SpyWatcher {__version__}")
-    parser.set_defaults(config=None, command=serve_command)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, run: Callable[..., None], about: str) -> Callable[..., argparse.Action]:
-        command = commands.add_parser(name, help=about)
+        command = commands.add_parser(name, help=about, parents=[everywhere])
         command.set_defaults(command=run)
         return command.add_argument
 
@@ -8779,11 +8841,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
     demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
-    demo("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
     types("--asyncapi", action="store_true", help="an AsyncAPI 3 document instead")
+    for command in (demo, check, types):
+        command("--plugins", type=parse_folder, metavar="DIR", help="more plugins to load")
     token = add("token", token_command, "make a viewer's token")
     token("--discord-id", required=True, help="the viewer's user id", **an_id)
     token("--role", default="USER", choices=sorted(get_args(Role)))
@@ -8792,7 +8855,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     forget = add("forget", forget_command, "remove a member's counts")
     forget("--member", required=True, help="the member", **an_id)
     forget("--guild", help="in this guild only", **an_id)
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, argparse.Namespace(config=None, command=serve_command))
 
 
 def code_beside(name: str, use: str) -> Any:
@@ -8825,25 +8888,22 @@ def bot_token_of(settings: Settings) -> str:
     return token
 
 
-def credentials_of(settings: Settings) -> tuple[Keys, str]:
-    """What tokens are checked with, and the bot's own; raises OperatorError if either is missing."""
-    keys, token = given_credentials(settings)
-    if keys == Keys() or not token:
-        raise OperatorError(
-            "auth.secret and discord.token must both be set (or auth.secret_file and"
-            " discord.token_file); to look around without a bot: python spywatcher.py demo"
-        )
-    return keys, token
+def credentials_of(settings: Settings, *, needed: bool = True) -> tuple[Keys, str]:
+    """What tokens are checked with, and the bot's own.
 
-
-def given_credentials(settings: Settings) -> tuple[Keys, str]:
-    """The same, as far as they are set."""
+    Raises OperatorError where one is wrong or, if they are `needed`, missing.
+    """
     faults: list[str] = []
     keys, token = Keys(), ""
     with collecting(faults):
         keys = read_keys(settings.auth, settings.folder)
     with collecting(faults):
         token = bot_token_of(settings)
+    if not faults and needed and (keys == Keys() or not token):
+        faults.append(
+            "auth.secret and discord.token must both be set (or auth.secret_file and"
+            " discord.token_file); to look around without a bot: python spywatcher.py demo"
+        )
     if faults:
         raise OperatorError(*faults)
     return keys, token
@@ -8854,15 +8914,15 @@ def serve_command(settings: Settings, arguments: argparse.Namespace) -> None:
     systemd = Systemd(os.environ)
     sockets, make_node = systemd.sockets(), node_type(settings)
     server = Server(settings, keys=keys, token=token, sockets=sockets, make_node=make_node)
-    reload = functools.partial(reload_settings, server, arguments.config)
+    reload = functools.partial(reload_settings, server, lambda: read_settings(arguments.config))
     faulthandler.enable(2)  # systemd's watchdog sends SIGABRT: every thread's stack to the journal
     run_until_stopped(run_server(server, systemd, reload))
 
 
-def reload_settings(server: Server, path: Path | None) -> None:
+def reload_settings(server: Server, read: Callable[[], Settings]) -> None:
     """What SIGHUP does: read the settings again; a fault in them changes nothing."""
     try:
-        settings = read_settings(path)
+        settings = read()
         with naming_source(settings):
             keys = read_keys(settings.auth, settings.folder)
             if keys == Keys():
@@ -8878,77 +8938,88 @@ def reload_settings(server: Server, path: Path | None) -> None:
 
 
 def check_command(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Find what `serve` would refuse, and plugins that do not load; else say that all is well."""
-    host = plugin_host(settings)
-    faults = faults_beside_file(settings, host, credentials_of)
-    if not faults:
-        if arguments.settings:
-            print(settings_text(settings))
-        for plugin in host.plugins.values():
-            print(plugin_text(plugin))
-        for plugin in host.plugins.values():
-            print(f"plugin {plugin.name}: {', '.join(sorted(plugin.events)) or 'no events'}")
-    if faults := faults + host.loader.faults():
+    """Print what there is, and say what `serve` would refuse and which plugins do not load."""
+    plugins = plugin_loader(settings, arguments.plugins)
+    faults = faults_beside_file(settings, plugins)
+    if arguments.settings:
+        print(settings_text(settings))
+    for plugin in plugins.plugins.values():
+        print(plugin_text(plugin))
+    if faults:
         raise OperatorError(*faults)
     print(f"all is well with {settings.source}")
 
 
 def faults_beside_file(
-    settings: Settings, host: PluginHost, credentials: Callable[[Settings], tuple[Keys, str]]
+    settings: Settings, plugins: PluginLoader, *, complete: bool = True
 ) -> list[str]:
-    """What settings name: keys, the bot's token, Redis, plugins (which are loaded by it)."""
+    """What is wrong with what settings name: plugins (which are loaded by it), keys, token, Redis.
+
+    Where settings are not `complete`, what is missing is no fault.
+    """
     faults: list[str] = []
     with collecting(faults):
-        host.load()
+        plugins.load_all()
     with collecting(faults):
-        keys, token = credentials(settings)
+        keys, token = credentials_of(settings, needed=complete)
         if keys != Keys():
-            host.loader.check_secret(Tokens(keys, settings.auth.algorithms))
+            plugins.check_secret(Tokens(keys, settings.auth.algorithms))
         if token:  # this takes none that is no token
-            Gateway(settings.discord, token, host.event_types(), Metrics())
+            Gateway(settings.discord, token, wanted_events(plugins), Metrics())
     with collecting(faults):
         if settings.redis.url:
             cluster_code().check_redis(settings)
-    return faults
+    return faults + plugins.faults()
 
 
-def plugin_host(settings: Settings) -> PluginHost:
-    return PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+def plugin_loader(settings: Settings, first: Path | None = None) -> PluginLoader:
+    """Of the folders that settings name, with one before them."""
+    folders = (*([str(first)] if first else []), *settings.plugins.folders)
+    chosen = msgspec.structs.replace(settings.plugins, folders=folders)
+    return PluginLoader(chosen, settings.plugin, settings.folder, Metrics())
 
 
 def plugin_text(plugin: Plugin) -> str:
-    """What a plugin is called for, what it needs and what it serves, but its events."""
-    nothing = hikari.Intents.NONE
-    intents = nothing
+    """What a plugin sends, is called for, needs and serves."""
+    intents = nothing = hikari.Intents.NONE
     for event_type in plugin.event_types():
         intents |= missing_intents(event_type, nothing)
     hears = [one.mark.source for one in plugin.listeners]
+    form = plugin.settings_form
     rows: dict[str, Iterable[str]] = {
+        "sends": plugin.events,
         "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
-        "every": [f"{one.mark.seconds:g} s" for one in plugin.repeated],
+        "every": [f"{one.mark.seconds:g} s" for one in plugin.marked(Repeated)],
         "greets": [one.mark.kind for one in plugin.greeters],
         "hooks": plugin.hooks,
         "rooms": plugin.kinds,
-        "routes": [one.mark.pattern for one in plugin.routes],
+        "routes": [one.mark.pattern for one in plugin.marked(Route)],
         "intents": [str(intent.name) for intent in intents],
         "needs": plugin.needs,
-        "settings": plugin.settings_form.__struct_fields__
-        if plugin.settings_form
-        else plugin.settings,
+        "settings": form.__struct_fields__ if form else plugin.settings,
     }
-    lines = [f"  {what:<10}{', '.join(sorted(set(of)))}" for what, of in rows.items() if of]
+    lines = [
+        textwrap.fill(
+            ", ".join(sorted(set(of))),
+            100,
+            initial_indent=f"  {what:<10}",
+            subsequent_indent=" " * 12,
+        )
+        for what, of in rows.items()
+        if of
+    ]
     return "\n".join([f"{plugin.name}:", *lines])
 
 
 def types_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Print what dashboards say and hear; nothing of it while a plugin does not load."""
     spywatcher_types = code_beside("spywatcher_types", "the command types")
-    host = plugin_host(settings)
-    host.load()
-    if faults := host.loader.faults():
+    plugins = plugin_loader(settings, arguments.plugins)
+    plugins.load_all()
+    if faults := plugins.faults():
         raise OperatorError(*faults)
     write = spywatcher_types.asyncapi if arguments.asyncapi else spywatcher_types.typescript
-    print(write(host))
+    print(write(plugins))
 
 
 def settings_text(settings: Settings) -> str:
@@ -8975,29 +9046,29 @@ def token_command(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Remove what plugins keep of a member; a running server follows within 10 seconds."""
-    host, member, guild = plugin_host(settings), arguments.member, arguments.guild
-    host.load()
+    plugins, member, guild = plugin_loader(settings), arguments.member, arguments.guild
+    plugins.load_all()
     if settings.redis.url:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
-    for name, plugin in host.plugins.items():
+    for name, plugin in plugins.plugins.items():
         if forget := plugin.hooks.get("forget"):
             try:
                 print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
             except FAULTS as error:  # as in PluginLoader.load_all
                 raise OperatorError(f"plugin {name} could not forget: {error}") from error
-    if host.failures:
-        raise OperatorError(*(f"plugin {name}: {e}" for name, e in host.failures.items()))
+    if plugins.failures:
+        raise OperatorError(*(f"plugin {name}: {e}" for name, e in plugins.failures.items()))
 
 
 def demo_command(settings: Settings, arguments: argparse.Namespace) -> None:
     """Serve a pretend Discord instead, until stopped."""
-    simulator = code_beside("simulator", "the command demo")
-    run_until_stopped(simulator.run_demo(settings, arguments.port, arguments.plugins))
+    demo = code_beside("simulator", "the command demo")
+    run_until_stopped(demo.run_demo(settings, arguments.port, arguments.plugins, arguments.config))
 
 
 async def run_server(
-    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] | None = None
+    server: Server, systemd: Systemd | None = None, reload: Callable[[], None] = lambda: None
 ) -> None:
     """Serve until a signal comes or Discord refuses us for good."""
     systemd = systemd or Systemd({})
@@ -9009,8 +9080,7 @@ async def run_server(
     def on_sighup() -> None:
         systemd.tell_reloading()
         try:
-            if reload:
-                reload()
+            reload()
         finally:
             systemd.tell("READY=1")
 
@@ -9076,9 +9146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
-            host = plugin_host(error.sound)
-            more = faults_beside_file(error.sound, host, given_credentials)
-            faults += with_source(more + host.loader.faults(), error.sound)
+            plugins = plugin_loader(error.sound, getattr(parsed, "plugins", None))
+            more = faults_beside_file(error.sound, plugins, complete=False)
+            faults += with_source(more, error.sound)
         say_faults(*faults)
         return EXIT_OPERATOR
     except UpstreamError as error:

@@ -49,7 +49,7 @@ from spywatcher import (
     DataOrMaker,
     Destination,
     EventData,
-    Events,
+    GatewayEvents,
     Logged,
     Marks,
     News,
@@ -1425,7 +1425,7 @@ class GuildReporter:
         """Whether this user looks on somewhere."""
         return user_id in self._wanted
 
-    def subscribe(self, events: Events) -> None:
+    def subscribe(self, events: GatewayEvents) -> None:
         """Before whoever judges by what is told here."""
         for change in RightsWatcher.CHANNEL_CHANGES + RightsWatcher.GUILD_CHANGES:
             events.subscribe(change, self._on_change)
@@ -2197,7 +2197,7 @@ class ClusterNode(Node):
         """
         if self.leading and self.lease.led != self.lease.term:
             return  # this node has lost the gateway: another one is its clients' source now
-        self._parts.metrics.sent.labels(event).inc()
+        self._parts.metrics.sent.counts[event] += 1
         to, packet = destination_of(guild_id, kind, fields), event_packet(event, fields)
         if self.leading:
             self._send(to, packet)

@@ -1,7 +1,7 @@
 """What dashboards say and hear, as TypeScript declarations and as an AsyncAPI 3 document.
 
 Both follow from the loaded plugins: from the events that their functions emit, and from what these
-functions are annotated to return. Only the command line (`spywatcher.py types`) uses this file.
+functions are annotated to return or, without annotations, make as they return. Only the command line (`spywatcher.py types`) uses this file.
 
 The way: plugins -> events -> JSON Schema (msgspec's) -> TypeScript or AsyncAPI. An event whose
 function names no payload class is declared as an object of which nothing is known but `guildId` and
@@ -14,6 +14,7 @@ import ast
 import inspect
 import json
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -162,17 +163,17 @@ class Declarations(NamedTuple):
     schemas: dict[str, Schema]
 
 
-def declarations(host: spywatcher.PluginHost) -> Declarations:
+def declarations(plugins: spywatcher.PluginLoader) -> Declarations:
     """What is said and heard with these plugins."""
-    sources = [source for plugin in host.plugins.values() for source in sources_of(plugin)]
+    sources = [source for plugin in plugins.plugins.values() for source in sources_of(plugin)]
     payloads = {t for source in sources for t in source.payloads}
     found, schemas = schemas_of(payloads)
     for payload in payloads:
         complete(schemas[found[payload]["$ref"].rpartition("/")[2]])
     events = [event_of(name, sources, found) for name in dict.fromkeys(s.event for s in sources)]
-    kinds = sorted(host.kinds)
+    kinds = sorted(plugins.kinds)
     return Declarations(
-        plugins=sorted(host.plugins),
+        plugins=sorted(plugins.plugins),
         kinds=kinds,
         events=[*SERVER_EVENTS, *sorted(events)],
         requests=requests(kinds),
@@ -224,14 +225,28 @@ def emitted_by_hand(plugin: spywatcher.Plugin) -> list[tuple[str, str]]:
 
 
 def returned(function: Callable[..., Any]) -> list[type[msgspec.Struct]]:
-    """The structs that a function's annotation says it returns."""
-    annotation = getattr(function, "__annotations__", {}).get("return")
-    holder = types.SimpleNamespace(__annotations__={"return": annotation})
+    """The structs that a function returns, as its annotation says, or else its code."""
+    if "return" not in getattr(function, "__annotations__", {}):
+        return made(function)
+    holder = types.SimpleNamespace(__annotations__={"return": function.__annotations__["return"]})
     try:
         hints = typing.get_type_hints(holder, vars(inspect.getmodule(function)))
     except (NameError, TypeError):  # a name that is imported for type checkers alone
         return []
     return [kind for kind in choices(hints["return"]) if is_struct(kind)]
+
+
+def made(function: Callable[..., Any]) -> list[type[msgspec.Struct]]:
+    """The structs of each `return Struct(…)` in a function; none where it returns something else."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    names = [
+        getattr(getattr(value, "func", None), "id", "")
+        for value in values
+        if value is not None and getattr(value, "value", ...) is not None
+    ]
+    kinds: list[Any] = [vars(inspect.getmodule(function)).get(name) for name in names]
+    return kinds if all(map(is_struct, kinds)) else []
 
 
 def choices(annotation: Any) -> Iterator[Any]:
@@ -341,9 +356,9 @@ export type Ack<Answer> = (answer: Answer | Refused) => void;
 """
 
 
-def typescript(host: spywatcher.PluginHost) -> str:
+def typescript(plugins: spywatcher.PluginLoader) -> str:
     """The declarations as a `.d.ts` file."""
-    all_of_it = declarations(host)
+    all_of_it = declarations(plugins)
     interfaces = [interface(name, schema) for name, schema in sorted(all_of_it.schemas.items())]
     heard = [
         line
@@ -455,9 +470,9 @@ def ts_object(schema: Schema) -> str:
 # ---- AsyncAPI ----
 
 
-def asyncapi(host: spywatcher.PluginHost) -> str:
+def asyncapi(plugins: spywatcher.PluginLoader) -> str:
     """The declarations as an AsyncAPI 3 document, in JSON; the server is the application."""
-    all_of_it = declarations(host)
+    all_of_it = declarations(plugins)
     messages = {key(e.name): message(e.name, e.summary, e.schema) for e in all_of_it.events}
     for request in all_of_it.requests:
         _, argument = request.argument or ("", {"type": "null"})

@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from redisserver import RedisServer  # noqa: E402  # after the path
 
 from simulator import Guild, PretendDiscord  # noqa: E402
-from spywatcher import Keys, RedisSettings, Server, load_module, parse_settings  # noqa: E402
+from spywatcher import Keys, Presence, RedisSettings, Server, load_module, parse_settings  # noqa: E402
 from spywatcher_cluster import TERM, Link, SharedTables  # noqa: E402
 
 GUILD = 81_384_788_765_712_384
@@ -55,6 +55,9 @@ SLICE = 200
 SECRET = "nothing but a benchmark's secret"
 
 Event = tuple[float, int, int, str]  # when, member, channel, kind
+
+THERE = Presence("online", frozenset({"desktop"}))
+AWAY = Presence("offline", frozenset())
 
 
 def make_events(members: int, events: int, seed: int, end: float) -> Iterator[Event]:
@@ -109,8 +112,7 @@ def prepare(module: Any, event: Event, online: dict[int, bool], spy: Any) -> Cal
         return lambda: module.message(about)
     was = online.get(number, False)
     online[number] = not was
-    shown = SimpleNamespace(visible_status=hikari.Status.ONLINE)
-    about.old_presence, about.presence = (shown, None) if was else (None, shown)
+    about.before, about.now = (THERE, AWAY) if was else (AWAY, THERE)
     return lambda: module.presence(about)
 
 

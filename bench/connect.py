@@ -34,11 +34,14 @@ def compare(kinds: list[str], count: int, rounds: int) -> dict[str, list[float]]
 
 
 def main() -> None:
-    quick = report.parse_arguments(__doc__ or "").quick
-    kinds = [*peers.SPYWATCHERS, "node", "stock"]
+    options = report.parse_arguments(__doc__ or "", compares=True)
+    quick = options.quick
+    kinds = options.only or [*peers.SPYWATCHERS, "node", "stock"]
+    if options.checkout:
+        kinds.append(peers.add_checkout(options.checkout))
     results = {}
     for count, rounds in ((1_000, 2),) if quick else ((1_000, 5), (10_000, 1)):
-        few = kinds if count < 10_000 else ["spywatcher", "node"]
+        few = [kind for kind in kinds if count < 10_000 or kind in ("spywatcher", "node", "other")]
         rates = compare(few, count, rounds)
         results[str(count)] = {
             kind: {
@@ -54,7 +57,8 @@ def main() -> None:
     ]
     header = ["connecting", "connections a second", "SpyWatcher by this"]
     report.show("Connections with a JWT", header, rows)
-    report.keep("connect", results)
+    if not options.only:
+        report.keep("connect", results)
 
 
 if __name__ == "__main__":

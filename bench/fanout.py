@@ -199,10 +199,15 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    quick = report.parse_arguments(__doc__ or "").quick
-    kinds = [*peers.SPYWATCHERS, "spywatcher+recovery", "node", "stock", "bare"]
+    options = report.parse_arguments(__doc__ or "", compares=True)
+    quick = options.quick
+    kinds = options.only or [*peers.SPYWATCHERS, "spywatcher+recovery", "node", "stock", "bare"]
+    if options.checkout:
+        kinds.append(peers.add_checkout(options.checkout))
     results = summary(compare(kinds, rounds=1 if quick else 3))
     show(results)
+    if options.only:
+        return
     sizes = SCALE[:4] if quick else SCALE
     scaling = scale(["spywatcher", "node", "bare"], sizes, rounds=1 if quick else 2)
     rows = [

@@ -4,7 +4,8 @@
 
 A pretend Discord writes frames, made beforehand, to the gateway socket of one bot after the other,
 as fast as that reads them. SpyWatcher is the whole product with a dashboard in the guild's room,
-which must get every event that is one, in order of each member; the others call an empty listener.
+which must get every event that is one, in order of each member, and so is discord.js with Socket.IO;
+discord.js and discord.py alone only decode, and call an empty listener.
 What counts is the CPU time of the bot's process, all threads and children of the kernel's included.
 `--checkout` puts another version of SpyWatcher beside this one. `--members` measures nothing but the
 memory of a bot with so many members in its guild, each with a presence.
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +50,9 @@ DEVICES = ("desktop", "mobile", "web")
 NAMES = {
     "spywatcher": "SpyWatcher",
     "other": "SpyWatcher, the other checkout",
-    "discord.js": "discord.js",
-    "discord.py": "discord.py",
+    "discord.js+socket.io": "discord.js that tells a dashboard",
+    "discord.js": "discord.js that only listens",
+    "discord.py": "discord.py that only listens",
 }
 CONFIG = """
 [server]
@@ -84,6 +86,9 @@ class Mix(NamedTuple):
 
 MIXES = {"status": Mix(70, 15, 0), "activity": Mix(85, 10, 80)}
 
+#: Name and content of each.
+Packets = Iterable[tuple[str, dict[str, Any]]]
+
 
 class Crowd:
     """A guild's members, and what they do, as packets: the same for each who asks."""
@@ -96,7 +101,7 @@ class Crowd:
         #: What a dashboard has to get of each member, in order.
         self.expected: dict[str, list[str]] = collections.defaultdict(list)
 
-    def packets(self, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    def packets(self, count: int) -> Packets:
         for _ in range(count):
             member = self._dice.choice(self._people)
             kind = self._dice.randrange(100)
@@ -162,9 +167,12 @@ class Dashboard(threading.Thread):
 class Bot:
     """A process that listens to the pretend Discord."""
 
-    def __init__(self, process: asyncio.subprocess.Process, dashboard: Dashboard | None) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, dashboard: Dashboard | None, port: int
+    ) -> None:
         self._process = process
         self.dashboard = dashboard
+        self.port = port
 
     @property
     def cpu(self) -> float:
@@ -188,21 +196,22 @@ class Bot:
 
 async def start(kind: str, discord: PretendDiscord, folder: Path, root: Path) -> tuple[Any, str]:
     """The process, and the line with which it says that it is there."""
+    discord_js = ["node", str(SERVERS / "discord_js.mjs")]
+    discord_js += [discord.rest_url.removesuffix("/v10"), discord.token]
     command = {
-        "discord.js": [
-            *("node", str(SERVERS / "discord_js.mjs")),
-            *(discord.rest_url.removesuffix("/v10"), discord.token),
-        ],
+        "discord.js": discord_js,
+        "discord.js+socket.io": [*discord_js, event.SECRET],
         "discord.py": [
             *(sys.executable, str(SERVERS / "discord_py.py")),
             *(discord.rest_url, discord.token, discord.gateway_url),
         ],
     }.get(kind)
     if command is None:
+        program = SERVERS / "watched_server.py" if kind == "watched" else root / "spywatcher.py"
         config = folder / "config.toml"
         about = {"secret": event.SECRET, "token": discord.token, "rest": discord.rest_url}
         config.write_text(CONFIG.format(plugins=root / "plugins", **about))
-        command = [sys.executable, str(root / "spywatcher.py"), "--config", str(config)]
+        command = [sys.executable, str(program), "--config", str(config)]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *node_path(command), stdout=pipe, stderr=asyncio.subprocess.STDOUT
@@ -215,16 +224,19 @@ async def start(kind: str, discord: PretendDiscord, folder: Path, root: Path) ->
 
 
 @contextlib.asynccontextmanager
-async def connected(kind: str, discord: PretendDiscord, root: Path) -> AsyncIterator[Bot]:
-    with tempfile.TemporaryDirectory() as folder:
-        process, line = await start(kind, discord, Path(folder), root)
+async def connected(
+    kind: str, discord: PretendDiscord, root: Path, folder: Path | None = None
+) -> AsyncIterator[Bot]:
+    """A bot that has all of its guilds, at work in `folder`."""
+    with tempfile.TemporaryDirectory() as own:
+        process, line = await start(kind, discord, folder or Path(own), root)
         rest = asyncio.create_task(process.stdout.read())
         dashboard = None
         try:
             await discord.wait_for_bot(120.0)
             if found := re.search(r"listening on http://[^:]+:(\d+)", line):
                 dashboard = await asyncio.to_thread(Dashboard, int(found[1]))
-            yield Bot(process, dashboard)
+            yield Bot(process, dashboard, int(found[1]) if found else 0)
         finally:
             if dashboard:
                 dashboard.close()
@@ -233,22 +245,33 @@ async def connected(kind: str, discord: PretendDiscord, root: Path) -> AsyncIter
             await rest
 
 
-async def write(discord: PretendDiscord, packets: Iterator[tuple[str, dict[str, Any]]]) -> None:
+async def write(discord: PretendDiscord, packets: Packets) -> None:
     """All packets, to the only session, at the speed at which it reads."""
+    frames = await frames_of(discord, packets)
+    stream = socket_of(discord).ws_connection.stream
+    for number in range(0, len(frames), TOGETHER):
+        await stream.write(b"".join(frames[number : number + TOGETHER]))
+    await discord.caught_up(300.0)
+
+
+async def frames_of(discord: PretendDiscord, packets: Packets) -> list[bytes]:
+    """The packets as they go to the only session, which must get them all, in this order."""
     (session,) = discord.sessions.values()
-    handler: Any = session.socket
-    stream = handler.ws_connection.stream
-    frames = []
+    pack, frames = socket_of(discord)._pack, []
     for name, data in packets:
         session.seq += 1
         shown = simulator.let_through(name, data, session.intents, discord.bot.id)
         packet = {"op": simulator.Op.DISPATCH, "t": name, "s": session.seq, "d": shown}
-        frames.append(
-            server_frame(handler._pack(json.dumps(packet, separators=(",", ":")).encode()))
-        )
-    for number in range(0, len(frames), TOGETHER):
-        await stream.write(b"".join(frames[number : number + TOGETHER]))
-    await discord.caught_up(300.0)
+        frames.append(server_frame(pack(json.dumps(packet, separators=(",", ":")).encode())))
+        if session.seq % 500 == 0:
+            await asyncio.sleep(0)  # or no heartbeat is answered
+    return frames
+
+
+def socket_of(discord: PretendDiscord) -> Any:
+    """The pretend Discord's end of the only gateway connection."""
+    (session,) = discord.sessions.values()
+    return session.socket
 
 
 def server_frame(packet: bytes | str) -> bytes:
@@ -327,7 +350,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, help="nothing but the memory of so many")
     parser.add_argument("--only", nargs="*", choices=NAMES, help="only these bots")
     options = parser.parse_args()
-    roots = {"spywatcher": ROOT, "other": options.checkout, "discord.js": ROOT, "discord.py": ROOT}
+    roots = dict.fromkeys(NAMES, ROOT) | {"other": options.checkout}
     wanted = options.only or roots
     roots = {kind: root for kind, root in roots.items() if root and kind in wanted}
     if options.members:

@@ -108,7 +108,7 @@ class Load:
             while begun < goal and begun - done < at_once:
                 self._begin(f"127.0.0.{1 + (len(self.clients) // 20_000)}")
                 begun += 1
-            for client in self._ready(10.0):
+            for client in self.ready(10.0):
                 done += self._advance(client, steps)
         return time.perf_counter() - start
 
@@ -166,7 +166,7 @@ class Load:
         while missing:
             if time.monotonic() > deadline:
                 raise BrokenError(f"{missing} clients wait for event {upto - 1}")
-            for client in self._ready(1.0):
+            for client in self.ready(1.0):
                 before = client.position
                 self._read(client)
                 missing -= before < goal <= client.position
@@ -180,7 +180,8 @@ class Load:
             raise BrokenError(f"other bytes than expected after {client.position}: {data[:300]!r}")
         client.position += len(data)
 
-    def _ready(self, timeout: float) -> Iterator[Client]:
+    def ready(self, timeout: float) -> Iterator[Client]:
+        """Those that have something to read, or are connected."""
         deadline = time.monotonic() + timeout
         while not (found := self._epoll.poll(0 if self._awake else timeout, 1024)):
             if time.monotonic() > deadline:

@@ -39,8 +39,24 @@ NAMES = {
     "stock": "python-socketio",
     "bare": "bare send loop",
 }
+
+
+def add_checkout(folder: Path) -> str:
+    """Have another version of SpyWatcher as one more server; returns its kind."""
+    program = folder / "bench" / "servers" / "spywatcher_server.py"
+    COMMANDS["other"] = [sys.executable, str(program)]
+    NAMES["other"] = "SpyWatcher, the other checkout"
+    return "other"
+
+
 #: SpyWatcher on asyncio's own loop, and on uvloop where that is installed.
 SPYWATCHERS = ["spywatcher"] + ["spywatcher+uvloop"] * bool(importlib.util.find_spec("uvloop"))
+
+
+def resident(process: int | str = "self") -> int:
+    """Resident bytes of a process."""
+    statm = Path(f"/proc/{process}/statm").read_text()
+    return int(statm.split()[1]) * resource.getpagesize()
 
 
 class Peer:
@@ -70,8 +86,7 @@ class Peer:
 
     def resident(self) -> int:
         """Resident bytes, without a word to the server."""
-        statm = Path(f"/proc/{self.process.pid}/statm").read_text()
-        return int(statm.split()[1]) * resource.getpagesize()
+        return resident(self.process.pid)
 
     def stop(self) -> None:
         for pipe in (self.process.stdin, self.process.stdout):

@@ -30,7 +30,9 @@ from spywatcher import (  # noqa: E402
     HostContext,
     Metrics,
     PluginHost,
+    PluginLoader,
     PluginsSettings,
+    wanted_events,
 )
 
 PLUGINS = {
@@ -74,23 +76,24 @@ class Bench:
 
     async def start(self) -> None:
         metrics = Metrics()
-        host = PluginHost(PluginsSettings(folders=(str(self._folder),)), {}, self._folder, metrics)
-        host.load()
+        folders = PluginsSettings(folders=(str(self._folder),))
+        plugins = PluginLoader(folders, {}, self._folder, metrics)
+        plugins.load_all()
         discord = PretendDiscord()
         guild = discord.add_guild()
-        gateway = Gateway(DiscordSettings(), discord.token, host.event_types(), metrics)
+        gateway = Gateway(DiscordSettings(), discord.token, wanted_events(plugins), metrics)
         bot = gateway.bot
         self.sent: list[Any] = []
         context = HostContext(
             bot=bot,
-            events=bot.events,
             presences=gateway.presences,
             emit=lambda *event: self.sent.append(event),
             settled=lambda: True,
             watches=frozenset({str(guild.id)}).__contains__,
             storage=self._folder / "counts.db",
         )
-        await host.start(context)
+        host = PluginHost(plugins, context, metrics, 5.0)
+        await host.start()
         self.event = message_event(bot, guild)
         self.hear = bot.events.dispatch
         self._function = host.plugins["said"].module.said

@@ -14,21 +14,29 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results.json"
 
 
-def parse_arguments(about: str) -> argparse.Namespace:
+def parse_arguments(about: str, *, compares: bool = False) -> argparse.Namespace:
+    """`--quick`, and for what `compares` servers: which ones."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    if compares:
+        add_servers(parser)
     return parser.parse_args()
 
 
+def add_servers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="*", help="only these servers; nothing is kept")
+    parser.add_argument("--checkout", type=Path, help="another version of SpyWatcher beside them")
+
+
 def keep(benchmark: str, figures: Any) -> None:
-    """Put the figures into results.json, beside those of the other benchmarks."""
+    """Put the figures into results.json, beside those of others and what else this one has found."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = {
         "cores": os.cpu_count(),
         "processor": platform.machine(),
         "python": platform.python_version(),
     }
-    results[benchmark] = figures
+    results[benchmark] = {**results.get(benchmark, {}), **figures}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 

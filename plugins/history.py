@@ -22,7 +22,16 @@ from typing import Annotated, NamedTuple
 import hikari
 from msgspec import Meta
 
-from spywatcher import Payload, PluginSettings, Spy, every, on, on_subscribe, timestamp
+from spywatcher import (
+    Payload,
+    PluginSettings,
+    PresenceUpdateEvent,
+    Spy,
+    every,
+    on,
+    on_subscribe,
+    timestamp,
+)
 
 from ._counts import (
     MOST_WAITING,
@@ -56,12 +65,10 @@ now = time.time
 
 
 class Settings(PluginSettings, frozen=True):
-    days: Annotated[
-        int, Meta(ge=1, le=4000, description="Days that the hours are kept, in whole weeks.")
-    ] = 400
-    window_days: Annotated[
-        int, Meta(ge=1, le=400, description="Days that a new subscriber gets.")
-    ] = 28
+    #: Days that the hours are kept, in whole weeks.
+    days: Annotated[int, Meta(ge=1, le=4000)] = 400
+    #: Days that a new subscriber gets.
+    window_days: Annotated[int, Meta(ge=1, le=400)] = 28
 
 
 class Hour(Payload):
@@ -476,9 +483,9 @@ def left(event: hikari.MemberDeleteEvent) -> None:
         history.count("leaves", int(event.guild_id))
 
 
-@on(hikari.PresenceUpdateEvent)
-def presence(event: hikari.PresenceUpdateEvent) -> None:
-    member, gone = [int(event.user_id)], event.presence.visible_status == hikari.Status.OFFLINE
+@on(PresenceUpdateEvent)
+def presence(event: PresenceUpdateEvent) -> None:
+    member, gone = [int(event.user_id)], event.now.status == "offline"
     history.appear(int(event.guild_id), () if gone else member, member if gone else ())
 
 

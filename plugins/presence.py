@@ -11,7 +11,17 @@ from typing import Annotated, NamedTuple
 import hikari
 from msgspec import Meta
 
-from spywatcher import Payload, PluginSettings, Spy, every, member_name, on, on_subscribe, user_name
+from spywatcher import (
+    Payload,
+    PluginSettings,
+    PresenceUpdateEvent,
+    Spy,
+    every,
+    member_name,
+    on,
+    on_subscribe,
+    user_name,
+)
 
 STATUSES = ("online", "idle", "dnd", "offline")
 #: Members whose last alert is remembered; beyond it the longest silent are forgotten.
@@ -23,12 +33,10 @@ ROSTER_KEPT = 60.0
 
 
 class Settings(PluginSettings, frozen=True):
-    alert_cooldown: Annotated[
-        float, Meta(ge=0, description="Seconds after an alert in which its member causes no other.")
-    ] = 60.0
-    snapshot_members: Annotated[
-        int, Meta(ge=0, description="Members that a snapshot names; it counts all.")
-    ] = 500
+    #: Seconds after an alert in which its member causes no other.
+    alert_cooldown: Annotated[float, Meta(ge=0)] = 60.0
+    #: Members that a snapshot names; it counts all.
+    snapshot_members: Annotated[int, Meta(ge=0)] = 500
 
 
 class PresenceUpdate(Payload):
@@ -59,11 +67,11 @@ class PresenceSnapshot(Payload):
 # ---- what changes
 
 
-@on(hikari.PresenceUpdateEvent, emit="presence:update")
-def presence_update(event: hikari.PresenceUpdateEvent, spy: Spy) -> PresenceUpdate | None:
+@on(PresenceUpdateEvent, emit="presence:update")
+def presence_update(event: PresenceUpdateEvent, spy: Spy) -> PresenceUpdate | None:
     note(event.guild_id, event.user_id)
-    status = status_of(event.presence)
-    if status == status_of(event.old_presence):
+    status = event.now.status
+    if status == (event.before.status if event.before else "offline"):
         return None  # Discord sends changes of activity too
     return PresenceUpdate(
         user_id=str(event.user_id),
@@ -72,11 +80,11 @@ def presence_update(event: hikari.PresenceUpdateEvent, spy: Spy) -> PresenceUpda
     )
 
 
-@on(hikari.PresenceUpdateEvent, emit="alert:multiClient", settled=True)
-def multi_client(event: hikari.PresenceUpdateEvent, spy: Spy) -> MultiClient | None:
-    platforms = platforms_of(event.presence)
-    grown = platforms - platforms_of(event.old_presence)
-    if len(platforms) < 2 or not grown:
+@on(PresenceUpdateEvent, emit="alert:multiClient", settled=True)
+def multi_client(event: PresenceUpdateEvent, spy: Spy) -> MultiClient | None:
+    platforms = event.now.platforms
+    before = event.before.platforms if event.before else frozenset()
+    if len(platforms) < 2 or platforms <= before:
         return None
     if cools_down((event.guild_id, event.user_id), spy.settings.alert_cooldown):
         return None
@@ -85,19 +93,6 @@ def multi_client(event: hikari.PresenceUpdateEvent, spy: Spy) -> MultiClient | N
         username=member_name(spy.bot.cache, event.guild_id, event.user_id),
         platforms=sorted(platforms),
     )
-
-
-def status_of(presence: hikari.MemberPresence | None) -> str:
-    """There is no old presence of who was offline."""
-    return "offline" if presence is None else str(presence.visible_status)
-
-
-def platforms_of(presence: hikari.MemberPresence | None) -> set[str]:
-    if presence is None:
-        return set()
-    status = presence.client_status
-    named = {"desktop": status.desktop, "mobile": status.mobile, "web": status.web}
-    return {name for name, value in named.items() if value != hikari.Status.OFFLINE}
 
 
 #: When each member had the last alert, the oldest first.
@@ -137,17 +132,24 @@ class Roster:
         self._cache = spy.bot.cache
         self._guild_id = guild_id
         self._rows: dict[int, Row] = {}
+        self._latest: dict[int, PresenceSnapshot] = {}  # by how many it names
         self.asked = time.monotonic()
         self.changed = set(map(int, self._cache.get_members_view_for_guild(guild_id)))
 
     async def snapshot(self, longest: int) -> PresenceSnapshot:
-        """True at the moment at which it returns."""
+        """True at the moment at which it returns; the same for all who ask before it changes."""
         self.asked = time.monotonic()
         while self.changed:
+            self._latest.clear()
             for _ in range(min(SLICE, len(self.changed))):
                 self._look_up(self.changed.pop())
             if self.changed:
                 await asyncio.sleep(0)
+        if longest not in self._latest:
+            self._latest = {longest: self._make(longest)}
+        return self._latest[longest]
+
+    def _make(self, longest: int) -> PresenceSnapshot:
         counted = collections.Counter(row.status for row in self._rows.values())
         return PresenceSnapshot(
             counts={status: counted[status] for status in STATUSES},

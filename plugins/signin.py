@@ -5,6 +5,7 @@ OAuth2's authorization code grant (RFC 6749 §4.1, with PKCE, RFC 7636), asked t
     GET  /signin?next=/path   sends the browser to Discord
     GET  /signin/callback     takes it back, asks Discord who that is, begins a session
     POST /signin/token        a token for Socket.IO, for who has a session
+    GET  /signin/avatar       their picture, fetched from Discord
     POST /signout             ends the session
 
 A sign-in under way and a session are signed cookies of the browser; nothing is kept of them here.
@@ -36,6 +37,7 @@ import hikari
 import msgspec
 from hikari.impl import HTTPSettings, HTTPTimeoutSettings
 from msgspec import Meta
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httputil import url_concat
 from tornado.template import Template
 from tornado.web import HTTPError, RequestHandler, create_signed_value, decode_signed_value
@@ -52,6 +54,12 @@ STATE_LASTS: Final = 600
 #: Seconds for all that Discord is asked about one sign-in, and for handing its token back.
 PATIENCE: Final = 20.0
 REVOKE_PATIENCE: Final = 5.0
+#: Seconds and bytes that a picture may take, and the forms in which no script can be.
+PICTURE_PATIENCE: Final = 5.0
+PICTURE_BYTES: Final = 262_144
+PICTURE_TYPES: Final = frozenset({"image/gif", "image/jpeg", "image/png", "image/webp"})
+#: Seconds for which the browser keeps it.
+PICTURE_LASTS: Final = 3_600
 #: Sign-ins that one address may begin in a minute, and the addresses that are counted.
 STARTS: Final = 30
 MOST_ADDRESSES: Final = 10_000
@@ -63,34 +71,26 @@ DiscordId = Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")]
 
 
 class Settings(PluginSettings, frozen=True):
-    client_id: Annotated[
-        str,
-        Meta(
-            pattern=r"^[0-9]{0,20}$",
-            description="Id of the application at Discord; empty: nobody can sign in.",
-        ),
-    ] = ""
-    client_secret: Annotated[str, Meta(description="Secret of the application.")] = ""
-    client_secret_file: Annotated[str, Meta(description="File that holds the secret instead.")] = ""
-    public_url: Annotated[
-        str, Meta(description="How browsers reach this server, like https://watch.example.")
-    ] = ""
-    authorize_url: Annotated[
-        str,
-        Meta(description="Discord's page to sign in at; empty: that beside [discord] rest_url."),
-    ] = ""
-    session_days: Annotated[
-        float, Meta(gt=0, le=400, description="Days after which one has to sign in again.")
-    ] = 7.0
-    token_ttl: Annotated[
-        float, Meta(gt=0, le=DAY, description="Seconds that a token for Socket.IO is good.")
-    ] = 900.0
-    admins: Annotated[
-        tuple[DiscordId, ...], Meta(description="Discord ids whose tokens have the role ADMIN.")
-    ] = ()
-    banned: Annotated[
-        tuple[DiscordId, ...], Meta(description="Discord ids that get no token.")
-    ] = ()
+    #: Id of the application at Discord; empty: nobody can sign in.
+    client_id: Annotated[str, Meta(pattern=r"^[0-9]{0,20}$")] = ""
+    #: Secret of the application.
+    client_secret: str = ""
+    #: File that holds the secret instead.
+    client_secret_file: str = ""
+    #: How browsers reach this server, like https://watch.example.
+    public_url: str = ""
+    #: Discord's page to sign in at; empty: that beside [discord] rest_url.
+    authorize_url: str = ""
+    #: Where pictures of viewers are fetched.
+    cdn_url: str = hikari.urls.CDN_URL
+    #: Days after which one has to sign in again.
+    session_days: Annotated[float, Meta(gt=0, le=400)] = 7.0
+    #: Seconds that a token for Socket.IO is good.
+    token_ttl: Annotated[float, Meta(gt=0, le=DAY)] = 900.0
+    #: Discord ids whose tokens have the role ADMIN.
+    admins: tuple[DiscordId, ...] = ()
+    #: Discord ids that get no token.
+    banned: tuple[DiscordId, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.client_id:
@@ -327,6 +327,25 @@ async def revoke(client: hikari.api.RESTClient, spy: Spy, token: str) -> None:
         spy.log.warning("Discord's token was not handed back: %s", status_of(error))
 
 
+async def fetch_picture(url: str) -> HTTPResponse:
+    """A picture from Discord; RefusedError where it is none, too large or late."""
+    client = AsyncHTTPClient(force_instance=True, max_body_size=PICTURE_BYTES)
+    try:
+        answer = await client.fetch(
+            url,
+            request_timeout=PICTURE_PATIENCE,
+            follow_redirects=False,
+            decompress_response=False,
+        )
+    except Exception:  # whatever is answered, or nothing
+        raise RefusedError(404, "avatar", SILENT) from None
+    finally:
+        client.close()
+    if answer.headers.get("Content-Type") not in PICTURE_TYPES:
+        raise RefusedError(404, "avatar", SILENT)
+    return answer
+
+
 def status_of(error: Exception) -> str:
     """What may be logged: never a message, which may quote what was sent."""
     status = getattr(error, "status", None)
@@ -385,7 +404,7 @@ def safe_next(text: str, spy: Spy) -> str:
 
 
 class SignInHandler(RequestHandler):
-    """Base of all four: headers, cookies, and refusals in words."""
+    """Base of all: headers, cookies, and refusals in words."""
 
     spy: Spy
 
@@ -513,9 +532,8 @@ class Callback(PageHandler):
             raise RefusedError(
                 403, "banned", "You are banned here. The operator of this server said so."
             )
-        session = Session(
-            secrets.token_urlsafe(16), str(int(user.id)), user_name(user), avatar_of(user)
-        )
+        avatar = avatar_of(user, self.spy.settings.cdn_url)
+        session = Session(secrets.token_urlsafe(16), str(int(user.id)), user_name(user), avatar)
         lasts = self.spy.settings.session_days * DAY
         self.give_cookie(SESSION, session, lasts, "/")
         self.give_hint(lasts)
@@ -536,10 +554,12 @@ class Callback(PageHandler):
         return under_way
 
 
-def avatar_of(user: hikari.OwnUser) -> str | None:
+def avatar_of(user: hikari.OwnUser, cdn_url: str) -> str | None:
     """The URL of the picture, small; None if there is none."""
-    known = re.fullmatch(r"(a_)?[0-9a-f]{32}", user.avatar_hash or "")
-    return str(user.make_avatar_url(file_format="PNG", size=64)) if known else None
+    if not re.fullmatch(r"(a_)?[0-9a-f]{32}", user.avatar_hash or ""):
+        return None
+    url = str(user.make_avatar_url(file_format="PNG", size=64))
+    return url.replace(hikari.urls.CDN_URL, cdn_url.rstrip("/"), 1)
 
 
 # ---- what pages ask for ----
@@ -606,6 +626,21 @@ class Token(CallHandler):
         user = {"id": session.id, "username": session.username, "avatar": session.avatar}
         token = self.spy.issue_token(session.id, role, ttl)
         self.finish({"token": token, "expiresAt": expires, "user": user})
+
+
+@route(r"/signin/avatar")
+class Avatar(CallHandler):
+    """The picture of who is signed in, for pages that load nothing from elsewhere."""
+
+    async def get(self) -> None:
+        session = await self.session()
+        if session is None or session.avatar is None:
+            raise RefusedError(404, "avatar", "There is no picture.")
+        picture = await fetch_picture(session.avatar)
+        self.set_header("Content-Type", picture.headers["Content-Type"])
+        self.set_header("Cache-Control", f"private, max-age={PICTURE_LASTS}")
+        self.set_header("Vary", "Cookie")
+        self.finish(picture.body)
 
 
 @route(r"/signout")

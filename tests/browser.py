@@ -1,6 +1,6 @@
 """A real browser for the tests of the page: headless Chromium, driven by Playwright.
 
-One Chromium serves all tests; each gets a context of its own, without cookies and storage of others::
+One Chromium serves all tests of a file; each gets a context of its own, without cookies and storage of others::
 
     import browser as fixtures
     pytestmark = fixtures.IN_ONE_LOOP
@@ -22,9 +22,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +39,9 @@ from simulator import PretendDiscord
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "plugins" / "dashboard"
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+#: The same engine without profiles, extensions and settings; a new visitor costs a third.
+SHELL = "chromium-headless-shell"
 SWITCHES = (
     "--headless=new",
     "--no-sandbox",  # root in a container has no other way
@@ -69,18 +72,22 @@ def need_built_page() -> None:
         skip("the page is not built here (make dashboard)")
 
 
-def find_chromium() -> str:
+def find_chromium(names: Iterable[str]) -> str:
     """The path of a browser."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
+    found = next(filter(None, map(shutil.which, names)), None)
     return found or skip("there is no Chromium here (Debian: apt install chromium)")
 
 
 @contextmanager
-def running_chromium(folder: Path) -> Iterator[str]:
-    """Run a Chromium; yields the address of its DevTools."""
-    command = [find_chromium(), *SWITCHES, f"--user-data-dir={folder}", "about:blank"]
+def running_chromium(folder: Path, names: Iterable[str] = BROWSERS) -> Iterator[str]:
+    """Run a Chromium, the first of these names; yields the address of its DevTools."""
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [find_chromium(names), *SWITCHES, f"--user-data-dir={folder}", "about:blank"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"LC_ALL": "en_US.UTF-8"},  # C is no language for JavaScript
+        start_new_session=True,  # Debian's names are scripts; a signal has to reach what they run
     )
     assert process.stderr is not None
     try:
@@ -88,7 +95,7 @@ def running_chromium(folder: Path) -> Iterator[str]:
         found = next(filter(None, (re.search(r"listening on (ws://\S+)", line) for line in lines)))
         yield found[1]
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         process.communicate(timeout=10)
 
 
@@ -144,12 +151,26 @@ class Browser:
 IN_ONE_LOOP = pytest.mark.asyncio(loop_scope="session")
 
 
-@pytest_asyncio.fixture(loop_scope="session", scope="session")
-async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chromium]:
+@asynccontextmanager
+async def driven_chromium(folder: Path, names: Iterable[str]) -> AsyncIterator[Chromium]:
     need_built_page()
-    with running_chromium(tmp_path_factory.mktemp("chromium")) as address:
+    with running_chromium(folder, names) as address:
         async with async_playwright() as playwright:
             yield await playwright.chromium.connect_over_cdp(address)
+
+
+@pytest_asyncio.fixture(loop_scope="session", scope="session")
+async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chromium]:
+    folder = tmp_path_factory.mktemp("chromium")
+    async with driven_chromium(folder, [SHELL, *BROWSERS]) as chromium:
+        yield chromium
+
+
+@pytest_asyncio.fixture(loop_scope="session", scope="session")
+async def whole_chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chromium]:
+    """One that has the settings of people, such as which cookies are taken."""
+    async with driven_chromium(tmp_path_factory.mktemp("chromium"), BROWSERS) as chromium:
+        yield chromium
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -175,14 +196,26 @@ async def js(node: Node) -> AsyncIterator[JavaScript]:
 # ---- faults of accessibility -----------------------------------------------
 
 
+#: The rules of axe-core that a change between light and dark can break.
+COLOURS = ["color-contrast", "link-in-text-block"]
+
+
 async def axe_faults(page: Page) -> list[str]:
-    """What axe-core holds to be a serious or critical fault of accessibility, each in a line."""
-    axe = (FOLDER / "node_modules/axe-core/axe.min.js").read_text("utf-8")
-    await page.evaluate(axe)
-    found = await page.evaluate("axe.run()")
+    """What axe-core holds to be a serious or critical fault of accessibility, each in a line.
+
+    All its rules in the light, those of colours again in the dark.
+    """
+    if await page.evaluate("typeof axe") == "undefined":
+        await page.evaluate((FOLDER / "node_modules/axe-core/axe.min.js").read_text("utf-8"))
+    violations = await page.evaluate("axe.run().then((found) => found.violations)")
+    await page.emulate_media(color_scheme="dark")
+    violations += await page.evaluate(
+        "(rules) => axe.run({ runOnly: rules }).then((found) => found.violations)", COLOURS
+    )
+    await page.emulate_media(color_scheme="light")
     return [
         f"{fault['id']}: {fault['help']} ({node['html'][:120]})"
-        for fault in found["violations"]
+        for fault in violations
         if fault["impact"] in {"serious", "critical"}
         for node in fault["nodes"][:3]
     ]

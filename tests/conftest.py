@@ -34,9 +34,6 @@ from watching import Watch, Watching
 
 from simulator import GatewaySocket, Guild, Op, Packet, PretendDiscord
 
-#: What may be said on a machine that has other things to do, in any test: a thread of ours that holds the
-#: interpreter may be kept from running, and the kernel counts that for sleep of the one that waits for it.
-BUSY_MACHINE = [r"WARNING spywatcher: plugin .* held up the server for"]
 #: What starts processes again and again, waits for time to pass, or tries very much: `make test-quick`
 #: leaves it out.
 SLOW = {
@@ -248,7 +245,7 @@ def _unexpected(item: pytest.Item, records: list[logging.LogRecord]) -> list[str
     """Compare the records with the test's `logs` marks; return a line for each difference."""
     lines = {f"{r.levelname} {r.name}: {r.getMessage()}": r for r in records}
     marks = list(item.iter_markers("logs"))
-    patterns = [pattern for mark in marks for pattern in mark.args] + BUSY_MACHINE
+    patterns = [pattern for mark in marks for pattern in mark.args]
     required = [p for mark in marks if mark.kwargs.get("required", True) for p in mark.args]
     unexpected = [
         f"unexpected log line: {line}\n{_cause(record)}".rstrip()

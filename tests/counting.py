@@ -8,6 +8,7 @@ async with Counting(folder) as counting:
 from __future__ import annotations
 
 import asyncio
+import collections
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -21,11 +22,14 @@ from spywatcher import (
     HostContext,
     Metrics,
     PluginHost,
+    PluginLoader,
     Shared,
     parse_settings,
+    wanted_events,
 )
 
 ROOT = Path(__file__).parent.parent
+PLUGINS = ROOT / "plugins"
 HOUR = 3600.0
 #: Some full hour.
 NOON = 1_700_000_000.0 // HOUR * HOUR
@@ -59,8 +63,8 @@ class Counting:
     ) -> None:
         tables = {
             "plugins": {
-                "folders": [str(ROOT / "plugins")],
-                "disabled": sorted({"analytics", "history"} - {plugin}),
+                "folders": [str(PLUGINS)],
+                "disabled": sorted({entry.stem for entry in PLUGINS.iterdir()} - {plugin}),
             },
             "storage": {"path": path},
             "plugin": {plugin: settings},
@@ -74,30 +78,30 @@ class Counting:
         self._alone = alone
         self._metrics = Metrics()
         self._settings = parse_settings(tables, folder)
-        self._host = PluginHost(
+        self._plugins = PluginLoader(
             self._settings.plugins, self._settings.plugin, folder, self._metrics
         )
 
     async def __aenter__(self) -> Self:
-        self._host.load()
-        wanted = self._host.event_types()
+        self._plugins.load_all()
+        wanted = wanted_events(self._plugins)
         token = make_token(BOT.id)
         gateway = Gateway(DiscordSettings(), token, wanted, self._metrics)
         self._bot = gateway.bot
-        self.module: Any = self._host.plugins[self.plugin].module
+        self.module: Any = self._plugins.plugins[self.plugin].module
         self.module.now = self.module.elapsed = self.clock
         place = HostContext(
             bot=self._bot,
-            events=self._bot.events,
             presences=gateway.presences,
             emit=lambda event, guild_id, content, room: self.emitted.append((event, guild_id)),
             settled=lambda: True,
             watches=lambda guild_id: True,
             storage=self.path,
             share=self._share,
-            alone=self._alone or self._host.locks.__getitem__,
+            alone=self._alone or collections.defaultdict(asyncio.Lock).__getitem__,
         )
-        await self._host.start(place)
+        self._host = PluginHost(self._plugins, place, self._metrics, 5.0)
+        await self._host.start()
         for guild in self._guilds:
             await self.feed("GUILD_CREATE", guild_create_json(guild))
         return self
@@ -115,7 +119,7 @@ class Counting:
     def reconfigure(self, **settings: Any) -> None:
         """New settings, as a reload brings them."""
         tables = {self.plugin: settings}
-        self._host.reconfigure(self._host.check(tables))
+        self._host.reconfigure(tables, self._plugins.check(tables))
 
     async def flush(self) -> None:
         """Hand all counts to the disk or to Redis, as happens twice a second."""

@@ -40,7 +40,7 @@ SECRET = "a secret that nobody but the tests knows"
 #: Where relative paths of `server_for` start; a new folder for each test.
 FOLDER = ROOT
 #: Seconds that a process may take to start on a busy machine.
-START = 20.0
+START = 60.0
 
 #: For tests whose clients all come from one address.
 CROWD: dict[str, Any] = {"connections_per_ip": 5000, "attempts_per_ip": "100000/minute"}

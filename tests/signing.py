@@ -12,7 +12,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 from redisserver import free_port
-from service import Tables, merged, server_of, tables_for
+from service import Tables, fetch, merged, server_of, tables_for
+from tornado.httpclient import HTTPResponse
 
 from simulator import PretendDiscord
 from spywatcher import Server
@@ -99,6 +100,12 @@ class Browser:
 
     async def token(self, **options: Any) -> Page:
         return await self.post("/signin/token", **options)
+
+
+async def picture_of(browser: Browser) -> HTTPResponse:
+    """What the page shows beside the name."""
+    cookie = {"Cookie": f"spywatcher_session={browser.cookie('spywatcher_session')}"}
+    return await fetch(urlsplit(browser.url).port or 80, "/signin/avatar", headers=cookie)
 
 
 def signing_tables(discord: PretendDiscord, /, **more: dict[str, Any]) -> Tables:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import pathlib
 import random
 import time
 from collections.abc import AsyncIterator
@@ -471,9 +470,9 @@ KINDS = sorted(name[3:] for name in dir(LongHistory) if name.startswith("do_"))
 
 
 @pytest.fixture
-async def server(tmp_path: pathlib.Path) -> AsyncIterator[Server]:
+async def server() -> AsyncIterator[Server]:
     server = offline_server(simulator.snowflake())
-    await begin_offline(server, tmp_path / "x.db")
+    await begin_offline(server)
     yield server
     await server.plugins.stop()
 

@@ -184,7 +184,7 @@ def test_wrong_settings_are_refused_with_their_key(table: Json) -> None:
     with pytest.raises(
         spywatcher.OperatorError, match=rf"^plugin\.analytics\.{next(iter(table))}:"
     ):
-        spywatcher.PluginHost(folders, tables, ROOT, spywatcher.Metrics()).load()
+        spywatcher.PluginLoader(folders, tables, ROOT, spywatcher.Metrics()).load_all()
 
 
 # ---- the file --------------------------------------------------------------

@@ -59,9 +59,9 @@ def test_faults_in_the_settings_are_one_line_each(tmp_path, command):
 def test_a_redis_without_the_code_for_it_is_a_fault(tmp_path, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "spywatcher_cluster", None)  # as where it was not copied
     config = write_settings(tmp_path, SOUND | {"redis": {"url": "redis://127.0.0.1"}})
-    assert command("--config", config, "check") == (
+    status, _, log = command("--config", config, "check")
+    assert (status, log) == (
         2,
-        [],
         [
             "spywatcher: redis.url: spywatcher_cluster is missing, expected spywatcher_cluster.py"
             f" beside spywatcher.py and what it imports ({config})"
@@ -160,7 +160,7 @@ def test_check_says_that_all_is_well(tmp_path, command):
     config = write_settings(tmp_path, SOUND)
     status, out, log = command("--config", config, "check")
     assert (status, log) == (0, [])
-    assert "plugin members: role:change, user:join, user:leave" in out
+    assert out[out.index("members:") + 1] == "  sends     role:change, user:join, user:leave"
     assert out[-1] == f"all is well with {config}"
     assert not any(line.startswith("server.") for line in out)
 
@@ -181,13 +181,35 @@ def test_check_says_of_each_plugin_what_it_is_called_for_and_what_it_needs(tmp_p
     )
     _, out, _ = command("--config", config, "check")
     rows = out[out.index("voices:") + 1 :]
-    assert [line.split(maxsplit=1) for line in rows[:5]] == [
+    assert [line.split(maxsplit=1) for line in rows[:6]] == [
+        ["sends", "voice:move"],
         ["hears", "VoiceStateUpdateEvent, alert:multiClient"],
         ["every", "60 s"],
         ["rooms", "voice"],
         ["intents", "GUILD_VOICE_STATES"],
         ["needs", "voice"],
     ]
+
+
+@pytest.mark.parametrize("name", ["check", "types"])
+def test_an_authors_folder_needs_no_settings(tmp_path, command, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "owls.py").write_text(
+        "from spywatcher import on_subscribe\n"
+        "@on_subscribe('owls', emit='owls:seen')\n"
+        "def seen(guild_id, spy): ...\n"
+    )
+    status, out, log = command("--config", write_settings(tmp_path, {}), name, "--plugins", "mine")
+    assert [line for line in out if "owls:seen" in line]
+    if name == "check":
+        assert (status, len(log)) == (2, 1)
+        assert log[0].startswith("spywatcher: auth.secret and discord.token must both be set")
+
+
+def test_long_rows_of_check_are_wrapped(tmp_path, command):
+    _, out, _ = command("--config", write_settings(tmp_path, SOUND), "check")
+    assert max(map(len, out[:-1])) <= 100
 
 
 def test_check_prints_the_settings_when_asked(tmp_path, command):
@@ -203,8 +225,8 @@ def test_check_prints_the_settings_when_asked(tmp_path, command):
 @pytest.mark.parametrize("name", ["check", "serve"])
 def test_check_refuses_what_serve_refuses(tmp_path, command, tables, name):
     config = write_settings(tmp_path, tables)
-    status, out, log = command("--config", config, name)
-    assert (status, out, len(log)) == (2, [], 1)
+    status, _, log = command("--config", config, name)
+    assert (status, len(log)) == (2, 1)
     assert log[0].startswith("spywatcher: auth.secret and discord.token must both be set")
     assert log[0].endswith(f"({config})")
 
@@ -224,7 +246,7 @@ def test_check_refuses_a_plugin_that_does_not_load(tmp_path, command):
     config = write_settings(tmp_path, SOUND | {"plugins": BROKEN})
     status, out, log = command("--config", config, "check")
     assert status == 2
-    assert out[-1] == "plugin z_good: good:message"
+    assert out[:2] == ["z_good:", "  sends     good:message"]
     assert log[-1] == "spywatcher: plugin broken: boom at import (RuntimeError, broken.py, line 3)"
 
 

@@ -71,14 +71,19 @@ def test_all_that_the_page_loads_is_less_than_200_kb() -> None:
 
 
 def test_scripts_are_free_of_errors_of_syntax() -> None:
-    for script in sorted((PAGE / "static").glob("*.js")):
-        checked = subprocess.run([node(), "--check", script], capture_output=True, text=True)
-        assert checked.returncode == 0, checked.stderr
+    parse = """
+        for (const identifier of process.argv.slice(1))
+            new vm.SourceTextModule(fs.readFileSync(identifier, "utf8"), { identifier });
+    """
+    scripts = sorted((PAGE / "static").glob("*.js"))
+    command = [node(), "--experimental-vm-modules", "--eval", parse, *scripts]
+    parsed = subprocess.run(command, capture_output=True, text=True)
+    assert parsed.returncode == 0, parsed.stderr
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Asia/Kolkata", "Pacific/Chatham"])
 def test_the_page_counts_right_in_each_time_zone(zone: str) -> None:
-    command = [node(), "--test", ROOT / "tests" / "page" / "counts.test.mjs"]
+    command = [node(), ROOT / "tests" / "page" / "counts.test.mjs"]
     environment = {**os.environ, "TZ": zone}
     counted = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert counted.returncode == 0, counted.stdout

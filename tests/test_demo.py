@@ -104,6 +104,33 @@ async def test_an_authors_folder_of_plugins_runs_against_the_lively_guild(tmp_pa
         await service.wrote(r"^typing:later ")
 
 
+SAYS = """
+from spywatcher import PluginSettings, every
+
+class Settings(PluginSettings, frozen=True):
+    word: str = "nothing"
+
+@every(0.1)
+def say(spy):
+    spy.log.info("says %s", spy.settings.word)
+"""
+
+
+async def test_the_demo_reads_its_settings_again_when_told_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    write_settings(tmp_path, {})
+    (tmp_path / "mine" / "says.py").write_text(SAYS)
+    async with running(tmp_path, "demo", "--port", "0", "--plugins", "mine") as service:
+        await service.wrote("says nothing")
+        write_settings(tmp_path, {"plugin.says": {"word": 5}})
+        service.process.send_signal(signal.SIGHUP)
+        await service.wrote("nothing has changed: .*plugin.says.word: got 5")
+        write_settings(tmp_path, {"plugin.says": {"word": "hello"}})
+        service.process.send_signal(signal.SIGHUP)
+        await service.wrote("says hello")
+        assert not [line for line in service.log if "restart" in line]
+
+
 async def test_a_port_in_use_is_said_with_the_way_out(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, _, log = await run(tmp_path, "demo", "--port", taken.getsockname()[1])

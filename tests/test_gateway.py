@@ -83,6 +83,18 @@ async def test_after_a_new_session_old_state_is_no_news(watching, discord, guild
 
 
 @pytest.mark.logs(AWAY, required=False)
+async def test_of_a_guild_that_went_while_the_bot_was_away_nobody_is_online(spy, discord, guild):
+    presences = spy.server.gateway.presences
+    other = discord.add_guild("gone soon")
+    ada = other.add_member("ada")
+    ada.appear("idle", ["web"])
+    await eventually(lambda: presences.online(other.id) == [ada.id])
+    discord.guilds.pop(other.id)
+    await discord.invalidate()
+    await eventually(lambda: presences.online(other.id) == [])
+    assert presences.of(guild.id, guild.owner.id) is not None
+
+
 async def test_stopping_while_it_connects_takes_no_time(watching, discord):
     async with asyncio.timeout(3):
         async with watching(ready=False):

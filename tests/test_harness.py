@@ -7,11 +7,20 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import hikari
 import pytest
 from service import ROOT
 
 import spywatcher
-from simulator import Harness, message_json
+from simulator import (
+    ChannelType,
+    Harness,
+    hidden_except,
+    message_json,
+    reaction_json,
+    typing_json,
+    voice_state_json,
+)
 
 HEAD = "import hikari\nfrom spywatcher import Payload, PluginSettings, every, on, on_subscribe\n"
 
@@ -95,6 +104,44 @@ def test_another_song_is_an_event_for_who_needs_activities(plugin: Any, needs: s
     assert seen[-1]["now"] == ["dnd", "mobile", "web"]
 
 
+@pytest.mark.parametrize("needs", ["", '    needs = {"activities"}'])
+def test_a_presence_tells_how_the_member_appeared_before_and_now(plugin: Any, needs: str) -> None:
+    path = plugin(
+        """
+        from spywatcher import PresenceUpdateEvent
+
+        @on(PresenceUpdateEvent, emit="seen")
+        def seen(event):
+            shown = [event.before, event.now]
+            return {"shown": [[one.status, sorted(one.platforms)] for one in shown]}
+    """
+        + needs
+    )
+    with Harness(path) as h:
+        ada = h.guild.add_member("ada")
+        h.run(h.discord.presence(h.guild, ada, "idle", ["mobile"]))
+        h.run(h.discord.presence(h.guild, ada, "dnd", ["mobile", "web"]))
+        h.run(h.discord.presence(h.guild, ada, "offline"))
+        seen = [one.fields["shown"] for one in h.emitted]
+    idle, busy, away = ["idle", ["mobile"]], ["dnd", ["mobile", "web"]], ["offline", []]
+    assert seen == [[away, idle], [idle, busy], [busy, away]]
+
+
+def test_hikari_makes_nothing_of_a_presence_that_no_plugin_looks_into(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    factory = hikari.impl.EntityFactoryImpl
+    monkeypatch.setattr(factory, "deserialize_member_presence", lambda *_, **__: made.append(1))
+    with Harness(ROOT / "plugins" / "presence.py") as h:
+        ada = h.guild.add_member("ada")
+        h.run(h.discord.presence(h.guild, ada, "idle", ["mobile"]))
+        made.clear()  # those of GUILD_CREATE
+        h.run(h.discord.presence(h.guild, ada, "dnd", ["mobile"]))
+        assert [one.fields["status"] for one in h.emitted] == ["idle", "dnd"]
+    assert not made
+
+
 def test_who_is_online_is_told_without_bots_and_who_is_offline(plugin: Any) -> None:
     path = plugin("""
         @on(hikari.PresenceUpdateEvent, emit="online")
@@ -141,6 +188,32 @@ def test_settings_hooks_and_new_subscribers(plugin: Any) -> None:
     with Harness(path, settings={"mine": {"greeting": "hi"}}) as h:
         assert [one.fields["text"] for one in h.subscribe()] == ["hi"]
         assert h.subscribe("analytics") == []
+
+
+def test_a_subscriber_is_an_admin_or_a_member_who_may_not_see_all(plugin: Any) -> None:
+    path = plugin("""
+        @on_subscribe("guild", emit="seen")
+        def seen(guild_id, spy, viewer):
+            channels = spy.bot.cache.get_guild_channels_view().values()
+            return {viewer.role: [one.name for one in channels if viewer.may_see(one.id)]}
+    """)
+    with Harness(path) as h:
+        ada = h.guild.add_member("ada")
+        h.guild.add_channel("secret", overwrites=hidden_except(h.guild))
+        [admin], [member] = h.subscribe(), h.subscribe(viewer=ada)
+    assert "secret" in admin.fields["ADMIN"]
+    assert "secret" not in member.fields["USER"]
+
+
+@pytest.mark.logs("ERROR spywatcher: plugin mine: making broken failed")
+def test_what_fails_for_a_new_subscriber_is_raised_to_its_author(plugin: Any) -> None:
+    path = plugin("""
+        @on_subscribe("guild", emit="broken")
+        def broken(guild_id, spy, viewer):
+            1 / 0
+    """)
+    with Harness(path) as h, pytest.raises(spywatcher.PluginError, match="division by zero"):
+        h.subscribe()
 
 
 def test_async_handlers_and_makers_have_ended_when_feed_returns(plugin: Any) -> None:
@@ -220,3 +293,68 @@ def test_json_that_hikari_cannot_read_is_raised_to_its_author(plugin: Any) -> No
     """)
     with Harness(path) as h, pytest.raises(spywatcher.PluginError, match="KeyError: 'channel_id'"):
         h.feed("TYPING_START", {"guild_id": str(h.guild.id)})
+
+
+ACTS = """
+    needs = {"voice"}
+
+    @on(hikari.VoiceStateUpdateEvent, emit="acted")
+    @on(hikari.GuildTypingEvent, emit="acted")
+    @on(hikari.GuildReactionAddEvent, emit="acted")
+    @on(hikari.GuildMessageCreateEvent, emit="acted")
+    def acted(event):
+        who = event.state if hasattr(event, "state") else event
+        return {"kind": type(event).__name__, "name": who.member.username}
+"""
+
+
+def test_the_member_that_discord_sends_along_need_not_be_fed(plugin: Any) -> None:
+    with Harness(plugin(ACTS)) as h:
+        ada, general = h.guild.add_member("ada"), h.guild.general
+        h.guild.voice[ada.id] = h.guild.add_channel("talk", kind=ChannelType.VOICE).id
+        packets = {
+            "TYPING_START": typing_json(h.guild, ada, general),
+            "MESSAGE_REACTION_ADD": reaction_json(h.guild, ada, general),
+            "VOICE_STATE_UPDATE": voice_state_json(h.guild, ada),
+            "MESSAGE_CREATE": message_json(h.guild, ada, general),
+        }
+        for name, packet in packets.items():
+            del packet["member"]
+            h.feed(name, packet)
+        assert [one.fields["name"] for one in h.emitted] == ["ada"] * len(packets)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "why"),
+    [
+        ("TYPO", {}, "hikari knows no event TYPO"),
+        ("MESSAGE_CREATE", {"a": 1}, "feed: no plugin hears a MESSAGE_CREATE without guild_id"),
+        ("PRESENCE_UPDATE", {"guild_id": "1"}, "feed: no plugin hears a PRESENCE_UPDATE"),
+        (
+            "TYPING_START",
+            '{"guild_id": "1"}',
+            "feed: cannot read this TYPING_START: AttributeError",
+        ),
+        ("TYPING_START", {"guild_id": "x"}, "feed: cannot read this TYPING_START: ValueError"),
+        ("GUILD_MEMBER_UPDATE", {"guild_id": "1"}, "feed: cannot read this .*: KeyError: 'user'"),
+        (
+            "TYPING_START",
+            {"guild_id": "1", "user_id": "5"},
+            "feed: no member, and none of h.guild is 5",
+        ),
+    ],
+)
+def test_a_packet_that_reaches_nobody_is_raised_to_its_author(
+    plugin: Any, name: str, data: Any, why: str
+) -> None:
+    with Harness(plugin(ACTS)) as h, pytest.raises(spywatcher.PluginError, match=why):
+        h.feed(name, data)
+
+
+@pytest.mark.parametrize("name", ["typo.py", "nowhere/mine.py", "mine.txt", "_mine.py", "empty"])
+def test_a_path_without_a_plugin_is_told(tmp_path: Path, name: str) -> None:
+    for place in ("mine.py", "mine.txt", "_mine.py"):
+        (tmp_path / place).touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(spywatcher.PluginError, match=f"Harness: no plugin at .*{name}$"):
+        Harness(tmp_path / name)

@@ -5,9 +5,13 @@ The plugins are files, in tests/plugins/wrong_at_load and tests/plugins/wrong_at
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,13 @@ from waiting import eventually
 from watching import Watch, Watching
 
 import spywatcher
-from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
+from simulator import Harness
+from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
 #: Why each plugin of tests/plugins/wrong_at_load is not loaded.
 WHY = {
-    "arguments": r"broken takes \(event, spy, more\), expected \(event\) or \(event, spy\) \(arguments.py, line 6\)",
+    "arguments": r"broken takes \(event, spy, more\), expected \(event\) or \(event, spy\) \(arguments.py, line 7\)",
     "binary": "source code string cannot contain null bytes|invalid|codec can't decode",
     "circle": r"cannot import name 'ONE' .*ImportError, two.py, line 1",
     "dotted.name": "a plugin's name has no dot in it",
@@ -37,6 +42,7 @@ WHY = {
     "needs_more": r"old_state stays empty without needs = \{\"voice\"\}",
     "needs_what": "needs: got .*coffee.*, expected some of activities, emojis, invites, messages, stickers, voice",
     "no_arguments": r"broken takes \(\), expected \(spy\)",
+    "no_guild": r"on\(StartedEvent\) has no guild_id: leave emit= out, use spy.emit.*line 6",
     "no_event": r"on\(Member\): expected a class of hikari's events.*no_event.py, line 6",
     "not_called": r"every\(.*\): expected seconds.*not_called.py, line 4",
     "page": r"route\(\"/page\"\) belongs on a RequestHandler",
@@ -52,28 +58,31 @@ WHY = {
     "setup_arguments": r"setup takes \(\), expected \(spy\)",
     "syntax_error": r"invalid syntax \(syntax_error.py, line 1\)",
 }
+#: What is wrong with these is in no line of their own.
+WITHOUT_LINE = {"binary", "dotted.name", "duplicate", "link", "reserved"}
 
 
 @pytest.mark.logs(*(f"ERROR spywatcher: plugin {name}: not loaded: " for name in WHY))
 def test_each_plugin_that_does_not_load_is_named_in_a_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    host = PluginHost(PluginsSettings(folders=("wrong_at_load",)), {}, FOLDER, Metrics())
-    host.load()
-    assert sorted(host.plugins) == ["a_good", "json"]
-    assert sorted(host.failures) == sorted(WHY)
+    loader = PluginLoader(PluginsSettings(folders=("wrong_at_load",)), {}, FOLDER, Metrics())
+    loader.load_all()
+    assert sorted(loader.plugins) == ["a_good", "json"]
+    assert sorted(loader.failures) == sorted(WHY)
     for name, why in WHY.items():
-        [line] = [line for line in host.loader.faults() if line.startswith(f"plugin {name}: ")]
+        [line] = [line for line in loader.faults() if line.startswith(f"plugin {name}: ")]
         assert re.search(why, line), line
+        assert name in WITHOUT_LINE or re.search(r"\(.*, line \d+\)$", line), line
         assert f"spywatcher_plugins.{name}" not in sys.modules
     assert len([r for r in caplog.records if r.levelno >= logging.ERROR]) == len(WHY)
 
 
 def test_a_key_for_a_plugin_without_settings_is_refused() -> None:
     tables = {"messages": {"foo": 1}}
-    host = PluginHost(PluginsSettings(), tables, ROOT, Metrics())
+    loader = PluginLoader(PluginsSettings(), tables, ROOT, Metrics())
     with pytest.raises(OperatorError, match=r"plugin.messages.foo: unknown key"):
-        host.load()
+        loader.load_all()
 
 
 # ---- at work ---------------------------------------------------------------
@@ -174,10 +183,9 @@ async def test_a_setup_that_hangs_is_left_out_while_the_server_serves(
 
 
 @pytest.mark.logs(
-    "plugin emits: thief failed .*: plugin emits may not emit good:message, which belongs to plugin",
-    "plugin emits: impostor failed .*: plugin emits may not emit disconnect, which is reserved",
+    "plugin emits: thief failed .*: plugins a_good and emits both claim the event good:message",
+    "plugin emits: impostor failed .*: the event name disconnect is reserved",
     'plugin emits: lost failed .*: emits:lost: no plugin has rooms of the kind "gild", did you mean',
-    "plugin emits: no_guild failed on ShardReadyEvent: ShardReadyEvent has no guild_id",
 )
 async def test_what_is_not_a_plugins_own_is_not_sent(watching: Watching) -> None:
     async with watching(plugins=at_work("emits")) as spy:
@@ -191,30 +199,101 @@ async def test_events_that_lead_to_each_other_come_to_an_end(watching: Watching)
         await still_here(spy)
 
 
+@pytest.mark.logs(
+    "plugin any: fails failed: ValueError", "plugin any: fails failed 20 times in a row"
+)
 async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spywatcher, "PAUSE", 0.0)
     calls: list[object] = []
-    fence = spywatcher.Fence("any", Metrics())
-    monkeypatch.setattr(fence, "paused", lambda what: calls.append("paused"))
-    monkeypatch.setattr(fence, "failed", lambda what, error: None)
 
     def fails(subject: object) -> None:
         calls.append(subject)
         raise ValueError
 
-    guarded = spywatcher.Guarded(fails, (), "fails", fence, 1.0)
-    for number in range(21):
-        guarded.call(number, lambda subject, result: None)
-    assert calls == [*range(20), "paused", 20]
+    metrics = Metrics()
+    guarded = spywatcher.Guarded("any", metrics, fails, "fails", 1.0)
+    for number in range(20):
+        guarded.call(number)
+    assert metrics.plugin_pauses.labels("any")._value.get() == 1
+    guarded.call(20)
+    assert calls == [*range(21)]
 
 
-def test_who_was_only_kept_from_running_by_others_is_not_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    waited = iter([5.0, 5.3])
-    monkeypatch.setattr(spywatcher, "seconds_waited", lambda: next(waited))
-    fence = spywatcher.Fence("any", Metrics())
-    fence.took("patient", fence.begin() - 0.3)
+FAILS_TO_MAKE = """
+import hikari
+from spywatcher import on
+tries = []
+@on(hikari.GuildTypingEvent)
+def typing(event, spy):
+    async def make():
+        tries.append(1)
+        raise ValueError
+    spy.emit("typed", event.guild_id, make)
+"""
+
+
+@pytest.mark.logs("making typed failed: ValueError", "making typed failed 20 times in a row")
+def test_what_makes_an_event_is_paused_like_any_function(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(FAILS_TO_MAKE)
+    with Harness(path) as h:
+        for _ in range(25):
+            with contextlib.suppress(spywatcher.PluginError):
+                h.run(h.discord.typing(h.guild, h.guild.owner, h.guild.general))
+        assert len(h.host.plugins["mine"].module.tries) == 20
+
+
+def work(seconds: float) -> None:
+    """Compute for so long, by this thread's own clock."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def held(doing: Callable[[], object]) -> float:
+    """For how long this is said to have held up the server."""
+    began, before = time.perf_counter(), spywatcher.standing()
+    doing()
+    return spywatcher.seconds_held(time.perf_counter() - began, before, spywatcher.standing())
+
+
+@pytest.mark.parametrize("blocks", [work, time.sleep], ids=["computes", "sleeps"])
+def test_who_works_or_sleeps_is_named_with_how_long(blocks: Callable[[float], None]) -> None:
+    assert any(held(lambda: blocks(0.15)) > 0.14 for _ in range(3))
+
+
+def wait_for_a_thread_of_its_own() -> None:
+    thread = threading.Thread(target=work, args=(0.5,))
+    thread.start()
+    thread.join()
+
+
+def test_who_waits_for_a_thread_of_its_own_is_named() -> None:
+    assert any(held(wait_for_a_thread_of_its_own) > 0.1 for _ in range(3))
+
+
+def test_many_short_waits_are_a_long_one() -> None:
+    naps = [0.003] * 40
+    assert any(held(lambda: [time.sleep(nap) for nap in naps]) > 0.1 for _ in range(3))
+
+
+def test_who_waited_for_the_interpreter_is_not_named() -> None:
+    """Four other threads want it all the time, on a machine that has others to serve too."""
+    ended = threading.Event()
+    others = [threading.Thread(target=spin, args=(ended,)) for _ in range(4)]
+    for other in others:
+        other.start()
+    try:
+        assert max(held(lambda: work(0.03)) for _ in range(2)) < spywatcher.BLOCKING
+    finally:
+        ended.set()
+        for other in others:
+            other.join()
+
+
+def spin(ended: threading.Event) -> None:
+    while not ended.is_set():
+        pass
 
 
 def test_reasons_never_show_more_than_the_beginning_of_a_value() -> None:

@@ -17,7 +17,7 @@ from service import ROOT
 from watching import Watching
 
 import spywatcher
-from simulator import ChannelType, Guild, Harness
+from simulator import ChannelType, Guild, Harness, PretendDiscord
 
 GUIDE = (ROOT / "docs" / "plugins.md").read_text("utf-8")
 
@@ -47,16 +47,19 @@ def test_every_language_of_the_page_is_run() -> None:
     assert set(re.findall(r"^ *```(\w+)$", GUIDE, re.MULTILINE)) == {"sh", "python", "js", "toml"}
 
 
-def test_the_command_of_the_page_is_understood(
+def test_the_commands_of_the_page_are_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    [command] = blocks("sh")
-    python, file, *arguments = shlex.split(command)
-    assert (python, (ROOT / file).is_file()) == ("python", True)
-    parsed = spywatcher.parse_arguments(arguments)
-    assert (parsed.command, parsed.plugins) == (spywatcher.demo_command, tmp_path / "mine")
+    [commands] = blocks("sh")
+    make_folder, make_demo = commands.splitlines()
+    subprocess.run(shlex.split(make_folder), check=True)
+    make, target, arguments = shlex.split(make_demo)
+    assert (make, target, arguments[:5]) == ("make", "demo", "ARGS=")
+    commands_of = [["demo", *shlex.split(arguments[5:])]]
+    commands_of += map(shlex.split, re.findall(r"`\.venv/bin/python spywatcher.py ([^>`]+)", GUIDE))
+    parsed = [spywatcher.parse_arguments(words) for words in commands_of]
+    assert [one.plugins for one in parsed] == [tmp_path / "mine"] * 3
 
 
 def test_the_script_of_the_page_runs() -> None:
@@ -69,7 +72,7 @@ def test_the_script_of_the_page_runs() -> None:
 @plugin("Tell dashboards each minute how many members are in voice channels.")
 def test_voice_states_are_counted(harness: Harness) -> None:
     ada = harness.guild.add_member("ada")
-    harness.guild.voice[ada.id] = harness.guild.add_channel("x", kind=ChannelType.VOICE).id
+    harness.guild.voice[ada.id] = harness.guild.add_channel("x", kind=ChannelType.GUILD_VOICE).id
     with harness as h:
         h.tick()
         assert h.emitted[0].fields["count"] == 1
@@ -91,6 +94,15 @@ def test_reactions_are_counted(harness: Harness) -> None:
         h.run(h.discord.reaction(h.guild, ada, h.guild.general))
         h.tick()
         assert [one.fields["count"] for one in h.emitted] == [1]
+
+
+@plugin("Count reactions by minute, and tell a new subscriber at once.")
+def test_who_subscribes_is_told_what_was_counted(harness: Harness) -> None:
+    ada = harness.guild.add_member("ada")
+    with harness as h:
+        h.run(h.discord.reaction(h.guild, ada, h.guild.general))
+        [[told], [of_member]] = h.subscribe(), h.subscribe("guild", ada)
+        assert told.fields["count"] == of_member.fields["count"] == 1
 
 
 async def test_the_other_plugins_of_the_page_run_in_a_server(
@@ -127,11 +139,18 @@ def test_the_test_of_the_page_passes(tmp_path: Path) -> None:
         PLUGINS["Tell dashboards when a message is deleted."]
     )
     [test] = [block for block in blocks("python") if not block.startswith('"""')]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the page's test is in the clone's folder
     done = subprocess.run(
         [sys.executable, "-c", test], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_all_that_can_happen_in_a_test_is_there() -> None:
+    [verbs] = re.findall(r"^- \*\*Something happens\*\*(.*?)^- ", GUIDE, re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r"`(\w+)[(`]", verbs))
+    assert len(names) > 5
+    assert not [name for name in names if not hasattr(PretendDiscord, name)]
 
 
 def test_every_name_that_may_be_imported_is_in_the_guide_or_is_for_few() -> None:

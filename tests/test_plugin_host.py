@@ -1,24 +1,25 @@
 """Plugins: found, loaded, fenced. The broken ones are files in tests/plugins."""
 
+import os
 import sys
 
 import pytest
 from service import ROOT, SECRET, run, write_settings
 
 import spywatcher
-from simulator import make_token, snowflake
-from spywatcher import Metrics, OperatorError, PluginHost, PluginsSettings
+from simulator import Harness, User, make_token, message_json, snowflake
+from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
 
 
 def loaded(case, *, tables=None, disabled=()):
-    """A host that has loaded the plugins of one folder."""
-    host = PluginHost(
+    """A loader that has loaded the plugins of one folder."""
+    loader = PluginLoader(
         PluginsSettings(folders=(case,), disabled=disabled), tables or {}, FOLDER, Metrics()
     )
-    host.load()
-    return host
+    loader.load_all()
+    return loader
 
 
 def plugins(case):
@@ -41,11 +42,105 @@ def test_a_disabled_plugin_is_not_loaded():
 
 
 def test_of_two_plugins_of_one_name_the_first_folder_wins():
-    host = PluginHost(
+    loader = PluginLoader(
         PluginsSettings(folders=("order", "json_named", "order")), {}, FOLDER, Metrics()
     )
-    host.load()
-    assert list(host.plugins) == ["alpha", "beta", "folder", "json"]
+    loader.load_all()
+    assert list(loader.plugins) == ["alpha", "beta", "folder", "json"]
+
+
+def own_folder(tmp_path, name, event):
+    """A folder with one plugin that emits the event."""
+    (tmp_path / f"{name}.py").write_text(
+        "import hikari\nfrom spywatcher import on\n"
+        f"@on(hikari.RoleCreateEvent, emit='{event}')\ndef said(event): ...\n"
+    )
+    return PluginsSettings(folders=(str(tmp_path), "plugins"))
+
+
+def test_a_plugin_that_replaces_another_of_its_name_is_told_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    loader = PluginLoader(own_folder(tmp_path, "messages", "mine:new"), {}, ROOT, Metrics())
+    loader.load_all()
+    loader.files.take_changed()
+    assert loader.plugins["messages"].events == {"mine:new"}
+    mine, shipped = tmp_path / "messages.py", ROOT / "plugins" / "messages.py"
+    assert caplog.messages == [f"plugin messages: {mine} replaces {shipped}"]
+
+
+@pytest.mark.logs("plugin a_dup: not loaded: plugins members and a_dup both claim .* user:join")
+def test_a_shipped_plugin_keeps_its_events_from_others(tmp_path):
+    loader = PluginLoader(own_folder(tmp_path, "a_dup", "user:join"), {}, ROOT, Metrics())
+    loader.load_all()
+    assert "user:join" in loader.plugins["members"].events
+    assert list(loader.failures) == ["a_dup"]
+
+
+@pytest.mark.logs("plugin a_dup: not loaded: plugins z_first and a_dup both claim")
+def test_of_two_folders_the_earlier_ones_plugin_has_the_event(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, name in zip(folders, ("z_first", "a_dup"), strict=True):
+        folder.mkdir()
+        own_folder(folder, name, "same:event")
+    loader = PluginLoader(PluginsSettings(tuple(map(str, folders))), {}, ROOT, Metrics())
+    loader.load_all()
+    assert list(loader.plugins) == ["z_first"]
+
+
+def test_tests_beside_plugins_are_no_plugins(tmp_path):
+    for name in ("test_mine", "mine_test", "conftest", "tests/__init__"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("raise SystemExit")
+    folders = own_folder(tmp_path, "testing", "mine:new").folders[:1]
+    loader = PluginLoader(PluginsSettings(folders), {}, ROOT, Metrics())
+    loader.load_all()
+    assert (list(loader.plugins), loader.failures) == (["testing"], {})
+
+
+TYPO = """
+@on("mine:New")
+def heard(fields): ...
+"""
+CHANNELS = """
+class Move(Payload):
+    from_channel_id: str
+
+class Said(Payload):
+    channel_name: str
+    channel_id: str
+
+class Count(Payload):
+    channels: int
+    channel_count: int
+"""
+
+
+@pytest.mark.logs(
+    "WARNING spywatcher: plugin beside: no plugin emits mine:New, did you mean mine:new"
+)
+def test_an_event_that_is_nearly_anothers_is_told(tmp_path, caplog):
+    folders = own_folder(tmp_path, "said", "mine:new")
+    (tmp_path / "beside.py").write_text("from spywatcher import on" + TYPO)
+    (tmp_path / "own.py").write_text("from spywatcher import on" + TYPO.replace("mine:New", "else"))
+    PluginLoader(folders, {}, ROOT, Metrics()).load_all()
+    assert len([one for one in caplog.records if one.levelname == "WARNING"]) == 1
+
+
+@pytest.mark.logs("WARNING spywatcher: plugin moves: Move.from_channel_id goes to all who see the")
+def test_a_field_that_tells_of_a_channel_and_hides_nothing_is_told(tmp_path, caplog):
+    (tmp_path / "moves.py").write_text("from spywatcher import Payload\n" + CHANNELS)
+    PluginLoader(PluginsSettings((str(tmp_path),)), {}, ROOT, Metrics()).load_all()
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.logs("plugin pipe: not loaded: .*pipe.py is no file")
+def test_what_is_no_file_is_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")  # to read it would wait for ever
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__init__.py").touch()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    loader = loaded(str(tmp_path))
+    assert (list(loader.plugins), list(loader.failures)) == (["folder"], ["pipe"])
 
 
 def test_a_missing_folder_is_the_operators_fault():
@@ -56,8 +151,8 @@ def test_a_missing_folder_is_the_operators_fault():
 def test_a_plugin_may_be_called_as_a_module_of_the_standard_library():
     import json
 
-    host = loaded("json_named")
-    assert host.plugins["json"].module.TEXT == '{"a": 1}'
+    loader = loaded("json_named")
+    assert loader.plugins["json"].module.TEXT == '{"a": 1}'
     assert sys.modules["json"] is json
 
 
@@ -95,16 +190,16 @@ def test_loading_changes_no_path():
     ],
 )
 def test_a_plugin_that_does_not_load_is_named_and_the_others_go_on(case, reason, caplog):
-    host = loaded(case)
-    assert "z_good" in host.plugins
-    assert list(host.failures) == ["broken"]
+    loader = loaded(case)
+    assert "z_good" in loader.plugins
+    assert list(loader.failures) == ["broken"]
     assert "spywatcher_plugins.broken" not in sys.modules or case in ("reserved", "claims_twice")
     assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
 
 
 def test_a_plugins_table_is_checked_by_its_settings():
-    host = loaded("bad_settings", tables={"strict": {"limit": 3, "names": ["a"]}})
-    settings = host.plugins["strict"].settings
+    loader = loaded("bad_settings", tables={"strict": {"limit": 3, "names": ["a"]}})
+    settings = loader.plugins["strict"].settings
     assert (settings.limit, settings.names) == (3, ("a",))
 
 
@@ -118,8 +213,8 @@ def test_faults_in_a_plugins_table_are_told_with_their_key_path():
 
 
 def test_a_table_may_come_before_its_plugin_and_check_names_it():
-    host = loaded("bad_settings", tables={"strct": {}})
-    assert host.loader.faults() == ["plugin.strct: no such plugin, did you mean strict?"]
+    loader = loaded("bad_settings", tables={"strct": {}})
+    assert loader.faults() == ["plugin.strct: no such plugin, did you mean strict?"]
 
 
 def test_a_table_of_a_disabled_plugin_is_no_fault():
@@ -159,12 +254,14 @@ async def test_a_plugin_emits_neither_the_events_of_others_nor_reserved_ones(wat
         await spy.nothing(dashboard)
 
 
-@pytest.mark.logs("plugin broken: broken failed on ShardConnectedEvent")
-async def test_an_event_without_a_guild_cannot_be_emitted(watching):
-    async with watching(**plugins("no_guild")) as spy:
-        dashboard = await spy.dashboard()
-        await write(spy)
-        await dashboard.next("good:message")
+@pytest.mark.logs(
+    "plugin broken: broken failed on MessageCreateEvent: DMMessageCreateEvent has no guild_id"
+)
+def test_an_event_without_a_guild_cannot_be_emitted():
+    path = FOLDER / "no_guild" / "broken.py"
+    message = message_json(None, User(snowflake(), "ada"), snowflake())
+    with Harness(path) as h, pytest.raises(spywatcher.PluginError):
+        h.feed("MESSAGE_CREATE", message)
 
 
 @pytest.mark.logs("plugin broken: setup failed")
@@ -221,7 +318,7 @@ async def test_run_as_a_script_plugins_get_the_module_that_runs(tmp_path):
     write_settings(tmp_path, sound | {"plugins": {"folders": ["plugins"]}})
     status, out, log = await run(tmp_path, "check")
     assert (status, log) == (0, [])
-    assert "plugin same: no events" in out
+    assert "same:" in out
 
 
 # ---- what plugins are given

@@ -42,11 +42,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def live(watching: Watching, folder: Path) -> Callable[..., Any]:
-    """A server whose only plugins are those of `folder`."""
+def live(watching: Watching, folder: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """A server whose only plugins are those of `folder`, and which looks at them all the time."""
+    if "as_served" not in request.fixturenames:  # there a save takes most of a second
+        monkeypatch = request.getfixturevalue("monkeypatch")
+        for seconds in ("pace", "rest"):
+            monkeypatch.setattr(spywatcher.PluginFiles, seconds, 0.02)
     return lambda **tables: watching(
         plugins={"folders": [str(folder)], **tables.pop("plugins", {})}, **tables
     )
+
+
+@pytest.fixture
+def as_served() -> None:
+    """Has `live` look at the files as often as a server does."""
 
 
 def save(folder: Path, number: int, name: str = "one.py") -> None:
@@ -79,7 +88,9 @@ async def test_a_saved_file_takes_effect(live: Any, folder: Path) -> None:
         await becomes(spy, dashboard, 2)
 
 
-async def test_a_saved_file_takes_effect_within_two_seconds(live: Any, folder: Path) -> None:
+async def test_a_saved_file_takes_effect_within_two_seconds(
+    as_served: None, live: Any, folder: Path
+) -> None:
     save(folder, 1)
     async with live() as spy:
         took = 2.0
@@ -91,6 +102,18 @@ async def test_a_saved_file_takes_effect_within_two_seconds(live: Any, folder: P
             if took < 2.0:
                 break
         assert took < 2.0
+
+
+@pytest.mark.logs(
+    r"plugin one: not loaded: plugin.one.a: unknown key; plugin.one.b: unknown key; the"
+)
+async def test_settings_that_a_new_version_does_not_take_are_told_in_a_line(
+    live: Any, folder: Path
+) -> None:
+    (folder / "one.py").write_text(VERSION.format(number=1) + "    assert spy.settings")
+    async with live(plugin={"one": {"a": 1, "b": 2}}) as spy:
+        save(folder, 2)
+        await eventually(lambda: spy.server.plugins.health()["outdated"] == ["one"], SOON)
 
 
 async def test_a_new_file_is_loaded_and_a_deleted_one_goes(live: Any, folder: Path) -> None:
@@ -180,7 +203,7 @@ async def test_a_page_is_served_until_its_plugin_goes(live: Any, folder: Path) -
         await eventually(lambda: answers(404), SOON)
 
 
-async def test_a_half_written_file_is_waited_out(live: Any, folder: Path) -> None:
+async def test_a_half_written_file_is_waited_out(as_served: None, live: Any, folder: Path) -> None:
     save(folder, 1)
     async with live() as spy:
         dashboard = await spy.dashboard()
@@ -223,7 +246,7 @@ async def test_a_reload_of_the_settings_looks_at_the_files_though_none_are_watch
         save(folder, 2)
         await asyncio.sleep(1.0)  # nobody looks
         assert await version(spy, dashboard) == 1
-        spy.server.plugin_watcher.look()
+        spy.server.plugins.look()
         await becomes(spy, dashboard, 2)
 
 
@@ -235,7 +258,7 @@ async def test_a_file_written_anew_without_a_change_is_not_reloaded(
         await spy.dashboard()
         module = sys.modules["spywatcher_plugins.one"]
         save(folder, 1)
-        (folder / "two.py").write_text("")
+        (folder / "two.py").write_text("#")
         await eventually(lambda: loaded(spy) == ["one", "two"], SOON)
         assert sys.modules["spywatcher_plugins.one"] is module
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
+from typing import Any
 
 import attrs
 import engineio
@@ -92,6 +93,14 @@ def test_the_cache_of_hikari_holds_what_rights_are_read_from() -> None:
     assert {"guild", "members"} <= {field.name for field in attrs.fields(GuildRecord)}
     needed = {"role_ids", "raw_communication_disabled_until"}
     assert needed <= {field.name for field in attrs.fields(MemberData)}
+
+
+async def test_the_cache_of_hikari_gives_a_members_account_without_a_copy(spy: Any) -> None:
+    cache, guild = spy.server.gateway.bot.cache, spy.guild
+    found = [spywatcher.CacheReader(cache).get_user(guild.id, guild.owner.id) for _ in range(2)]
+    assert found[0] is found[1]
+    assert found[0].username == guild.owner.name
+    assert isinstance(cache._guild_entries[guild.id].members[guild.owner.id].object, MemberData)
 
 
 async def test_redis_is_as_the_part_for_several_nodes_needs_it() -> None:

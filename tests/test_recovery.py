@@ -295,6 +295,21 @@ async def test_who_leaves_on_purpose_is_not_waited_for(spy: Watch) -> None:
     assert spy.server.recovery.logs.size == 0
 
 
+async def test_who_connects_again_and_declines_gets_events_without_offsets(spy: Watch) -> None:
+    await page(spy)  # so that events have offsets
+    said, raw, _ = await bare_page(spy)
+    declined = {"token": said["token"], "recover": False}
+    await raw.send("41", "40" + json.dumps(declined))
+    await raw.send("42" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+    room = f"guild:{spy.guild.id}"
+    await eventually(lambda: len(spy.server.rooms.members(room)) == 2)
+    broadcast(spy, 1)
+    packet = ""
+    while not packet.startswith('42["x"'):
+        packet = str(await raw.read())
+    assert json.loads(packet[2:]) == ["x", {"number": 1}]
+
+
 # ---- rights
 
 

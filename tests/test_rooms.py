@@ -1,6 +1,8 @@
 """Rooms: what dashboards ask for and what they get, on both transports, whatever they send."""
 
 import asyncio
+import collections
+import gc
 import inspect
 import json
 import statistics
@@ -11,7 +13,9 @@ import pytest
 import socketio
 from engineio.async_drivers import tornado as stock_driver
 from jsclient import UNDEFINED, NoAnswerError
+from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpclient import AsyncHTTPClient
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from waiting import eventually
 
 import spywatcher
@@ -476,3 +480,25 @@ def test_library_logs_pass_bugs_only():
     log = spywatcher.library_log("test")
     record = log.makeRecord(log.name, 40, "f", 1, "a client's mistake", (), None)
     assert not log.filter(record)
+
+
+# ---- what is kept
+
+
+def alive():
+    """How many there are of what belongs to a request; of headers those that say something."""
+    gc.collect()
+    kinds = (HTTPServerRequest, HTTP1Connection, HTTP1ServerConnection, spywatcher.SocketHandler)
+    found = (type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds))
+    headers = sum(isinstance(one, HTTPHeaders) and len(one) > 0 for one in gc.get_objects())
+    return collections.Counter(found) + collections.Counter({"HTTPHeaders": headers})
+
+
+@pytest.mark.parametrize("transports", [["websocket"], ["polling", "websocket"]])
+async def test_an_open_websocket_keeps_nothing_of_its_handshake(spy, transports):
+    before = alive()
+    for _ in range(3):
+        await spy.dashboard(transports=transports)
+    sessions = spy.server.socketio.eio.sockets.values()
+    await eventually(lambda: all(one.state is spywatcher.State.WEBSOCKET for one in sessions))
+    await eventually(lambda: alive() - before == {"SocketHandler": 3})

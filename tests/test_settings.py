@@ -4,7 +4,7 @@ import inspect
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,20 +24,19 @@ def faults(**tables: Any) -> list[str]:
 
 
 def meaning(struct: type, key: str) -> str:
-    """The sentence that stands above a setting or, of a plugin's, in its type."""
+    """The sentence that stands above a setting."""
     written = re.findall(r"^    #: (.+)\n    (\w+):", inspect.getsource(struct), re.MULTILINE)
-    texts = [text for text, name in written if name == key]
-    hint = get_type_hints(struct, include_extras=True)[key]
-    texts += [meta.description for meta in getattr(hint, "__metadata__", ()) if meta.description]
-    assert len(texts) == 1, f"{struct.__name__}.{key} has no description"
-    return texts[0]
+    [text] = [text for text, name in written if name == key]
+    return text
 
 
 def plugin_tables() -> dict[str, type]:
     """The `Settings` of each shipped plugin that has some, by the name of its table."""
-    host = spywatcher.PluginHost(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
-    host.load()
-    settings = {name: vars(plugin.module).get("Settings") for name, plugin in host.plugins.items()}
+    loader = spywatcher.PluginLoader(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
+    loader.load_all()
+    settings = {
+        name: vars(plugin.module).get("Settings") for name, plugin in loader.plugins.items()
+    }
     return {f"plugin.{name}": struct for name, struct in settings.items() if struct}
 
 
@@ -257,6 +256,26 @@ MISTAKES = {
     "no value": ("[discord]\ntoken =", "line 2.*write a value after ="),
     "a bracket too few": ("[discord\ntoken = 'x'", "line 1.*write ] after the name of a table"),
     "a key misspelt": ('[discord]\ntokn = "x"', "discord.tokn: unknown key, did you mean token?"),
+    "a port at the host": (
+        '[server]\nhost = "0.0.0.0:3001"',
+        'host: got "0.0.0.0:3001", expected a name or an address alone, such as "0.0.0.0"',
+    ),
+    "a URL for the host": (
+        '[server]\nhost = "http://localhost:3001/"',
+        'expected a name or an address alone, such as "localhost"',
+    ),
+    "a secret of digits without quotes": (
+        "[auth]\nsecret = 0123",
+        "line 2.*write quotes around a text, no zeros before a number",
+    ),
+    "a list without commas": (
+        '[auth]\nadmin_roles = ["USER" "ADMIN"]',
+        "line 2.*write a comma between two texts",
+    ),
+    "a key above all tables": (
+        'secret = "x"',
+        r"secret: expected below a table: \[auth\]$",
+    ),
     "a table misspelt": ("[disord]", "disord: unknown table, did you mean discord?"),
 }
 
@@ -436,8 +455,8 @@ def test_plugin_folders_are_relative_to_the_settings_file(tmp_path, monkeypatch)
     (tmp_path / "config.toml").write_text('[plugins]\nfolders = ["mine"]\n')
     monkeypatch.chdir(ROOT)
     settings = read_settings(tmp_path / "config.toml")
-    host = spywatcher.PluginHost(
+    loader = spywatcher.PluginLoader(
         settings.plugins, settings.plugin, settings.folder, spywatcher.Metrics()
     )
-    host.load()
-    assert list(host.plugins) == ["empty"]
+    loader.load_all()
+    assert list(loader.plugins) == ["empty"]

@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jsclient import JavaScript
 from redisserver import RedisServer
 from service import SECRET, fetch, run, server_of, write_settings
-from signing import Browser, signing_in, signing_tables
+from signing import Browser, picture_of, signing_in, signing_tables
 from waiting import eventually
 
 from simulator import Guild, Member, Permission, PretendDiscord
-from spywatcher import Keys, Metrics, OperatorError, PluginHost, parse_settings, read_settings
+from spywatcher import Keys, Metrics, OperatorError, PluginLoader, parse_settings, read_settings
 
 LISTED = "https://board.example"
 
@@ -73,6 +73,23 @@ async def test_the_picture_is_an_address_at_discord(discord: PretendDiscord, ada
         await browser.sign_in(ada.id)
         user = (await browser.token()).json["user"]
         assert user["avatar"].startswith(f"https://cdn.discordapp.com/avatars/{ada.id}/a_0")
+
+
+async def test_this_server_hands_on_the_picture_of_who_is_signed_in(
+    discord: PretendDiscord, ada: Member
+) -> None:
+    ada.user.avatar = "c0ffee" + "0" * 26
+    cdn = {"cdn_url": f"http://127.0.0.1:{discord.port}"}
+    async with signing_in(discord, signin=cdn) as (_, browser):
+        assert (await picture_of(browser)).code == 404
+        await browser.sign_in(ada.id)
+        picture = await picture_of(browser)
+        assert bytes.fromhex("c0ffee") in picture.body
+        assert picture.headers["Content-Type"] == "image/gif"
+        assert picture.headers["Cache-Control"] == "private, max-age=3600"
+        assert picture.headers["X-Content-Type-Options"] == "nosniff"
+        await browser.post("/signout")
+        assert (await picture_of(browser)).code == 404
 
 
 def me(member: Member) -> dict[str, object]:
@@ -187,7 +204,9 @@ async def test_cookies_are_for_this_server_alone(
             assert ("; Secure" in cookie) is secure
 
 
-@pytest.mark.parametrize("path", ["/signin", "/signin/callback", "/signin/token", "/signout"])
+@pytest.mark.parametrize(
+    "path", ["/signin", "/signin/callback", "/signin/avatar", "/signin/token", "/signout"]
+)
 async def test_nothing_may_be_framed_or_kept(discord: PretendDiscord, path: str) -> None:
     async with signing_in(discord) as (_, browser):
         for ask in (browser.get, browser.post):
@@ -324,12 +343,16 @@ async def test_ten_thousand_sign_ins_that_nobody_finishes_cost_little(
 
 
 async def begin_from(port: int, numbers: range) -> None:
-    """A sign-in begun by each of as many addresses."""
-    async with Browser(f"http://127.0.0.1:{port}") as browser:
-        for number in numbers:
-            address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
-            begun = await browser.get("/signin", headers={"X-Forwarded-For": address})
-            assert begun.status == 302
+    """A sign-in begun by each of as many addresses, without the cost of a client."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for number in numbers:
+        address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+        head = f"GET /signin HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: {address}\r\n\r\n"
+        writer.write(head.encode())
+        answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 302 ")
+    writer.close()
+    await writer.wait_closed()
 
 
 def memory() -> int:
@@ -439,9 +462,9 @@ def test_what_cannot_work_is_named(tmp_path: Path, wrong: dict[str, object], sai
 def faults_of(folder: Path, table: dict[str, object]) -> list[str]:
     """What `check` and `serve` say of this `[plugin.signin]`, in a folder of its own."""
     settings = read_settings(write_settings(folder, signin_only(table)))
-    host = PluginHost(settings.plugins, settings.plugin, settings.folder, Metrics())
+    loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, Metrics())
     try:
-        host.load()
+        loader.load_all()
     except OperatorError as error:
         return list(error.faults)
     return []

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import tornado.web
 from jsclient import JavaScript
-from signing import Browser, Page, signing_in
+from signing import Browser, Page, picture_of, signing_in
 from tornado.web import create_signed_value
 
 from simulator import Guild, Member, PretendDiscord
@@ -521,6 +521,24 @@ async def test_a_wrong_client_secret_is_the_operators_to_mend(
     page = await mounted(discord, people, attack, signin={"client_secret": "wrong"})
     assert page.status == 502
     assert "operator" in page.text
+
+
+NO_PICTURES = FAULTS | {
+    "with scripts": saying(200, "<svg/>", "image/svg+xml"),
+    "too large": saying(200, "x" * 300_000, "image/gif"),
+}
+
+
+async def test_what_is_no_picture_is_not_handed_on(discord: PretendDiscord, people: Any) -> None:
+    people[0].user.avatar = "a_" + "0" * 32
+    cdn = {"cdn_url": f"http://127.0.0.1:{discord.port}"}
+    async with signing_in(discord, signin=cdn) as (server, browser):
+        vars(server.plugins.plugins["signin"].module)["PICTURE_PATIENCE"] = 0.5
+        await browser.sign_in(people[0].id)
+        assert (await picture_of(browser)).code == 200
+        for fault, answer in NO_PICTURES.items():
+            discord.oauth2.instead["picture"] = answer
+            assert (await picture_of(browser)).code == 404, fault
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,29 @@
-"""One's own dashboard on another host signs people in: docs/signin.md's own code, in a real browser."""
+"""One's own dashboard on another host signs people in: docs/signin.md's own code, in a real browser
+that takes no cookies of third parties."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-import browser as chromium
+import browser as fixtures
 import pytest
 import tornado.web
-from browser import Browser, running_chromium
-from playwright.async_api import async_playwright, expect
+from browser import Browser
+from playwright.async_api import expect
 from redisserver import free_port
 from service import ROOT, server_of
 from signing import signing_tables
 
 from simulator import Guild, PretendDiscord
 from spywatcher import timestamp
+
+pytestmark = fixtures.IN_ONE_LOOP
+#: It takes no cookies of third parties, as all browsers are to.
+browser, chromium = fixtures.browser, fixtures.whole_chromium
+discord = fixtures.discord
 
 BODY = '<p id="who"></p><a id="signin" hidden>Sign in</a><button id="signout">Sign out</button>'
 CLIENT = ROOT / "tests" / "node_modules" / "socket.io-client" / "dist" / "socket.io.esm.min.js"
@@ -58,21 +63,10 @@ async def board(server: str, port: int) -> AsyncIterator[None]:
         await serving.close_all_connections()
 
 
-@pytest.fixture
-def strict_chromium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Chromium that takes no third-party cookies, as all are to become."""
-    more = ("--test-third-party-cookie-phaseout",)
-    monkeypatch.setattr(chromium, "SWITCHES", chromium.SWITCHES + more)
-    with running_chromium(tmp_path / "chromium") as address:
-        yield address
-
-
-@pytest.fixture
-async def visitor(strict_chromium: str) -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        visitor = Browser(await playwright.chromium.connect_over_cdp(strict_chromium))
-        yield visitor
-        await visitor.close()
+@pytest.fixture(autouse=True)
+def _asks_in_vain(browser: Browser) -> None:
+    """The board asks for a token to see whether somebody is signed in."""
+    browser.expected.append("401.*/signin/token")
 
 
 def on_localhost(discord: PretendDiscord, port: int) -> tuple[dict[str, Any], str]:
@@ -85,12 +79,12 @@ def on_localhost(discord: PretendDiscord, port: int) -> tuple[dict[str, Any], st
 
 
 async def test_a_board_of_ones_own_signs_in_looks_and_signs_out(
-    discord: PretendDiscord, guild: Guild, visitor: Browser
+    discord: PretendDiscord, guild: Guild, browser: Browser
 ) -> None:
     port = free_port()
     tables, url = on_localhost(discord, port)
     async with server_of(discord, tables), board(url, port):
-        page = await visitor.open(f"http://localhost:{port}/view")
+        page = await browser.open(f"http://localhost:{port}/view")
         await page.locator("#signin").click()
         await page.get_by_role("button", name="owner").click()
         await expect(page.locator("#who")).to_have_text("owner")
@@ -102,13 +96,13 @@ async def test_a_board_of_ones_own_signs_in_looks_and_signs_out(
 
 
 async def test_it_renews_the_token_before_it_ends(
-    discord: PretendDiscord, guild: Guild, visitor: Browser
+    discord: PretendDiscord, guild: Guild, browser: Browser
 ) -> None:
     port = free_port()
     tables, url = on_localhost(discord, port)
     tables["plugin"]["signin"]["token_ttl"] = 62.0
     async with server_of(discord, tables) as server, board(url, port):
-        page = await visitor.open(f"http://localhost:{port}/view")
+        page = await browser.open(f"http://localhost:{port}/view")
         await page.locator("#signin").click()
         async with page.expect_response("**/signin/token") as first:
             await page.get_by_role("button", name="owner").click()
@@ -120,15 +114,26 @@ async def test_it_renews_the_token_before_it_ends(
 
 
 async def test_a_board_on_another_site_gets_nothing(
-    discord: PretendDiscord, guild: Guild, visitor: Browser
+    discord: PretendDiscord, guild: Guild, browser: Browser
 ) -> None:
     """The same board, opened under a name of another site: the cookie is not sent."""
     port = free_port()
     tables, url = on_localhost(discord, port)
     tables["server"]["cors_origins"].append(f"http://127.0.0.1:{port}")
     async with server_of(discord, tables), board(url, port):
-        page = await visitor.open(f"http://127.0.0.1:{port}/view")
+        page = await browser.open(f"http://127.0.0.1:{port}/view")
         await page.locator("#signin").click()
         await page.get_by_role("button", name="owner").click()
         await expect(page.locator("#signin")).to_be_visible()
         await expect(page.locator("#who")).to_be_empty()
+
+
+async def test_the_page_in_the_box_signs_in_there_too(
+    discord: PretendDiscord, guild: Guild, browser: Browser
+) -> None:
+    tables = signing_tables(discord)
+    async with server_of(discord, tables):
+        page = await browser.open(tables["plugin"]["signin"]["public_url"])
+        await page.get_by_role("link", name="Sign in with Discord").click()
+        await page.get_by_role("button", name="owner").click()
+        await expect(page.locator("#state")).to_have_text("Live")

@@ -29,8 +29,8 @@ def mod(guild: Guild) -> Member:
     return guild.add_member("mod", roles=[staff])
 
 
-def tables_of(discord: PretendDiscord) -> tuple[dict[str, Any], str]:
-    tables = signing_tables(discord)
+def tables_of(discord: PretendDiscord, **signin: str) -> tuple[dict[str, Any], str]:
+    tables = signing_tables(discord, signin=signin)
     return tables, tables["plugin"]["signin"]["public_url"]
 
 
@@ -57,6 +57,7 @@ async def test_in_the_demo_each_of_four_people_sees_what_they_may(
             await state(page).to_have_text("Live")
             await expect(page.locator("#guilds")).to_contain_text("Night Owls")
             await expect(page.locator("#guilds")).not_to_contain_text("Book Club")
+            await page.context.close()
         page = await browser.open(url)
         await sign_in(page, "a plain member")
         await expect(page.locator("#no-guild")).to_contain_text("no guild here that you may see")
@@ -89,11 +90,12 @@ async def test_who_is_signed_in_stays_so_over_a_restart(
 ) -> None:
     tables, url = tables_of(discord)
     async with server_of(discord, tables):
-        page = await browser.open(url)
+        page = await browser.open(url, fake_clock=True)
         await sign_in(page, "mod")
         await state(page).to_have_text("Live")
     await state(page).to_have_text("Reconnecting")
     async with server_of(discord, tables):
+        await page.clock.fast_forward(8_000)  # longer than the stock client waits to try again
         await state(page).to_have_text("Live")
         await page.reload()
         await state(page).to_have_text("Live")
@@ -173,10 +175,13 @@ async def test_two_browsers_are_two_people(
     browser: Browser, discord: PretendDiscord, guild: Guild, mod: Member
 ) -> None:
     guild.add_member("ada")
-    tables, url = tables_of(discord)
+    mod.user.avatar = "c0ffee" + "0" * 26
+    tables, url = tables_of(discord, cdn_url=f"http://127.0.0.1:{discord.port}")
     async with server_of(discord, tables):
         first, second = await browser.open(url), await browser.open(url)
         await sign_in(first, "mod")
         await sign_in(second, "ada")
         await expect(first.locator("#guilds")).to_contain_text(guild.name)
+        await expect(first.locator("#face img")).to_be_visible()
         await expect(second.locator("#no-guild")).to_be_visible()
+        await expect(second.locator("#face")).to_have_text("A")

@@ -95,6 +95,12 @@ OWN = """
     @on(hikari.GuildTypingEvent, emit="typing:start")
     def typing(event):
         return {"anything": 1}
+
+    @on(hikari.RoleCreateEvent, emit="role:create")
+    def created(event):
+        if event.role.name:
+            return Place(channel_id=event.role.id)
+        return None
 """
 OWN_CLIENT = """
 import { io, type Socket } from "socket.io-client";
@@ -108,6 +114,7 @@ socket.on("voice:session", ({ places, pair, guildId }) => {
   return `${places["here"][0].channelId.length} ${name} ${count} ${loud} ${guildId}`;
 });
 socket.on("voice:raw", ({ guildId, timestamp }) => guildId + timestamp);
+socket.on("role:create", ({ channelId }) => channelId.length);
 socket.on("typing:start", ({ guildId, anything }) => [guildId, anything]);
 """
 
@@ -133,7 +140,7 @@ def test_what_goes_out_is_what_is_declared() -> None:
     names = ("messages", "presence", "members")
     with Harness(*(ROOT / "plugins" / f"{name}.py" for name in names)) as h:
         h.run(LivelyGuild(h.discord).warm_up(200))
-        declared = spywatcher_types.declarations(h.host)
+        declared = spywatcher_types.declarations(h.host.loader)
     forms = {event.name: event.schema["$ref"].rpartition("/")[2] for event in declared.events}
     for event, fields, _ in h.emitted:
         assert fields.keys() == declared.schemas[forms[event]]["properties"].keys()

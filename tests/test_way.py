@@ -16,7 +16,7 @@ FIRST = "Dispatcher._subscription.<locals>.hear"
 #: As the map at the top of the file has it: plugin, throttle, address, room, clients.
 ORDER = [
     "Guarded.call",
-    "Runner._send",
+    "Runner._send_result",
     "Throttle.emit",
     "Node.deliver",
     "RightsWatcher.send",

@@ -40,19 +40,21 @@ def examples() -> dict[str, dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def host() -> spywatcher.PluginHost:
-    host = spywatcher.PluginHost(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
-    host.load()
-    return host
+def plugins() -> spywatcher.PluginLoader:
+    plugins = spywatcher.PluginLoader(spywatcher.PluginsSettings(), {}, ROOT, spywatcher.Metrics())
+    plugins.load_all()
+    return plugins
 
 
-def test_each_event_of_the_shipped_plugins_is_described(host: spywatcher.PluginHost) -> None:
-    declared = {event for plugin in host.plugins.values() for event in plugin.events}
+def test_each_event_of_the_shipped_plugins_is_described(plugins: spywatcher.PluginLoader) -> None:
+    declared = {event for plugin in plugins.plugins.values() for event in plugin.events}
     assert set(examples()) == declared
 
 
-def test_each_room_of_the_shipped_plugins_has_its_requests(host: spywatcher.PluginHost) -> None:
-    for kind in {kind for plugin in host.plugins.values() for kind in plugin.kinds}:
+def test_each_room_of_the_shipped_plugins_has_its_requests(
+    plugins: spywatcher.PluginLoader,
+) -> None:
+    for kind in {kind for plugin in plugins.plugins.values() for kind in plugin.kinds}:
         assert f"`subscribe:{kind}`" in section("## Requests")
         assert f"`unsubscribe:{kind}`" in section("## Requests")
 
@@ -95,9 +97,9 @@ def test_a_token_made_in_python_as_shown_gets_in() -> None:
 
 @pytest.mark.parametrize("event", sorted(examples()))
 def test_an_example_has_the_fields_that_its_plugin_sends(
-    event: str, host: spywatcher.PluginHost
+    event: str, plugins: spywatcher.PluginLoader
 ) -> None:
-    declared = spywatcher_types.declarations(host)
+    declared = spywatcher_types.declarations(plugins)
     [schema] = [one.schema for one in declared.events if one.name == event]
     while "$ref" in schema:
         schema = declared.schemas[schema["$ref"].rpartition("/")[2]]

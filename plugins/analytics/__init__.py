@@ -18,7 +18,7 @@ from pathlib import Path
 
 import hikari
 
-from spywatcher import Spy, every, on, on_subscribe
+from spywatcher import PresenceUpdateEvent, Spy, every, on, on_subscribe
 
 from .._counts import forget_member
 from .counting import MESSAGES, PRESENCES, REACTIONS, TYPING, Analytics, AnalyticsUpdate
@@ -82,9 +82,9 @@ def reaction(event: hikari.GuildReactionAddEvent) -> None:
         analytics.count(REACTIONS, int(event.guild_id), int(event.user_id), int(event.channel_id))
 
 
-@on(hikari.PresenceUpdateEvent)
-def presence(event: hikari.PresenceUpdateEvent) -> None:
-    if status_of(event.presence) != status_of(event.old_presence):
+@on(PresenceUpdateEvent)
+def presence(event: PresenceUpdateEvent) -> None:
+    if event.now.status != (event.before.status if event.before else "offline"):
         analytics.count(PRESENCES, int(event.guild_id), int(event.user_id))
 
 
@@ -113,8 +113,3 @@ async def members_arrived(event: hikari.MemberChunkEvent) -> None:
     await analytics.chunk_arrived(
         int(event.guild_id), event.nonce, set(map(int, event.members)), last
     )
-
-
-def status_of(presence: hikari.MemberPresence | None) -> str:
-    """There is no old presence of who was offline."""
-    return "offline" if presence is None else str(presence.visible_status)

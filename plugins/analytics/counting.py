@@ -83,7 +83,8 @@ class Analytics:
                 return  # the disk has not even answered for long
             row = self._fresh[key] = [hour, guild, member, channel, 0, 0, 0, 0]
         row[kind] += 1
-        self.announce(guild)
+        if guild not in self._changed:  # else this was announced, and not made since
+            self.announce(guild)
 
     def typed(self, guild: int, member: int, channel: int) -> None:
         """A typing start, unless it is one of Discord's repeats."""

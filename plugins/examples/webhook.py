@@ -2,19 +2,19 @@
 
 import asyncio
 import json
-from typing import Annotated, Any
+from typing import Any
 
-from msgspec import Meta
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 from spywatcher import PluginSettings, Spy, on
 
-#: Seconds of one attempt: all three have to fit into [plugins] handler_timeout.
+#: Seconds of one attempt: all three, with the pauses, have to fit into [plugins] handler_timeout.
 PATIENCE = 1.0
 
 
 class Settings(PluginSettings, frozen=True):
-    url: Annotated[str, Meta(description="Where to post; empty: nowhere.")] = ""
+    #: Where to post; empty: nowhere.
+    url: str = ""
 
 
 @on("alert:multiClient")
@@ -22,7 +22,8 @@ async def notify(alert: dict[str, Any], spy: Spy) -> None:
     if not spy.settings.url:
         return
     text = f"{alert['username']} is on {', '.join(alert['platforms'])}"
-    for attempt in (1, 2, 3):
+    for pause in (0.0, 0.2, 0.4):  # seconds, before each attempt
+        await asyncio.sleep(pause)
         try:
             await AsyncHTTPClient().fetch(
                 spy.settings.url,
@@ -32,8 +33,7 @@ async def notify(alert: dict[str, Any], spy: Spy) -> None:
                 request_timeout=PATIENCE,
             )
         except (OSError, HTTPClientError) as error:
-            spy.log.info("attempt %d: %s", attempt, error)
-            await asyncio.sleep(0.2 * attempt)
+            spy.log.info("not posted: %s", error)
         else:
             return
     spy.log.warning("nobody was told that %s", text)

@@ -141,9 +141,9 @@ const SHAPES = {
   steps: () => ({ paths: uPlot.paths.stepped({ align: 1 }), width: 2 }),
 };
 
-function series({ shape, color: name, wash }, align) {
+function series({ shape, color: name }, align) {
   const stroke = color(name);
-  const fill = shape === "bars" ? stroke : wash && color(wash);
+  const fill = shape === "bars" ? stroke : undefined; // below a line not all axes begin at zero
   return { ...SHAPES[shape](align), stroke, fill, points: { show: false }, spanGaps: false };
 }
 

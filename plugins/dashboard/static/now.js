@@ -54,7 +54,7 @@ export class Figures {
   }
 }
 
-/** "▲ 12% · 214 a week ago" */
+/** "▲ 12% · 214 a week ago", "≈ 214 a week ago" */
 function compare(node, current, before, guild, now) {
   const known = current !== null && before !== null;
   const way = known && before >= 1 ? wayOf(current / before) : "";
@@ -67,7 +67,7 @@ const wayOf = (ratio) => (ratio > 1.005 ? "up" : ratio < 0.995 ? "down" : "same"
 
 function change(way, ratio) {
   if (way === "") return "";
-  if (way === "same") return "= · ";
+  if (way === "same") return "≈ ";
   const much = ratio > 3 ? `×${decimal(ratio)}` : `${number(100 * Math.abs(ratio - 1))}%`;
   return `${way === "up" ? "▲" : "▼"} ${much} · `;
 }
@@ -101,7 +101,7 @@ const LIVE = [
   {
     title: "Online",
     column: "online",
-    series: [{ shape: "steps", color: "online", wash: "online-wash" }],
+    series: [{ shape: "steps", color: "online" }],
     range: around,
     unit: (value) => `${number(value)} online`,
     now: (values) => (values.at(-1) === null ? "" : `${number(values.at(-1))} now`),

@@ -1,7 +1,7 @@
 // What the page says of its connection: the line that is always there, the notice when there is something
 // to do, and the door of who is not signed in.
 
-import { $, say } from "./dom.js";
+import { $, el, say } from "./dom.js";
 import { hourMinute } from "./words.js";
 
 const LABELS = {
@@ -32,7 +32,7 @@ const MESSAGE_SECONDS = 10;
 /** Milliseconds: a connection that is back before is no news. */
 const PATIENCE = 2_000;
 
-/** In the place of a picture, which would be loaded from Discord's servers. */
+/** Where there is no picture. */
 const initial = (user) => [...(user?.username ?? "")][0]?.toUpperCase() ?? "";
 
 export class Status {
@@ -40,6 +40,7 @@ export class Status {
   #tokens;
   #message = ""; // what the server said last
   #messageUntil = 0;
+  #face = null; // the picture shown last
 
   constructor(connection, tokens) {
     this.#connection = connection;
@@ -61,13 +62,24 @@ export class Status {
     $("#leave").hidden = door || !this.#tokens.held;
     say($("#leave span"), this.#tokens.user?.username ?? "");
     $("#face").hidden = door || !this.#tokens.user;
-    say($("#face"), initial(this.#tokens.user));
+    this.#paintFace(this.#tokens.user);
     $(".picker").hidden = door || !guilds.length;
     $("#signin").hidden = !this.#tokens.signIn;
     $("#no-guild").hidden = guilds.length > 0;
     say($("#no-guild"), complete ? NO_GUILD : NO_GUILD_YET);
     if (door) say($("#door-why"), this.#whyAtTheDoor());
     this.#notice(door ? "" : this.#whatIsWrong());
+  }
+
+  /** The picture of who is signed in, from this server; until it is there, the first letter of the name. */
+  #paintFace(user) {
+    const key = user && `/signin/avatar?${user.id}&${user.avatar}`;
+    if (key === this.#face) return;
+    this.#face = key;
+    say($("#face"), initial(user));
+    if (!user?.avatar) return;
+    const picture = el("img", { src: key, alt: "" });
+    picture.addEventListener("load", () => key === this.#face && $("#face").replaceChildren(picture));
   }
 
   #notice(text) {

@@ -16,7 +16,7 @@ export const zone = clock.resolvedOptions().timeZone;
 export const number = (value) => (Math.abs(value) < 100_000 ? whole : short).format(value);
 /** In five characters, for an axis or a comparison. */
 export const brief = (value) => (Math.abs(value) < 10_000 ? whole : short).format(value);
-export const decimal = (value) => fine.format(value);
+export const decimal = (value) => (Math.abs(value) < 100 ? fine : whole).format(value);
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
 export const count = (value, one, many = `${one}s`) => `${number(value)} ${value === 1 ? one : many}`;
 export const and = (words) => list.format(words);

@@ -1,10 +1,15 @@
-"""Emits for an event that belongs to no guild."""
+"""Emits for an event of which only some belong to a guild."""
 
 import hikari
 
 from spywatcher import on
 
 
-@on(hikari.ShardConnectedEvent, emit="broken:shard")
+@on(hikari.MessageCreateEvent, emit="broken:message")
 def broken(event):
     return {}
+
+
+@on(hikari.DMMessageCreateEvent)
+def direct(event):
+    """So that Discord sends those, too."""

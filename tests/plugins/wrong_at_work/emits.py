@@ -18,8 +18,3 @@ def impostor(event, spy):
 @on(hikari.GuildMessageCreateEvent)
 def lost(event, spy):
     spy.emit("emits:lost", event.guild_id, {}, room="gild")
-
-
-@on(hikari.ShardReadyEvent, emit="emits:shard")
-def no_guild(event):
-    return {}

@@ -1,0 +1,7 @@
+import hikari
+
+from spywatcher import on
+
+
+@on(hikari.StartedEvent, emit="no:guild")
+def broken(event): ...
