@@ -2016,6 +2016,7 @@ class Terms:
         node.publisher.begin_term(logs.position)
         node.publisher.tell_as_holder("beat")
         node.hearing.begin_term(term)
+        node.known.beat(complete=False)  # what this node hears of its guilds from now on is so
 
     async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         topics = await self.windows.load()

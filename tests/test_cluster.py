@@ -854,6 +854,18 @@ async def test_a_hidden_channel_stays_hidden_on_another_node(nodes, redis, guild
     assert (await dashboard.next("message:new"))["channelName"] == "general"
 
 
+async def test_threads_that_discord_lists_are_known_on_another_node(nodes, guild):
+    manager = guild.add_role("manager", Permission.MANAGE_GUILD)
+    ada = guild.add_member("ada", roles=[manager])
+    await two_nodes(nodes)
+    dashboard = await nodes.dashboard(other(nodes), str(ada.id), "USER")
+    thread = guild.add_thread("plans", guild.general)
+    body = {"guild_id": str(guild.id), "threads": [thread.to_json()], "members": []}
+    await nodes.discord.dispatch("THREAD_LIST_SYNC", body)
+    await nodes.discord.message(guild, guild.owner, thread)
+    assert (await dashboard.next("message:new"))["channelName"] == "plans"
+
+
 async def test_a_channel_that_is_closed_is_closed_before_its_next_event(nodes, redis, guild):
     manager = guild.add_role("manager", Permission.MANAGE_GUILD)
     ada = guild.add_member("ada", roles=[manager])
@@ -1242,7 +1254,7 @@ async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_on
                 lambda n=CROWD - leaving, b=before: len(b & {d.id for d in dashboards}) == n,
                 timeout=10,
             )
-            assert busiest(balancer.moments) <= max(10, leaving / 5)
+            assert busiest(balancer.moments) <= max(20, leaving / 5)  # of a hundred, twenty
             assert await service.exit_status() == 0
             again = await restart(service, tmp_path / f"node{number}", stack)
             await eventually(lambda s=again: part(s, "server", "redis"), timeout=15)
@@ -1364,6 +1376,20 @@ async def test_nobody_is_let_in_by_what_the_last_holder_told(nodes, guild, gate)
     gate.open()
     for dashboard in coming:
         assert (await dashboard.next("error", timeout=10))["code"] == "forbidden"
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("hurried")
+async def test_a_new_holder_judges_before_it_beats_for_the_first_time(nodes, guild, monkeypatch):
+    ada = guild.add_member("ada", roles=[guild.add_role("manager", Permission.MANAGE_GUILD)])
+    await two_nodes(nodes)
+    before, after = nodes.servers.index(nodes.holder), other(nodes)
+    dashboard = await nodes.dashboard(after, str(ada.id), "USER")
+    ada.role_ids.clear()
+    monkeypatch.setattr(spywatcher_cluster, "BEAT_INTERVAL", 60.0)
+    await nodes.proxies[before].cut()
+    await eventually(lambda: after.node.lease.holds() and after.access.all_whole, timeout=15)
+    assert (await dashboard.next("error", timeout=2))["code"] == "forbidden"
 
 
 @pytest.mark.faults
