@@ -125,8 +125,7 @@ T = TypeVar("T")
 
 
 # ---- numbers of the protocol ----
-# Names and values as Discord documents them (Gateway: Opcodes and Close Codes, Permissions,
-# Channel Types). Nothing here does anything.
+# Opcodes as Discord documents them (Gateway: Opcodes), all else as hikari has it. Nothing here does anything.
 
 API_VERSION = 10
 TRACE = ["simulator"]  # where Discord names the servers that a packet came through
@@ -150,54 +149,12 @@ class Op(enum.IntEnum):
     REQUEST_CHANNEL_INFO = 43
 
 
-class CloseCode(enum.IntEnum):
-    """Why the gateway closes a socket; the reason sent along is the name in words."""
+CloseCode = hikari.errors.ShardCloseCode
+Intent = hikari.Intents
+Permission = hikari.Permissions
+ChannelType = hikari.ChannelType
 
-    GOING_AWAY = 1001
-    UNKNOWN_ERROR = 4000
-    UNKNOWN_OPCODE = 4001
-    DECODE_ERROR = 4002
-    NOT_AUTHENTICATED = 4003
-    AUTHENTICATION_FAILED = 4004
-    ALREADY_AUTHENTICATED = 4005
-    INVALID_SEQ = 4007
-    RATE_LIMITED = 4008
-    SESSION_TIMED_OUT = 4009
-    INVALID_SHARD = 4010
-    SHARDING_REQUIRED = 4011
-    INVALID_API_VERSION = 4012
-    INVALID_INTENTS = 4013
-    DISALLOWED_INTENTS = 4014
-
-
-class Intent(enum.IntFlag):
-    """Gateway intents."""
-
-    GUILDS = 1 << 0
-    GUILD_MEMBERS = 1 << 1
-    GUILD_MODERATION = 1 << 2
-    GUILD_EXPRESSIONS = 1 << 3
-    GUILD_INTEGRATIONS = 1 << 4
-    GUILD_WEBHOOKS = 1 << 5
-    GUILD_INVITES = 1 << 6
-    GUILD_VOICE_STATES = 1 << 7
-    GUILD_PRESENCES = 1 << 8
-    GUILD_MESSAGES = 1 << 9
-    GUILD_MESSAGE_REACTIONS = 1 << 10
-    GUILD_MESSAGE_TYPING = 1 << 11
-    DIRECT_MESSAGES = 1 << 12
-    DIRECT_MESSAGE_REACTIONS = 1 << 13
-    DIRECT_MESSAGE_TYPING = 1 << 14
-    MESSAGE_CONTENT = 1 << 15
-    GUILD_SCHEDULED_EVENTS = 1 << 16
-    AUTO_MODERATION_CONFIGURATION = 1 << 20
-    AUTO_MODERATION_EXECUTION = 1 << 21
-    GUILD_MESSAGE_POLLS = 1 << 24
-    DIRECT_MESSAGE_POLLS = 1 << 25
-
-
-ALL_INTENTS = Intent(sum(Intent))
-PRIVILEGED = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSAGE_CONTENT
+PRIVILEGED = Intent.ALL_PRIVILEGED
 # The flag of an application by the privileged intent that a bot in under a hundred guilds may use
 # (Resources: Application, Application Flags, the ones that end in _LIMITED).
 APPLICATION_FLAGS = {
@@ -205,28 +162,6 @@ APPLICATION_FLAGS = {
     Intent.GUILD_MEMBERS: 1 << 15,
     Intent.MESSAGE_CONTENT: 1 << 19,
 }
-
-
-class Permission(enum.IntFlag):
-    """The permissions that tests and the lively guild need."""
-
-    KICK_MEMBERS = 1 << 1
-    BAN_MEMBERS = 1 << 2
-    ADMINISTRATOR = 1 << 3
-    MANAGE_CHANNELS = 1 << 4
-    MANAGE_GUILD = 1 << 5
-    ADD_REACTIONS = 1 << 6
-    VIEW_CHANNEL = 1 << 10
-    SEND_MESSAGES = 1 << 11
-    MANAGE_MESSAGES = 1 << 13
-    READ_MESSAGE_HISTORY = 1 << 16
-    CONNECT = 1 << 20
-    SPEAK = 1 << 21
-    MANAGE_ROLES = 1 << 28
-    CREATE_PUBLIC_THREADS = 1 << 35
-    SEND_MESSAGES_IN_THREADS = 1 << 38
-
-
 EVERYONE_MAY = (
     Permission.ADD_REACTIONS
     | Permission.VIEW_CHANNEL
@@ -237,17 +172,6 @@ EVERYONE_MAY = (
     | Permission.CREATE_PUBLIC_THREADS
     | Permission.SEND_MESSAGES_IN_THREADS
 )
-
-
-class ChannelType(enum.IntEnum):
-    """Kinds of channels."""
-
-    TEXT = 0
-    DM = 1
-    VOICE = 2
-    CATEGORY = 4
-    ANNOUNCEMENT = 5
-    PUBLIC_THREAD = 11
 
 
 # ---- ids and times ----
@@ -435,7 +359,7 @@ class Channel:
     id: int
     guild_id: int
     name: str
-    type: int = ChannelType.TEXT
+    type: int = ChannelType.GUILD_TEXT
     position: int = 0
     parent_id: int | None = None
     overwrites: list[Overwrite] = field(default_factory=list)
@@ -457,7 +381,7 @@ class Channel:
             "rate_limit_per_user": 0,
             "last_message_id": _id_or_none(self.last_message_id),
             "flags": 0,
-        } | (voice if self.type == ChannelType.VOICE else {})
+        } | (voice if self.type == ChannelType.GUILD_VOICE else {})
 
 
 @dataclass(slots=True)
@@ -479,7 +403,7 @@ class Thread:
             "guild_id": str(self.guild_id),
             "parent_id": str(self.parent_id),
             "owner_id": str(self.owner_id),
-            "type": int(ChannelType.PUBLIC_THREAD),
+            "type": int(ChannelType.GUILD_PUBLIC_THREAD),
             "name": self.name,
             "last_message_id": _id_or_none(self.last_message_id),
             "rate_limit_per_user": 0,
@@ -527,7 +451,7 @@ class Guild:
     @property
     def general(self) -> Channel:
         """The first text channel."""
-        return next(c for c in self.channels.values() if c.type == ChannelType.TEXT)
+        return next(c for c in self.channels.values() if c.type == ChannelType.GUILD_TEXT)
 
     def add_member(
         self,
@@ -559,7 +483,7 @@ class Guild:
         self,
         name: str,
         *,
-        kind: int = ChannelType.TEXT,
+        kind: int = ChannelType.GUILD_TEXT,
         parent: Channel | None = None,
         overwrites: Iterable[Overwrite] = (),
     ) -> Channel:
@@ -841,7 +765,7 @@ MOST_SHOWN = 75_000  # members of a guild that is shown whole in GUILD_CREATE (G
 
 def guild_create_json(
     guild: Guild,
-    intents: int = ALL_INTENTS,
+    intents: int = Intent.ALL,
     *,
     large_threshold: int = 250,
     joined_now: bool = False,
@@ -892,7 +816,7 @@ _GUILD_EVENTS = {
     Intent.GUILD_MEMBERS: """GUILD_MEMBER_ADD GUILD_MEMBER_UPDATE GUILD_MEMBER_REMOVE
         THREAD_MEMBERS_UPDATE""",
     Intent.GUILD_MODERATION: "GUILD_AUDIT_LOG_ENTRY_CREATE GUILD_BAN_ADD GUILD_BAN_REMOVE",
-    Intent.GUILD_EXPRESSIONS: "GUILD_EMOJIS_UPDATE GUILD_STICKERS_UPDATE",
+    Intent.GUILD_EMOJIS: "GUILD_EMOJIS_UPDATE GUILD_STICKERS_UPDATE",
     Intent.GUILD_INTEGRATIONS: """GUILD_INTEGRATIONS_UPDATE INTEGRATION_CREATE INTEGRATION_UPDATE
         INTEGRATION_DELETE""",
     Intent.GUILD_WEBHOOKS: "WEBHOOKS_UPDATE",
@@ -905,9 +829,9 @@ _GUILD_EVENTS = {
     Intent.GUILD_MESSAGE_TYPING: "TYPING_START",
 }
 _DIRECT_EVENTS = {
-    Intent.DIRECT_MESSAGES: "MESSAGE_CREATE MESSAGE_UPDATE MESSAGE_DELETE CHANNEL_PINS_UPDATE",
-    Intent.DIRECT_MESSAGE_REACTIONS: _GUILD_EVENTS[Intent.GUILD_MESSAGE_REACTIONS],
-    Intent.DIRECT_MESSAGE_TYPING: "TYPING_START",
+    Intent.DM_MESSAGES: "MESSAGE_CREATE MESSAGE_UPDATE MESSAGE_DELETE CHANNEL_PINS_UPDATE",
+    Intent.DM_MESSAGE_REACTIONS: _GUILD_EVENTS[Intent.GUILD_MESSAGE_REACTIONS],
+    Intent.DM_MESSAGE_TYPING: "TYPING_START",
 }
 _NO_CONTENT: Json = {"content": "", "embeds": [], "attachments": [], "components": []}
 
@@ -1111,10 +1035,10 @@ class Gateway:
         self._check_token(identify.token)
         if not 0 <= shard_id < shard_count:
             raise RefusedError(CloseCode.INVALID_SHARD)
-        if identify.intents & ~int(ALL_INTENTS):
-            raise RefusedError(CloseCode.INVALID_INTENTS)
+        if identify.intents & ~int(Intent.ALL):
+            raise RefusedError(CloseCode.INVALID_INTENT)
         if identify.intents & PRIVILEGED & ~self.allowed_privileged:
-            raise RefusedError(CloseCode.DISALLOWED_INTENTS)
+            raise RefusedError(CloseCode.DISALLOWED_INTENT)
 
     def _check_token(self, token: str) -> None:
         if token.removeprefix("Bot ") != self.token:
@@ -1419,7 +1343,7 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
     def _negotiated(self) -> Pack:
         """How to pack what goes out, from the address (Gateway: Gateway URL Query String Params)."""
         if self.get_query_argument("v", None) != str(API_VERSION):
-            raise RefusedError(CloseCode.INVALID_API_VERSION)
+            raise RefusedError(CloseCode.INVALID_VERSION)
         encoding = self.get_query_argument("encoding", "json")
         if encoding != "json":
             raise RefusedError(CloseCode.DECODE_ERROR, f"No encoding {encoding} here, only json.")
@@ -1440,7 +1364,7 @@ class GatewaySocket(tornado.websocket.WebSocketHandler):
 
     def _time_out(self) -> None:
         self.gateway.forget(self)
-        self.refuse(RefusedError(CloseCode.SESSION_TIMED_OUT))
+        self.refuse(RefusedError(CloseCode.SESSION_TIMEOUT))
 
     def transmit(self, packet: bytes) -> asyncio.Future[None] | None:
         """Send an encoded packet; None when the socket is closing."""
@@ -1707,7 +1631,7 @@ class Happenings(Gateway):
         guild: Guild,
         name: str,
         *,
-        kind: int = ChannelType.TEXT,
+        kind: int = ChannelType.GUILD_TEXT,
         parent: Channel | None = None,
         overwrites: Iterable[Overwrite] = (),
     ) -> Channel:
@@ -2718,7 +2642,7 @@ class LivelyGuild:
         private = hidden_except(self.guild, staff)
         self.staff_room = self.guild.add_channel("staff-room", overwrites=private)
         self.voice_channels = [
-            self.guild.add_channel(name, kind=ChannelType.VOICE) for name in VOICE_CHANNELS
+            self.guild.add_channel(name, kind=ChannelType.GUILD_VOICE) for name in VOICE_CHANNELS
         ]
         self.threads = [self.guild.add_thread(topic, channels[-1]) for topic in TOPICS[:2]]
         self.channels = channels

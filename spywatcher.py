@@ -315,7 +315,7 @@ def known_host(text: str) -> str:
     plain = re.sub(r"^\w+://|[/?#].*", "", text)
     if plain.count(":") == 1:
         plain = plain.partition(":")[0]
-    if plain != text or not text:
+    if plain != text:
         raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
     return text
 
@@ -3670,7 +3670,8 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Base of a plugin's `class Settings`: the keys of its `[plugin.NAME]` table in config.toml.
 
         class Settings(PluginSettings, frozen=True):
-            longest: Annotated[int, Meta(ge=1, description="Characters shown.")] = 80
+            #: Characters shown.
+            longest: Annotated[int, Meta(ge=1)] = 80
 
     Give each key a type and a default. Wrong values are refused with their key path, what does not
     fit together by `__post_init__` with `ValueError("key: what is wrong", …)`; what is in force is
@@ -7573,7 +7574,7 @@ class Subscriptions:
         if room not in rooms and len(rooms) >= self._limits.settings.rooms_per_connection:
             raise ClientError("too_many_rooms", f"Already in {len(rooms)} rooms")
         if self._access.may_view(dashboard.viewer, guild_id) is False:
-            self._leave(dashboard, room)
+            self._expel(dashboard, guild_id)
             raise ClientError("forbidden", f"No access to guild {guild_id}")
         if room not in entered:
             dashboard.pending.add(room)
@@ -7609,9 +7610,9 @@ class Subscriptions:
         if dashboard.sid not in self.connected:
             return None
         may_view = self._access.may_view(dashboard.viewer, guild_id)
-        pending = [room for room in dashboard.pending if room_guild(room) == guild_id]
         if may_view is False:
-            self._expel(dashboard, guild_id, pending)
+            self._expel(dashboard, guild_id)
+        pending = [room for room in dashboard.pending if room_guild(room) == guild_id]
         if not may_view or not pending:
             return None
         following = self._node.follow(guild_id)
@@ -7630,23 +7631,19 @@ class Subscriptions:
         if dashboard.ticket is not None:
             self._recovery.enter(dashboard.ticket, room)
 
-    def _expel(self, dashboard: Dashboard, guild_id: str, pending: Sequence[str]) -> None:
+    def _expel(self, dashboard: Dashboard, guild_id: str) -> None:
         """Once it is sure that a viewer may not, it is not even given what waits for it."""
-        rooms = [one for one in self._rooms.rooms_of(dashboard.sid) if room_guild(one) == guild_id]
+        entered = self._rooms.rooms_of(dashboard.sid)
+        rooms = [one for one in entered | dashboard.pending if room_guild(one) == guild_id]
+        if not rooms:
+            return
+        lost = not entered.isdisjoint(rooms)
         for room in rooms:
             self._rooms.expel(dashboard.sid, room)
-        for room in (*rooms, *pending):
             self._leave(dashboard, room)
-        if rooms or pending:
-            self._limits.metrics.refused_requests.labels(
-                "right_lost" if rooms else "forbidden"
-            ).inc()
-            text = (
-                f"Access to guild {guild_id} was lost"
-                if rooms
-                else f"No access to guild {guild_id}"
-            )
-            dashboard.tell("error", ClientError("forbidden", text).to_wire())
+        self._limits.metrics.refused_requests.labels("right_lost" if lost else "forbidden").inc()
+        text = f"Access to guild {guild_id} was lost" if lost else f"No access to guild {guild_id}"
+        dashboard.tell("error", ClientError("forbidden", text).to_wire())
 
     def _leave(self, dashboard: Dashboard, room: str) -> None:
         self._rooms.leave(dashboard.sid, room)
@@ -8114,6 +8111,13 @@ class Comebacks:
         size = sum(len(frame.bytes) for frame in frames)
         return frames if size <= self._most_bytes else None
 
+    def expect(self, ticket: Ticket, session: Session) -> None:
+        """Keep for its client what comes from now on, unless it has said DISCONNECT."""
+        if session.closed:
+            self._recovery.await_return(ticket)
+        else:
+            self._recovery.forget(ticket)
+
     def welcome(self, dashboard: Dashboard) -> None:
         """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
         ticket, comeback = dashboard.ticket, dashboard.comeback
@@ -8146,7 +8150,6 @@ class Dashboards:
         tokens: Tokens,
         limits: Limits,
         node: Node,
-        recovery: Recovery,
         rights: RightsWatcher,
         comebacks: Comebacks,
     ) -> None:
@@ -8154,7 +8157,6 @@ class Dashboards:
         self._tokens = tokens
         self._limits = limits
         self._node = node
-        self._recovery = recovery
         self._rights = rights
         self._comebacks = comebacks
         self._subscriptions = rights.subscriptions
@@ -8215,11 +8217,9 @@ class Dashboards:
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._rights.remove(sid)
         dashboard.forget_token()
-        session, ticket = dashboard.session, dashboard.ticket
-        if ticket is not None and session.closed:
-            self._recovery.await_return(ticket)
-        elif ticket is not None:  # it said DISCONNECT
-            self._recovery.forget(ticket)
+        session = dashboard.session
+        if dashboard.ticket is not None:
+            self._comebacks.expect(dashboard.ticket, session)
         self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
         self._node.viewer_left(dashboard.viewer.discord_id)
         if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
@@ -8506,13 +8506,7 @@ class Server:
             self.recovery, self.access, self.rights.subscriptions, most_bytes, self.metrics
         )
         return Dashboards(
-            self.socketio,
-            self.tokens,
-            self.limits,
-            self.node,
-            self.recovery,
-            self.rights,
-            comebacks,
+            self.socketio, self.tokens, self.limits, self.node, self.rights, comebacks
         )
 
     # -- how things stand

@@ -65,12 +65,10 @@ now = time.time
 
 
 class Settings(PluginSettings, frozen=True):
-    days: Annotated[
-        int, Meta(ge=1, le=4000, description="Days that the hours are kept, in whole weeks.")
-    ] = 400
-    window_days: Annotated[
-        int, Meta(ge=1, le=400, description="Days that a new subscriber gets.")
-    ] = 28
+    #: Days that the hours are kept, in whole weeks.
+    days: Annotated[int, Meta(ge=1, le=4000)] = 400
+    #: Days that a new subscriber gets.
+    window_days: Annotated[int, Meta(ge=1, le=400)] = 28
 
 
 class Hour(Payload):

@@ -33,12 +33,10 @@ ROSTER_KEPT = 60.0
 
 
 class Settings(PluginSettings, frozen=True):
-    alert_cooldown: Annotated[
-        float, Meta(ge=0, description="Seconds after an alert in which its member causes no other.")
-    ] = 60.0
-    snapshot_members: Annotated[
-        int, Meta(ge=0, description="Members that a snapshot names; it counts all.")
-    ] = 500
+    #: Seconds after an alert in which its member causes no other.
+    alert_cooldown: Annotated[float, Meta(ge=0)] = 60.0
+    #: Members that a snapshot names; it counts all.
+    snapshot_members: Annotated[int, Meta(ge=0)] = 500
 
 
 class PresenceUpdate(Payload):
@@ -134,17 +132,24 @@ class Roster:
         self._cache = spy.bot.cache
         self._guild_id = guild_id
         self._rows: dict[int, Row] = {}
+        self._latest: dict[int, PresenceSnapshot] = {}  # by how many it names
         self.asked = time.monotonic()
         self.changed = set(map(int, self._cache.get_members_view_for_guild(guild_id)))
 
     async def snapshot(self, longest: int) -> PresenceSnapshot:
-        """True at the moment at which it returns."""
+        """True at the moment at which it returns; the same for all who ask before it changes."""
         self.asked = time.monotonic()
         while self.changed:
+            self._latest.clear()
             for _ in range(min(SLICE, len(self.changed))):
                 self._look_up(self.changed.pop())
             if self.changed:
                 await asyncio.sleep(0)
+        if longest not in self._latest:
+            self._latest = {longest: self._make(longest)}
+        return self._latest[longest]
+
+    def _make(self, longest: int) -> PresenceSnapshot:
         counted = collections.Counter(row.status for row in self._rows.values())
         return PresenceSnapshot(
             counts={status: counted[status] for status in STATUSES},

@@ -71,37 +71,26 @@ DiscordId = Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")]
 
 
 class Settings(PluginSettings, frozen=True):
-    client_id: Annotated[
-        str,
-        Meta(
-            pattern=r"^[0-9]{0,20}$",
-            description="Id of the application at Discord; empty: nobody can sign in.",
-        ),
-    ] = ""
-    client_secret: Annotated[str, Meta(description="Secret of the application.")] = ""
-    client_secret_file: Annotated[str, Meta(description="File that holds the secret instead.")] = ""
-    public_url: Annotated[
-        str, Meta(description="How browsers reach this server, like https://watch.example.")
-    ] = ""
-    authorize_url: Annotated[
-        str,
-        Meta(description="Discord's page to sign in at; empty: that beside [discord] rest_url."),
-    ] = ""
-    cdn_url: Annotated[str, Meta(description="Where pictures of viewers are fetched.")] = (
-        hikari.urls.CDN_URL
-    )
-    session_days: Annotated[
-        float, Meta(gt=0, le=400, description="Days after which one has to sign in again.")
-    ] = 7.0
-    token_ttl: Annotated[
-        float, Meta(gt=0, le=DAY, description="Seconds that a token for Socket.IO is good.")
-    ] = 900.0
-    admins: Annotated[
-        tuple[DiscordId, ...], Meta(description="Discord ids whose tokens have the role ADMIN.")
-    ] = ()
-    banned: Annotated[
-        tuple[DiscordId, ...], Meta(description="Discord ids that get no token.")
-    ] = ()
+    #: Id of the application at Discord; empty: nobody can sign in.
+    client_id: Annotated[str, Meta(pattern=r"^[0-9]{0,20}$")] = ""
+    #: Secret of the application.
+    client_secret: str = ""
+    #: File that holds the secret instead.
+    client_secret_file: str = ""
+    #: How browsers reach this server, like https://watch.example.
+    public_url: str = ""
+    #: Discord's page to sign in at; empty: that beside [discord] rest_url.
+    authorize_url: str = ""
+    #: Where pictures of viewers are fetched.
+    cdn_url: str = hikari.urls.CDN_URL
+    #: Days after which one has to sign in again.
+    session_days: Annotated[float, Meta(gt=0, le=400)] = 7.0
+    #: Seconds that a token for Socket.IO is good.
+    token_ttl: Annotated[float, Meta(gt=0, le=DAY)] = 900.0
+    #: Discord ids whose tokens have the role ADMIN.
+    admins: tuple[DiscordId, ...] = ()
+    #: Discord ids that get no token.
+    banned: tuple[DiscordId, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.client_id:
@@ -570,7 +559,7 @@ def avatar_of(user: hikari.OwnUser, cdn_url: str) -> str | None:
     if not re.fullmatch(r"(a_)?[0-9a-f]{32}", user.avatar_hash or ""):
         return None
     url = str(user.make_avatar_url(file_format="PNG", size=64))
-    return url.replace(hikari.urls.CDN_URL, cdn_url, 1)
+    return url.replace(hikari.urls.CDN_URL, cdn_url.rstrip("/"), 1)
 
 
 # ---- what pages ask for ----

@@ -24,8 +24,8 @@ PACKAGES = (
 )
 PROGRAMS = ("debootstrap", "mkfs.ext4", "qemu-system-x86_64", "ssh-keygen", "ssh", "scp")
 #: Seconds that an emulated processor may take.
-BOOT_TIME = 240.0
-COMMAND_TIME = 600.0
+BOOT_TIME = 600.0
+COMMAND_TIME = 900.0
 
 NETWORK = "[Match]\nName=en*\n[Network]\nDHCP=yes\n"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ async def output(command: Sequence[str | Path], folder: Path, **environment: str
 
 
 def plugins_in(text: str) -> set[str]:
-    return {line.split()[1].rstrip(":") for line in text.splitlines() if line.startswith("plugin ")}
+    return set(re.findall(r"^(\w+):$", text, re.MULTILINE))
 
 
 # ---- one file
@@ -139,7 +140,10 @@ async def test_a_plugin_of_ones_own_stands_in_for_the_shipped_one_of_its_name(
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "messages.py").write_text(HELLO)
     text = await checked([sys.executable, bundle], tmp_path, SHIV_ROOT=str(unpacked))
-    assert "plugin messages: hello\n" in text
+    assert "messages:\n  sends     hello\n" in text
+    assert re.search(
+        rf"plugin messages: {tmp_path}/plugins/messages.py replaces /\S+/messages.py", text
+    )
 
 
 async def test_the_bundle_serves(

@@ -65,8 +65,8 @@ async def test_an_edited_message_is_told_and_a_preview_is_not(example: Any, guil
 
 async def test_voice_is_joined_changed_and_left(example: Any, guild: Guild) -> None:
     ada = guild.add_member("ada")
-    lounge = guild.add_channel("lounge", kind=ChannelType.VOICE)
-    stage = guild.add_channel("stage", kind=ChannelType.VOICE)
+    lounge = guild.add_channel("lounge", kind=ChannelType.GUILD_VOICE)
+    stage = guild.add_channel("stage", kind=ChannelType.GUILD_VOICE)
     async with example() as spy:
         dashboard = await spy.dashboard()
         told = []

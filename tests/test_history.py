@@ -268,6 +268,8 @@ async def test_a_new_subscriber_gets_the_window_and_then_what_changes(
         assert [(hour["messages"], hour["active"]) for hour in update["hours"]] == [(1, 1)]
         await spy.discord.message(guild, ada, guild.general)
         changed = await dashboard.next(UPDATE)
+        if changed["hours"] == update["hours"]:  # of the first message, held back until now
+            changed = await dashboard.next(UPDATE)
         assert [hour["messages"] for hour in changed["hours"]] == [2]
         assert changed["hours"][0]["hour"] == update["hours"][0]["hour"]
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import jwt
 import pytest
 from jsclient import ConnectError
-from length import length
 from redisserver import Proxy
 from service import SECRET
 from tornado.httpclient import AsyncHTTPClient
@@ -286,7 +285,7 @@ async def test_valid_viewers_behind_one_address_all_come_back_by_themselves(watc
         assert not spy.server.metrics.blocked._value.get()
 
 
-@pytest.mark.skipif(not length(0, 1), reason="takes two minutes: LONG=1 runs it")
+@pytest.mark.faults
 async def test_forty_dashboards_behind_one_address_are_back_within_90_seconds(watching):
     """By the limits and the client as they come, each connection cut twice within a minute."""
     stock = {"reconnectionDelay": 1000, "reconnectionDelayMax": 5000}
@@ -312,10 +311,8 @@ async def test_forty_dashboards_behind_one_address_are_back_within_90_seconds(wa
                     back.setdefault(one.number, time.monotonic() - cut)
             await asyncio.sleep(0.1)
         seconds = sorted(back.values())
-        print(
-            f"{len(seconds)} of 40 are back, half in {seconds[19]:.1f} s, all in {seconds[-1]:.1f}"
-        )
-        assert len(back) == len(dashboards)
+        assert len(seconds) == len(dashboards)
+        print(f"half are back in {seconds[19]:.1f} s, all in {seconds[-1]:.1f}")
         assert not spy.server.metrics.blocked._value.get()
 
 

@@ -72,7 +72,7 @@ def test_the_script_of_the_page_runs() -> None:
 @plugin("Tell dashboards each minute how many members are in voice channels.")
 def test_voice_states_are_counted(harness: Harness) -> None:
     ada = harness.guild.add_member("ada")
-    harness.guild.voice[ada.id] = harness.guild.add_channel("x", kind=ChannelType.VOICE).id
+    harness.guild.voice[ada.id] = harness.guild.add_channel("x", kind=ChannelType.GUILD_VOICE).id
     with harness as h:
         h.tick()
         assert h.emitted[0].fields["count"] == 1

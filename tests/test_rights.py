@@ -264,6 +264,24 @@ async def test_a_list_has_a_guild_again_once_a_time_out_ends(watching, guild, ad
         assert len((await dashboard.next("guilds:update"))["guilds"]) == 1
 
 
+async def test_who_subscribes_again_without_the_right_is_not_even_given_what_waits(
+    watching, guild, ada
+):
+    async with watching() as spy:
+        page, subscriptions = await spy.dashboard(ada), spy.server.rights.subscriptions
+        [dashboard] = subscriptions.connected.values()
+        for number in range(3):  # the first leaves at once, the others a little later
+            spy.server.node.deliver("x", str(guild.id), {"number": number}, "guild")
+        auth = spy.server._settings.auth
+        needed = spywatcher.msgspec.structs.replace(auth, viewer_permissions=("BAN_MEMBERS",))
+        spy.server.access.reconfigure(needed)
+        with pytest.raises(spywatcher.ClientError, match="No access"):
+            await subscriptions.subscribe(dashboard, "guild", str(guild.id))
+        assert (await page.next("error"))["message"] == f"Access to guild {guild.id} was lost"
+        await spy.nothing(page, "error")
+        assert [event["number"] for event in page.received("x")] == [0]
+
+
 SECRET_SNAPSHOT = """
 from spywatcher import Payload, on_subscribe
 
@@ -291,7 +309,7 @@ async def test_a_snapshot_of_a_channel_is_for_those_who_may_see_it(watching, gui
 async def test_the_text_of_a_voice_channel_is_for_those_who_may_connect(watching, guild, ada):
     denied = [Overwrite(guild.id, deny=spywatcher.CONNECT)]
     voice = guild.add_channel("voice", overwrites=denied)
-    voice.type = simulator.ChannelType.VOICE
+    voice.type = simulator.ChannelType.GUILD_VOICE
     async with watching() as spy:
         dashboard = await spy.dashboard(ada)
         await write(spy, voice)

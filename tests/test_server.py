@@ -15,7 +15,7 @@ from waiting import eventually
 import spywatcher
 from simulator import PretendDiscord
 
-TOKEN = spywatcher.Tokens(spywatcher.Keys((SECRET,)), ["HS256"]).issue("1", role="ADMIN")
+TOKEN = spywatcher.Tokens(spywatcher.Keys((SECRET,)), ["HS256"]).issue("1", "ADMIN", ttl=86_400)
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 GOOD, EVIL = "http://localhost:5173", "https://evil.example"
 

@@ -1,10 +1,11 @@
 """config.toml: one table of settings, from which files, documents and checks follow."""
 
+import functools
 import inspect
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,14 +24,11 @@ def faults(**tables: Any) -> list[str]:
     return list(caught.value.faults)
 
 
-def meaning(struct: type, key: str) -> str:
-    """The sentence that stands above a setting or, of a plugin's, in its type."""
+@functools.cache  # to find a class is to parse its whole file
+def meanings(struct: type) -> dict[str, str]:
+    """The sentence that stands above each setting."""
     written = re.findall(r"^    #: (.+)\n    (\w+):", inspect.getsource(struct), re.MULTILINE)
-    texts = [text for text, name in written if name == key]
-    hint = get_type_hints(struct, include_extras=True)[key]
-    texts += [meta.description for meta in getattr(hint, "__metadata__", ()) if meta.description]
-    assert len(texts) == 1, f"{struct.__name__}.{key} has no description"
-    return texts[0]
+    return {key: text for text, key in written}
 
 
 def plugin_tables() -> dict[str, type]:
@@ -51,11 +49,11 @@ def known_settings() -> dict[str, tuple[object, str]]:
         if isinstance(field.type, type) and issubclass(field.type, spywatcher.Section)
     }
     known: dict[str, tuple[object, str]] = {
-        f"throttle.{event}": (seconds, meaning(Settings, "throttle"))
+        f"throttle.{event}": (seconds, meanings(Settings)["throttle"])
         for event, seconds in Settings().throttle.items()
     }
     return known | {
-        f"{name}.{field.name}": (msgspec.to_builtins(field.default), meaning(struct, field.name))
+        f"{name}.{field.name}": (msgspec.to_builtins(field.default), meanings(struct)[field.name])
         for name, struct in (sections | plugin_tables()).items()
         for field in msgspec.structs.fields(struct)
     }

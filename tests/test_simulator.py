@@ -590,10 +590,10 @@ async def test_lists_come_in_pages_and_refusals_have_discords_numbers(
         ("v=10", [(2, {"token": "wrong"})], CloseCode.AUTHENTICATION_FAILED),
         ("v=10", [(2, {}), (2, {})], CloseCode.ALREADY_AUTHENTICATED),
         ("v=10", [(2, {"shard": [2, 2]})], CloseCode.INVALID_SHARD),
-        ("v=10", [(2, {"intents": 1 << 30})], CloseCode.INVALID_INTENTS),
+        ("v=10", [(2, {"intents": 1 << 30})], CloseCode.INVALID_INTENT),
         ("v=10", [(1, "x" * 4096)], CloseCode.DECODE_ERROR),
         ("v=10", [(1, None)] * 121, CloseCode.RATE_LIMITED),
-        ("v=9", [], CloseCode.INVALID_API_VERSION),
+        ("v=9", [], CloseCode.INVALID_VERSION),
         ("v=10&encoding=etf", [], CloseCode.DECODE_ERROR),
         ("v=10&compress=foo", [], CloseCode.DECODE_ERROR),
     ],
@@ -619,7 +619,7 @@ async def test_a_client_without_heartbeats_loses_connection_and_session(
     monkeypatch.setattr(simulator, "HEARTBEAT_GRACE", 0.2)
     async with PretendDiscord(heartbeat_interval=0.1) as discord, Client.of(discord) as client:
         await client.identify(discord)
-        assert await client.close_code() == CloseCode.SESSION_TIMED_OUT
+        assert await client.close_code() == CloseCode.SESSION_TIMEOUT
         assert not discord.sessions
 
 

@@ -15,18 +15,18 @@ Job = tuple[list[Row], list[Person]]
 
 
 class Settings(PluginSettings, frozen=True):
-    window_days: Annotated[int, Meta(ge=1, le=366, description="Days that the counts go back.")] = 7
-    lurker_min_presence: Annotated[
-        int, Meta(ge=1, description="Changes of status that make a silent member a lurker.")
-    ] = 5
-    ignore_members: Annotated[
-        tuple[Id, ...], Meta(description="Members never counted, by id.")
-    ] = ()
-    ghosts: Annotated[ListLength, Meta(description="Members in the list of ghosts.")] = 10
-    lurkers: Annotated[ListLength, Meta(description="Members in the list of lurkers.")] = 10
-    channel_diversity: Annotated[
-        ListLength, Meta(description="Members in the list of channel diversity.")
-    ] = 20
+    #: Days that the counts go back.
+    window_days: Annotated[int, Meta(ge=1, le=366)] = 7
+    #: Changes of status that make a silent member a lurker.
+    lurker_min_presence: Annotated[int, Meta(ge=1)] = 5
+    #: Members never counted, by id.
+    ignore_members: tuple[Id, ...] = ()
+    #: Members in the list of ghosts.
+    ghosts: ListLength = 10
+    #: Members in the list of lurkers.
+    lurkers: ListLength = 10
+    #: Members in the list of channel diversity.
+    channel_diversity: ListLength = 20
 
 
 ADD = """ON CONFLICT DO UPDATE SET

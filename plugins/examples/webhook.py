@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-from typing import Annotated, Any
+from typing import Any
 
-from msgspec import Meta
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 from spywatcher import PluginSettings, Spy, on
@@ -14,7 +13,8 @@ PATIENCE = 1.0
 
 
 class Settings(PluginSettings, frozen=True):
-    url: Annotated[str, Meta(description="Where to post; empty: nowhere.")] = ""
+    #: Where to post; empty: nowhere.
+    url: str = ""
 
 
 @on("alert:multiClient")
