@@ -70,6 +70,7 @@ import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
 import tomllib
 import traceback
@@ -4540,49 +4541,62 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
+#: Seconds that a thread may have to wait for others each time that it sleeps, on a busy machine.
+LONGEST_TURN: Final = 0.5
 #: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
 
 class Standing(NamedTuple):
-    """What a thread has had so far, in seconds; two of them tell what kept it (proc(5), getrusage(2))."""
+    """What a thread has had so far, in seconds; two of them tell what kept it."""
 
     #: It ran;
     ran: float = 0.0
-    #: it was ready to run, and other threads of the machine ran;
-    queued: float = 0.0
-    #: the other threads of this process ran.
+    #: the other threads of this process ran;
     others: float = 0.0
-    #: So many times it slept,
+    #: so many times it slept, and the other threads were interrupted.
     naps: int = 0
-    #: and the other threads were interrupted.
     interrupted: int = 0
+    #: As `seconds_queued` says; it may be a second older, for that is dear.
+    queued: Mapping[int, float] = {}
 
 
-def standing() -> Standing:
-    """Of the thread that asks; nothing where no kernel tells."""
+def standing(queued: Mapping[int, float]) -> Standing:
+    """Of the thread that asks; nothing where no kernel tells (getrusage(2))."""
     try:
         own = resource.getrusage(resource.RUSAGE_THREAD)
-        with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
-            queued = int(file.read().split()[1]) / 1e9
-    except (OSError, AttributeError):
+    except AttributeError:
         return Standing()
-    ran, all_ran = time.thread_time(), time.process_time()
+    ran = time.thread_time()
     interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
-    return Standing(ran, queued, all_ran - ran, own.ru_nvcsw, interrupted)
+    return Standing(ran, time.process_time() - ran, own.ru_nvcsw, interrupted, queued)
+
+
+def seconds_queued() -> dict[int, float]:
+    """For how long each thread of this process was ready to run while others ran (proc(5))."""
+    queued = {}
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            place = f"/proc/self/task/{thread}/schedstat"
+            with contextlib.suppress(OSError), open(place, "rb", buffering=0) as file:
+                queued[int(thread)] = int(file.read().split()[1]) / 1e9
+    return queued
 
 
 def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
     """For how much of so many seconds the thread itself kept everybody waiting.
 
-    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, which
-    another thread had. That ran, or was itself interrupted for nobody knows how long; but who waits
-    for the interpreter wakes up every few milliseconds to ask for it (`sys.setswitchinterval`).
+    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, or for
+    a thread to start: then the other threads ran or were queued, or had been interrupted for nobody
+    knows how long. But who waits for the interpreter wakes up every few milliseconds to ask for it
+    (`sys.setswitchinterval`), so that few long sleeps are its own.
     """
-    waited = (now.naps - before.naps) * BLOCKING
+    queued = {one: so_far - before.queued.get(one, 0.0) for one, so_far in now.queued.items()}
+    own = queued.pop(threading.get_native_id(), 0.0)
+    waited = (now.naps - before.naps) * LONGEST_TURN
     if now.interrupted == before.interrupted:
-        waited = min(waited, now.others - before.others)
-    return max(min(seconds, now.ran - before.ran), seconds - (now.queued - before.queued) - waited)
+        waited = min(waited, now.others - before.others + sum(queued.values()))
+    return max(min(seconds, now.ran - before.ran), seconds - own - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:
@@ -4644,6 +4658,8 @@ class Guarded:
     _paused_until: float = 0.0
     _standing: Standing = dataclasses.field(default_factory=Standing)
     _stood_at: float = 0.0
+    _queued: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    _queued_at: float = 0.0
     _longest: float = 0.0
     _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -4748,7 +4764,9 @@ class Guarded:
         """The moment at which the function goes on."""
         now = time.perf_counter()
         if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
-            self._standing, self._stood_at = standing(), now
+            if now > self._queued_at + 1.0:
+                self._queued, self._queued_at = seconds_queued(), now
+            self._standing, self._stood_at = standing(self._queued), now
         return now
 
     def _took(self, began: float) -> None:
@@ -4756,7 +4774,7 @@ class Guarded:
         seconds = time.perf_counter() - began
         self.metrics.plugin_seconds.counts[self.plugin] += seconds
         if seconds > BLOCKING:
-            seconds = seconds_held(seconds, self._standing, standing())
+            seconds = seconds_held(seconds, self._standing, standing(seconds_queued()))
             if seconds > max(BLOCKING, 2 * self._longest):
                 self._longest = seconds
                 held_up = "plugin %s: %s held up the server for %.0f ms"
