@@ -49,7 +49,7 @@ async def test_a_notice_that_discord_writes_for_a_member_is_silent(spy, discord,
 async def test_the_bot_does_not_ask_for_what_people_write(spy, discord):
     [session] = discord.sessions.values()
     assert not session.intents & session.intents.MESSAGE_CONTENT
-    assert not session.intents & session.intents.DIRECT_MESSAGES
+    assert not session.intents & session.intents.DM_MESSAGES
 
 
 async def test_a_message_is_kept_nowhere(spy, discord, guild):

@@ -65,6 +65,7 @@ class Analytics:
         self._arriving: dict[int, tuple[str, set[int]]] = {}  # guild: nonce, members so far
         self._arrived: dict[int, set[int]] = {}  # guilds that came before the counts: who is there
         self._changed: set[int] = set()  # guilds since they were last computed
+        self._announced: set[int] = set()  # of these, since the last flush; nobody may have listened
         self._latest: dict[int, tuple[float, asyncio.Task[AnalyticsUpdate]]] = {}
         self._store = Store()
         self.keeper = Keeper(spy, self._store.rows, spy.storage, self, now)
@@ -83,8 +84,8 @@ class Analytics:
                 return  # the disk has not even answered for long
             row = self._fresh[key] = [hour, guild, member, channel, 0, 0, 0, 0]
         row[kind] += 1
-        if guild not in self._changed or guild in self._arriving:
-            self.announce(guild)  # else it was already, and its lists were not made since
+        if guild not in self._announced:
+            self.announce(guild)
 
     def typed(self, guild: int, member: int, channel: int) -> None:
         """A typing start, unless it is one of Discord's repeats."""
@@ -110,6 +111,7 @@ class Analytics:
     def announce(self, guild: int) -> None:
         """The guild's lists may have changed."""
         self._changed.add(guild)
+        self._announced.add(guild)
         if not self.keeper.complete:
             return
         make = functools.partial(self.compute, guild)
@@ -152,6 +154,7 @@ class Analytics:
 
     async def flush(self) -> None:
         """Hand over all counts."""
+        self._announced.clear()
         self._close_job()
         jobs, self._jobs = self._jobs, []
         hour, settings = int(self._now() // 3600), self._spy.settings
@@ -201,6 +204,7 @@ class Analytics:
     async def _make(self, guild: int) -> AnalyticsUpdate:
         await self.keeper.started()
         self._changed.discard(guild)
+        self._announced.discard(guild)
         await self.flush()
         ghosts, lurkers, explorers = await self.keeper.run(self._store.lists, guild)
         name = functools.partial(member_name, self._spy.bot.cache, guild)
