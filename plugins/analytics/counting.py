@@ -65,7 +65,7 @@ class Analytics:
         self._arriving: dict[int, tuple[str, set[int]]] = {}  # guild: nonce, members so far
         self._arrived: dict[int, set[int]] = {}  # guilds that came before the counts: who is there
         self._changed: set[int] = set()  # guilds since they were last computed
-        self._announced: set[int] = set()  # of these, since the last flush; nobody may have listened
+        self._announced: set[int] = set()  # of these, since the last flush
         self._latest: dict[int, tuple[float, asyncio.Task[AnalyticsUpdate]]] = {}
         self._store = Store()
         self.keeper = Keeper(spy, self._store.rows, spy.storage, self, now)
