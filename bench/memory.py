@@ -88,16 +88,15 @@ def polling(kind: str, count: int) -> float:
 def recovery() -> dict[str, float]:
     """What the logs of all guilds hold after a window full of events, and what is allowed."""
     settings = spywatcher.RecoverySettings(window=WINDOW)
-    kept = spywatcher.Recovery(settings, b"k" * 32)
-    ticket = kept.issue(spywatcher.Viewer("1", "ADMIN"))
+    kept = spywatcher.GuildLogs(settings)
     rooms = [spywatcher.Destination(str(10**17 + number), "guild") for number in range(GUILDS)]
     for to in rooms:
-        kept.enter(ticket, to.room)
+        kept.keep(to.guild_id)
     before = peers.resident()
     for number in range(RATE * WINDOW):
         for to in rooms:
             packet = spywatcher.event_packet("message:new", peers.event.message(number))
-            kept.add(to, packet, kept.count())
+            kept.add(to, packet)
     allowed = GUILDS * spywatcher.MAX_LOG_BYTES / MEGABYTE
     grown = (peers.resident() - before) / MEGABYTE
     return {"logs_mb": kept.size / MEGABYTE, "grown_mb": grown, "allowed_mb": allowed}
