@@ -19,6 +19,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Tests wait more than they work: two at a time for each processor.
+WORKERS ?= $(shell expr 2 '*' $$(getconf _NPROCESSORS_ONLN))
 # What dist/spywatcher.pyz runs on: these Pythons, on Linux with glibc, on processors like this one.
 BUNDLE_PYTHONS ?= 3.11 3.12 3.13 3.14
 
@@ -40,10 +42,10 @@ dashboard: | $(BIN)/python
 	else echo "There is no npm here: the page at / is not built, all else works." >&2; fi
 
 test: .venv/.test tests/node_modules/.installed dashboard
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
 test-quick: .venv/.test tests/node_modules/.installed
-	$(BIN)/python -m pytest --numprocesses auto -m "not faults and not slow and not vm" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not faults and not slow and not vm" $(ARGS)
 
 # What moved is told first, by test_private_names.py; the releases by the last line.
 upgrade-check: tests/node_modules/.installed
@@ -53,11 +55,11 @@ upgrade-check: tests/node_modules/.installed
 	  $$($(PYTHON) -c 'import configparser; s = configparser.ConfigParser(); s.read("build/upgrade/setup.cfg"); \
 	    print(s["options"]["install_requires"], *(s["options.extras_require"][e] for e in ("test", "crypto")))')
 	build/upgrade/bin/python -m pytest tests/test_private_names.py
-	build/upgrade/bin/python -m pytest --numprocesses auto $(ARGS); status=$$?; \
+	build/upgrade/bin/python -m pytest --numprocesses $(WORKERS) $(ARGS); status=$$?; \
 	  build/upgrade/bin/python -m pip --disable-pip-version-check list; exit $$status
 
 test-cluster: .venv/.test tests/node_modules/.installed
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m faults $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m faults $(ARGS)
 
 test-vm: .venv/.test .venv/.bundle
 	$(BIN)/python -m pytest -m vm tests/test_vm.py $(ARGS)
