@@ -7559,7 +7559,7 @@ class Subscriptions:
             self._enter(dashboard, room)
         for guild_id in set(map(room_guild, dashboard.pending)):
             self._by_guild.setdefault(guild_id, {})[dashboard] = None
-            self._judge(dashboard, guild_id)
+            self.judge_one(dashboard, guild_id)
 
     # -- as clients ask
 
@@ -7577,7 +7577,7 @@ class Subscriptions:
             if dashboard.ticket is not None:
                 self._recovery.wait_for(dashboard.ticket, room)
             self._by_guild.setdefault(guild_id, {})[dashboard] = None
-            if (following := self._judge(dashboard, guild_id)) is not None:
+            if (following := self.judge_one(dashboard, guild_id)) is not None:
                 await asyncio.wait({following}, timeout=SUBSCRIBE_PATIENCE)
         return {"room": room, "pending": True} if room in dashboard.pending else {"room": room}
 
@@ -7591,14 +7591,14 @@ class Subscriptions:
         """Whether these viewers, or (None) all, may be in the guild's rooms; who comes back too."""
         for dashboard in tuple(self._by_guild.get(guild_id, ())):
             if discord_ids is None or dashboard.viewer.discord_id in discord_ids:
-                self._judge(dashboard, guild_id)
+                self.judge_one(dashboard, guild_id)
         for ticket in self._recovery.awaited(guild_id):
             wanted = discord_ids is None or ticket.viewer.discord_id in discord_ids
             if wanted and self._access.may_view(ticket.viewer, guild_id) is False:
                 for room in [room for room in ticket.rooms if room_guild(room) == guild_id]:
                     self._recovery.leave(ticket, room)
 
-    def _judge(self, dashboard: Dashboard, guild_id: str) -> asyncio.Task[None] | None:
+    def judge_one(self, dashboard: Dashboard, guild_id: str) -> asyncio.Task[None] | None:
         """Put a dashboard into the guild's rooms that it waits for, or out of all of them.
 
         Returns what it waits for, besides Discord: other nodes' events of the guild.
@@ -7613,7 +7613,7 @@ class Subscriptions:
             return None
         following = self._node.follow(guild_id)
         if following is not None:
-            following.add_done_callback(lambda _: self._judge(dashboard, guild_id))
+            following.add_done_callback(lambda _: self.judge_one(dashboard, guild_id))
             return following
         for room in pending:
             self._enter(dashboard, room)
@@ -7957,9 +7957,10 @@ class RightsWatcher:
         self._check_soon(0.0)
 
     def check_dashboard(self, dashboard: Dashboard) -> None:
-        """It has another token."""
+        """It has another token: what that one does not allow is left at once."""
         for guild_id in self.subscriptions.guilds_of(dashboard):
-            self.check(guild_id, dashboard.viewer.discord_id)
+            self._access.forget(int(guild_id))
+            self.subscriptions.judge_one(dashboard, guild_id)
         self.lists.change_viewer(dashboard)
 
     def _check_soon(self, seconds: float) -> None:

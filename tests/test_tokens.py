@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
@@ -333,5 +334,15 @@ async def test_a_refresh_takes_its_rights_with_it(spy, guild):
     assert (await dashboard.call("auth:refresh", spy.token(guilds=[str(guild.id)])))["ok"]
     await spy.nothing(dashboard)
     assert (await dashboard.call("auth:refresh", spy.token(guilds=["1"])))["ok"]
+    assert (await dashboard.next("error"))["code"] == "forbidden"
+    assert not list(spy.server.rooms.names())
+
+
+async def test_what_a_token_does_not_allow_for_a_moment_is_left(spy, guild):
+    dashboard = await spy.js.connect(spy.url, token=spy.token(role="ADMIN"))
+    await dashboard.call("subscribe:guild", str(guild.id))
+    tokens = spy.token(guilds=["1"]), spy.token(guilds=[str(guild.id)])
+    answers = [dashboard.call("auth:refresh", token) for token in tokens]
+    assert all(answer["ok"] for answer in await asyncio.gather(*answers))
     assert (await dashboard.next("error"))["code"] == "forbidden"
     assert not list(spy.server.rooms.names())
