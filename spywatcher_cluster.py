@@ -1006,7 +1006,9 @@ class Lease:
     def __init__(self, link: Link, source: str) -> None:
         self._link = link
         self.source = source
-        self._claim = link.redis.register_script(CLAIM)
+        self._in_touch = False
+        self._redis = link.client(lambda: not self._in_touch)
+        self._claim = self._redis.register_script(CLAIM)
         self._release = link.redis.register_script(RELEASE)
         self._state = LeaseState.STANDBY
         self._until = float("-inf")
@@ -1069,7 +1071,14 @@ class Lease:
             await self._changed.wait_for(lambda: ready(self.term))
 
     async def work(self) -> None:
-        """Renew, or wait for a chance to take over, for as long as Redis answers."""
+        """Renew, or wait for a chance to take over, over one connection, for as long as it lasts.
+
+        The next one may lead to another Redis, where a holder that is alive is to come first.
+        """
+        self._in_touch = False
+        await self._redis.connection_pool.disconnect()
+        await self._redis.ping()
+        self._in_touch = True
         since = previous = boot_clock()
         while True:
             began = boot_clock()
