@@ -150,7 +150,7 @@ def test_a_reload_takes_over_what_can_change_live(mended: Machine) -> None:
 def test_a_restart_refuses_no_connection(vps: Machine) -> None:
     knocks = (
         "systemctl restart --no-block spywatcher; for i in $(seq 40); do"
-        " curl -s --max-time 60 -o /dev/null -w '%{http_code}\\n' localhost:3001/health/live; done"
+        " curl -s --max-time 600 -o /dev/null -w '%{http_code}\\n' localhost:3001/health/live; done"
     )
     assert set(vps.run(knocks).split()) == {"200"}
 
