@@ -7744,6 +7744,7 @@ class GuildLists:
     def _join(self, dashboard: Dashboard) -> GuildList:
         key = self._access.list_key(dashboard.viewer)
         source = self._lists.setdefault(key, GuildList(key, dashboard.viewer))
+        source.viewer = dashboard.viewer  # who came before may have another key by now
         source.dashboards += 1
         return source
 

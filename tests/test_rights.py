@@ -7,11 +7,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import test_access
 import test_cluster
 from waiting import eventually
+from watching import Watch
 
 import simulator
 import spywatcher
@@ -224,14 +226,27 @@ async def test_settings_that_change_while_nobody_listens_count_later(watching, g
         await write(spy)
         await dashboard.next("message:new")
         await dashboard.call("unsubscribe:guild", str(guild.id))
-        auth = spywatcher.msgspec.structs.replace(
-            spy.server._settings.auth, channel_visibility=True
-        )
-        settings = spywatcher.msgspec.structs.replace(spy.server._settings, auth=auth)
-        spy.server.reload(settings, spywatcher.read_keys(auth, settings.folder))
+        change_auth(spy, channel_visibility=True)
         await dashboard.call("subscribe:guild", str(guild.id))
         await write(spy)
         await spy.nothing(dashboard, "message:new")
+
+
+def change_auth(spy: Watch, **changed: Any) -> None:
+    """What SIGHUP does after these keys of [auth] have changed."""
+    replace = spywatcher.msgspec.structs.replace
+    auth = replace(spy.server._settings.auth, **changed)
+    settings = replace(spy.server._settings, auth=auth)
+    spy.server.reload(settings, spywatcher.read_keys(auth, settings.folder))
+
+
+async def test_lists_follow_who_is_an_admin(spy, guild):
+    roles = ("MODERATOR", "ADMIN")
+    tokens = [spy.token(str(number), role=role) for number, role in enumerate(roles, 7)]
+    both = [await spy.js.connect(spy.url, token=token) for token in tokens]
+    assert [len((await one.call("guilds:list"))["guilds"]) for one in both] == [0, 1]
+    change_auth(spy, admin_roles=("MODERATOR",))
+    assert [len((await one.call("guilds:list"))["guilds"]) for one in both] == [1, 0]
 
 
 async def test_a_time_out_ends_without_an_event(watching, guild, ada):
