@@ -77,6 +77,8 @@ class Machine:
             f"Host HOST\n HostName 127.0.0.1\n Port {port}\n User root\n"
             f" IdentityFile {CACHE / 'key'}\n StrictHostKeyChecking no\n"
             f" UserKnownHostsFile {os.devnull}\n LogLevel ERROR\n ConnectTimeout 30\n"
+            # A reboot takes the other end away without a word.
+            " ServerAliveInterval 15\n ServerAliveCountMax 8\n"
         )
         self._console = folder / "console.txt"
         self._qemu = subprocess.Popen(
