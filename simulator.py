@@ -176,7 +176,7 @@ EVERYONE_MAY = (
 
 # ---- ids and times ----
 
-DISCORD_EPOCH_MS = 1_420_070_400_000  # 2015-01-01: a snowflake counts milliseconds from here
+DISCORD_EPOCH = datetime(2015, 1, 1, tzinfo=UTC)  # a snowflake counts milliseconds from here
 _increments = itertools.count()
 
 
@@ -186,7 +186,7 @@ def snowflake(at: datetime | None = None) -> int:
     Layout as documented (Reference: Snowflakes): milliseconds, worker, process, increment.
     """
     moment = at or datetime.now(UTC)
-    milliseconds = int(moment.timestamp() * 1000) - DISCORD_EPOCH_MS
+    milliseconds = (moment - DISCORD_EPOCH) // timedelta(milliseconds=1)
     # The increment has 12 bits; the ten worker and process bits above it carry on from there, so
     # that four million ids of one millisecond still differ.
     return milliseconds << 22 | next(_increments) & 0x3FFFFF
@@ -625,7 +625,8 @@ def message_json(
     bot: bool | None = None,
 ) -> Json:
     """MESSAGE_CREATE. Without a guild it is a direct message; with a webhook id, the webhook's."""
-    message_id = snowflake()
+    now = datetime.now(UTC)
+    message_id = snowflake(now)
     author = (member.user if isinstance(member, Member) else member).to_json()
     if bot is not None:
         author["bot"] = bot
@@ -634,7 +635,7 @@ def message_json(
         "channel_id": str(channel if isinstance(channel, int) else channel.id),
         "author": author,
         "content": content,
-        "timestamp": iso(),
+        "timestamp": iso(now),
         "edited_timestamp": None,
         "tts": False,
         "mention_everyone": False,
