@@ -91,7 +91,7 @@ async def run(options: argparse.Namespace) -> None:
             discord.add_guild()
             async with server_for(discord, **tables) as server, async_playwright() as playwright:
                 await discord.wait_for_bot()
-                token = server.tokens.issue("1", "ADMIN")
+                token = server.tokens.issue("1", "ADMIN", ttl=86_400)  # longer than any run
                 with running_chromium(Path(folder) / "chromium") as devtools:
                     browser = Browser(await playwright.chromium.connect_over_cdp(devtools))
                     page = await browser.open(f"http://127.0.0.1:{server.port}/#token={token}")
