@@ -4583,6 +4583,29 @@ def seconds_queued() -> dict[int, float]:
     return queued
 
 
+class Standings:
+    """The standing at the beginning of what happens now: to ask before each call is dear."""
+
+    def __init__(self) -> None:
+        self.latest = Standing()
+        self._next = self._next_queued = 0.0
+
+    def now(self) -> float:
+        """The moment; `latest` is from the same turn of the loop, at most 10 ms ago."""
+        now = time.perf_counter()
+        if now > self._next:
+            queued = self.latest.queued
+            if now > self._next_queued:
+                queued, self._next_queued = seconds_queued(), now + 1.0
+            self.latest, self._next = standing(queued), now + 0.01
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        return now
+
+    def _end_turn(self) -> None:
+        """Then the loop sleeps, which is nobody's fault."""
+        self._next = 0.0
+
+
 def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
     """For how much of so many seconds the thread itself kept everybody waiting.
 
@@ -4653,13 +4676,10 @@ class Guarded:
     where: str = ""
     #: What takes an event and what the function returned for it.
     then: Callable[[Any, Any], object] = lambda event, result: None
+    standings: Standings = dataclasses.field(default_factory=Standings)
     _told: set[object] = dataclasses.field(default_factory=set)
     _failed_in_row: int = 0
     _paused_until: float = 0.0
-    _standing: Standing = dataclasses.field(default_factory=Standing)
-    _stood_at: float = 0.0
-    _queued: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    _queued_at: float = 0.0
     _longest: float = 0.0
     _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -4708,7 +4728,7 @@ class Guarded:
             await asyncio.wait(self._running)
 
     def _call(self, *subject: object) -> Any:
-        began = self._begin()
+        began = self.standings.now()
         try:
             return self.function(*subject, *self.arguments)
         finally:
@@ -4746,7 +4766,7 @@ class Guarded:
         steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            began = self._begin()
+            began = self.standings.now()
             try:
                 awaited = resume(value)
             except StopIteration as end:
@@ -4760,21 +4780,12 @@ class Guarded:
 
     # -- its account
 
-    def _begin(self) -> float:
-        """The moment at which the function goes on."""
-        now = time.perf_counter()
-        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
-            if now > self._queued_at + 1.0:
-                self._queued, self._queued_at = seconds_queued(), now
-            self._standing, self._stood_at = standing(self._queued), now
-        return now
-
     def _took(self, began: float) -> None:
         """Count the time, and name what kept everybody waiting; again when it was twice as long."""
         seconds = time.perf_counter() - began
         self.metrics.plugin_seconds.counts[self.plugin] += seconds
         if seconds > BLOCKING:
-            seconds = seconds_held(seconds, self._standing, standing(seconds_queued()))
+            seconds = seconds_held(seconds, self.standings.latest, standing(seconds_queued()))
             if seconds > max(BLOCKING, 2 * self._longest):
                 self._longest = seconds
                 held_up = "plugin %s: %s held up the server for %.0f ms"
@@ -4994,6 +5005,7 @@ class Runner:
         context: HostContext,
         metrics: Metrics,
         time_limit: float,
+        standings: Standings,
         claim: Callable[[Plugin, str, str], None],
         publish: Callable[[str, EventData], None],
     ) -> None:
@@ -5009,7 +5021,7 @@ class Runner:
         self.at_work = False
         self._tasks: list[asyncio.Task[None]] = []
         self.spy = Spy(plugin.name, plugin.settings, context, metrics, self._emit)
-        self._guard = functools.partial(Guarded, plugin.name, metrics)
+        self._guard = functools.partial(Guarded, plugin.name, metrics, standings=standings)
         #: What makes an event's payload when it is really sent, by event.
         self._makers: dict[str, Guarded] = {}
         self.setup = self._hook("setup", self.setup_limit)
@@ -5575,6 +5587,7 @@ class PluginHost:
         self._metrics = metrics
         #: Seconds that an async function of a plugin may take.
         self._time_limit = time_limit
+        self._standings = Standings()
         self._dispatcher = Dispatcher(context, metrics)
         #: The loaded plugins with what they work with.
         self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
@@ -5589,7 +5602,8 @@ class PluginHost:
 
     def _runner(self, plugin: Plugin) -> Runner:
         publish, claim = self._dispatcher.publish, self.loader.claim
-        return Runner(plugin, self._context, self._metrics, self._time_limit, claim, publish)
+        context, limit = self._context, self._time_limit
+        return Runner(plugin, context, self._metrics, limit, self._standings, claim, publish)
 
     # -- start and stop
 
