@@ -107,7 +107,7 @@ class Totals:
             " ON CONFLICT DO UPDATE SET last = max(last, excluded.last)",
             horizon,
         )
-        self._count_channels(f"SELECT guild, member FROM {table}")
+        self._count_channels(f"SELECT guild, member FROM {table} WHERE channel > 0")
 
     def drop(self, people: list[Person]) -> None:
         for table in ("totals", "places"):
