@@ -6100,24 +6100,29 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
             self._increment_listener_group_count(event_type, 1)
 
     def unsubscribe(self, event_type: type[Any], callback: Callable[[Any], Any]) -> None:
-        plain = self._plain.get(event_type, ())
+        plain = self._plain.pop(event_type, ())
+        if left := tuple(one for one in plain if one != callback):
+            self._plain[event_type] = left
         if callback in plain:
-            self._plain[event_type] = tuple(one for one in plain if one != callback)
             self._increment_listener_group_count(event_type, -1)
         else:
             super().unsubscribe(event_type, callback)
 
     def _enabled_for_event(self, event_type: type[hikari.Event], /) -> bool:
-        for one in event_type.dispatches():
-            if one in self._listeners or one in self._waiters or self._plain.get(one):
-                return True
-        return False
+        types = event_type.dispatches()
+        return not self._plain.keys().isdisjoint(types) or self._has_async(types)
+
+    def _has_async(self, types: Iterable[type[hikari.Event]]) -> bool:
+        return not (
+            self._listeners.keys().isdisjoint(types) and self._waiters.keys().isdisjoint(types)
+        )
 
     def dispatch(self, event: hikari.Event, *, return_tasks: bool = False) -> Any:
-        for event_type in event.dispatches():
+        types = event.dispatches()
+        for event_type in types:
             for callback in self._plain.get(event_type, ()):
                 callback(event)
-        if return_tasks or self._listeners or self._waiters:
+        if return_tasks or self._has_async(types):
             return super().dispatch(event, return_tasks=return_tasks)
         return None
 
