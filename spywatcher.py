@@ -21,6 +21,7 @@ The sections, each using only those above it:
     errors               whose fault it was, and what they are told
     settings             config.toml: one table of keys, types, defaults, meanings
     metrics              what is counted, for Prometheus
+    names                what is shown of what people, channels and guilds are called
     identity and access  who a viewer is, which guilds and channels they may see
     limits               how much one address, one viewer, one connection may have
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
@@ -74,7 +75,6 @@ import threading
 import time
 import tomllib
 import traceback
-import unicodedata
 from base64 import b64decode, b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import (
@@ -114,6 +114,7 @@ import hikari
 import idna
 import jwt
 import msgspec
+import regex
 import socketio
 from engineio import packet as engineio_packet
 from hikari.events import base_events
@@ -907,6 +908,65 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+# -------------------------------------------------------------------------------- names
+# What people, channels, roles and guilds are called: shown as Discord shows it, and nothing unseen.
+# It knows Unicode, by the package `regex`, and nothing of where a name comes from.
+
+#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
+#: roles and guilds Discord's own limit.
+USERNAME_LENGTH: Final = 64
+NAME_LENGTH: Final = 100
+
+#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
+#: what Unicode lets be ignored (zero-width, bidi and filler characters, selectors, tags).
+INVISIBLE: Final = r"[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\ufff9-\ufffb\p{Default_Ignorable_Code_Point}]"
+#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
+#: India and its neighbours, Mongolian, Adlam, Rohingya.
+JOINING: Final = (
+    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
+    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
+)
+#: What of the invisible stays, since what is beside it shows otherwise without it: the tags of a
+#: region's flag (UTS #51), what joins emoji, what chooses text or picture, the variants of symbols
+#: and letters (Unicode Standard §23.4), and joiners beside letters that join.
+NEEDED: Final = (
+    r"🏴[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+    r"|(?<=[\p{ExtPict}\p{Emoji_Modifier}\ufe0f\u20e3])\u200d(?=\p{ExtPict})"
+    r"|(?<=[\p{Emoji}\p{ExtPict}])[\ufe0e\ufe0f]"
+    r"|(?<=[0\p{S}\p{Han}\p{Myanmar}\p{Phags_Pa}\u3001\u3002\uff01-\uff1f])[\ufe00-\ufe0d]"
+    r"|(?<=\p{Han})[\U000e0100-\U000e01ef]"
+    r"|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
+    rf"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
+)
+UNSEEN: Final = regex.compile(f"({NEEDED})|{INVISIBLE}")
+#: An empty cell of Braille is as wide as a letter and as blank as a space.
+BLANK: Final = regex.compile(rf"({INVISIBLE}|[\s\u2800])*")
+#: What is read as one character (UAX #29).
+CHARACTER: Final = regex.compile(r"\X")
+
+
+def clean_text(text: str) -> str:
+    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
+    if text.isascii() and text.isprintable():
+        return text
+    return UNSEEN.sub(lambda found: found[1] or "", text)
+
+
+@functools.lru_cache(maxsize=8192)
+def shown_name(name: str | None, own_id: int, longest: int) -> str:
+    """A name as it may leave; the id where nothing of it can be seen."""
+    text = clean_text(name or "")
+    return str(int(own_id)) if BLANK.fullmatch(text) else shortened(text.strip(), longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """At most so many code points of `text`, with no picture or letter cut in two."""
+    if len(text) > longest:
+        starts = [found.start() for found in CHARACTER.finditer(text[: longest + 1])]
+        text = text[: starts[-1] or longest]
+    return text.strip()
+
+
 # ------------------------------------------------------------------ identity and access
 # Who is there (a signed token) and what they may see (Discord's permissions, by hikari's
 # cache). The only place that decides either. It knows no sockets and no rooms.
@@ -1443,7 +1503,8 @@ class Access:
         if not self.may_view(viewer, str(int(guild_id))):
             return None
         guild = self._cache.get_guild(guild_id)
-        return {"id": str(int(guild_id)), "name": guild_name(guild), "icon": guild.icon_hash}
+        name = shown_name(guild.name, guild_id, NAME_LENGTH)
+        return {"id": str(int(guild_id)), "name": name, "icon": guild.icon_hash}
 
     def list_key(self, viewer: Viewer) -> object:
         """The same for viewers who may see the same guilds, whatever those are."""
@@ -1518,92 +1579,6 @@ def timeout_end(member: Any) -> float:
 def is_snowflake(text: str) -> bool:
     """A Discord id as Discord writes it: 1 to 20 digits, the first of several not 0."""
     return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
-
-
-#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
-#: roles and guilds Discord's own limit.
-USERNAME_LENGTH: Final = 64
-NAME_LENGTH: Final = 100
-
-#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
-#: Unicode's Default_Ignorable_Code_Point (zero-width, bidi and filler characters, of Hangul too).
-#: Number signs of Arabic and Kaithi are of the same category Cf, but show.
-INVISIBLE: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb"
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
-#: Pictures and symbols; wider than today's emoji, so that next year's are among them.
-EMOJI: Final = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
-#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
-#: India and its neighbours, Mongolian, Adlam, Rohingya.
-JOINING: Final = (
-    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
-    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
-)
-CJK: Final = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-#: What of the invisible stays, since what is beside it shows otherwise without it.
-NEEDED: Final = re.compile(
-    # a flag of a region (UTS #51, emoji tag sequence)
-    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
-    # joined emoji, each perhaps with a colour of skin, a variation selector or a keycap
-    f"|(?<=[{EMOJI}\ufe0f\u20e3])\u200d(?=[{EMOJI}])"
-    # as text or as a picture
-    f"|(?<=[0-9#*{EMOJI}])[\ufe0e\ufe0f]"
-    # other variants of symbols and letters
-    f"|(?<=[0{EMOJI}{CJK}\u1000-\u109f\u3001\u3002\ua840-\ua87f\uff01-\uff1f])[\ufe00-\ufe0d]"
-    f"|(?<=[{CJK}])[\U000e0100-\U000e01ef]"
-    "|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
-    f"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
-)
-SEEN: Final = re.compile(f"({NEEDED.pattern})|{INVISIBLE.pattern}")
-#: An empty cell of Braille is as wide as a letter and as blank as a space.
-BLANK: Final = "\u2800"
-#: What belongs to the character before it (UAX #29): marks, joiners, selectors, colours of skin, tags.
-EXTENDS: Final = re.compile(
-    "[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef]"
-)
-
-
-def clean_text(text: str) -> str:
-    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
-    if text.isascii() and text.isprintable():
-        return text
-    return SEEN.sub(lambda found: found[1] or "", text)
-
-
-@functools.lru_cache(maxsize=8192)
-def shown_name(name: str | None, own_id: int, longest: int) -> str:
-    """A name as it may leave; the id where nothing of it can be seen."""
-    text = clean_text(name or "").strip()
-    if not INVISIBLE.sub("", text).replace(BLANK, "").strip():
-        return str(int(own_id))
-    return shortened(text, longest)
-
-
-def shortened(text: str, longest: int) -> str:
-    """At most so many characters of `text`, with no picture or letter cut in two."""
-    end = longest
-    while 0 < end < len(text) and is_one(text, end):
-        end -= 1
-    return text[: end or longest].strip()
-
-
-def is_one(text: str, place: int) -> bool:
-    """Whether what stands before `place` and what stands there are read as one."""
-    before, char = text[:place], text[place]
-    if before[-1] == "\u200d" or EXTENDS.match(char) or unicodedata.category(char)[0] == "M":
-        return True
-    flags = len(before) - len(before.rstrip(FLAG_LETTERS))
-    return char in FLAG_LETTERS and flags % 2 == 1  # two letters make a flag
-
-
-FLAG_LETTERS: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-
-
-def guild_name(guild: hikari.Guild) -> str:
-    return shown_name(guild.name, guild.id, NAME_LENGTH)
 
 
 # ------------------------------------------------------------------------------- limits
