@@ -100,6 +100,7 @@ from typing import (
     Any,
     ClassVar,
     Final,
+    Generic,
     Literal,
     NamedTuple,
     Protocol,
@@ -108,6 +109,7 @@ from typing import (
     get_args,
     get_origin,
 )
+from weakref import WeakValueDictionary
 
 import engineio
 import hikari
@@ -7668,23 +7670,61 @@ class Subscriptions:
         dashboard.tell(event, payload, *offset)
 
 
-class GuildList:
-    """The guilds that all viewers with one `Access.list_key` may see."""
+ThingT = TypeVar("ThingT", bound=Hashable)
 
-    def __init__(self, key: object, viewer: Viewer) -> None:
-        self.key = key
+
+class InSlices(Generic[ThingT]):
+    """Something to be done with each of many things, a little later and never for long at a time."""
+
+    def __init__(self, work: Callable[[ThingT], None]) -> None:
+        self._work = work
+        self._waiting: OrderedDict[ThingT, None] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, things: Iterable[ThingT], delay: float = 0.0) -> None:
+        """What waits already keeps its place."""
+        self._waiting.update(dict.fromkeys(things))
+        if self._waiting and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(delay, self.run)
+
+    def run(self, seconds: float = SLICE) -> None:
+        """Go on for so long; the rest has its turn after whatever else waits."""
+        self._timer, until = None, time.monotonic() + seconds
+        while self._waiting and time.monotonic() < until:
+            self._work(self._waiting.popitem(last=False)[0])
+        self.add(())
+
+
+class GuildList:
+    """The guilds that all viewers with one `Access.list_key` may see, as judged last."""
+
+    def __init__(self, viewer: Viewer) -> None:
         self.viewer = viewer  # any of them
-        self.dashboards = 0  # that have asked
         #: Guilds to judge anew; None: all.
         self.stale: set[int] | None = None
-        self.summaries: dict[int, GuildSummary] = {}
-        self.encoded = b"[]"
-        self.update = event_frame("guilds:update", {"guilds": []})
-        self.timeouts: dict[int, asyncio.TimerHandle] = {}
+        self._summaries: dict[int, GuildSummary] = {}
+        #: When the viewer's time-outs end, by guild: Discord says nothing then.
+        self.timeouts: dict[int, float] = {}
+        self._encode()
 
-    def encode(self) -> None:
+    def refresh(self, access: Access) -> None:
+        """Judge anew where something has changed."""
+        stale, self.stale = self.stale, set()
+        if stale is None:
+            stale = {*self._summaries, *access.guilds_to_judge(self.viewer)}
+        stale |= {one for one, until in self.timeouts.items() if until <= time.time()}
+        news = {one: access.summary(self.viewer, one) for one in stale}
+        for guild_id in stale:
+            self.timeouts.pop(guild_id, None)
+            if until := access.timed_out_until(self.viewer, guild_id):
+                self.timeouts[guild_id] = until
+        if any(self._summaries.get(one) != summary for one, summary in news.items()):
+            self._summaries = {one: it for one, it in (self._summaries | news).items() if it}
+            self._encode()
+
+    def _encode(self) -> None:
         """Once for all who are told."""
-        ordered = sorted(self.summaries.values(), key=itemgetter("name", "id"))
+        ordered = sorted(self._summaries.values(), key=itemgetter("name", "id"))
         self.encoded = msgspec.json.encode(ordered)
         self.update = event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
 
@@ -7700,47 +7740,25 @@ class Told(NamedTuple):
 class GuildLists:
     """Answers `guilds:list`, and tells of each change whoever has asked (design: rooms).
 
-    A list is made once for all who may see the same, and again only of what has changed since.
+    A list is made once for all who may see the same, and again only of what has changed since. It
+    goes with the last dashboard that was told of it.
     """
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._lists: dict[object, GuildList] = {}
+        self._lists: WeakValueDictionary[object, GuildList] = WeakValueDictionary()
         self._told: dict[Dashboard, Told] = {}  # who has asked
+        self._telling = InSlices(self._tell)
         self._round: asyncio.TimerHandle | None = None
         self._last_round = 0.0
-        self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
-        told = self._told.get(dashboard)
-        now = self._told[dashboard] = self._now(told.source if told else self._join(dashboard))
+        now = self._told[dashboard] = self._now(dashboard)
         return {"guilds": msgspec.Raw(now.guilds), "complete": now.complete}
 
-    def _join(self, dashboard: Dashboard) -> GuildList:
-        key = self._access.list_key(dashboard.viewer)
-        source = self._lists.setdefault(key, GuildList(key, dashboard.viewer))
-        source.viewer = dashboard.viewer  # who came before may have another key by now
-        source.dashboards += 1
-        return source
-
     def remove(self, dashboard: Dashboard) -> None:
-        """It is told no more; a list goes with the last of its dashboards."""
-        told = self._told.pop(dashboard, None)
-        if told is None:
-            return
-        told.source.dashboards -= 1
-        if not told.source.dashboards:
-            del self._lists[told.source.key]
-            for timer in told.source.timeouts.values():
-                timer.cancel()
-
-    def change_viewer(self, dashboard: Dashboard) -> None:
-        """It has another token."""
-        told = self._told.get(dashboard)
-        if told is not None:
-            self.remove(dashboard)
-            self._told[dashboard] = told._replace(source=self._join(dashboard))
-            self._tell_soon()
+        """It is told no more."""
+        self._told.pop(dashboard, None)
 
     def change_guild(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
         """Something has changed in a guild, for these viewers or (None) for all."""
@@ -7749,70 +7767,42 @@ class GuildLists:
                 discord_ids is None or source.viewer.discord_id in discord_ids
             ):
                 source.stale.add(int(guild_id))
-        self._tell_soon()
+        self.tell_within(0.0)
 
     def change_all(self) -> None:
-        for source in self._lists.values():
-            source.stale = None
-        for dashboard in tuple(self._told):
-            self.change_viewer(dashboard)  # what makes an admin may have changed
+        """Something has changed that decides everywhere, and who may see the same, too."""
+        self._lists.clear()
+        self.tell_within(0.0)
 
-    # -- what is in a list
-
-    def _now(self, source: GuildList) -> Told:
-        """What there is to tell."""
-        stale, source.stale = source.stale, set()
-        if stale is None:
-            stale = {*source.summaries, *self._access.guilds_to_judge(source.viewer)}
-        changed = False
-        for guild_id in stale:
-            summary = self._access.summary(source.viewer, guild_id)
-            changed |= summary != source.summaries.pop(guild_id, None)
-            if summary is not None:
-                source.summaries[guild_id] = summary
-            self._watch_timeout(source, guild_id)
-        if changed:
-            source.encode()
-        return Told(source, source.encoded, self._access.complete)
-
-    def _watch_timeout(self, source: GuildList, guild_id: int) -> None:
-        """Discord says nothing when a time-out ends."""
-        until = self._access.timed_out_until(source.viewer, guild_id)
-        timer = source.timeouts.pop(guild_id, None)
-        if timer is not None:
-            timer.cancel()
-        if until is not None:
-            viewers = (source.viewer.discord_id,)
-            later = asyncio.get_running_loop().call_later
-            source.timeouts[guild_id] = later(
-                until - time.time(), self.change_guild, str(guild_id), viewers
-            )
-
-    # -- who is told
-
-    def _tell_soon(self) -> None:
-        self._changed = bool(self._told)
-        if self._changed and self._round is None:
-            loop = asyncio.get_running_loop()
-            self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
+    def tell_within(self, seconds: float) -> None:
+        """Tell of what has changed by then; no dashboard twice in a second."""
+        loop = asyncio.get_running_loop()
+        due = max(loop.time() + seconds, self._last_round + LIST_INTERVAL)
+        if self._told and (self._round is None or due < self._round.when()):
+            if self._round is not None:
+                self._round.cancel()
+            self._round = loop.call_at(due, self._begin_round)
 
     def _begin_round(self) -> None:
-        self._changed, self._last_round = False, asyncio.get_running_loop().time()
-        self._tell(list(self._told))
+        self._round, self._last_round = None, asyncio.get_running_loop().time()
+        self._telling.add(self._told)
 
-    def _tell(self, dashboards: list[Dashboard]) -> None:
-        """Tell whoever has not heard of a change yet, in slices."""
-        began, self._round = time.monotonic(), None
-        while dashboards and time.monotonic() - began < SLICE:
-            dashboard = dashboards.pop()
-            if (told := self._told.get(dashboard)) is not None:
-                now = self._told[dashboard] = self._now(told.source)
-                if told.guilds != now.guilds or told.complete < now.complete:
-                    dashboard.write([now.source.update])
-        if dashboards:
-            self._round = asyncio.get_running_loop().call_later(0, self._tell, dashboards)
-        elif self._changed:
-            self._tell_soon()
+    def _tell(self, dashboard: Dashboard) -> None:
+        told = self._told.get(dashboard)
+        if told is not None:
+            now = self._told[dashboard] = self._now(dashboard)
+            if told.guilds != now.guilds or told.complete < now.complete:
+                dashboard.write([now.source.update])
+
+    def _now(self, dashboard: Dashboard) -> Told:
+        """What there is to tell."""
+        key = self._access.list_key(dashboard.viewer)
+        source = self._lists.get(key) or GuildList(dashboard.viewer)
+        self._lists[key] = source
+        source.refresh(self._access)
+        for until in source.timeouts.values():
+            self.tell_within(until - time.time())
+        return Told(source, source.encoded, self._access.complete)
 
 
 class RightsWatcher:
@@ -7832,7 +7822,7 @@ class RightsWatcher:
         self._rooms = rooms
         #: Guilds whose rooms are to be looked through: for these viewers, or (None) for all.
         self._stale: dict[str, set[str] | None] = {}
-        self._checking: asyncio.TimerHandle | None = None
+        self.checking = InSlices(self._look_through)
         self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
     #: What of a guild can change which channels its viewers may see,
@@ -7882,8 +7872,7 @@ class RightsWatcher:
 
     def send(self, to: Destination, frame: RoomFrame) -> None:
         """An event to those in a room who may see it."""
-        if to.guild_id in self._stale:
-            self._look_through(to.guild_id)
+        self._look_through(to.guild_id)
         hidden = functools.partial(self._hidden, to) if to.channel_id else None
         self._rooms.send(to.room, frame, hidden)
 
@@ -7923,39 +7912,28 @@ class RightsWatcher:
             self._stale[guild_id] = None
         elif viewers is not None:
             viewers.add(discord_id)
-        self._check_soon(CHECK_DELAY)
+        self.checking.add([guild_id], CHECK_DELAY)
 
     def check_all(self) -> None:
         """Something has changed that decides everywhere."""
         self._access.forget_all()
         self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
         self.lists.change_all()
-        self._check_soon(0.0)
+        self.checking.add(self._stale)
 
     def check_dashboard(self, dashboard: Dashboard) -> None:
         """It has another token: what that one does not allow is left at once."""
         for guild_id in self.subscriptions.guilds_of(dashboard):
             self._access.forget(int(guild_id))
             self.subscriptions.judge_one(dashboard, guild_id)
-        self.lists.change_viewer(dashboard)
-
-    def _check_soon(self, seconds: float) -> None:
-        if self._checking is None:
-            self._checking = asyncio.get_running_loop().call_later(seconds, self.look_through)
-
-    def look_through(self, seconds: float = SLICE) -> None:
-        """Look through rooms where something has changed, for so long at most."""
-        self._checking = None
-        began = time.monotonic()
-        while self._stale and time.monotonic() - began < seconds:
-            self._look_through(next(iter(self._stale)))
-        if self._stale:
-            self._check_soon(0.0)
+        self.lists.tell_within(0.0)
 
     def _look_through(self, guild_id: str) -> None:
-        viewers = self._stale.pop(guild_id)
-        self.subscriptions.judge(guild_id, viewers)
-        self.lists.change_guild(guild_id, viewers)
+        """Who is in its rooms may go, if something has changed."""
+        if guild_id in self._stale:
+            viewers = self._stale.pop(guild_id)
+            self.subscriptions.judge(guild_id, viewers)
+            self.lists.change_guild(guild_id, viewers)
 
     def _on_channel_change(self, event: Any) -> None:
         self._access.forget(event.guild_id)
