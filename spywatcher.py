@@ -1266,80 +1266,6 @@ class Cached(enum.Enum):
     WHOLE = "what is not there does not exist"
 
 
-class ChannelRights:
-    """Who may read one channel or thread (Discord documentation: Permissions, Overwrites).
-
-    A role that does not exist grants and denies nothing, whoever still carries its id.
-    """
-
-    def __init__(self, directory: Directory, channel_id: int) -> None:
-        self.needed = VIEW_CHANNEL
-        thread = directory.get_thread(channel_id)
-        if thread is not None:
-            channel_id = thread.parent_id
-            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
-                # Who else was invited to a private thread, hikari's cache cannot say.
-                self.needed |= MANAGE_THREADS
-        channel = directory.get_guild_channel(channel_id)
-        if getattr(channel, "type", None) in VOICE_TYPES:
-            self.needed |= CONNECT
-        overwrites = getattr(channel, "permission_overwrites", None)
-        self._is_known = overwrites is not None
-        #: (allow, deny) by id of a role or member.
-        self._overwrites = {
-            int(key): (int(one.allow), int(one.deny)) for key, one in (overwrites or {}).items()
-        }
-        self._directory = directory
-
-    def granted(self, base: int, guild_id: int, role_ids: Iterable[int], user_id: int) -> int:
-        """What is left here of what a member holds in the guild, `base`."""
-        if not self._is_known:
-            return 0
-        allow = deny = 0
-        for role_id in role_ids:
-            if role_id != guild_id and self._directory.get_role(role_id) is not None:
-                allowed, denied = self._overwrites.get(role_id, (0, 0))
-                allow, deny = allow | allowed, deny | denied
-        none = (0, 0)
-        everyone, own = self._overwrites.get(guild_id, none), self._overwrites.get(user_id, none)
-        for allowed, denied in (everyone, (allow, deny), own):
-            base = base & ~denied | allowed
-        return base
-
-
-class GuildRights:
-    """What follows from roles and channels of one guild, kept until one of them changes.
-
-    Members who hold the same roles are granted the same.
-    """
-
-    def __init__(self, directory: Directory, guild_id: int) -> None:
-        self._directory = directory
-        self._guild_id = guild_id
-        self._granted: dict[tuple[int, ...], int] = {}
-        self._channels: dict[int, ChannelRights] = {}
-        #: What others have worked out from these rights.
-        self.memory: dict[Any, Any] = {}
-
-    def granted(self, role_ids: Sequence[int]) -> int:
-        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
-        key = tuple(role_ids)
-        granted = self._granted.get(key)
-        if granted is None:
-            granted = 0
-            for role_id in (self._guild_id, *key):  # the guild's own id is @everyone
-                role = self._directory.get_role(role_id)
-                granted |= int(role.permissions) if role is not None else 0
-            granted = self._granted[key] = ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
-        return granted
-
-    def channel(self, channel_id: int) -> ChannelRights:
-        rights = self._channels.get(channel_id)
-        if rights is None:
-            rights = self._channels[channel_id] = ChannelRights(self._directory, channel_id)
-        return rights
-
-
 class Access:
     """Decides which guilds and channels a viewer may see, by hikari's cache as it is now.
 
@@ -1354,7 +1280,6 @@ class Access:
         self._begun: set[ShardRange] = set()  # shards whose READY came
         self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
-        self._rights: dict[int, GuildRights] = {}
 
     def reconfigure(self, auth: AuthSettings) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
@@ -1400,7 +1325,6 @@ class Access:
         self._begun.clear()
         self._states.clear()
         self._gone_meanwhile.clear()
-        self._rights.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
@@ -1412,7 +1336,6 @@ class Access:
         self._set(guild_id, Cached.WHOLE)
 
     def _set(self, guild_id: int, state: Cached) -> None:
-        self.forget(guild_id)
         self._gone_meanwhile.pop(guild_id, None)
         self._states[guild_id] = state
         if state is Cached.WHOLE:
@@ -1425,17 +1348,6 @@ class Access:
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
         self._gone_meanwhile.get(guild_id, set()).add(user_id)
-
-    def forget(self, guild_id: int) -> None:
-        """What decides in it has changed: nothing that was worked out from that holds."""
-        self._rights.pop(guild_id, None)
-
-    def memory(self, guild_id: str) -> dict[Any, Any]:
-        """Where to keep what is worked out from a guild's rights, until it is forgotten."""
-        return self._rights_in(int(guild_id)).memory
-
-    def forget_all(self) -> None:
-        self._rights.clear()
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
@@ -1535,14 +1447,37 @@ class Access:
         if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
             return viewer.guilds is not None and self._is_sure(viewer, guild.id)
         granted = self._granted(viewer, guild, member)
-        channel = self._rights_in(guild.id).channel(int(channel_id))
+        needed, overwrites = self._channel(int(channel_id))
         if granted != ALL_PERMISSIONS:
-            roles = member.role_ids
-            granted = channel.granted(granted, guild.id, roles, int(viewer.discord_id))
+            roles = [one for one in member.role_ids if one != guild.id and self._exists(one)]
+            for ids in ((guild.id,), roles, (int(viewer.discord_id),)):
+                granted = overwritten(granted, overwrites, ids)
             granted = left_by_timeout(member, granted)
-        return granted & channel.needed == channel.needed
+        return granted & needed == needed
+
+    def _channel(self, channel_id: int) -> tuple[int, Mapping[int, Any]]:
+        """What it takes to read a channel or thread, and its overwrites.
+
+        What is not known, only who holds all permissions may read.
+        """
+        needed = VIEW_CHANNEL
+        thread = self._cache.get_thread(channel_id)
+        if thread is not None:
+            channel_id = thread.parent_id
+            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
+                # Who else was invited to a private thread, hikari's cache cannot say.
+                needed |= MANAGE_THREADS
+        channel = self._cache.get_guild_channel(channel_id)
+        if getattr(channel, "type", None) in VOICE_TYPES:
+            needed |= CONNECT
+        overwrites = getattr(channel, "permission_overwrites", None)
+        return (ALL_PERMISSIONS, {}) if overwrites is None else (needed, overwrites)
 
     # -- members
+
+    def _exists(self, role_id: int) -> bool:
+        """A role that is gone grants and denies nothing, whoever still carries its id."""
+        return self._cache.get_role(role_id) is not None
 
     def _member(self, viewer: Viewer, guild_id: int) -> Any:
         if not is_snowflake(viewer.discord_id):
@@ -1550,15 +1485,25 @@ class Access:
         return self._cache.get_member(guild_id, int(viewer.discord_id))
 
     def _granted(self, viewer: Viewer, guild: Any, member: Any) -> int:
+        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
         if guild.owner_id == int(viewer.discord_id):
             return ALL_PERMISSIONS
-        return self._rights_in(guild.id).granted(member.role_ids)
+        granted = 0
+        for role_id in (guild.id, *member.role_ids):  # the guild's own id is @everyone
+            role = self._cache.get_role(role_id)
+            granted |= int(role.permissions) if role is not None else 0
+        return ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
 
-    def _rights_in(self, guild_id: int) -> GuildRights:
-        rights = self._rights.get(guild_id)
-        if rights is None:
-            rights = self._rights[guild_id] = GuildRights(self._cache, guild_id)
-        return rights
+
+def overwritten(granted: int, overwrites: Mapping[int, Any], ids: Iterable[int]) -> int:
+    """What a channel leaves of permissions by what it says of these (Discord documentation:
+    Permissions, Overwrites).
+    """
+    allow = deny = 0
+    for one in map(overwrites.get, ids):
+        if one is not None:
+            allow, deny = allow | int(one.allow), deny | int(one.deny)
+    return granted & ~deny | allow
 
 
 #: An entry of `guilds:list`.
@@ -7805,6 +7750,10 @@ class GuildLists:
         return Told(source, source.encoded, self._access.complete)
 
 
+#: Who was in the room, who of them may not see the channel, and how long that holds at most.
+Judged = tuple[tuple[Sid, ...], Hidden, float]
+
+
 class RightsWatcher:
     """Hears what changes rights (the table is in `Access.may_have`), and keeps rooms and lists in line.
 
@@ -7823,6 +7772,8 @@ class RightsWatcher:
         #: Guilds whose rooms are to be looked through: for these viewers, or (None) for all.
         self._stale: dict[str, set[str] | None] = {}
         self.checking = InSlices(self._look_through)
+        #: Who may not see a channel, until something changes in its guild.
+        self._judged: dict[str, dict[Destination, Judged]] = {}
         self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
     #: What of a guild can change which channels its viewers may see,
@@ -7878,10 +7829,9 @@ class RightsWatcher:
 
     def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
-        memory: dict[Destination, tuple[tuple[Sid, ...], Hidden, float]]
-        memory, members = self._access.memory(to.guild_id), self._rooms.members(to.room)
-        judged, hidden, until = memory.get(to, ((), NOBODY, 0.0))
-        if judged is not members or until <= time.time():
+        judged, members = self._judged.setdefault(to.guild_id, {}), self._rooms.members(to.room)
+        of_members, hidden, until = judged.get(to, ((), NOBODY, 0.0))
+        if of_members is not members or until <= time.time():
             viewers = {sid: self.subscriptions.connected[sid].viewer for sid in members}
             hidden = frozenset(
                 sid
@@ -7889,7 +7839,7 @@ class RightsWatcher:
                 if not self._access.may_have(viewer, to.guild_id, to.channel_id)
             )
             ends = [self._access.timed_out_until(viewers[sid], int(to.guild_id)) for sid in hidden]
-            memory[to] = members, hidden, min(filter(None, ends), default=math.inf)
+            judged[to] = members, hidden, min(filter(None, ends), default=math.inf)
         return hidden
 
     def end(self, pid: str) -> None:
@@ -7906,7 +7856,7 @@ class RightsWatcher:
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
         """Something has changed in a guild: for all of its viewers, or for one."""
-        self._access.forget(int(guild_id))
+        self._judged.pop(guild_id, None)
         viewers = self._stale.setdefault(guild_id, set())
         if discord_id is None:
             self._stale[guild_id] = None
@@ -7916,7 +7866,7 @@ class RightsWatcher:
 
     def check_all(self) -> None:
         """Something has changed that decides everywhere."""
-        self._access.forget_all()
+        self._judged.clear()
         self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
         self.lists.change_all()
         self.checking.add(self._stale)
@@ -7924,7 +7874,7 @@ class RightsWatcher:
     def check_dashboard(self, dashboard: Dashboard) -> None:
         """It has another token: what that one does not allow is left at once."""
         for guild_id in self.subscriptions.guilds_of(dashboard):
-            self._access.forget(int(guild_id))
+            self._judged.pop(guild_id, None)
             self.subscriptions.judge_one(dashboard, guild_id)
         self.lists.tell_within(0.0)
 
@@ -7936,7 +7886,7 @@ class RightsWatcher:
             self.lists.change_guild(guild_id, viewers)
 
     def _on_channel_change(self, event: Any) -> None:
-        self._access.forget(event.guild_id)
+        self._judged.pop(str(event.guild_id), None)
 
     def _on_guild_change(self, event: Any) -> None:
         self.check(str(event.guild_id))
@@ -7959,6 +7909,7 @@ class RightsWatcher:
 
     def _on_stopping(self, event: hikari.StoppingEvent) -> None:
         self._access.end()
+        self._judged.clear()
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         """What was asked for on the connection that broke may never have been heard."""
