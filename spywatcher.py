@@ -113,11 +113,11 @@ from weakref import WeakValueDictionary
 
 import engineio
 import hikari
-import idna
 import jwt
 import msgspec
 import regex
 import socketio
+import yarl
 from engineio import packet as engineio_packet
 from hikari.events import base_events
 from hikari.impl.event_manager_base import filtered
@@ -255,10 +255,7 @@ Rate = Annotated[
 Transport = Literal["websocket", "polling"]
 
 
-ORIGIN: Final = re.compile(
-    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
-)
-DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://((\*\.)?[a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 
 def plain_origin(text: str) -> str:
@@ -272,34 +269,16 @@ def plain_origin(text: str) -> str:
         return small
     if "://" not in small:
         raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
-    found = ORIGIN.match(small)
-    if found is None or small[found.end() :].startswith(("@", ":", "*")):
-        raise ValueError('expected "scheme://host" or "scheme://host:port"')
-    if found.end() != len(small):
-        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
-    scheme, host, port = found.groups()
-    below = "*." if host.startswith("*.") else ""
-    host = host[len(below) :]
-    if not host or "*" in host:
-        raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*"):
-        port = str(int(port))
-        if int(port) > 65_535:
-            raise ValueError("expected a port up to 65535")
-    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
-    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
-
-
-def encoded_host(host: str) -> str:
-    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    any_port = ":*" if small.endswith(":*") else ""
     try:
-        if host.startswith("["):
-            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
-        if host.isascii():
-            return host
-        return idna.encode(host, uts46=True).decode()
+        origin = str(yarl.URL(small.removesuffix(":*")).origin())
     except ValueError as error:
-        raise ValueError(f"expected the name of a host: {error}") from error
+        raise ValueError(f'expected "scheme://host" or "scheme://host:port": {error}') from error
+    if not ORIGIN.fullmatch(origin):
+        raise ValueError('expected "scheme://host", with * only as "*.host" or alone')
+    if re.search(r"://.*[/?#@]", small):
+        raise ValueError(f'expected it without what is not host and port: "{origin}"')
+    return origin + any_port
 
 
 def known_network(text: str) -> str:
