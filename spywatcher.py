@@ -1551,13 +1551,8 @@ class Counters:
         """Count one more; returns how many there are by now."""
         return self.count_here(key, seconds)
 
-    async def read(self, key: str) -> int:
-        """How many there are; none once the window has ended."""
-        count, until = self._counts.get(key, (0, 0.0))
-        return count if until > time.monotonic() else 0
-
     async def seconds_left(self, key: str) -> float:
-        """Until the window ends."""
+        """Until the window ends; 0 where nothing has been counted in one."""
         return max(0.0, self._counts.get(key, (0, 0.0))[1] - time.monotonic())
 
     async def clear(self, key: str) -> None:
@@ -1754,10 +1749,13 @@ class OpenConnections(collections.Counter[str]):
         if not self[whose]:
             del self[whose]
 
+    def viewers(self) -> Iterator[str]:
+        """The Discord ids of those who have some."""
+        return (whose.removeprefix(VIEWER) for whose in self if whose.startswith(VIEWER))
 
-def viewer_name(discord_id: str) -> str:
-    """Whose a viewer's connections are; no address looks like this."""
-    return f"viewer/{discord_id}"
+
+#: With a Discord id, whose a viewer's connections are; no address looks like this.
+VIEWER: Final = "viewer/"
 
 
 # What counts against what:
@@ -1785,7 +1783,7 @@ class Limits:
         self.reconfigure(settings, patience)
         self._counters = counters
         self._logged = Counters()
-        #: Sessions open now, by address and, of those who have authenticated, by `viewer_name`.
+        #: Sessions open now, by address and, of those who have authenticated, by `VIEWER`.
         self.open = connections
 
     def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
@@ -1802,10 +1800,7 @@ class Limits:
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
-        key = f"blocked/{address}"
-        if not await self._counters.read(key):
-            return 0.0
-        return max(1.0, await self._counters.seconds_left(key))
+        return await self._counters.seconds_left(f"blocked/{address}")
 
     async def attempt(self, address: str) -> float:
         """Count one; returns the seconds to wait if it is one too many, else 0."""
@@ -1842,7 +1837,7 @@ class Limits:
         """A viewer has one more connection; raises RefusedConnectionError if that is one too many,
         unless it replaces one that may still be counted.
         """
-        whose, most = viewer_name(discord_id), self.settings.connections_per_viewer
+        whose, most = VIEWER + discord_id, self.settings.connections_per_viewer
         if await self.open.enter(whose) >= most and not replaces:
             self.open.leave(whose)
             raise self.over("connections_per_viewer")
@@ -6618,26 +6613,10 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
 RECALL_PATIENCE: Final = 12.0
 
 
-class Audience(Protocol):
-    """This process's own dashboards."""
-
-    def end(self, pid: str) -> None:
-        """Close the connection that is left of a client which has come back elsewhere."""
-
-    def send(self, to: Destination, frame: RoomFrame) -> None:
-        """Hand them an event, each of them that may see it."""
-
-    def check(self, guild_id: str, discord_id: str | None = None) -> None:
-        """Judge anew who may be in the guild's rooms: all of them, or one viewer."""
-
-    def check_all(self) -> None:
-        """Judge everybody anew, everywhere."""
-
-
 class Parts(NamedTuple):
     """What of its own process a node works with."""
 
-    clients: Audience
+    clients: RightsWatcher
     rooms: Rooms
     recovery: Recovery
     plugins: PluginHost
@@ -6651,23 +6630,10 @@ class Node:
     _parts: Parts
 
     def __init__(self, settings: Settings, bot: Bot) -> None:
-        self._settings = settings
-        self._bot = bot
-
-    # -- what the parts of the process are made with
-
-    def make_access(self) -> Access:
-        """Who judges."""
-        guilds = self._settings.discord.guilds
-        return Access(self._settings.auth, guilds, CacheReader(self._bot.cache))
-
-    def make_counters(self) -> Counters:
-        """Who counts attempts."""
-        return Counters()
-
-    def make_connections(self) -> OpenConnections:
-        """Who counts open connections."""
-        return OpenConnections()
+        #: Who judges, counts attempts, and counts open connections.
+        self.access = Access(settings.auth, settings.discord.guilds, CacheReader(bot.cache))
+        self.counters = Counters()
+        self.connections = OpenConnections()
 
     # -- start, stop, how things stand
 
@@ -6741,10 +6707,7 @@ class Node:
         return False
 
     def viewer_entered(self, discord_id: str) -> None:
-        """A viewer has one dashboard more here."""
-
-    def viewer_left(self, discord_id: str) -> None:
-        """A viewer has one dashboard fewer here."""
+        """A viewer has one dashboard more here; all of them stand in `connections`."""
 
     def follow(self, guild_id: str) -> asyncio.Task[None] | None:
         """Done when what other nodes send to the guild's rooms is heard here; None: it is."""
@@ -7428,7 +7391,7 @@ class Subscriptions:
     def is_connected(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open, or one that may come back."""
         by_ticket = self._recovery.has_ticket(discord_id)
-        return by_ticket or viewer_name(discord_id) in self._limits.open
+        return by_ticket or VIEWER + discord_id in self._limits.open
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
@@ -8101,8 +8064,7 @@ class Dashboards:
         session = dashboard.session
         if dashboard.ticket is not None:
             self._comebacks.expect(dashboard.ticket, session)
-        self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
-        self._node.viewer_left(dashboard.viewer.discord_id)
+        self._limits.open.leave(VIEWER + dashboard.viewer.discord_id)
         if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
             self._limits.strangers.enter(session)
         session.log.info("viewer is gone: %s", reason)
@@ -8347,13 +8309,13 @@ class Server:
         wanted, cached = wanted_events(loader), loader.cached()
         self.gateway = Gateway(settings.discord, token, wanted, self.metrics, cached)
         self.node = make_node(settings, self.gateway.bot)
-        self.access = self.node.make_access()
+        self.access = self.node.access
         self.tokens = Tokens(keys, settings.auth.algorithms)
         self.limits = Limits(
             settings.limits,
             settings.auth.connect_timeout,
-            self.node.make_counters(),
-            self.node.make_connections(),
+            self.node.counters,
+            self.node.connections,
             self.metrics,
         )
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
