@@ -1400,18 +1400,19 @@ class Access:
         return {"id": str(int(guild_id)), "name": name, "icon": guild.icon_hash}
 
     def list_key(self, viewer: Viewer) -> object:
-        """The same for viewers who may see the same guilds, whatever those are."""
-        if viewer.role in self._admin_roles:
-            return ("admin",)
-        named = viewer.guilds is not None
-        return ("claim", viewer.guilds) if named else ("member", viewer.discord_id)
-
-    def timed_out_until(self, viewer: Viewer, guild_id: int) -> float | None:
-        """When the viewer's time-out in the guild ends; in seconds since 1970."""
+        """The same for viewers who may see the same guilds, whatever those are; of a viewer for whom
+        membership decides, the Discord id.
+        """
         if viewer.role in self._admin_roles:
             return None
-        until = timeout_end(self._member(viewer, guild_id))
-        return until if until and until > time.time() else None
+        return viewer.discord_id if viewer.guilds is None else viewer.guilds
+
+    def timed_out_until(self, viewer: Viewer, guild_ids: Iterable[int]) -> float:
+        """When the first of the viewer's time-outs ends, in seconds since 1970; else `math.inf`."""
+        if viewer.role in self._admin_roles:
+            return math.inf
+        ends = [timeout_end(self._member(viewer, guild_id)) for guild_id in guild_ids]
+        return min((end for end in ends if end > time.time()), default=math.inf)
 
     # -- channels
 
@@ -7583,82 +7584,51 @@ class InSlices(Generic[ThingT]):
 
 
 class GuildList:
-    """The guilds that all viewers with one `Access.list_key` may see, as judged last."""
+    """The guilds that all viewers with one `Access.list_key` may see, as things stand."""
 
-    def __init__(self, viewer: Viewer) -> None:
-        self.viewer = viewer  # any of them
-        #: Guilds to judge anew; None: all.
-        self.stale: set[int] | None = None
-        self._summaries: dict[int, GuildSummary] = {}
-        #: When the viewer's time-outs end, by guild: Discord says nothing then.
-        self.timeouts: dict[int, float] = {}
-        self._encode()
+    def __init__(self, access: Access, viewer: Viewer) -> None:
+        guild_ids = access.guilds_to_judge(viewer)
+        seen = filter(None, [access.summary(viewer, one) for one in guild_ids])
+        self.encoded = msgspec.json.encode(sorted(seen, key=itemgetter("name", "id")))
+        self.complete = access.complete
+        #: When it is outdated, though Discord says nothing.
+        self.until = access.timed_out_until(viewer, guild_ids)
 
-    def refresh(self, access: Access) -> None:
-        """Judge anew where something has changed."""
-        stale, self.stale = self.stale, set()
-        if stale is None:
-            stale = {*self._summaries, *access.guilds_to_judge(self.viewer)}
-        stale |= {one for one, until in self.timeouts.items() if until <= time.time()}
-        news = {one: access.summary(self.viewer, one) for one in stale}
-        for guild_id in stale:
-            self.timeouts.pop(guild_id, None)
-            if until := access.timed_out_until(self.viewer, guild_id):
-                self.timeouts[guild_id] = until
-        if any(self._summaries.get(one) != summary for one, summary in news.items()):
-            self._summaries = {one: it for one, it in (self._summaries | news).items() if it}
-            self._encode()
-
-    def _encode(self) -> None:
-        """Once for all who are told."""
-        ordered = sorted(self._summaries.values(), key=itemgetter("name", "id"))
-        self.encoded = msgspec.json.encode(ordered)
-        self.update = event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
-
-
-class Told(NamedTuple):
-    """What `guilds:list` or `guilds:update` told a dashboard last, and from which list."""
-
-    source: GuildList
-    guilds: bytes
-    complete: bool
+    @functools.cached_property
+    def update(self) -> Frame:
+        """Encoded once for all who are told."""
+        return event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
 
 
 class GuildLists:
     """Answers `guilds:list`, and tells of each change whoever has asked (design: rooms).
 
-    A list is made once for all who may see the same, and again only of what has changed since. It
-    goes with the last dashboard that was told of it.
+    A list is made once for all who may see the same. It lasts until something changes, or until
+    nobody who was told of it is there.
     """
 
     def __init__(self, access: Access) -> None:
         self._access = access
         self._lists: WeakValueDictionary[object, GuildList] = WeakValueDictionary()
-        self._told: dict[Dashboard, Told] = {}  # who has asked
+        self._told: dict[Dashboard, GuildList] = {}  # who has asked, and what it heard last
         self._telling = InSlices(self._tell)
         self._round: asyncio.TimerHandle | None = None
         self._last_round = 0.0
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
-        now = self._told[dashboard] = self._now(dashboard)
-        return {"guilds": msgspec.Raw(now.guilds), "complete": now.complete}
+        now = self._news_for(dashboard)
+        return {"guilds": msgspec.Raw(now.encoded), "complete": now.complete}
 
     def remove(self, dashboard: Dashboard) -> None:
         """It is told no more."""
         self._told.pop(dashboard, None)
 
-    def change_guild(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
-        """Something has changed in a guild, for these viewers or (None) for all."""
-        for source in self._lists.values():
-            if source.stale is not None and (
-                discord_ids is None or source.viewer.discord_id in discord_ids
-            ):
-                source.stale.add(int(guild_id))
-        self.tell_within(0.0)
-
-    def change_all(self) -> None:
-        """Something has changed that decides everywhere, and who may see the same, too."""
-        self._lists.clear()
+    def change(self, discord_ids: Collection[str] | None = None) -> None:
+        """Something has changed for these viewers, whose lists are their own, or (None) for all."""
+        if discord_ids is None:
+            self._lists.clear()
+        for discord_id in discord_ids or ():
+            self._lists.pop(discord_id, None)
         self.tell_within(0.0)
 
     def tell_within(self, seconds: float) -> None:
@@ -7677,19 +7647,20 @@ class GuildLists:
     def _tell(self, dashboard: Dashboard) -> None:
         told = self._told.get(dashboard)
         if told is not None:
-            now = self._told[dashboard] = self._now(dashboard)
-            if told.guilds != now.guilds or told.complete < now.complete:
-                dashboard.write([now.source.update])
+            now = self._news_for(dashboard)
+            if told.encoded != now.encoded or told.complete < now.complete:
+                dashboard.write([now.update])
 
-    def _now(self, dashboard: Dashboard) -> Told:
-        """What there is to tell."""
-        key = self._access.list_key(dashboard.viewer)
-        source = self._lists.get(key) or GuildList(dashboard.viewer)
-        self._lists[key] = source
-        source.refresh(self._access)
-        for until in source.timeouts.values():
-            self.tell_within(until - time.time())
-        return Told(source, source.encoded, self._access.complete)
+    def _news_for(self, dashboard: Dashboard) -> GuildList:
+        """The list as things stand, which it is about to be told."""
+        key, now = self._access.list_key(dashboard.viewer), time.time()
+        made = self._lists.get(key)
+        if made is None or made.until <= now or made.complete != self._access.complete:
+            made = self._lists[key] = GuildList(self._access, dashboard.viewer)
+        self._told[dashboard] = made
+        if made.until < math.inf:
+            self.tell_within(made.until - now)
+        return made
 
 
 #: Who was in the room, who of them may not see the channel, and how long that holds at most.
@@ -7780,8 +7751,9 @@ class RightsWatcher:
                 for sid, viewer in viewers.items()
                 if not self._access.may_have(viewer, to.guild_id, to.channel_id)
             )
-            ends = [self._access.timed_out_until(viewers[sid], int(to.guild_id)) for sid in hidden]
-            judged[to] = members, hidden, min(filter(None, ends), default=math.inf)
+            guild_ids = (int(to.guild_id),)
+            ends = [self._access.timed_out_until(viewers[sid], guild_ids) for sid in hidden]
+            judged[to] = members, hidden, min(ends, default=math.inf)
         return hidden
 
     def end(self, pid: str) -> None:
@@ -7810,7 +7782,7 @@ class RightsWatcher:
         """Something has changed that decides everywhere."""
         self._judged.clear()
         self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
-        self.lists.change_all()
+        self.lists.change()
         self.checking.add(self._stale)
 
     def check_dashboard(self, dashboard: Dashboard) -> None:
@@ -7825,7 +7797,7 @@ class RightsWatcher:
         if guild_id in self._stale:
             viewers = self._stale.pop(guild_id)
             self.subscriptions.judge(guild_id, viewers)
-            self.lists.change_guild(guild_id, viewers)
+            self.lists.change(viewers)
 
     def _on_channel_change(self, event: Any) -> None:
         self._judged.pop(str(event.guild_id), None)
