@@ -1523,6 +1523,16 @@ LOG_INTERVAL: Final = 60.0
 SECONDS_OF: Final = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86_400.0}
 
 
+CountedT = TypeVar("CountedT", bound=Hashable)
+
+
+def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
+    """One fewer; what has none takes no memory."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
+
+
 class Counters:
     """How often something happened within a window of seconds, which begins with the first time."""
 
@@ -1614,9 +1624,9 @@ class Strangers:
 
     def __init__(self, capacity: int, share: int, patience: float) -> None:
         self.reconfigure(capacity, share, patience)
-        # Both with the longest silent one first.
+        # The longest silent one first.
         self._deadlines: OrderedDict[Stranger, asyncio.TimerHandle | None] = OrderedDict()
-        self._of_address: dict[str, OrderedDict[Stranger, None]] = {}
+        self._of_address: collections.Counter[str] = collections.Counter()
 
     def reconfigure(self, capacity: int, share: int, patience: float) -> None:
         """For those who come from now on."""
@@ -1627,42 +1637,30 @@ class Strangers:
     def __len__(self) -> int:
         return len(self._deadlines)
 
-    def __contains__(self, who: object) -> bool:
-        return who in self._deadlines
-
     def enter(self, who: Stranger) -> None:
         """Let it wait, from now on and behind all others."""
         self.leave(who)
         late = "not authenticated in time"
         loop = asyncio.get_running_loop()
         self._deadlines[who] = loop.call_later(self._patience, self._drop, who, late)
-        neighbours: OrderedDict[Stranger, None] = OrderedDict()
-        if who.address:
-            neighbours = self._of_address.setdefault(who.address, neighbours)
-            neighbours[who] = None
-        if len(neighbours) > self._share:
-            self._drop(next(iter(neighbours)), "made room")
+        self._of_address[who.address] += 1
+        if who.address and self._of_address[who.address] > self._share:
+            neighbours = (one for one in self._deadlines if one.address == who.address)
+            self._drop(next(neighbours), "made room")
         elif len(self) > self._capacity:
             self.make_room(1)
 
     def leave(self, who: Stranger) -> None:
         """It has authenticated, or it is gone."""
-        if who not in self._deadlines:
-            return
-        deadline = self._deadlines.pop(who)
-        if deadline is not None:
-            deadline.cancel()
-        if who.address:
-            del self._of_address[who.address][who]
-            if not self._of_address[who.address]:
-                del self._of_address[who.address]
+        if who in self._deadlines:
+            self.suspend(who)
+            del self._deadlines[who]
+            remove_one(self._of_address, who.address)
 
     def touch(self, who: Stranger) -> None:
         """It has said something, so others are silent for longer; it has no more time for that."""
         if who in self._deadlines:
             self._deadlines.move_to_end(who)
-            if who.address:
-                self._of_address[who.address].move_to_end(who)
 
     def suspend(self, who: Stranger) -> None:
         """It waits for us: no deadline until it enters again."""
@@ -1746,9 +1744,7 @@ class OpenConnections(collections.Counter[str]):
 
     def leave(self, whose: str) -> None:
         """Count one fewer."""
-        self[whose] -= 1
-        if not self[whose]:
-            del self[whose]
+        remove_one(self, whose)
 
     def viewers(self) -> Iterator[str]:
         """The Discord ids of those who have some."""
@@ -3289,16 +3285,6 @@ class Recovery:
 
 def room_guild(room: str) -> str:
     return room.partition(":")[2]
-
-
-CountedT = TypeVar("CountedT", bound=Hashable)
-
-
-def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
-    """One fewer; what has none takes no memory."""
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
 
 
 #: Nanoseconds of the clock for each position: no process has had more events since it began.
@@ -6951,9 +6937,6 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has done it, for polls too
-
-    def check_xsrf_cookie(self) -> None:
-        """There are no cookies to forge with."""
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         websocket = self.request.headers.get("Upgrade", "").lower() == "websocket"
