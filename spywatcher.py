@@ -6725,9 +6725,9 @@ class Origins:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        small = frozenset(map(str.lower, patterns))
-        self._any, self._null = "*" in small, "null" in small
-        self._named = re.compile("|".join(map(origin_pattern, small - {"*", "null"})) or "(?!)")
+        listed = frozenset(patterns)
+        self._any, self._null = "*" in listed, "null" in listed
+        self._named = re.compile("|".join(map(origin_pattern, listed - {"*", "null"})) or "(?!)")
 
     def allow(self, origin: str | None, host: str) -> bool:
         """`origin` and `host` as in the request's headers (RFC 6454; absent outside of browsers)."""
@@ -7086,46 +7086,39 @@ def parse_sid(request: HTTPServerRequest) -> str | None:
 
 
 class OperatorHandler(Handler):
-    """Base of what is there for operators and their tools; `read` gets what a GET is answered with."""
+    """What is there for operators and their tools: `read` is asked for the status and what to say, by
+    whether an operator asks.
+    """
 
-    def initialize(self, door: FrontDoor, read: Callable[[], Any] = dict) -> None:
-        self.inside = door.operators.include(self.request)
-        self.read = read
+    def initialize(self, door: FrontDoor, read: Callable[[bool], tuple[int, Any]]) -> None:
+        self._inside = door.operators.include(self.request)
+        self._read = read
+
+    def get(self) -> None:
+        status, said = self._read(self._inside)
+        self.set_status(status)
+        if isinstance(said, bytes):
+            self.set_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.finish(said)
 
     def head(self) -> None:
         """As GET without a body (RFC 9110 §9.3.2); Tornado leaves that out."""
         self.get()
 
 
-class LiveHandler(OperatorHandler):
-    """Whether the process answers at all."""
-
-    def get(self) -> None:
-        self.finish({"status": "live"})
-
-
-class ReadyHandler(OperatorHandler):
-    """Whether it does its work: 200, or 503 and which part does not; only insiders read why."""
-
-    def get(self) -> None:
-        parts = {name: {"ok": not p["problem"], **p} for name, p in self.read().items()}
-        ready = all(part["ok"] for part in parts.values())
-        if not self.inside:
-            parts = {name: {"ok": part["ok"]} for name, part in parts.items()}
-        self.set_status(200 if ready else 503)
-        self.finish({"status": "ready" if ready else "not ready", "parts": parts})
+def readiness(parts: Mapping[str, dict[str, Any]], inside: bool) -> tuple[int, dict[str, Any]]:
+    """200, or 503 and which part does not do its work; only operators read why."""
+    oks = {name: not part["problem"] for name, part in parts.items()}
+    ready = all(oks.values())
+    told = {name: {"ok": ok, **(parts[name] if inside else {})} for name, ok in oks.items()}
+    return 200 if ready else 503, {"status": "ready" if ready else "not ready", "parts": told}
 
 
-class MetricsHandler(OperatorHandler):
-    """All figures, for Prometheus; insiders only."""
-
-    def get(self) -> None:
-        if self.inside:
-            self.set_header("Content-Type", CONTENT_TYPE_LATEST)
-            self.finish(self.read())
-        else:
-            self.set_status(403)
-            self.finish({"message": "Only for this host and for [server] metrics_from"})
+def figures(metrics: Metrics, inside: bool) -> tuple[int, bytes | dict[str, str]]:
+    """All of them, for Prometheus; for operators only."""
+    if inside:
+        return 200, metrics.text()
+    return 403, {"message": "Only for this host and for [server] metrics_from"}
 
 
 class NotFoundHandler(Handler):
@@ -8180,13 +8173,16 @@ def measure(server: Server) -> None:
 
 def make_web(server: Server, settings: Settings) -> WebServer:
     limit = settings.server.max_message_bytes
-    door = {"door": server.door}
+
+    def operators(path: str, read: Callable[[bool], tuple[int, Any]]) -> tuple[Any, ...]:
+        return path, OperatorHandler, {"door": server.door, "read": read}
+
     application = Site(
         [
-            (SOCKET_PATH, SocketHandler, {**door, "engine": server.socketio.eio}),
-            (r"/health/live", LiveHandler, door),
-            (r"/health/ready", ReadyHandler, {**door, "read": server.health}),
-            (r"/metrics", MetricsHandler, {**door, "read": server.metrics.text}),
+            (SOCKET_PATH, SocketHandler, {"door": server.door, "engine": server.socketio.eio}),
+            operators(r"/health/live", lambda inside: (200, {"status": "live"})),
+            operators(r"/health/ready", lambda inside: readiness(server.health(), inside)),
+            operators(r"/metrics", lambda inside: figures(server.metrics, inside)),
         ],
         default_handler_class=NotFoundHandler,
         websocket_max_message_size=limit,
@@ -8211,22 +8207,16 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Listening sockets; `localhost` is both loopbacks, whatever the host's files say of it."""
     if host != "localhost":
         return bind_sockets(port, host, backlog=1024)
-    first = listening(socket.AF_INET, "127.0.0.1", port)
+    first = bind_sockets(port, "127.0.0.1", backlog=1024)
     try:
-        return [first, listening(socket.AF_INET6, "::1", first.getsockname()[1])]
+        return first + bind_sockets(first[0].getsockname()[1], "::1", backlog=1024)
     except OSError as error:
         if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a host without IPv6
-            return [first]
-        first.close()
+            return first
+        first[0].close()
         if port == 0 and error.errno == errno.EADDRINUSE:  # free on one of them only
             return listen(host, port)
         raise
-
-
-def listening(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    listener = socket.create_server((host, port), family=family, backlog=1024)
-    listener.setblocking(False)
-    return listener
 
 
 def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:
@@ -8515,9 +8505,7 @@ class Systemd:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             # "@" marks an abstract socket, whose real name begins with a zero byte.
-            address = (
-                self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address
-            )
+            address = re.sub("^@", "\0", self._address)
             with contextlib.suppress(OSError):
                 sender.sendto("\n".join(lines).encode(), address)
 
