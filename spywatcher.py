@@ -7273,25 +7273,21 @@ class Comeback(NamedTuple):
         )
 
 
+@dataclasses.dataclass(eq=False)
 class Dashboard:
     """One connected dashboard: whose it is, its transport and, if it can recover, its ticket."""
 
-    def __init__(
-        self,
-        sid: Sid,
-        session: Session,
-        viewer: Viewer,
-        ticket: Ticket | None,
-        comeback: Comeback,
-    ) -> None:
-        self.sid = sid
-        self.session = session
-        self.ticket = ticket
-        self.comeback = comeback
+    sid: Sid
+    session: Session
+    viewer: Viewer
+    ticket: Ticket | None
+    comeback: Comeback
+    _expiry: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
         #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
-        self.pending: set[str] = set() if ticket is None else ticket.pending
-        self._expiry: asyncio.TimerHandle | None = None
-        self.take_token(viewer)
+        self.pending: set[str] = set() if self.ticket is None else self.ticket.pending
+        self.take_token(self.viewer)
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -7330,6 +7326,7 @@ class Dashboard:
         self.session.end()
 
 
+@dataclasses.dataclass(eq=False)
 class Subscriptions:
     """The dashboards that are connected, and who of them is in which guild's rooms (design: rooms).
 
@@ -7340,21 +7337,14 @@ class Subscriptions:
     left        may_view is False: with an `error`        it is asked for again
     """
 
-    def __init__(
-        self,
-        rooms: Rooms,
-        access: Access,
-        limits: Limits,
-        plugins: PluginLoader,
-        node: Node,
-        recovery: Recovery,
-    ) -> None:
-        self._rooms = rooms
-        self._access = access
-        self._limits = limits
-        self._plugins = plugins
-        self._node = node
-        self._recovery = recovery
+    _rooms: Rooms
+    _access: Access
+    _limits: Limits
+    _plugins: PluginLoader
+    _node: Node
+    _recovery: Recovery
+
+    def __post_init__(self) -> None:
         self.connected: dict[Sid, Dashboard] = {}
         self.by_pid: dict[str, Dashboard] = {}  # those that can recover
         #: Those who are in a room of a guild or wait to be: nobody else is judged.
@@ -7643,6 +7633,7 @@ class GuildLists:
 Judged = tuple[tuple[Sid, ...], Hidden, float]
 
 
+@dataclasses.dataclass(eq=False)
 class RightsWatcher:
     """Hears what changes rights (the table is in `Access.may_have`), and keeps rooms and lists in line.
 
@@ -7651,13 +7642,12 @@ class RightsWatcher:
     later, in slices, or when something is about to be sent to them.
     """
 
-    def __init__(
-        self, access: Access, subscriptions: Subscriptions, lists: GuildLists, rooms: Rooms
-    ) -> None:
-        self._access = access
-        self.subscriptions = subscriptions
-        self.lists = lists
-        self._rooms = rooms
+    _access: Access
+    _rooms: Rooms
+    subscriptions: Subscriptions
+
+    def __post_init__(self) -> None:
+        self.lists = GuildLists(self._access)
         #: Guilds whose rooms are to be looked through: for these viewers, or (None) for all.
         self._stale: dict[str, set[str] | None] = {}
         self.checking = InSlices(self._look_through)
@@ -7666,7 +7656,7 @@ class RightsWatcher:
         self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
     #: What of a guild can change which channels its viewers may see,
-    CHANNEL_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+    CHANNEL_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.GuildChannelCreateEvent,
         hikari.GuildChannelUpdateEvent,
         hikari.GuildChannelDeleteEvent,
@@ -7676,17 +7666,11 @@ class RightsWatcher:
         hikari.ThreadListSyncEvent,
     )
     #: and what can change besides whether they may see anything of it.
-    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.RoleCreateEvent,
-        hikari.RoleUpdateEvent,
-        hikari.RoleDeleteEvent,
+    GUILD_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
+        hikari.RoleEvent,
         hikari.GuildUpdateEvent,
     )
-    MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
-        hikari.MemberCreateEvent,
-        hikari.MemberUpdateEvent,
-        hikari.MemberDeleteEvent,
-    )
+    MEMBER_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (hikari.MemberEvent,)
 
     @classmethod
     def event_types(cls) -> tuple[type[hikari.Event], ...]:
@@ -7933,29 +7917,23 @@ class Comebacks:
             self._subscriptions.send_snapshots_soon(dashboard, room)
 
 
+@dataclasses.dataclass(eq=False)
 class Dashboards:
     """Lets dashboards in and sees them go, and hears what they ask (design: identity)."""
 
-    def __init__(
-        self,
-        sio: SocketIO,
-        tokens: Tokens,
-        limits: Limits,
-        node: Node,
-        rights: RightsWatcher,
-        comebacks: Comebacks,
-    ) -> None:
-        self._sio = sio
-        self._tokens = tokens
-        self._limits = limits
-        self._node = node
-        self._rights = rights
-        self._comebacks = comebacks
-        self._subscriptions = rights.subscriptions
-        sio.on("connect", self._connect)
-        sio.on(CONNECTED, self._welcome)
-        sio.on("disconnect", self._disconnect)
-        sio.on(REQUEST, self._request)
+    _sio: SocketIO
+    _tokens: Tokens
+    _limits: Limits
+    _node: Node
+    _rights: RightsWatcher
+    _comebacks: Comebacks
+
+    def __post_init__(self) -> None:
+        self._subscriptions = self._rights.subscriptions
+        self._sio.on("connect", self._connect)
+        self._sio.on(CONNECTED, self._welcome)
+        self._sio.on("disconnect", self._disconnect)
+        self._sio.on(REQUEST, self._request)
 
     def __len__(self) -> int:
         return len(self._subscriptions.connected)
@@ -8286,7 +8264,7 @@ class Server:
         subscriptions = Subscriptions(
             self.rooms, self.access, self.limits, self.plugins.loader, self.node, self.recovery
         )
-        return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
+        return RightsWatcher(self.access, self.rooms, subscriptions)
 
     def _make_dashboards(self) -> Dashboards:
         most_bytes = self._settings.server.max_queue_bytes // 2
