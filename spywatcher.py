@@ -1012,27 +1012,23 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
         secrets=tuple(text.splitlines()),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
-    faults = [
-        f"auth.secret: got {len(secret.encode())} bytes, expected {LEAST_SECRET_BYTES[algorithm]}"
-        f" or more for {algorithm}"
-        for algorithm in auth.algorithms
-        for secret in keys.of(algorithm)
-        if len(secret.encode()) < LEAST_SECRET_BYTES.get(algorithm, 0)
-    ]
-    if not keys.public:
-        faults += [
-            f"auth.public_key_file: not set, expected the key for {algorithm}"
-            for algorithm in auth.algorithms
-            if algorithm not in LEAST_SECRET_BYTES
-        ]
-    faults += [
-        f"auth: got a key that is none for {algorithm}"
-        for algorithm in auth.algorithms
-        if not all(is_key_for(algorithm, key) for key in keys.of(algorithm))
-    ]
+    faults = [fault for algorithm in auth.algorithms for fault in key_faults(algorithm, keys)]
     if faults:
         raise OperatorError(*faults)
     return keys
+
+
+def key_faults(algorithm: str, keys: Keys) -> Iterator[str]:
+    """What is wrong with the keys that tokens of this algorithm would be checked with."""
+    least = LEAST_SECRET_BYTES.get(algorithm, 0)
+    if not least and not keys.public:
+        yield f"auth.public_key_file: not set, expected the key for {algorithm}"
+    for key in keys.of(algorithm):
+        size = len(key.encode())
+        if size < least:
+            yield f"auth.secret: got {size} bytes, expected {least} or more for {algorithm}"
+        elif not is_key_for(algorithm, key):
+            yield f"auth: got a key that is none for {algorithm}"
 
 
 def is_key_for(algorithm: str, key: str) -> bool:
@@ -1096,10 +1092,13 @@ class Tokens:
     @staticmethod
     def _viewer(claims: dict[str, Any]) -> Viewer:
         try:
-            if claims.get("access") is True and has_begun(claims.get("nbf")):
-                return msgspec.convert(claims, Viewer)
-        except msgspec.ValidationError as error:
+            viewer = msgspec.convert(claims, Viewer)
+            begins = msgspec.convert(claims.get("nbf"), float | None) or 0.0
+            msgspec.json.encode(viewer)  # half of a surrogate pair could be sent to nobody
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise RefusedConnectionError("Invalid token", code="claims") from error
+        if claims.get("access") is True and begins <= time.time() + CLOCK_DIFFERENCE:
+            return viewer
         raise RefusedConnectionError("Invalid token", code="claims")
 
     def issue(
@@ -1147,12 +1146,6 @@ class Tokens:
             )
         secret = self._keys.secrets[0].encode()
         return hmac.digest(secret, f"spywatcher:{purpose}".encode(), "sha256")
-
-
-def has_begun(value: object) -> bool:
-    """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
 
 
 class Directory(Protocol):
@@ -7025,12 +7018,10 @@ class SocketHandler(Handler, WebSocketHandler):
             else:
                 self._session = session
                 session.attach(self)
-        elif self._sid in self._engine.sockets:
-            self._session = self._engine.sockets[self._sid]
-            if not self._session.begin_upgrade(self):
-                self.close()
         else:
-            self.close()
+            self._session = self._engine.sockets.get(self._sid)
+            if self._session is None or not self._session.begin_upgrade(self):
+                self.close()
 
     def _detach_stream(self) -> IOStream:
         """Tornado's puts a refusal in the place of eleven methods: a kilobyte for each client."""
@@ -7258,19 +7249,17 @@ SLICE: Final = 0.01
 
 
 class Comeback(NamedTuple):
-    """What a client says beside its token, in `auth` of its CONNECT (Socket.IO protocol v5)."""
+    """What a client says in `auth` of its CONNECT (Socket.IO protocol v5)."""
 
-    recover: bool | None
+    token: object
+    recover: object
     pid: object
     offset: object
 
     @classmethod
     def of(cls, auth: object) -> Comeback:
         said = auth if isinstance(auth, dict) else {}
-        recover = said.get("recover")
-        return cls(
-            recover if isinstance(recover, bool) else None, said.get("pid"), said.get("offset")
-        )
+        return cls(*map(said.get, cls._fields))
 
 
 @dataclasses.dataclass(eq=False)
@@ -7843,7 +7832,8 @@ class Comebacks:
 
     def ticket_for(self, session: Session, viewer: Viewer, comeback: Comeback) -> Ticket | None:
         """That which the client had, if it can be given all that it missed, or a new one."""
-        wanted = session.from_browser if comeback.recover is None else comeback.recover
+        recover = comeback.recover
+        wanted = recover if isinstance(recover, bool) else session.from_browser
         if not wanted or not self._recovery.enabled:
             return None
         return self._take_back(viewer, comeback) or self._recovery.issue(viewer)
@@ -7947,7 +7937,7 @@ class Dashboards:
             raise RefusedConnectionError("Gone")
         comeback = Comeback.of(auth)
         try:
-            viewer = await self._identify(session, auth, comeback)
+            viewer = await self._identify(session, comeback)
         except RefusedConnectionError as refusal:
             if self._limits.log_once(session.address, refusal.message):
                 address = session.address
@@ -7960,14 +7950,13 @@ class Dashboards:
         self._node.viewer_entered(viewer.discord_id)
         return {} if ticket is None else {"pid": ticket.pid}
 
-    async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
+    async def _identify(self, session: Session, comeback: Comeback) -> Viewer:
         if session.refusal is not None and comeback.pid is None:
             raise session.refusal
         if seconds := await self._limits.blocked_for(session.address):
             raise self._limits.over("blocked", seconds)
-        token = auth.get("token") if isinstance(auth, dict) else None
         try:
-            viewer = self._tokens.verify(token)
+            viewer = self._tokens.verify(comeback.token)
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
