@@ -1222,17 +1222,16 @@ class Cached(enum.Enum):
     chunks. Each step leads to one state, whatever the state was before:
 
         it is heard that                                  the guild is then
-        the bot stops                                     UNKNOWN, as all are
-        READY names it                                    COMING
+        the bot stops, or READY names it                  COMING
         READY does not, and the cache still has it        LOST
         GUILD_CREATE came, members follow                 MEMBERS_COMING
         GUILD_CREATE or the last chunk came, or it went   WHOLE
 
-    A guild that was never heard of is WHOLE once READY of its shard came: the bot is not in it.
+    A guild that was never heard of is COMING until READY of its shard came, then WHOLE: the bot is not
+    in it.
     """
 
-    UNKNOWN = "nothing is proved"
-    COMING = "what is there may be old; what is not there may still come"
+    COMING = "nothing is proved: what is there may be old, what is not there may still come"
     LOST = "the bot is not in it: hikari 2.7 keeps a guild that went while it was away"
     MEMBERS_COMING = "a member who is not there may still come, unless seen to leave meanwhile"
     WHOLE = "what is not there does not exist"
@@ -1262,19 +1261,19 @@ class Access:
 
     # -- how sure the cache is
 
-    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        """A new gateway session is about to send these guilds: all that the bot has of its shard."""
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> Collection[int]:
+        """A new gateway session is about to send these guilds: all that the bot has of its shard.
+
+        Returns those that the cache has and the bot has not.
+        """
         coming = frozenset(guild_ids)
+        lost = frozenset(filter(shard_range.has, self._cache.guild_ids())) - coming
         self._begun.add(shard_range)
-        for guild_id in filter(shard_range.has, self._cache.guild_ids()):
+        for guild_id in lost:
             self._set(guild_id, Cached.LOST)
         for guild_id in coming:
             self._set(guild_id, Cached.COMING)
-
-    @property
-    def lost(self) -> frozenset[int]:
-        """Guilds that hikari still has and the bot has not."""
-        return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
+        return lost
 
     def is_whole(self, guild_id: int) -> bool:
         """Whether the cache holds all of this guild, even if that is nothing."""
@@ -1315,7 +1314,7 @@ class Access:
 
     def _state(self, guild_id: int) -> Cached:
         begun = any(one.has(guild_id) for one in self._begun)
-        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.UNKNOWN
+        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.COMING
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
@@ -7644,6 +7643,7 @@ class RightsWatcher:
         self._judged: dict[str, dict[Destination, Judged]] = {}
         self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
+    # Each by its own class: hikari calls who hears a base class after all others, plugins too.
     #: What of a guild can change which channels its viewers may see,
     CHANNEL_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.GuildChannelCreateEvent,
@@ -7656,10 +7656,16 @@ class RightsWatcher:
     )
     #: and what can change besides whether they may see anything of it.
     GUILD_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
-        hikari.RoleEvent,
+        hikari.RoleCreateEvent,
+        hikari.RoleUpdateEvent,
+        hikari.RoleDeleteEvent,
         hikari.GuildUpdateEvent,
     )
-    MEMBER_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (hikari.MemberEvent,)
+    MEMBER_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
+        hikari.MemberCreateEvent,
+        hikari.MemberUpdateEvent,
+        hikari.MemberDeleteEvent,
+    )
 
     @classmethod
     def event_types(cls) -> tuple[type[hikari.Event], ...]:
@@ -7765,9 +7771,9 @@ class RightsWatcher:
 
     def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
         shard_range = shard_range_of(event.shard)
-        self._access.begin(event.unavailable_guilds, shard_range)
+        lost = self._access.begin(event.unavailable_guilds, shard_range)
         asked_for = filter(shard_range.has, map(int, self.subscriptions.guilds()))
-        for guild_id in {*self._access.lost, *asked_for}:
+        for guild_id in {*lost, *asked_for}:
             self.check(str(guild_id))
 
     def _on_stopping(self, event: hikari.StoppingEvent) -> None:
@@ -8174,16 +8180,22 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Listening sockets; `localhost` is both loopbacks, whatever the host's files say of it."""
     if host != "localhost":
         return bind_sockets(port, host, backlog=1024)
-    first = bind_sockets(port, "127.0.0.1", backlog=1024)
+    first = listening(socket.AF_INET, "127.0.0.1", port)
     try:
-        return first + bind_sockets(first[0].getsockname()[1], "::1", backlog=1024)
+        return [first, listening(socket.AF_INET6, "::1", first.getsockname()[1])]
     except OSError as error:
         if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a host without IPv6
-            return first
-        first[0].close()
+            return [first]
+        first.close()
         if port == 0 and error.errno == errno.EADDRINUSE:  # free on one of them only
             return listen(host, port)
         raise
+
+
+def listening(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    listener = socket.create_server((host, port), family=family, backlog=1024)
+    listener.setblocking(False)
+    return listener
 
 
 def wanted_events(plugins: PluginLoader) -> dict[type[hikari.Event], list[str]]:

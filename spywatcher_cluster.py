@@ -1374,12 +1374,13 @@ class SharedAccess(Access):
         #: Tells the other nodes, while the gateway is this one's.
         self.reporter = GuildReporter(self, cache, known, publisher)
 
-    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> Collection[int]:
         if not self._publisher.leading:  # the last word of a session that counts no more
-            return
-        super().begin(guild_ids, shard_range)
-        for guild_id in self.lost:  # though hikari may still have it
+            return ()
+        lost = super().begin(guild_ids, shard_range)
+        for guild_id in lost:  # though hikari may still have it
             self.reporter.tell_guild(guild_id, None)
+        return lost
 
     def fill(self, guild_id: int) -> None:
         super().fill(guild_id)
