@@ -1707,14 +1707,6 @@ class Connection:
             self._session = None
             self.wait()
 
-    def touch(self) -> None:
-        """A request has come."""
-        self._strangers.touch(self)
-
-    def serve(self) -> None:
-        """A request that belongs to no session is being answered."""
-        self._strangers.suspend(self)
-
     def wait(self) -> None:
         """There is nothing to be answered."""
         if self._session is None and not self._stream.closed():
@@ -6860,16 +6852,6 @@ def address_key(address: Address) -> str:
     return str(address)
 
 
-def allowed_methods(handler: RequestHandler) -> str:
-    """What a handler answers, as RFC 9110 §10.2.1 has it."""
-    unknown = RequestHandler._unimplemented_method
-    return ", ".join(
-        method
-        for method in handler.SUPPORTED_METHODS
-        if getattr(type(handler), method.lower()) is not unknown
-    )
-
-
 class Handler(RequestHandler):
     """Base of what is served: JSON without a banner, never from a cache."""
 
@@ -6883,7 +6865,7 @@ class Handler(RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """What Tornado refuses by itself: above all other methods than those that there are."""
         if status_code == 405:
-            self.set_header("Allow", allowed_methods(self))
+            self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
         self.finish({"message": self._reason})
 
 
@@ -6895,6 +6877,8 @@ UPGRADED: Final = HTTPServerRequest(
 
 class SocketHandler(Handler, WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
+
+    SUPPORTED_METHODS = ("GET", "POST", "OPTIONS")
 
     def initialize(self, engine: Engine, door: FrontDoor) -> None:
         self._engine = engine
@@ -6911,11 +6895,10 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def prepare(self) -> None:
         """Turn away foreign pages and blocked addresses."""
-        self.connection.touch()
         origin = self.request.headers.get("Origin")
         session = self._engine.sockets.get(self._sid)
-        if session is not None:
-            self._engine.limits.strangers.touch(session)
+        for who in filter(None, (self.connection, session)):
+            self._engine.limits.strangers.touch(who)
         if not self._door.origins.allow(origin, self.request.host):
             self._refuse(403, "origin", "This origin is not allowed", unlisted(origin))
             return
@@ -7037,7 +7020,7 @@ class SocketHandler(Handler, WebSocketHandler):
         session = self._session
         if session is None:
             return
-        self.connection.touch()
+        self._engine.limits.strangers.touch(self.connection)
         if session.handler is self:
             await session.feed(message)
         elif message == PROBE and session.probe(self):
@@ -7079,6 +7062,8 @@ class OperatorHandler(Handler):
     """What is there for operators and their tools: `read` is asked for the status and what to say, by
     whether an operator asks.
     """
+
+    SUPPORTED_METHODS = ("GET", "HEAD")
 
     def initialize(self, door: FrontDoor, read: Callable[[bool], tuple[int, Any]]) -> None:
         self._inside = door.operators.include(self.request)
@@ -7128,7 +7113,7 @@ class Site(Application):
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         connection = self.door.connection(request)
         if connection is not None and request.path != SOCKET_PATH:
-            connection.serve()
+            self.door.limits.strangers.suspend(connection)
         own = super().find_handler(request, **kwargs)
         found = self.plugins.handler_for(request)
         if own.handler_class is not NotFoundHandler or found is None:
@@ -8120,27 +8105,19 @@ def make_socketio(settings: Settings, rooms: Rooms, limits: Limits) -> SocketIO:
 
 def measure(server: Server) -> None:
     """Enter what is read when a scrape asks."""
-    gauge = server.metrics.gauge
+    gauge, gateway, plugins = server.metrics.gauge, server.gateway, server.plugins
     sessions = server.socketio.eio.sockets
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
     gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.logs.size)
-    gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
-    gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
-    gauge(
-        "gateway_latency_seconds",
-        "What Discord took to answer the last heartbeat.",
-        lambda: server.gateway.latency,
-    )
-    gauge(
-        "gateway_silence_seconds",
-        "Since Discord answered a heartbeat.",
-        lambda: server.gateway.silence,
-    )
+    gauge("guilds", "Watched guilds.", lambda: gateway.guilds)
+    gauge("gateway_connected", "1 while connected to Discord.", lambda: gateway.connected)
+    gauge("gateway_latency_seconds", "Of Discord's latest heartbeat.", lambda: gateway.latency)
+    gauge("gateway_silence_seconds", "Since that heartbeat.", lambda: gateway.silence)
     gauge("loop_lag_seconds", "Worst delay of the last 10 s.", lambda: server.pulse.lag)
-    gauge("plugins_loaded", "Loaded plugins.", lambda: len(server.plugins.health()["loaded"]))
-    gauge("plugins_failed", "Plugins in trouble.", lambda: len(server.plugins.health()["failed"]))
+    gauge("plugins_loaded", "Loaded plugins.", lambda: len(plugins.health()["loaded"]))
+    gauge("plugins_failed", "Plugins in trouble.", lambda: len(plugins.health()["failed"]))
     gauge("ready", "1 while /health/ready says so.", lambda: server.problem is None)
 
 
