@@ -276,7 +276,7 @@ def plain_origin(text: str) -> str:
         raise ValueError(f'expected "scheme://host" or "scheme://host:port": {error}') from error
     if not ORIGIN.fullmatch(origin):
         raise ValueError('expected "scheme://host", with * only as "*.host" or alone')
-    if re.search(r"://.*[/?#@]", small):
+    if not set("/?#@").isdisjoint(small.partition("://")[2]):
         raise ValueError(f'expected it without what is not host and port: "{origin}"')
     return origin + any_port
 
@@ -914,14 +914,14 @@ NEEDED: Final = (
     r"🏴[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
     r"|(?<=[\p{ExtPict}\p{Emoji_Modifier}\ufe0f\u20e3])\u200d(?=\p{ExtPict})"
     r"|(?<=[\p{Emoji}\p{ExtPict}])[\ufe0e\ufe0f]"
-    r"|(?<=[0\p{S}\p{Han}\p{Myanmar}\p{Phags_Pa}\u3001\u3002\uff01-\uff1f])[\ufe00-\ufe0d]"
+    r"|(?<=[0\u2100-\u2bff\p{Han}\p{Myanmar}\p{Phags_Pa}\u3001\u3002\uff01-\uff1f])[\ufe00-\ufe0d]"
     r"|(?<=\p{Han})[\U000e0100-\U000e01ef]"
     r"|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
     rf"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
 )
 UNSEEN: Final = regex.compile(f"({NEEDED})|{INVISIBLE}")
 #: An empty cell of Braille is as wide as a letter and as blank as a space.
-BLANK: Final = regex.compile(rf"({INVISIBLE}|[\s\u2800])*")
+BLANK: Final = regex.compile(rf"(?:{INVISIBLE}|[\s\u2800])*")
 #: What is read as one character (UAX #29).
 CHARACTER: Final = regex.compile(r"\X")
 
