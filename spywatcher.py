@@ -7676,7 +7676,8 @@ class RightsWatcher:
 
     def send(self, to: Destination, frame: RoomFrame) -> None:
         """An event to those in a room who may see it."""
-        self._look_through(to.guild_id)
+        if to.guild_id in self._stale:
+            self._look_through(to.guild_id)
         hidden = functools.partial(self._hidden, to) if to.channel_id else None
         self._rooms.send(to.room, frame, hidden)
 
