@@ -71,11 +71,12 @@ from spywatcher import (
     Ticket,
     Topic,
     Viewer,
-    being_cancelled,
+    Work,
     clock_position,
     decode_offset,
     destination_of,
     encode_offset,
+    end_tasks,
     event_packet,
     is_snowflake,
     log,
@@ -83,6 +84,7 @@ from spywatcher import (
     remove_one,
     room_guild,
     shown,
+    until_one_ends,
     without_login,
 )
 
@@ -1995,25 +1997,18 @@ class Terms:
         self._parts = parts
         self.windows = Windows(node.link, node.lease, parts.throttle)
 
-    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Never returns; raises what `run` raises."""
+    async def lead(self, work: Work, rest: Work) -> None:
+        """Never returns; raises what `work` raises."""
         lease = self._node.lease
         while True:
             await lease.wait(lambda term: term > 0)
             term = lease.term
             self._begin(term)
-            tasks = [
-                asyncio.create_task(self._take_over(run)),
-                asyncio.create_task(lease.wait(functools.partial(operator.ne, term))),
-            ]
+            lost = lease.wait(functools.partial(operator.ne, term))
             try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                if tasks[0].done():
-                    tasks[0].result()
+                await until_one_ends(self._take_over(work), lost)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await rest()
                 lease.led = 0
                 self._node.reader.missed = True
 
@@ -2027,12 +2022,11 @@ class Terms:
         node.hearing.begin_term(term)
         node.known.beat(complete=False)  # what this node hears of its guilds from now on is so
 
-    async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _take_over(self, work: Work) -> None:
         topics = await self.windows.load()
         remaking = [asyncio.create_task(self._remake(topic)) for topic in topics]
         try:
-            if not being_cancelled():
-                await run()
+            await work()
         finally:
             for task in remaking:
                 task.cancel()
@@ -2107,27 +2101,24 @@ class ClusterNode(Node):
     async def stop(self, grace: float) -> None:
         """Send what waits, let go of the gateway, end."""
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace / 2):
-                    await self.connections.close()
-                    await self.publisher.drained()
-                    with contextlib.suppress(*self.link.errors):
-                        await self.terms.windows.writing.drain()
-            await self.lease.release()
-            self.publisher.tell("bye")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(grace / 2, REDIS_TIMEOUT)):
-                    await self.publisher.drained()
+            for step in (self._send_last, self._let_go):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace / 2):
+                        await step()
         finally:  # a stop that takes too long is cancelled
-            await self._end()
+            await end_tasks(self._tasks)
+            await self.link.close()
 
-    async def _end(self) -> None:
-        left = set(self._tasks)
-        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=0.1)
-        await self.link.close()
+    async def _send_last(self) -> None:
+        await self.connections.close()
+        await self.publisher.drained()
+        with contextlib.suppress(*self.link.errors):
+            await self.terms.windows.writing.drain()
+
+    async def _let_go(self) -> None:
+        await self.lease.release()
+        self.publisher.tell("bye")
+        await self.publisher.drained()
 
     @property
     def problem(self) -> str | None:
@@ -2178,8 +2169,8 @@ class ClusterNode(Node):
     def leading(self) -> bool:
         return self.lease.leading
 
-    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        await self.terms.lead(run)
+    async def lead(self, work: Work, rest: Work) -> None:
+        await self.terms.lead(work, rest)
 
     def marks(self, plugin: str) -> Marks:
         return SharedMarks(self.link, plugin)

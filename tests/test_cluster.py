@@ -40,7 +40,8 @@ from waiting import eventually
 import spywatcher
 import spywatcher_cluster
 from simulator import GatewaySocket, Guild, Op, Packet, Permission, PretendDiscord, hidden_except
-from spywatcher import Keys, Server, Tokens, Viewer
+from spywatcher import Keys, Server, Tokens, Topic, Viewer
+from spywatcher_cluster import Windows
 
 pytestmark = pytest.mark.logs(
     r"no connection to Redis",
@@ -604,6 +605,25 @@ async def test_a_frozen_redis_keeps_no_first_subscriber_waiting(nodes, redis, gu
     assert (await dashboard.call("subscribe:guild", str(guild.id)))["ok"]
     assert time.monotonic() - began < 1
     redis.thaw()
+
+
+async def test_a_cancellation_that_redis_swallows_at_a_takeover_holds_up_no_stop(
+    nodes, monkeypatch
+):
+    begun = asyncio.Event()
+
+    async def load(windows: Windows) -> list[Topic]:
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(Windows, "load", load)
+    server = await nodes.add()
+    await begun.wait()
+    started = time.monotonic()
+    await server.stop()
+    assert time.monotonic() - started < 2
 
 
 @asynccontextmanager
