@@ -1,7 +1,6 @@
-"""Many processes as one service, over Redis.
+"""Any number of processes as one service, over Redis alone (design: more than one machine).
 
-Any number of processes as one service, on Redis alone (design: more than one machine). Events
-travel through one Redis stream per guild, everything else through one control stream; one node
+Events travel through one Redis stream per guild, everything else through one control stream; one node
 holds the gateway; what it knows of guilds is told to all. It knows no event by name and no
 plugin; nothing in here is made unless `[redis] url` is set, and nothing here makes an event wait.
 """
@@ -38,6 +37,12 @@ from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeVar
 
 import hikari
 import msgspec
+from redis import asyncio as aioredis
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from spywatcher import (
     MOST_REMEMBERED,
@@ -265,6 +270,8 @@ return {cjson.encode(found), #KEYS, '0'}
 """
 
 
+#: What a call raises where Redis does not answer as it should.
+REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
 NewsT = TypeVar("NewsT")
 StateT = TypeVar("StateT", bound=msgspec.Struct)
 
@@ -314,7 +321,7 @@ class Link:
     def __init__(self, settings: RedisSettings, password: str) -> None:
         self._open = functools.partial(open_redis, settings.url, password)
         self._closed = False
-        self.redis, self.errors = self._open(lambda: not self._closed)
+        self.redis = self._open(lambda: not self._closed)
         self._clients = [self.redis]
         self.up = False
         #: Set once Redis has answered.
@@ -327,7 +334,7 @@ class Link:
 
     @contextlib.asynccontextmanager
     async def patience(self) -> AsyncIterator[None]:
-        """What a client waits for; raises one of `errors` when that takes too long, or would."""
+        """What a client waits for; raises one of REDIS_ERRORS when that takes too long, or would."""
         if not self.up or time.monotonic() < self._slow_until:
             raise TimeoutError
         try:
@@ -339,10 +346,10 @@ class Link:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Raise ConnectionError, which plugins know, for one of `errors`."""
+        """Raise ConnectionError, which plugins know, for one of REDIS_ERRORS."""
         try:
             yield
-        except self.errors as error:
+        except REDIS_ERRORS as error:
             raise ConnectionError(str(error)) from error
 
     async def keep(self, work: Callable[[], Coroutine[Any, Any, object]]) -> NoReturn:
@@ -352,7 +359,7 @@ class Link:
             began = time.monotonic()
             try:
                 await work()
-            except self.errors as error:
+            except REDIS_ERRORS as error:
                 self._lost(error)
             except Exception:  # a bug, which must not end what has to go on
                 log.exception("%s failed, and begins anew", work.__qualname__)
@@ -363,7 +370,7 @@ class Link:
 
     def client(self, may_connect: Callable[[], bool]) -> Any:
         """A client of one's own, whose connections are made, or made anew, only where one may."""
-        client, _ = self._open(lambda: not self._closed and may_connect())
+        client = self._open(lambda: not self._closed and may_connect())
         self._clients.append(client)
         return client
 
@@ -407,7 +414,7 @@ class Link:
             self._timer.cancel()
         for client in self._clients:
             for pool in (client.connection_pool, *sentinel_pools(client)):
-                with contextlib.suppress(*self.errors):
+                with contextlib.suppress(*REDIS_ERRORS):
                     await pool.aclose()
 
 
@@ -458,8 +465,6 @@ class WriteBehind(Generic[NewsT]):
 
 def fault_of(error: Exception) -> str:
     """What an operator has to mend, where Redis is there and will not have this node; else empty."""
-    from redis.exceptions import AuthenticationError, ResponseError
-
     if isinstance(error, AuthenticationError | ResponseError):
         said = str(error).rpartition("of pipeline caused error: ")[2]  # before it is what was sent
         return f"Redis refuses this node ({said}): see redis.url and redis.password_file"
@@ -500,18 +505,11 @@ def bad_url(url: str) -> OperatorError:
     )
 
 
-def open_redis(
-    url: str, password: str, may_connect: Callable[[], bool] = lambda: True
-) -> tuple[Any, tuple[type[Exception], ...]]:
-    """A client for redis://, rediss://, unix:// or redis+sentinel://, and what it raises.
+def open_redis(url: str, password: str, may_connect: Callable[[], bool] = lambda: True) -> Any:
+    """A client for redis://, rediss://, unix:// or redis+sentinel://; its calls raise REDIS_ERRORS.
 
     Each call is tried once: whoever makes it knows best what to do next. Raises OperatorError.
     """
-    from redis import asyncio as aioredis  # a single process needs none
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-    from redis.exceptions import RedisError
-
     pattern, _ = URLS.get(url.partition("://")[0], ("", ""))
     found = re.fullmatch(pattern, url)
     if not found:
@@ -548,7 +546,7 @@ def open_redis(
     except OSError as error:
         files = url.partition("?")[2]
         raise OperatorError(f"redis.url: cannot use {files}: {error.strerror}") from error
-    return client, (RedisError, OSError, TimeoutError)
+    return client
 
 
 def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[str, Any]) -> Any:
@@ -556,10 +554,7 @@ def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[st
 
     Sentinels are asked without user and password, as they are by default.
     """
-    from redis.asyncio import sentinel as redis_sentinel
-    from redis.asyncio.connection import parse_url
-
-    make: Any = redis_sentinel.Sentinel  # no types
+    make: Any = Sentinel  # no types
     urls = [parse_url(f"redis://{host}") for host in found["hosts"].split(",")]
     places = [(one["host"], one.get("port", 26379)) for one in urls]
     login = parse_url(f"redis://{found['login'] or ''}@host/{found['db'] or 0}")
@@ -822,7 +817,7 @@ class Reader:
         await self._poke_soon()  # ends the read that waits, so that the next one has the stream
 
     async def _poke_soon(self) -> None:
-        with contextlib.suppress(*self._link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             async with self._link.patience():
                 await self.poke()
 
@@ -1133,7 +1128,7 @@ class Lease:
         """Let another node take over at once."""
         self.wanted = False
         if self.term:
-            with contextlib.suppress(*self._link.errors):
+            with contextlib.suppress(*REDIS_ERRORS):
                 await self._release(keys=[GATEWAY], args=[self.source])
         await self._become(0, 0.0)
 
@@ -1965,7 +1960,7 @@ class Windows:
         pipe = self._link.redis.pipeline()
         pipe.hgetall(WINDOWS)
         pipe.time()
-        with contextlib.suppress(*self._link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             found, (seconds, microseconds) = await pipe.execute()
             now = seconds * 1000 + microseconds // 1000
             resumed = [self._resume(name, value, now) for name, value in found.items()]
@@ -2112,7 +2107,7 @@ class ClusterNode(Node):
     async def _send_last(self) -> None:
         await self.connections.close()
         await self.publisher.drained()
-        with contextlib.suppress(*self.link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             await self.terms.windows.writing.drain()
 
     async def _let_go(self) -> None:
@@ -2223,7 +2218,7 @@ class ClusterNode(Node):
         seen, moved = decode_offset(offset), False
         genuine = self._parts.recovery.pids.is_genuine(pid, viewer.discord_id)
         if genuine and seen is not None and (self.link.up or not self.link.reached.is_set()):
-            with contextlib.suppress(*self.link.errors):
+            with contextlib.suppress(*REDIS_ERRORS):
                 async with asyncio.timeout(RECALL_PATIENCE):
                     await self.link.reached.wait()  # this node has only just begun
                     moved = await self.tickets.take(str(pid))
@@ -2335,7 +2330,7 @@ async def forget_shared(settings: Settings, member_id: int, guild_id: int | None
 
     Returns how many texts there were; raises OperatorError when Redis does not answer.
     """
-    redis, errors = open_redis(settings.redis.url, redis_password_of(settings))
+    redis = open_redis(settings.redis.url, redis_password_of(settings))
     guild = "" if guild_id is None else guild_id
     removed, page = 0, None
     try:
@@ -2348,7 +2343,7 @@ async def forget_shared(settings: Settings, member_id: int, guild_id: int | None
                 for key in keys:
                     pipe.hdel(key, member_id)
                 removed += sum(await pipe.execute())
-    except errors as error:
+    except REDIS_ERRORS as error:
         raise OperatorError(f"redis.url: nothing forgotten, no answer: {error}") from error
     return removed
 
@@ -2368,7 +2363,7 @@ class SharedCounters(Counters):
         try:
             async with self._link.patience():
                 return list(await pipe.execute())
-        except self._link.errors:
+        except REDIS_ERRORS:
             return None
 
     async def count(self, key: str, seconds: float) -> int:
@@ -2410,7 +2405,7 @@ class SharedConnections(OpenConnections):
         """Without Redis, or while it is slow, this node's own count decides."""
         before = await super().enter(whose)
         answer = self._tell(whose)
-        with contextlib.suppress(*self._link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             async with self._link.patience():
                 before += await asyncio.shield(answer)
         return before
@@ -2435,7 +2430,7 @@ class SharedConnections(OpenConnections):
         """This node's are about to be closed: they count no more."""
         self._closed = True
         self.tell_all()
-        with contextlib.suppress(*self._link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             await self.writing.drain()
 
     async def _write(self, news: dict[str, asyncio.Future[int]]) -> bool:
