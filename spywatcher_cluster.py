@@ -190,34 +190,8 @@ end
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1
 """
-#: Milliseconds for which a node's share of open connections counts that it does not tell again.
-SHARE_LASTS: Final = 60_000
-SHARE: Final = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local elsewhere = {}
-for i, key in ipairs(KEYS) do
-  local mine = ARGV[i + 2]
-  if mine == '0' then
-    redis.call('HDEL', key, ARGV[1])
-  else
-    redis.call('HSET', key, ARGV[1], mine .. string.format(' %.0f', now + ARGV[2]))
-    redis.call('PEXPIRE', key, ARGV[2])
-  end
-  elsewhere[i] = 0
-  local shares = redis.call('HGETALL', key)
-  for n = 1, #shares, 2 do
-    local count, ends = string.match(shares[n + 1], '(%d+) (%d+)')
-    if not ends or tonumber(ends) <= now then
-      redis.call('HDEL', key, shares[n])
-    elseif shares[n] ~= ARGV[1] then
-      elsewhere[i] = elsewhere[i] + count
-    end
-  end
-end
-return elsewhere
-"""
-
+#: By node: how many connections are open there, by whose they are.
+OPEN: Final = "spywatcher:open:"
 #: What plugins keep for all nodes: SHARED:PLUGIN:GUILD:ANYTHING is a hash of texts by member,
 #: SHARED:PLUGIN the term and number of the last write. The list of whom to forget is short-lived.
 SHARED: Final = "spywatcher:shared"
@@ -417,15 +391,40 @@ class Link:
                     await pool.aclose()
 
 
-class WriteBehind(Generic[NewsT]):
-    """The latest news for Redis of each key, told in batches; what could not be told is told again."""
+class Line:
+    """One connection to Redis, which is made anew on request alone: the next may lead to another Redis."""
 
-    def __init__(self, write: Callable[[dict[Any, NewsT]], Awaitable[bool]]) -> None:
-        """`write` returns whether Redis took it."""
+    def __init__(self, link: Link) -> None:
+        self._made = False
+        self.redis = link.client(lambda: not self._made)
+
+    async def renew(self) -> str:
+        """Returns which run of Redis is at the other end."""
+        self._made = False
+        await self.redis.connection_pool.disconnect()
+        server: str = (await self.redis.info("server"))["run_id"]
+        self._made = True
+        return server
+
+
+class WriteBehind(Generic[NewsT]):
+    """What Redis is to know of some keys, told in batches; what could not be told is told again."""
+
+    def __init__(
+        self,
+        write: Callable[[dict[Any, NewsT]], Awaitable[bool]],
+        everything: Callable[[], dict[Any, NewsT]],
+    ) -> None:
+        """`write` returns whether Redis took it; `everything` returns all that there is."""
         self.news: dict[Any, NewsT] = {}
         self._write = write
+        self._everything = everything
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
+
+    def tell_all(self) -> None:
+        """Redis may have lost some, or is about to forget it."""
+        self.news = self._everything() | self.news
 
     def wake(self) -> None:
         """Tell at once, and not within half a second."""
@@ -605,8 +604,7 @@ class Publisher:
         self._lease = lease
         self._known = known
         self._on_restart = on_restart
-        self._redis = link.client(lambda: not self._server_known)
-        self._server_known = False
+        self._line = Line(link)
         self._numbers: collections.Counter[str] = collections.Counter()
         self._queue: collections.deque[Waiting] = collections.deque()
         self._batch: list[Waiting] = []  # under way
@@ -686,10 +684,7 @@ class Publisher:
         """Send over one connection, for as long as it lasts: the next may lead to another Redis."""
         self._queue.extendleft(reversed(self._batch))
         self._batch = []
-        self._server_known = False
-        await self._redis.connection_pool.disconnect()
-        server = (await self._redis.info("server"))["run_id"]
-        self._server_known = True
+        server = await self._line.renew()
         if self._server not in ("", server):
             self._queue.extendleft(reversed(self._recent))
             self._bytes += sum(len(item.data) for item in self._recent)
@@ -727,10 +722,10 @@ class Publisher:
             async with asyncio.timeout(BEAT_INTERVAL):
                 await self._wake.wait()
         except TimeoutError:
-            await self._redis.ping()
+            await self._line.redis.ping()
 
     async def _write(self) -> None:
-        pipe = self._redis.pipeline(transaction=False)
+        pipe = self._line.redis.pipeline(transaction=False)
         streams = {item.stream for item in self._batch}
         for guild in {item.guild for item in self._batch} - {""}:
             data = self._known.encoded(int(guild))
@@ -764,6 +759,8 @@ class Tail:
         self.last = last
         self._had: dict[str, int] = {}
         self._term = 0
+        #: Since when nobody needs the stream.
+        self.idle_since = math.inf
         #: Entries that were not there any more, since the reader asked last.
         self.lost = 0
 
@@ -787,7 +784,6 @@ class Reader:
         self._own = f"spywatcher:node:{source}"
         self._hearing = hearing
         self._tails: dict[str, Tail] = {}
-        self._idle: dict[str, float] = {}  # streams that nobody needs, since when
         self._newest = "0-0"
         self._heard = time.monotonic()
         self._read_at = boot_clock()
@@ -807,8 +803,10 @@ class Reader:
         Done when that is so, or when Redis takes too long to say.
         """
         stream = guild_stream(guild_id)
-        self._idle.pop(stream, None)
-        return None if stream in self._tails else asyncio.create_task(self._begin(stream))
+        if (tail := self._tails.get(stream)) is None:
+            return asyncio.create_task(self._begin(stream))
+        tail.idle_since = math.inf
+        return None
 
     async def _begin(self, stream: str) -> None:
         await self._poke_soon()
@@ -823,11 +821,11 @@ class Reader:
     def leave_all_but(self, needed: Set[str]) -> None:
         """Read streams for LINGER more that are not needed any longer: a page may only reload."""
         now = time.monotonic()
-        for stream in self._tails.keys() - needed - {CONTROL, self._own}:
-            if now - self._idle.setdefault(stream, now) >= LINGER:
-                del self._idle[stream], self._tails[stream]
-        for stream in self._idle.keys() & needed:
-            del self._idle[stream]
+        for stream, tail in list(self._tails.items()):
+            is_needed = stream in needed or stream in (CONTROL, self._own)
+            tail.idle_since = math.inf if is_needed else min(tail.idle_since, now)
+            if now - tail.idle_since >= LINGER:
+                del self._tails[stream]
 
     # -- hearing oneself
 
@@ -1002,9 +1000,8 @@ class Lease:
     def __init__(self, link: Link, source: str) -> None:
         self._link = link
         self.source = source
-        self._in_touch = False
-        self._redis = link.client(lambda: not self._in_touch)
-        self._claim = self._redis.register_script(CLAIM)
+        self._line = Line(link)
+        self._claim = self._line.redis.register_script(CLAIM)
         self._release = link.redis.register_script(RELEASE)
         self._state = LeaseState.STANDBY
         self._until = float("-inf")
@@ -1071,10 +1068,7 @@ class Lease:
 
         The next one may lead to another Redis, where a holder that is alive is to come first.
         """
-        self._in_touch = False
-        await self._redis.connection_pool.disconnect()
-        await self._redis.ping()
-        self._in_touch = True
+        await self._line.renew()
         since = previous = boot_clock()
         while True:
             began = boot_clock()
@@ -1593,6 +1587,11 @@ class Peers:
         """Whether anybody listens to it at another node."""
         return any(room in rooms for rooms in self._listening.values())
 
+    @property
+    def others(self) -> Collection[str]:
+        """Those that were heard of lately."""
+        return self._until.keys()
+
     def on_node(self, note: Note, content: tuple[int, set[int], set[int]]) -> None:
         term, viewers, unknown = content
         self._lease.saw_term(term)
@@ -1729,17 +1728,13 @@ class Tickets:
         self._clients = parts.clients
         self._max_events = settings.max_events
         self._lasts = int((settings.window + ROLL_CALL) * 1000)
-        self.writing = WriteBehind(self._write)
+        self.writing = WriteBehind(self._write, lambda: {t.pid: t for t in self._recovery.held()})
         self._taking = asyncio.Lock()
 
     def change(self, ticket: Ticket) -> None:
         """As Redis is to know it, soon; what is not told again lasts as long as a client may be away."""
         self.writing.news[ticket.pid] = ticket
         self.writing.wake()
-
-    def tell_all(self) -> None:
-        for ticket in self._recovery.held():
-            self.change(ticket)
 
     async def _write(self, news: dict[str, Ticket]) -> bool:
         pipe = self._node.link.redis.pipeline(transaction=False)
@@ -1892,7 +1887,7 @@ class Windows:
         self._throttle = throttle
         self._keep = link.redis.register_script(KEEP_WINDOWS)
         self._open: dict[Topic, tuple[float, DataOrMaker | None]] = {}  # until when, and what waits
-        self.writing: WriteBehind[None] = WriteBehind(self._write)
+        self.writing = WriteBehind(self._write, lambda: dict.fromkeys(self._open))
 
     def change(self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None) -> None:
         """As the throttle tells it (`Outlet.window_changed`)."""
@@ -1905,14 +1900,10 @@ class Windows:
         if seconds:  # what waits for the end of one is told twice a second
             self.writing.wake()
 
-    def tell_all(self) -> None:
-        """Redis may have lost everything."""
-        self.writing.news |= dict.fromkeys(self._open)
-
     async def _write(self, topics: Iterable[Topic]) -> bool:
-        """Tell Redis, if this node's term still counts there."""
+        """Tell Redis, if this node's term still counts there. After it nothing is to be told."""
         if not self._lease.term:
-            return False
+            return True
         lasts = max(self._throttle.windows.values(), default=0.0) * 1000
         rows = [value for topic in topics for value in self._row(topic)]
         args = [self._lease.source, int(lasts) + WINDOWS_LAST, *rows]
@@ -2030,7 +2021,7 @@ class ClusterNode(Node):
         self.access = SharedAccess(settings.auth, watched, self.known, bot.cache, self.publisher)
         self.reporter = self.access.reporter
         self.reporter.subscribe(bot.events)
-        self.connections = SharedConnections(self.link, self.source)
+        self.connections = SharedConnections(self.link, self.source, lambda: self.peers.others)
         self._tasks: list[asyncio.Task[Any]] = []
 
     def attach(self, parts: Parts) -> None:
@@ -2042,6 +2033,7 @@ class ClusterNode(Node):
         self.tickets = Tickets(self, parts, self._settings.recovery)
         self.snapshots = Snapshots(parts.plugins, self.publisher)
         self.terms = Terms(self, parts)
+        self._kept = [part.writing for part in (self.connections, self.tickets, self.terms.windows)]
         self.hearing.topics |= {
             "subscribed": (tuple[str, str, Viewer], self.snapshots.on_subscribed),
             "snapshot": (bytes, self.snapshots.on_snapshot),  # as JSON has it, and dashboards
@@ -2065,10 +2057,7 @@ class ClusterNode(Node):
 
     def start(self) -> None:
         works = [self.publisher.work, self.reader.work, self.lease.work, self.reader.probe]
-        works += [
-            part.writing.work for part in (self.terms.windows, self.connections, self.tickets)
-        ]
-        works.append(self._beat)
+        works += [self._beat, *(kept.work for kept in self._kept)]
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
 
     async def stop(self, grace: float) -> None:
@@ -2083,10 +2072,11 @@ class ClusterNode(Node):
             await self.link.close()
 
     async def _send_last(self) -> None:
-        await self.connections.close()
-        await self.publisher.drained()
+        self.connections.close()
         with contextlib.suppress(*REDIS_ERRORS):
-            await self.terms.windows.writing.drain()
+            for kept in self._kept:
+                await kept.drain()
+        await self.publisher.drained()
 
     async def _let_go(self) -> None:
         await self.lease.release()
@@ -2124,17 +2114,18 @@ class ClusterNode(Node):
             self.reader.leave_all_but(set(map(guild_stream, self.peers.guilds())))
             if count % ROLL_CALL == 0:
                 self.peers.call_roll()
-                self.connections.tell_all()
-                self.tickets.tell_all()
+                self._tell_kept()
             await asyncio.sleep(BEAT_INTERVAL)
 
     def _retell(self) -> None:
         """Redis may have lost everything."""
-        self.connections.tell_all()
-        self.tickets.tell_all()
+        self._tell_kept()
         if self.leading:
             self.reporter.tell_all()
-            self.terms.windows.tell_all()
+
+    def _tell_kept(self) -> None:
+        for kept in self._kept:
+            kept.tell_all()
 
     # -- the gateway
 
@@ -2365,18 +2356,21 @@ class SharedCounters(Counters):
 
 
 class SharedConnections(OpenConnections):
-    """Counts those of all nodes: of each, a hash in Redis has this node's share beside the others'.
+    """Counts those of all nodes: each node has a hash in Redis, and adds up what the others have there.
 
     All goes one way, in order. What one node has not told again for a minute counts no more.
     """
 
-    def __init__(self, link: Link, source: str) -> None:
+    def __init__(self, link: Link, source: str, others: Callable[[], Collection[str]]) -> None:
+        """`others` are the nodes that are alive."""
         super().__init__()
         self._link = link
         self._source = source
-        self._share = link.redis.register_script(SHARE)
+        self._others = others
         #: Who waits for how many there are elsewhere.
-        self.writing: WriteBehind[asyncio.Future[int]] = WriteBehind(self._write)
+        self.writing: WriteBehind[asyncio.Future[int]] = WriteBehind(
+            self._write, lambda: {whose: new_future() for whose in self}
+        )
         self._closed = False
 
     async def enter(self, whose: str) -> int:
@@ -2394,29 +2388,35 @@ class SharedConnections(OpenConnections):
 
     def _tell(self, whose: str) -> asyncio.Future[int]:
         news = self.writing.news
-        answer = news.setdefault(whose, asyncio.get_running_loop().create_future())
+        answer = news.setdefault(whose, new_future())
         if len(news) > MOST_REMEMBERED:
             news.pop(next(iter(news)))
         self.writing.wake()
         return answer
 
-    def tell_all(self) -> None:
-        for whose in self:
-            self._tell(whose)
-
-    async def close(self) -> None:
+    def close(self) -> None:
         """This node's are about to be closed: they count no more."""
         self._closed = True
-        self.tell_all()
-        with contextlib.suppress(*REDIS_ERRORS):
-            await self.writing.drain()
+        self.writing.tell_all()
 
     async def _write(self, news: dict[str, asyncio.Future[int]]) -> bool:
         """Tell of these, and hear how many there are elsewhere."""
-        keys = [f"spywatcher:open:{whose}" for whose in news]
-        counts = [0 if self._closed else self[whose] for whose in news]
-        elsewhere = await self._share(keys=keys, args=[self._source, SHARE_LASTS, *counts])
-        for answer, count in zip(news.values(), elsewhere, strict=True):
+        own, others = OPEN + self._source, list(self._others())
+        here = {whose: self[whose] for whose in news if whose in self and not self._closed}
+        pipe = self._link.redis.pipeline()
+        pipe.hdel(own, *news)
+        if here:
+            pipe.hset(own, mapping=here)
+        pipe.pexpire(own, int(ROLL_CALL * 3000))
+        for node in others:
+            pipe.hmget(OPEN + node, list(news))
+        answers = await pipe.execute()
+        shares = answers[len(answers) - len(others) :]
+        for number, answer in enumerate(news.values()):
             if not answer.done():
-                answer.set_result(count)
+                answer.set_result(sum(int(share[number] or 0) for share in shares))
         return True
+
+
+def new_future() -> asyncio.Future[int]:
+    return asyncio.get_running_loop().create_future()
