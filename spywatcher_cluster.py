@@ -294,8 +294,9 @@ class Link:
     def __init__(self, settings: RedisSettings, password: str) -> None:
         self._open = functools.partial(open_redis, settings.url, password)
         self._closed = False
-        self.redis = self._open(lambda: not self._closed)
-        self._clients = [self.redis]
+        self._pools: list[Any] = []  # of connections to Redis
+        self._sentinels: list[Any] = []  # and to Sentinels
+        self.redis = self.client(lambda: True)
         self.up = False
         #: Set once Redis has answered.
         self.reached = asyncio.Event()
@@ -344,8 +345,25 @@ class Link:
     def client(self, may_connect: Callable[[], bool]) -> Any:
         """A client of one's own, whose connections are made, or made anew, only where one may."""
         client = self._open(lambda: not self._closed and may_connect())
-        self._clients.append(client)
+        self._pools.append(client.connection_pool)
+        self._sentinels += sentinel_pools(client)  # now: redis-py 8.1 may lose one as it asks them
         return client
+
+    @property
+    def watched(self) -> bool:
+        """Whether Sentinels say where Redis is."""
+        return bool(self._sentinels)
+
+    async def follow_master(self) -> None:
+        """Leave a master in whose place Sentinel has put another: for seconds it may not know that."""
+        manager, name = self._pools[0].sentinel_manager, self._pools[0].service_name
+        while True:
+            with contextlib.suppress(*REDIS_ERRORS):  # that Sentinels are away is no fault of Redis
+                master = await manager.discover_master(name)
+                for pool in self._pools:
+                    if pool.master_address not in (None, master):
+                        await pool.disconnect()
+            await asyncio.sleep(BEAT_INTERVAL)
 
     @property
     def problem(self) -> str | None:
@@ -385,10 +403,9 @@ class Link:
         self._closed, self.up = True, False
         if self._timer is not None:
             self._timer.cancel()
-        for client in self._clients:
-            for pool in (client.connection_pool, *sentinel_pools(client)):
-                with contextlib.suppress(*REDIS_ERRORS):
-                    await pool.aclose()
+        for pool in (*self._pools, *self._sentinels):
+            with contextlib.suppress(*REDIS_ERRORS):
+                await pool.aclose()
 
 
 class Line:
@@ -529,9 +546,8 @@ def open_redis(url: str, password: str, may_connect: Callable[[], bool] = lambda
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
-    more: dict[str, Any] = {"redis_connect_func": greet}
-    if password:
-        more["password"] = password
+    options["redis_connect_func"] = greet
+    more: dict[str, Any] = {"password": password} if password else {}
     try:
         if url.startswith("redis+sentinel:"):
             client: Any = sentinel_client(found, options, more)
@@ -552,7 +568,7 @@ def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[st
 
     Sentinels are asked without user and password, as they are by default.
     """
-    make: Any = Sentinel  # no types
+    make: Any = Sentinel  # it has no types
     urls = [parse_url(f"redis://{host}") for host in found["hosts"].split(",")]
     places = [(one["host"], one.get("port", 26379)) for one in urls]
     login = parse_url(f"redis://{found['login'] or ''}@host/{found['db'] or 0}")
@@ -2058,6 +2074,8 @@ class ClusterNode(Node):
     def start(self) -> None:
         works = [self.publisher.work, self.reader.work, self.lease.work, self.reader.probe]
         works += [self._beat, *(kept.work for kept in self._kept)]
+        if self.link.watched:
+            works.append(self.link.follow_master)
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
 
     async def stop(self, grace: float) -> None:
