@@ -4501,6 +4501,33 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) -> None:
+    """Cancel these, and again after `patience` seconds as long as they go on; what they raise is lost.
+
+    `asyncio.wait_for` of Python 3.11, and so redis-py 8.1 and hikari 2.7, may swallow a cancellation
+    that meets an answer. What a task has to do at its end must take less.
+    """
+    tasks = set(tasks)
+    while left := {task for task in tasks if not task.done()}:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=patience)
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            task.exception()  # asyncio complains of one that nobody has looked at
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run these until one of them ends, then end the others; raises what that one raises."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end_tasks(tasks)
+    for task in done:
+        task.result()
+
+
 @dataclasses.dataclass(eq=False)
 class Guarded:
     """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
@@ -4936,11 +4963,7 @@ class Runner:
 
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
-        left, self._tasks = set(self._tasks), []
-        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
+        await end_tasks(self._tasks, patience=1.0)  # they may have to clean up
         for _, guarded in self.listeners:
             await guarded.wait()
         with caught(self.teardown.report):
@@ -5729,6 +5752,10 @@ class Report:
         if self._may_say(f"unreadable {name}"):
             log.error("cannot read Discord's %s: %s; it is left out", name, what)
 
+    def open(self) -> None:
+        """Say from now on what changes."""
+        self._closed, self._said = False, ""
+
     def close(self) -> None:
         """Say nothing any more."""
         self._closed = True
@@ -6122,6 +6149,8 @@ class Shard(hikari.impl.GatewayShardImpl):
                     if self._is_final(error) or self._is_lost():
                         self._gateway.shard_ended(error)
                         return
+                if self._is_closing:  # told as the socket was closed, where hikari 2.7 swallows it
+                    return
                 await asyncio.sleep(self._pause(time.monotonic() - began))
         except asyncio.CancelledError:
             self._is_closing = True
@@ -6172,8 +6201,7 @@ class Shard(hikari.impl.GatewayShardImpl):
         patience = time.monotonic() + CLOSING_PATIENCE
         while self._ws is None and not connecting.done() and time.monotonic() < patience:
             await asyncio.wait([connecting], timeout=CLOSING_PATIENCE / 50)
-        connecting.cancel()
-        await asyncio.wait([connecting])
+        await end_tasks([connecting])
 
     async def _heartbeat(self, heartbeat_interval: float) -> None:
         """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
@@ -6205,14 +6233,13 @@ class Shard(hikari.impl.GatewayShardImpl):
     async def _hang_up(self) -> None:
         """End the connection and all that lives as long."""
         await asyncio.sleep(0)  # what was begun a moment ago is in `_lifetime` only now
-        for task in self._lifetime:
-            task.cancel()
-        await asyncio.gather(*self._lifetime, return_exceptions=True)
+        await end_tasks(self._lifetime)
         ws, self._ws = self._ws, None
         if ws is not None:
             code = hikari.ShardCloseCode.GOING_AWAY if self._is_closing else RESUME_LATER
             with contextlib.suppress(Exception):  # it is over, one way or another
-                await ws.send_close(code=code, message=b"")
+                async with asyncio.timeout(CLOSING_PATIENCE):
+                    await ws.send_close(code=code, message=b"")
         if self._has_begun() and self._handshake_event is not None:
             self._handshake_event.clear()
             self._event_manager.dispatch(self._event_factory.deserialize_disconnected_event(self))
@@ -6253,7 +6280,7 @@ class Shard(hikari.impl.GatewayShardImpl):
         self._gateway.shard_away(self, cause, why)
 
 
-#: Seconds that a connection in the making gets to be made, when it is to end.
+#: Seconds that a connection in the making gets to be made, when it is to end; and one to be closed.
 CLOSING_PATIENCE: Final = 1.0
 #: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
 RESUME_LATER: Final = 3000
@@ -6345,6 +6372,7 @@ class Gateway:
         self._brakes: dict[int, Brake] = {}
         self._up: set[int] = set()
         self._ended: Exception | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._how = ""  # of the newest session
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
@@ -6385,31 +6413,33 @@ class Gateway:
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
         failures = 0
-        try:
-            while True:
-                asked = 0.0
-                try:
-                    await self._turning(self._begin())
-                    failures = 0
-                    await self._turning(self.bot.join())
-                    if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
-                        raise UpstreamError(code)  # any other end: REST is to be asked again
-                except UpstreamError as error:
-                    text = refusal(error.args[0], self._switches(), self.token_key)
-                    raise UpstreamError(text) from error
-                except AwayError as error:
-                    self._away(error.cause, error.why)
-                    asked = error.wait
-                except Exception as error:  # whatever Discord sends
-                    self._away("unreadable", reason_of(error))
-                await self._close()
-                patience = self.patience
-                wait = min(patience.first_retry * 2**failures, patience.last_retry)
-                failures = min(failures + 1, 10)
-                await self._turning(asyncio.sleep(max(wait, asked)))
-        finally:
-            self._report.close()  # the end is no news
+        self._report.open()
+        while True:
+            asked = 0.0
+            try:
+                await self._turning(self._begin())
+                failures = 0
+                await self._turning(self.bot.join())
+                if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
+                    raise UpstreamError(code)  # any other end: REST is to be asked again
+            except UpstreamError as error:
+                text = refusal(error.args[0], self._switches(), self.token_key)
+                raise UpstreamError(text) from error
+            except AwayError as error:
+                self._away(error.cause, error.why)
+                asked = error.wait
+            except Exception as error:  # whatever Discord sends
+                self._away("unreadable", reason_of(error))
             await self._close()
+            patience = self.patience
+            wait = min(patience.first_retry * 2**failures, patience.last_retry)
+            failures = min(failures + 1, 10)
+            await self._turning(asyncio.sleep(max(wait, asked)))
+
+    async def close(self) -> None:
+        """End the session with Discord, when `run` has ended."""
+        self._report.close()  # the end is no news
+        await self._close()
 
     async def _begin(self) -> None:
         info = await fetch_gateway(self._settings.rest_url, self._token, self.patience)
@@ -6439,8 +6469,7 @@ class Gateway:
             raise
         finally:
             self._turned = time.monotonic()
-            task.cancel()  # hikari 2.7 may swallow that as it gets ready: then it just ends
-            await asyncio.wait([task])
+            await end_tasks([task])
 
     @property
     def alive(self) -> bool:
@@ -6493,8 +6522,10 @@ class Gateway:
     async def _close(self) -> None:
         self._up.clear()
         self._unread_guilds.clear()
-        if self.bot.is_alive:
-            await self.bot.close()
+        if self.bot.is_alive:  # hikari 2.7 cannot close what was cancelled as it closed
+            self._closing = self._closing or asyncio.create_task(self.bot.close())
+            await asyncio.shield(self._closing)
+        self._closing = None
         self.presences.clear()
 
     # -- refused for good
@@ -6580,6 +6611,8 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
     return Destination(guild_id, kind, str(channel_id))
 
 
+#: What is run again and again.
+Work = Callable[[], Coroutine[Any, Any, None]]
 #: Seconds in which a client's return waits for what this process is still to hear.
 RECALL_PATIENCE: Final = 12.0
 
@@ -6629,9 +6662,15 @@ class Node:
         """Whether the session with Discord is this process's to keep."""
         return True
 
-    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run gateway and plugins whenever they are this process's; raises what that raises."""
-        await run()
+    async def lead(self, work: Work, rest: Work) -> None:
+        """Have gateway and plugins `work` whenever they are this process's, then `rest`.
+
+        `work` is cancelled, `rest` is not. Raises what `work` raises.
+        """
+        try:
+            await until_one_ends(work())
+        finally:
+            await rest()
 
     def share(self, plugin: str) -> Shared | None:
         """What a plugin keeps for all nodes; None where there is one."""
@@ -8298,7 +8337,9 @@ class Server:
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
         self.node.start()
-        self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
+        self._gateway_task = asyncio.create_task(
+            self.node.lead(self._work, self._rest), name="gateway"
+        )
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
         files = asyncio.create_task(
             self.plugins.follow(watch=self._settings.plugins.watch), name="plugins' files"
@@ -8307,12 +8348,14 @@ class Server:
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
 
-    async def _lead(self) -> None:
+    async def _work(self) -> None:
         """Have plugins at work and the gateway running: both are one node's alone."""
+        await self.plugins.start()
+        await self.gateway.run()
+
+    async def _rest(self) -> None:
         try:
-            await self.plugins.start()
-            if not being_cancelled():
-                await self.gateway.run()
+            await self.gateway.close()
         finally:
             await self.throttle.close()
             await self.plugins.stop()
@@ -8349,7 +8392,7 @@ class Server:
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
-        await self._gateway_task
+        await asyncio.shield(self._gateway_task)  # who waits no more does not end it
 
     def reload(self, settings: Settings, keys: Keys) -> list[str]:
         """Take over what can change live; nobody is disconnected.
@@ -8373,14 +8416,15 @@ class Server:
     async def stop(self) -> None:
         """Not ready from now on; close every connection so that clients come back by themselves.
 
-        Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
+        Takes `shutdown_grace`, and a tenth of it where plugins take longer. They are torn down, so
+        that what they count is kept.
         """
         self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         until = time.monotonic() + grace
         work = [
-            asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
+            asyncio.create_task(self._stop_sources(until), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
         ]
         _, late = await asyncio.wait(work, timeout=grace)
@@ -8392,11 +8436,18 @@ class Server:
         await self.socketio.eio.upgrades_end(until - time.monotonic())
         await self.web.close_all_connections()
 
-    async def _stop_sources(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
-        await self.node.stop(self._settings.server.shutdown_grace / 2)
+    async def _stop_sources(self, until: float) -> None:
+        try:
+            for task in self._tasks:  # once: what the first has to do then takes its time
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            await asyncio.gather(
+                *self._tasks, return_exceptions=True
+            )  # `wait_closed` tells of them
+        finally:  # a stop that takes too long is cancelled
+            grace = self._settings.server.shutdown_grace
+            await self.node.stop(min(max(until - time.monotonic(), grace / 10), grace / 2))
 
     async def _close_sessions(self, within: float) -> None:
         """In random order, at an even pace that needs no more than `within` seconds.
