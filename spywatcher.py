@@ -70,7 +70,6 @@ import signal
 import socket
 import sys
 import textwrap
-import threading
 import time
 import tomllib
 import traceback
@@ -4541,62 +4540,37 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Seconds that a thread may have to wait for others each time that it sleeps, on a busy machine.
-LONGEST_TURN: Final = 0.5
+#: Seconds for which a thread may have to wait each time that it makes way for another process.
+LONGEST_TURN: Final = 0.04
 #: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
 
 class Standing(NamedTuple):
-    """What a thread has had so far, in seconds; two of them tell what kept it."""
+    """What this thread and the others of this process have had so far."""
 
-    #: It ran;
-    ran: float = 0.0
-    #: the other threads of this process ran;
-    others: float = 0.0
-    #: so many times it slept, and the other threads were interrupted.
-    naps: int = 0
-    interrupted: int = 0
-    #: As `seconds_queued` says; it may be a second older, for that is dear.
-    queued: Mapping[int, float] = {}
+    #: Seconds that it ran, and that the others did.
+    ran: float
+    others: float
+    #: How often one of all these had to make way for another process (getrusage(2)).
+    interrupted: int
 
 
-def standing(queued: Mapping[int, float]) -> Standing:
-    """Of the thread that asks; nothing where no kernel tells (getrusage(2))."""
-    try:
-        own = resource.getrusage(resource.RUSAGE_THREAD)
-    except AttributeError:
-        return Standing()
+def standing() -> Standing:
+    """Of the thread that asks."""
     ran = time.thread_time()
-    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
-    return Standing(ran, time.process_time() - ran, own.ru_nvcsw, interrupted, queued)
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return Standing(ran, time.process_time() - ran, interrupted)
 
 
-def seconds_queued() -> dict[int, float]:
-    """For how long each thread of this process was ready to run while others ran (proc(5))."""
-    queued = {}
-    with contextlib.suppress(OSError):
-        for thread in os.listdir("/proc/self/task"):
-            place = f"/proc/self/task/{thread}/schedstat"
-            with contextlib.suppress(OSError), open(place, "rb", buffering=0) as file:
-                queued[int(thread)] = int(file.read().split()[1]) / 1e9
-    return queued
+def seconds_held(seconds: float, before: Standing) -> float:
+    """For how much of the last seconds this thread kept everybody waiting: it worked, or it slept.
 
-
-def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
-    """For how much of so many seconds the thread itself kept everybody waiting.
-
-    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, or for
-    a thread to start: then the other threads ran or were queued, or had been interrupted for nobody
-    knows how long. But who waits for the interpreter wakes up every few milliseconds to ask for it
-    (`sys.setswitchinterval`), so that few long sleeps are its own.
+    Not while the others had the interpreter, nor while a busy machine let one of them or itself wait.
     """
-    queued = {one: so_far - before.queued.get(one, 0.0) for one, so_far in now.queued.items()}
-    own = queued.pop(threading.get_native_id(), 0.0)
-    waited = (now.naps - before.naps) * LONGEST_TURN
-    if now.interrupted == before.interrupted:
-        waited = min(waited, now.others - before.others + sum(queued.values()))
-    return max(min(seconds, now.ran - before.ran), seconds - own - waited)
+    now = standing()
+    waited = now.others - before.others + LONGEST_TURN * (now.interrupted - before.interrupted)
+    return max(min(seconds, now.ran - before.ran), seconds - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:
@@ -4656,10 +4630,8 @@ class Guarded:
     _told: set[object] = dataclasses.field(default_factory=set)
     _failed_in_row: int = 0
     _paused_until: float = 0.0
-    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _standing: Standing = dataclasses.field(default_factory=standing)
     _stood_at: float = 0.0
-    _queued: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    _queued_at: float = 0.0
     _longest: float = 0.0
     _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -4672,9 +4644,10 @@ class Guarded:
         if self._paused_until and self.paused:
             return
         try:
-            result = self._call(event)
+            result = self._step(self.function, event, *self.arguments)
             if hasattr(result, "__await__"):
-                task = asyncio.create_task(self._finish(event, result))
+                then = functools.partial(self.then, event)
+                task = asyncio.create_task(self._finish(self._awaited(result), then))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
@@ -4689,17 +4662,11 @@ class Guarded:
         self, *subject: object, then: Callable[[Any], Any] = lambda result: result
     ) -> Any:
         """Call it, and return what `then` makes of what it returns; None when it fails or is paused."""
-        if not self.paused:
-            with caught(self._failed):
-                result = await self.run(*subject)
-                made = None if result is None else then(result)
-                self._failed_in_row = 0
-                return made
-        return None
+        return None if self.paused else await self._finish(self.run(*subject), then)
 
     async def run(self, *subject: object) -> Any:
         """Call it and return what it returns; raises what it raises."""
-        result = self._call(*subject)
+        result = self._step(self.function, *subject, *self.arguments)
         return await self._awaited(result) if hasattr(result, "__await__") else result
 
     async def wait(self) -> None:
@@ -4707,26 +4674,18 @@ class Guarded:
         if self._running:
             await asyncio.wait(self._running)
 
-    def _call(self, *subject: object) -> Any:
-        began = self._begin()
-        try:
-            return self.function(*subject, *self.arguments)
-        finally:
-            self._took(began)
-
-    async def _finish(self, event: object, result: Awaitable[Any]) -> None:
+    async def _finish(self, result: Awaitable[Any], then: Callable[[Any], Any]) -> Any:
         with caught(self._failed):
-            answer = await self._awaited(result)
-            if answer is not None:
-                self.then(event, answer)
+            answer = await result
+            made = None if answer is None else then(answer)
             self._failed_in_row = 0
+            return made
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
-        steps = self._in_steps(result)
         if self.time_limit is None:
-            return await steps
-        task = asyncio.create_task(steps)
+            return await self._in_steps(result)
+        task = asyncio.create_task(self._in_steps(result))
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -4746,13 +4705,10 @@ class Guarded:
         steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            began = self._begin()
             try:
-                awaited = resume(value)
+                awaited = self._step(resume, value)
             except StopIteration as end:
                 return end.value
-            finally:
-                self._took(began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
@@ -4760,25 +4716,27 @@ class Guarded:
 
     # -- its account
 
-    def _begin(self) -> float:
-        """The moment at which the function goes on."""
-        now = time.perf_counter()
-        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
-            if now > self._queued_at + 1.0:
-                self._queued, self._queued_at = seconds_queued(), now
-            self._standing, self._stood_at = standing(self._queued), now
-        return now
+    def _step(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call what holds up the loop; count the time, and name it if that was long.
 
-    def _took(self, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self.metrics.plugin_seconds.counts[self.plugin] += seconds
-        if seconds > BLOCKING:
-            seconds = seconds_held(seconds, self._standing, standing(seconds_queued()))
-            if seconds > max(BLOCKING, 2 * self._longest):
-                self._longest = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.plugin, self.name, seconds * 1000)
+        Named again when it was twice as long.
+        """
+        began = time.perf_counter()
+        if began > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), began
+        try:
+            return function(*arguments)
+        finally:
+            seconds = time.perf_counter() - began
+            self.metrics.plugin_seconds.counts[self.plugin] += seconds
+            if seconds > BLOCKING:
+                self._name_blocking(seconds_held(seconds, self._standing))
+
+    def _name_blocking(self, seconds: float) -> None:
+        if seconds > max(BLOCKING, 2 * self._longest):
+            self._longest = seconds
+            held_up = "plugin %s: %s held up the server for %.0f ms"
+            log.warning(held_up, self.plugin, self.name, seconds * 1000)
 
     def _failed(self, error: BaseException) -> None:
         self.report(error)
