@@ -2486,7 +2486,7 @@ class Harness:
 
     async def _tick(self) -> None:
         for runner in self.host.runners.values():
-            for _, guarded in runner.repeated:
+            for _, guarded in runner.hooks["@every"]:
                 await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:

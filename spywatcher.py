@@ -3687,46 +3687,28 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         return False
 
 
-class Listener(msgspec.Struct, frozen=True):
-    """The mark of `on`."""
+class Mark(msgspec.Struct, frozen=True):
+    """What a decorator notes on a function: for which hook it is, and what it was given."""
 
-    source: type[hikari.Event] | str
-    emit: str | None
-    room: str
-    settled: bool
-    bots: bool
-
-
-class Repeated(msgspec.Struct, frozen=True):
-    """The mark of `every`."""
-
-    seconds: float
+    #: A key of HOOKS.
+    hook: str
+    #: The event that `on` hears, the seconds of `every`, the pattern of `route`.
+    of: Any = None
+    emit: str | None = None
+    room: str = "guild"
+    settled: bool = False
+    bots: bool = False
 
 
-class Greeter(msgspec.Struct, frozen=True):
-    """The mark of `on_subscribe`."""
-
-    kind: str
-    emit: str
-
-
-class Route(msgspec.Struct, frozen=True):
-    """The mark of `route`."""
-
-    pattern: str
-
-
-Mark = Listener | Repeated | Greeter | Route
 #: The attribute that marks are kept in.
 MARKS: Final = "__spywatcher__"
-
-
-#: Every function of a plugin that the host calls, by its mark or by its name in the module, and what
-#: it may take. Besides there are `class Settings(PluginSettings)`, `needs`, and `route`'s classes.
-HOOKS: Final[dict[type | str, tuple[str, ...]]] = {
-    Listener: ("event", "event, spy"),
-    Repeated: ("spy",),
-    Greeter: ("guild_id, spy", "guild_id, spy, viewer"),
+#: What the host calls in a plugin, by decorator or by its name in the module, and what a function
+#: for it may take; `route` has classes. Besides there are `class Settings(PluginSettings)` and `needs`.
+HOOKS: Final[dict[str, tuple[str, ...]]] = {
+    "@on": ("event", "event, spy"),
+    "@every": ("spy",),
+    "@on_subscribe": ("guild_id, spy", "guild_id, spy, viewer"),
+    "@route": (),
     "setup": ("spy",),
     "teardown": ("spy",),
     "forget": ("storage, member_id, guild_id",),
@@ -3798,7 +3780,7 @@ def on(
     check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
-    return lambda function: marked(function, Listener(event, emit, room, settled, bots))
+    return lambda function: marked(function, Mark("@on", event, emit, room, settled, bots))
 
 
 def every(seconds: float) -> Callable[[Maker], Maker]:
@@ -3814,7 +3796,7 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     given: object = seconds  # the function itself, where the brackets were left out
     if not isinstance(given, int | float) or not 0 < given < math.inf:
         raise PluginError(f"every({shown(given)}): expected seconds, as in @every(60)")
-    return lambda function: marked(function, Repeated(seconds))
+    return lambda function: marked(function, Mark("@every", seconds))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
@@ -3830,7 +3812,7 @@ def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
     """
     check_kind(kind)
     check_name("emit", emit)
-    return lambda function: marked(function, Greeter(kind, emit))
+    return lambda function: marked(function, Mark("@on_subscribe", emit=emit, room=kind))
 
 
 def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
@@ -3855,7 +3837,7 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     def mark(handler: Any) -> Any:
         if not (isinstance(handler, type) and issubclass(handler, RequestHandler)):
             raise PluginError(f"route({shown(pattern)}) belongs on a RequestHandler")
-        return marked(handler, Route(pattern))
+        return marked(handler, Mark("@route", pattern))
 
     return mark
 
@@ -4761,13 +4743,15 @@ class Guarded:
 # -- one plugin
 
 Routes = list[tuple[PathMatches, type[RequestHandler]]]
+#: What `needs` may be.
+COLLECTIONS: Final = (set, frozenset, list, tuple)
 
 
-class Marked(NamedTuple):
-    """A function, or a handler's class, with one of its marks."""
+class Hook(NamedTuple):
+    """A function of a plugin, or a handler's class, that the host calls."""
 
+    mark: Mark
     function: Any
-    mark: Any
     #: How many arguments it takes of those that it may.
     takes: int
 
@@ -4779,31 +4763,26 @@ class Plugin:
         self.name = name
         self.path = path
         self.module = module
-        used = attributes_used(path)
-        self.settings_form = settings_form(module, reads_settings="settings" in used)
+        code = read_code(path)
+        #: Event and kind of room of each `spy.emit` in its files.
+        self.emitted = code.emitted
+        self.settings_form = settings_form(module, reads_settings="settings" in code.attributes)
         self.settings = self.check_settings(table)
-        #: Functions and handlers with each mark on them, in the order of the file.
-        self._marked = [
-            Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
-            for _, value in own_things(module)
-            for mark in getattr(value, "__dict__", {}).get(MARKS, ())
-        ]
-        self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
-        self.hooks = named_hooks(module)
-        self.needs = checked_needs(module, used)
-        check_payloads(module)
-        rooms = {one.mark.emit: one.mark.room for one in self.listeners if one.mark.emit}
-        rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
-        self.events = set(rooms)
-        self.kinds = frozenset(rooms.values())
+        check_names(module)
+        self._hooks = hooks_of(module)
+        self.needs = checked_needs(module, code.attributes)
+        check_payloads(name, module)
+        marks = [hook.mark for hook in self._hooks if hook.mark.emit]
+        self.events = {str(mark.emit) for mark in marks}
+        self.kinds = frozenset(mark.room for mark in marks)
 
-    def marked(self, kind: type[Mark]) -> list[Marked]:
-        """What has such a mark."""
-        return [one for one in self._marked if isinstance(one.mark, kind)]
+    def hooks(self, *names: str) -> list[Hook]:
+        """What it has for these keys of HOOKS, in the order of the file."""
+        return [hook for hook in self._hooks if hook.mark.hook in names]
 
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
+        heard = {hook.mark.of for hook in self.hooks("@on") if isinstance(hook.mark.of, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any]) -> Any:
@@ -4822,10 +4801,21 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
     home = module.__name__
     seen: dict[int, tuple[str, Any]] = {}
     for name, value in vars(module).items():
-        where = getattr(value, "__module__", None)
+        where = getattr(value, "__module__", home)
         if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
             seen.setdefault(id(value), (name, value))
     return list(seen.values())
+
+
+def hooks_of(module: ModuleType) -> list[Hook]:
+    """What the host calls in it; raises PluginError for what it cannot call."""
+    named = [(vars(module)[name], [Mark(name)]) for name in HOOKS if name in vars(module)]
+    marked = [(one, getattr(one, "__dict__", {}).get(MARKS, [])) for _, one in own_things(module)]
+    return [
+        Hook(mark, function, arguments_taken(function, HOOKS[mark.hook]))
+        for function, marks in [*marked, *named]
+        for mark in marks
+    ]
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4841,32 +4831,25 @@ def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.S
     return form
 
 
-def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """`setup` and the like; raises PluginError for a name that is nearly one."""
-    names = [name for name in HOOKS if isinstance(name, str)]
+def check_names(module: ModuleType) -> None:
+    """Raises PluginError for a name that is nearly one that the host looks for."""
+    hooks = [name for name in HOOKS if name.isidentifier()]
     for name, value in own_things(module):
-        if isinstance(value, type):
-            if issubclass(value, PluginSettings) and "Settings" not in vars(module):
-                raise PluginError(f"class {name} is never read, did you mean Settings?")
-        elif inspect.isfunction(value) and MARKS not in vars(value) and name[0] != "_":
-            plain = name.replace("_", "").lower()
-            near = difflib.get_close_matches(plain, names, n=1, cutoff=0.85)
-            if near and name not in names:
-                why = f"did you mean {near[0]}? (else begin it with _)"
-                raise PluginError(f"{name} is no hook, {why}")
-    hooks = {name: vars(module)[name] for name in names if name in vars(module)}
-    for name, function in hooks.items():
-        arguments_taken(function, HOOKS[name])
-    return hooks
+        function = inspect.isfunction(value) and MARKS not in vars(value)
+        looked_for = hooks if function else ["needs"] if isinstance(value, COLLECTIONS) else []
+        plain = name.replace("_", "").lower()
+        near = difflib.get_close_matches(plain, looked_for, n=1, cutoff=0.85)
+        if near and name not in looked_for and name[0] != "_":
+            raise PluginError(f"{name} is no hook, did you mean {near[0]}? (else begin it with _)")
+        settings = isinstance(value, type) and issubclass(value, PluginSettings)
+        if settings and "Settings" not in vars(module):
+            raise PluginError(f"class {name} is never read, did you mean Settings?")
 
 
 def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
     """What hikari has to keep for the plugin; raises PluginError where it asks for less than it uses."""
-    for name in vars(module):
-        if name.lower() in ("need", "needs") and name != "needs":
-            raise PluginError(f"{name} is no hook, did you mean needs?")
     needs = vars(module).get("needs", frozenset())
-    if not isinstance(needs, set | frozenset | list | tuple) or not NEEDS.keys() >= set(needs):
+    if not isinstance(needs, COLLECTIONS) or not NEEDS.keys() >= set(needs):
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
         empty = [attribute for attribute in sorted(used) if attribute.startswith(need.attributes)]
@@ -4876,20 +4859,36 @@ def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]
     return frozenset(needs)
 
 
-def attributes_used(path: Path) -> dict[str, str]:
-    """The names of all attributes that a plugin's files read, and where one of them is."""
-    return {
-        node.attr: f"{file.name}, line {node.lineno}"
-        for file in files_of(path)
-        if file.suffix == ".py"
-        for node in ast.walk(ast.parse(file.read_bytes()))
-        if isinstance(node, ast.Attribute)
-    }
+class Code(NamedTuple):
+    """What a plugin's files say without being run."""
+
+    #: The names of all attributes that they read, and where one of them is.
+    attributes: dict[str, str]
+    #: Event and kind of room of each `spy.emit("event", …)`.
+    emitted: set[tuple[str, str]]
 
 
-def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
+def read_code(path: Path) -> Code:
+    """All files of a plugin."""
+    code = Code({}, set())
+    for file in files_of(path):
+        for node in ast.walk(ast.parse(file.read_bytes())) if file.suffix == ".py" else ():
+            match node:
+                case ast.Attribute(attr=name):
+                    code.attributes[name] = f"{file.name}, line {node.lineno}"
+                case ast.Call(
+                    func=ast.Attribute(attr="emit"), args=[ast.Constant(str(event)), *more]
+                ):
+                    named = (one.value for one in node.keywords if one.arg == "room")
+                    room = [*more[2:3], *named, ast.Constant("guild")][0]
+                    if isinstance(room, ast.Constant):
+                        code.emitted.add((event, str(room.value)))
+    return code
+
+
+def arguments_taken(function: Any, forms: Sequence[str]) -> int:
     """How many arguments the function takes, in the longest of these forms that it allows."""
-    if forms is None:
+    if not forms:
         return 0
     expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
@@ -4902,14 +4901,13 @@ def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
     raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
-def check_payloads(module: ModuleType) -> None:
+def check_payloads(plugin: str, module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
             fields = value.__struct_fields__
             telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
             if telling and "channel_id" not in fields:
-                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
                 why = "goes to all who see the guild: only channel_id hides an event"
                 log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
@@ -4934,10 +4932,6 @@ class PluginHandler(RequestHandler):
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
             self._guarded.report(value)
-
-
-#: A function that hears events, and its mark.
-Listening = tuple[Listener, Guarded]
 
 
 class Runner:
@@ -4970,40 +4964,44 @@ class Runner:
         self._guard = functools.partial(Guarded, plugin.name, metrics)
         #: What makes an event's payload when it is really sent, by event.
         self._makers: dict[str, Guarded] = {}
-        self.setup = self._hook("setup", self.setup_limit)
-        self.teardown = self._hook("teardown", time_limit)
-        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
-        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
-        self.repeated = [(one.mark.seconds, self._guarded(one)) for one in plugin.marked(Repeated)]
+        #: What the host calls, by the keys of HOOKS.
+        self.hooks = {
+            name: [(hook, self._guarded(hook)) for hook in plugin.hooks(name)] for name in HOOKS
+        }
+        self.setup, self.teardown = map(self._if_there, ("setup", "teardown"))
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes = [
-            (PathMatches(one.mark.pattern), self._page(one.function))
-            for one in plugin.marked(Route)
+            (PathMatches(hook.mark.of), self._page(hook.function, guarded))
+            for hook, guarded in self.hooks["@route"]
         ]
 
-    def _hook(self, name: str, seconds: float) -> Guarded:
-        hook = self.plugin.hooks.get(name, lambda spy: None)
-        return self._guard(hook, name, seconds, (self.spy,))
+    def _guarded(self, hook: Hook) -> Guarded:
+        mark, name, limit = hook.mark, hook.function.__name__, self._time_limit
+        guard = functools.partial(self._guard, hook.function)
+        match mark.hook:
+            case "@on":
+                where = f" on {getattr(mark.of, '__name__', mark.of)}"
+                then = functools.partial(self._send_result, mark)
+                return guard(name, limit, (self.spy,)[: hook.takes - 1], where, then)
+            case "@on_subscribe":
+                return guard(f"making {mark.emit}", limit, where=f" in {name}")
+            case "setup":
+                return guard("setup", self.setup_limit, (self.spy,))
+            case "teardown":
+                return guard("teardown", limit, (self.spy,))
+        return guard(name, None, (self.spy,))
 
-    def _guarded(self, marked: Marked) -> Guarded:
-        function, mark, takes = marked
-        name, limit = function.__name__, self._time_limit
-        if isinstance(mark, Greeter):
-            return self._guard(function, f"making {mark.emit}", limit, (), f" in {name}")
-        if isinstance(mark, Repeated):
-            return self._guard(function, name, None, (self.spy,))
-        where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        then = functools.partial(self._send_result, mark)
-        return self._guard(function, name, limit, (self.spy,)[: takes - 1], where, then)
+    def _if_there(self, name: str) -> Guarded:
+        nothing = self._guard(lambda spy: None, name, None, (self.spy,))
+        return next((guarded for _, guarded in self.hooks[name]), nothing)
 
-    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
-        name = handler.__name__
-        own = {"spy": self.spy, "_guarded": self._guard(handler, name, None)}
-        return type(name, (PluginHandler, handler), own)
+    def _page(self, handler: type[RequestHandler], guarded: Guarded) -> type[RequestHandler]:
+        own = {"spy": self.spy, "_guarded": guarded}
+        return type(handler.__name__, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = (*self.listeners, *self.greeters, *self.repeated)
+        everything = itertools.chain.from_iterable(self.hooks.values())
         return [f"{self.plugin.name}.{one.name}" for _, one in everything if one.paused]
 
     # -- life
@@ -5016,7 +5014,10 @@ class Runner:
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
         self.at_work = True
-        self._tasks = [asyncio.create_task(self._repeat(*one)) for one in self.repeated]
+        self._tasks = [
+            asyncio.create_task(self._repeat(hook.mark.of, guarded))
+            for hook, guarded in self.hooks["@every"]
+        ]
 
     def end(self) -> bool:
         """Repeat nothing more; whether it was at work, and is to be torn down."""
@@ -5032,7 +5033,7 @@ class Runner:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for _, guarded in self.listeners:
+        for _, guarded in self.hooks["@on"]:
             await guarded.wait()
         with caught(self.teardown.report):
             await self.teardown.run()
@@ -5053,23 +5054,23 @@ class Runner:
         Without a subscriber, what all of them would get.
         """
         finish = functools.partial(finish_payload, guild_id=guild_id)
-        for (_, mark, takes), guarded in self.greeters:
-            if mark.kind == kind and (subscriber or takes < 3):
-                arguments = (guild_id, self.spy, subscriber)[:takes]
-                fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
+        for (mark, _, takes), guarded in self.hooks["@on_subscribe"]:
+            if mark.room == kind and (subscriber or takes < 3):
+                event, arguments = str(mark.emit), (guild_id, self.spy, subscriber)[:takes]
+                fields = await guarded.ask(*arguments, then=functools.partial(finish, event))
                 channel_id = fields and fields.get("channelId")
                 if fields and (not channel_id or not subscriber or subscriber.may_see(channel_id)):
-                    tell(mark.emit, fields)
+                    tell(event, fields)
 
-    def _send_result(self, listener: Listener, event: Any, result: object) -> None:
-        if listener.emit is None:
+    def _send_result(self, mark: Mark, event: Any, result: object) -> None:
+        if mark.emit is None:
             raise PluginError(f"returned {described(result)}, but on() has no emit= to send it as")
-        if listener.settled and not self._context.settled():
+        if mark.settled and not self._context.settled():
             self._dropped("startup grace").inc()
             return
         guild_id = guild_of(event)
-        fields = self._finished(listener.emit, guild_id, result)
-        self._context.emit(listener.emit, guild_id, fields, listener.room)
+        fields = self._finished(mark.emit, guild_id, result)
+        self._context.emit(mark.emit, guild_id, fields, mark.room)
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         """What `spy.emit` does."""
@@ -5112,16 +5113,16 @@ class Dispatcher:
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
         self._received = metrics.received.counts
-        self._hearers: dict[type | str, list[Listening]] = {}
+        self._hearers: dict[type | str, list[tuple[Mark, Guarded]]] = {}
         self._subscribed: dict[type[hikari.Event], Callable[[Any], None]] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[Listening]] = {}
+        hearers: dict[type | str, list[tuple[Mark, Guarded]]] = {}
         for runner in runners:
-            for listener, guarded in runner.listeners:
-                hearers.setdefault(listener.source, []).append((listener, guarded))
+            for hook, guarded in runner.hooks["@on"]:
+                hearers.setdefault(hook.mark.of, []).append((hook.mark, guarded))
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
         bot = self._context.bot
@@ -5163,8 +5164,8 @@ class Dispatcher:
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
                 event.old_member = cache.get_member(event.guild_id, event.user_id)
-            for listener, guarded in self._hearers.get(event_type, ()):
-                if person or listener.bots:
+            for mark, guarded in self._hearers.get(event_type, ()):
+                if person or mark.bots:
                     guarded.call(event)
 
         return hear
@@ -5433,7 +5434,7 @@ class PluginLoader:
     def warn_of_typos(self, plugin: Plugin) -> None:
         """Name what the plugin hears where nobody sends that, but something much like it."""
         known = [event for one in self.plugins.values() for event in one.events]
-        for event in (one.mark.source for one in plugin.listeners):
+        for event in (hook.mark.of for hook in plugin.hooks("@on")):
             near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
             if near and event not in known:
                 why = f"no plugin emits {event}, did you mean {near[0]}?"
@@ -8958,16 +8959,15 @@ def plugin_text(plugin: Plugin) -> str:
     intents = nothing = hikari.Intents.NONE
     for event_type in plugin.event_types():
         intents |= missing_intents(event_type, nothing)
-    hears = [one.mark.source for one in plugin.listeners]
     form = plugin.settings_form
     rows: dict[str, Iterable[str]] = {
-        "sends": plugin.events,
-        "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
-        "every": [f"{one.mark.seconds:g} s" for one in plugin.marked(Repeated)],
-        "greets": [one.mark.kind for one in plugin.greeters],
-        "hooks": plugin.hooks,
+        "sends": plugin.events | {event for event, _ in plugin.emitted},
+        "hears": [getattr(one.mark.of, "__name__", one.mark.of) for one in plugin.hooks("@on")],
+        "every": [f"{one.mark.of:g} s" for one in plugin.hooks("@every")],
+        "greets": [one.mark.room for one in plugin.hooks("@on_subscribe")],
+        "hooks": [one.mark.hook for one in plugin.hooks("setup", "teardown", "forget")],
         "rooms": plugin.kinds,
-        "routes": [one.mark.pattern for one in plugin.marked(Route)],
+        "routes": [one.mark.of for one in plugin.hooks("@route")],
         "intents": [str(intent.name) for intent in intents],
         "needs": plugin.needs,
         "settings": form.__struct_fields__ if form else plugin.settings,
@@ -9026,7 +9026,7 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
     for name, plugin in plugins.plugins.items():
-        if forget := plugin.hooks.get("forget"):
+        for _, forget, _ in plugin.hooks("forget"):
             try:
                 print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
             except FAULTS as error:  # as in PluginLoader.load_all
