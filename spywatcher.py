@@ -5182,8 +5182,8 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
 
 #: Files and folders that are no plugins: parts of one, and tests.
 NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
-#: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
-Contents = list[tuple[Path, bytes | None]]
+#: The files of a plugin, and a digest of what each holds; one that leads nowhere is left out.
+Contents = list[tuple[Path, bytes]]
 
 
 class PluginFiles:
@@ -5200,59 +5200,48 @@ class PluginFiles:
 
     def __init__(self, settings: PluginsSettings, folder: Path) -> None:
         self._shipped = shipped_plugins()
-        self._folders: list[Path] = []
-        for name in settings.folders:
-            places = [(folder / name).resolve()]
-            if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
-                places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
-            found = [place for place in places if place.is_dir()]
-            if not found:
-                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-            self._folders += (place for place in found if place not in self._folders)
-        #: (name, file, file of a later folder whose place it takes)
-        self._replaced: set[tuple[str, Path, Path]] = set()
-        self._disabled = frozenset(settings.disabled)
-        #: What each file held when it was read, and when it had been written by then.
-        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
-        #: Each plugin as it was taken;
-        self._taken: dict[str, Contents] = {}
-        #: each that has changed since as it is now, and since when.
-        self._seen: dict[str, tuple[Contents, float]] = {}
+        places = [self._places(folder, name) for name in settings.folders]
+        self._folders = list(dict.fromkeys(itertools.chain.from_iterable(places)))
+        self.disabled = settings.disabled
+        #: Each plugin as it was taken; None for one that has gone.
+        self._taken: dict[str, Contents | None] = {}
+        #: What has changed since, as it is now, and since when.
+        self._seen: dict[str, tuple[Contents | None, float]] = {}
 
-    def find(self) -> dict[str, Path]:
-        """The plugins that there are, by name: a file of each, in the order to load them.
+    def _places(self, folder: Path, name: str) -> list[Path]:
+        """The folder that settings name so, and the shipped one that it stands for."""
+        places = [(folder / name).resolve()]
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
+            places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
+        found = [place for place in places if place.is_dir()]
+        if not found:
+            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+        return found
+
+    def all(self) -> dict[str, list[Path]]:
+        """A file of each plugin that there is, by name, disabled or not: the first is the one that counts.
 
         The shipped ones come first, then each folder's: of two that claim an event the earlier has it.
         """
-        found: dict[str, Path] = {}
-        replaced: set[tuple[str, Path, Path]] = set()
-        for name, path in self._files():
-            if (taken := found.setdefault(name, path)) != path:
-                replaced.add((name, taken, path))
-        for name, taken, path in sorted(replaced - self._replaced):
-            log.info("plugin %s: %s replaces %s", name, taken, path)
-        self._replaced = replaced
-        shipped = [name for name, path in found.items() if self._shipped in path.parents]
+        found: dict[str, list[Path]] = {}
+        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
+            path = entry / "__init__.py" if entry.is_dir() else entry
+            name = entry.name if entry.is_dir() else entry.stem
+            is_there = path.is_file() or path is entry  # a link that leads nowhere is told of
+            if path.suffix == ".py" and is_there and not NO_PLUGIN.fullmatch(name):
+                found.setdefault(name, []).append(path)
+        shipped = [name for name, (path, *_) in found.items() if self._shipped in path.parents]
         return {name: found[name] for name in (*shipped, *found)}
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
-            folder = entry.is_dir()
-            path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
-            left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
-            if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
-                yield name, path
+    def find(self) -> dict[str, Path]:
+        """The plugins to load, in their order."""
+        return {name: at for name, (at, *_) in self.all().items() if name not in self.disabled}
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._taken = {name: self._contents(path) for name, path in found.items()}
+        self._taken = {name: contents_of(path) for name, path in found.items()}
         return found
-
-    @property
-    def names(self) -> set[str]:
-        """Of all plugins that there are, loaded or not."""
-        return {*self._taken, *self._disabled}
 
     @property
     def resting(self) -> bool:
@@ -5266,8 +5255,8 @@ class PluginFiles:
         return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
     def _has_settled(self, name: str, path: Path | None) -> bool:
-        contents, now = self._contents(path) if path else [], time.monotonic()
-        if contents == self._taken.get(name, []):
+        contents, now = contents_of(path) if path else None, time.monotonic()
+        if contents == self._taken.get(name):
             self._seen.pop(name, None)
             return False
         if name not in self._seen or self._seen[name][0] != contents:
@@ -5278,19 +5267,23 @@ class PluginFiles:
         self._taken[name], _ = self._seen.pop(name)
         return True
 
-    def _contents(self, path: Path) -> Contents:
-        """What is in a plugin's files now; read only where one was written since the last look."""
-        contents: Contents = []
-        for file in files_of(path):
-            found = None
-            with contextlib.suppress(OSError):
-                status = file.stat()
+
+def contents_of(path: Path) -> Contents:
+    """What is in a plugin's files now."""
+    contents: Contents = []
+    for file in files_of(path):
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            if file.is_file():
                 written = status.st_mtime_ns, status.st_size, status.st_ino
-                if self._read.get(file, ((), b""))[0] != written and file.is_file():
-                    self._read[file] = written, hashlib.sha256(file.read_bytes()).digest()
-                _, found = self._read.get(file, ((), None))
-            contents.append((file, found))
-        return contents
+                contents.append((file, digest_of(file, written)))
+    return contents
+
+
+@functools.lru_cache(maxsize=4096)
+def digest_of(file: Path, written: tuple[int, ...]) -> bytes:
+    """A file is read once for each time that it was written."""
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5442,6 +5435,8 @@ class PluginLoader:
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
+        for hidden in self.files.all()[name][1:]:
+            log.info("plugin %s: %s replaces %s", name, path, hidden)
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
             for event in sorted(plugin.events):
@@ -5461,15 +5456,17 @@ class PluginLoader:
     def faults(self) -> list[str]:
         """What is wrong with the plugins, a line each."""
         failed = [f"plugin {name}: {why}" for name, why in sorted(self.failures.items())]
-        return failed + self.tables_without_plugin()
+        return failed + self.unknown_names()
 
-    def tables_without_plugin(self) -> list[str]:
-        """A line for each `[plugin.NAME]` whose plugin is not there."""
-        names = sorted(self.files.names)
+    def unknown_names(self) -> list[str]:
+        """A line for each plugin that settings name and that is not there."""
+        there = sorted(self.files.all())
+        named = [(f"plugin.{name}", name) for name in self.tables]
+        named += [(f"plugins.disabled: {shown(name)}", name) for name in self.files.disabled]
         return [
-            f"plugin.{name}: no such plugin{nearest(name, names)}"
-            for name in self.tables
-            if name not in names
+            f"{key}: no such plugin{nearest(name, there)}"
+            for key, name in named
+            if name not in there
         ]
 
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -5528,23 +5525,32 @@ class PluginHost:
     ) -> None:
         loader.check_secret(context.tokens)
         self.loader = loader
-        self.plugins = loader.plugins
         self.failures = loader.failures
         self._context = context
         self._metrics = metrics
         #: Seconds that an async function of a plugin may take.
         self._time_limit = time_limit
         self._dispatcher = Dispatcher(context, metrics)
-        #: The loaded plugins with what they work with.
-        self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
-        self._routes: Routes = []
         #: Whether plugins are at work here, and what is held while that or they change.
         self._leading = False
         self._changing = asyncio.Lock()
         self._look_now = asyncio.Event()
-        self._take_over()
-        for line in loader.tables_without_plugin():
+        self._take_over({name: self._runner(one) for name, one in loader.plugins.items()})
+        for line in loader.unknown_names():
             log.warning("%s; it may come later", line)
+
+    def _take_over(self, runners: dict[str, Runner]) -> None:
+        """Have all that happens go to these, or to those of them that are at work, in one step."""
+        #: The loaded plugins with what they work with.
+        self.runners = dict(sorted(runners.items()))
+        self.loader.plugins = {name: one.plugin for name, one in self.runners.items()}
+        self._routes = [route for runner in self.runners.values() for route in runner.routes]
+        self._dispatcher.connect(self.running.values())
+
+    @property
+    def plugins(self) -> dict[str, Plugin]:
+        """The loaded plugins."""
+        return self.loader.plugins
 
     def _runner(self, plugin: Plugin) -> Runner:
         publish, claim = self._dispatcher.publish, self.loader.claim
@@ -5561,7 +5567,7 @@ class PluginHost:
         async with self._changing:
             self._leading = True
             await asyncio.gather(*map(self._begin, self.runners.values()))
-            self._take_over()
+            self._take_over(self.runners)
 
     async def _begin(self, runner: Runner) -> None:
         name = runner.plugin.name
@@ -5580,12 +5586,6 @@ class PluginHost:
         """Those that are at work."""
         return {name: runner for name, runner in self.runners.items() if runner.at_work}
 
-    def _take_over(self) -> None:
-        """Have all that happens go to those that are there now, in one step."""
-        runners = [runner for _, runner in sorted(self.runners.items())]
-        self._routes = [route for runner in runners for route in runner.routes]
-        self._dispatcher.connect(runner for runner in runners if runner.at_work)
-
     async def stop(self) -> None:
         """Stop hearing events and tear the plugins down."""
         async with self._changing:
@@ -5594,7 +5594,7 @@ class PluginHost:
             for name, runner in ending.items():
                 runner.end()
                 self.failures.pop(name, None)  # it is not to be at work here now
-            self._take_over()
+            self._take_over(self.runners)
             await asyncio.gather(*(runner.tear_down() for runner in ending.values()))
 
     # -- what is saved meanwhile
@@ -5624,25 +5624,28 @@ class PluginHost:
     async def _change(self, changed: dict[str, Path | None]) -> None:
         """Set up what is new, and then, in one step, let it take the place of what was before."""
         async with self._changing:
-            others = {name: one for name, one in self.plugins.items() if changed.get(name, True)}
-            coming: list[Runner] = []
+            after = {name: one for name, one in self.runners.items() if changed.get(name, True)}
             for name, path in changed.items():
-                if path and (runner := await self._prepare(name, path, others)):
-                    coming.append(runner)
-                    others[name] = runner.plugin
-            gone = [name for name, path in changed.items() if path is None]
-            before = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
-            for name in gone:
+                if path and (runner := await self._prepare(name, path, after)):
+                    after[name] = runner
+            coming = [one for name, one in after.items() if self.runners.get(name) is not one]
+            ending = [one for name, one in self.runners.items() if after.get(name) is not one]
+            ending = [runner for runner in ending if runner.end()]
+            for runner in coming if self._leading else ():
+                runner.begin()
+            self._take_over(after)
+            for name in (name for name, path in changed.items() if path is None):
                 take_modules(name)
+                self.failures.pop(name, None)
                 log.info("plugin %s: gone", name)
             for runner in coming:
-                self._enter(runner)
-            self._take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in before if runner))
+                self._say_loaded(runner.plugin)
+            await asyncio.gather(*(runner.tear_down() for runner in ending))
 
-    async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
+    async def _prepare(self, name: str, path: Path, after: Mapping[str, Runner]) -> Runner | None:
         """A new version, set up where plugins are at work; None where anything of that fails."""
         with caught(functools.partial(self.loader.report, name, path)), fresh_modules(name):
+            others = {name: runner.plugin for name, runner in after.items()}
             plugin = self.loader.load(name, path, others)
             for need in sorted(plugin.needs):
                 if NEEDS[need].components & ~self._context.bot.cache.settings.components:
@@ -5654,19 +5657,8 @@ class PluginHost:
                 await runner.set_up()
             return runner
 
-    def _remove(self, name: str) -> Runner | None:
-        """Have a plugin no more; what was at work is still to be torn down."""
-        self.plugins.pop(name, None)
-        self.failures.pop(name, None)
-        runner = self.runners.pop(name, None)
-        return runner if runner and runner.end() else None
-
-    def _enter(self, runner: Runner) -> None:
-        """Have a plugin that was not there, or was removed; at work, if it is set up."""
-        plugin = runner.plugin
-        self.plugins[plugin.name], self.runners[plugin.name] = plugin, runner
-        if self._leading:
-            runner.begin()
+    def _say_loaded(self, plugin: Plugin) -> None:
+        self.failures.pop(plugin.name, None)
         log.info("plugin %s: loaded", plugin.name)
         self.loader.warn_of_typos(plugin)
         for event_type in plugin.event_types():
