@@ -3800,14 +3800,13 @@ def timestamp(moment: datetime | None = None) -> str:
     if moment is not None:
         utc = moment.astimezone(UTC)
         return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    seconds, more = divmod(time.time_ns(), 1_000_000_000)
-    return f"{second_as_text(seconds)}.{more // 1_000_000:03d}Z"
+    return moment_as_text(time.time_ns() // 1_000_000)
 
 
 @functools.lru_cache(maxsize=1)
-def second_as_text(seconds: int) -> str:
-    """Made once a second: most events go out with the time of now."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+def moment_as_text(milliseconds: int) -> str:
+    """Made once a millisecond: most events go out with the time of now."""
+    return timestamp(datetime.fromtimestamp(milliseconds / 1000, UTC))
 
 
 class News(NamedTuple):
