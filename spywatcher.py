@@ -5639,13 +5639,8 @@ CACHED: Final = (
 
 def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     """The least intents that bring these events from guilds (Discord documentation: Gateway Intents)."""
-    intents = hikari.Intents.GUILDS
-    for event_type in event_types:
-        choices = base_events.get_required_intents_for(event_type)
-        in_guilds = [choice for choice in choices if not choice & hikari.Intents.ALL_DMS]
-        for choice in sorted(in_guilds or choices, key=int)[:1]:
-            intents |= choice
-    return intents
+    needed = (missing_intents(one, hikari.Intents.NONE) for one in event_types)
+    return functools.reduce(or_, needed, hikari.Intents.GUILDS)
 
 
 class PresenceUpdate(msgspec.Struct):
