@@ -5851,13 +5851,8 @@ def retry_after(response: HTTPResponse) -> float:
 def reason_of(error: BaseException | None) -> str:
     """What went wrong, in a few words; nothing that was sent is quoted at length."""
     said = clean_text(str(error)).strip()
-    name = type(error).__name__
-    return shortened(
-        said
-        if isinstance(error, OSError | hikari.HikariError | HTTPError) and said
-        else f"{name}: {said}",
-        120,
-    )
+    speaks = said and isinstance(error, OSError | hikari.HikariError | HTTPError)
+    return shortened(said if speaks else f"{type(error).__name__}: {said}", 120)
 
 
 def closed_with(error: object) -> str:
