@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import sqlite3
@@ -34,6 +35,8 @@ from spywatcher import Shared, Spy
 
 #: Keys that wait in memory: about 100 bytes each.
 MOST_WAITING = 500_000
+#: Rows of one statement: well within the 32,766 values that SQLite takes.
+MOST_INSERTED = 500
 #: Members that are written to Redis at a time, and seconds between two such writes: a few
 #: milliseconds of work, that others can do theirs between.
 MOST_SENT = 500
@@ -145,22 +148,19 @@ class Rows:
         """Where rows are now."""
         return ["waiting", "work.counts"] if self.loaded else ["waiting"]
 
-    def add(self, rows: list[Row]) -> bool:
-        """Take rows, which are in `batch` then; False if there was no room."""
-        values = self.shape.values("value", 3)
-        self.db.execute("DELETE FROM batch")
-        self.db.execute(
-            f"INSERT INTO batch SELECT value ->> 0, value ->> 1, value ->> 2, {values}"
-            " FROM json_each(?)",
-            (to_json(rows),),
-        )
+    def add(self, rows: list[Row]) -> str:
+        """Take rows; returns the table that has just these, or nothing if there was no room."""
         if self.waiting + len(rows) > MOST_WAITING:
             (self.waiting,) = self.db.execute("SELECT count(*) FROM waiting").fetchone()
         if self.waiting + len(rows) > MOST_WAITING:
-            return False
+            return ""
+        table = "batch" if self.waiting else "waiting"
         self.waiting += len(rows)
-        self._merge("batch", "waiting")
-        return True
+        self.db.execute("DELETE FROM batch")
+        self._insert(table, rows)
+        if table == "batch":
+            self._merge("batch", "waiting")
+        return table
 
     def drop(self, people: list[Person]) -> None:
         """Remove all rows of these."""
@@ -214,7 +214,7 @@ class Rows:
     def put(self, row: Row) -> None:
         """Add a row to the working set."""
         self.db.execute("INSERT OR IGNORE INTO work.noted VALUES (?, ?, ?)", row[:3])
-        self.db.execute(f"INSERT INTO work.counts VALUES ({', '.join('?' * len(row))})", row)
+        self._insert("work.counts", [row])
 
     def note_all(self) -> None:
         """What keeps the rows may lack anything."""
@@ -228,6 +228,14 @@ class Rows:
         tables = {"counts": self.shape.table, "noted": KEYS, "sending": KEYS}
         for name, columns in tables.items():
             self.db.execute(f"CREATE TABLE work.{name} {columns}")
+
+    def _insert(self, table: str, rows: list[Row]) -> None:
+        """In a few long statements: between any two Python may have to wait for its turn."""
+        for first in range(0, len(rows), MOST_INSERTED):
+            some = rows[first : first + MOST_INSERTED]
+            places = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
+            values = list(itertools.chain.from_iterable(some))
+            self.db.execute(f"INSERT INTO {table} VALUES {places}", values)
 
     def _merge(self, table: str, into: str) -> None:
         self.db.execute(f"INSERT INTO {into} SELECT * FROM {table} WHERE true {self.shape.merge}")

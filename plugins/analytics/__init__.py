@@ -6,11 +6,11 @@ this machine's clock; the last `window_days` are the current hour and the `windo
 before it. A thread counts as a channel of its own. Not counted are bots, webhooks, notices such as
 "joined the server", and changes of status of members whom Discord has not sent yet.
 
-The way of a count: a listener adds it to a dict (`counting.py`); twice a second that goes, as one
-JSON text, to a thread, which adds it to running totals in memory (what the lists are made from)
-and to the counts by the hour (what the end of an hour's stay in the window is made from), see
-`store.py`. How these outlive the process is told in `_counts.py`, beside this folder. SQLite does
-it all in a few long statements, during which Python is free to serve.
+The way of a count: a listener adds it to a dict (`counting.py`); twice a second that goes to a
+thread, which adds it to running totals in memory (what the lists are made from) and to the counts
+by the hour (what the end of an hour's stay in the window is made from), see `store.py`. How these
+outlive the process is told in `_counts.py`, beside this folder. SQLite does it all in a few long
+statements, during which Python is free to serve.
 """
 
 import time

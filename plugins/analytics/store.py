@@ -158,8 +158,8 @@ class Store:
         """Add the rows and drop the people of each job; whether anything else changed, too."""
         with transaction(self._db):
             for rows, people in jobs:
-                if rows and self.rows.add(rows):  # what is not kept could not leave the window
-                    self._totals.add("batch")
+                if rows and (table := self.rows.add(rows)):
+                    self._totals.add(table)  # what is not kept could not leave the window
                 self._drop(people)
         horizon, before = hour - settings.window_days * 24, self.rows.horizon
         if settings != self._settings:
