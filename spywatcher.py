@@ -1419,37 +1419,18 @@ class Access:
         if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
             return viewer.guilds is not None and self._is_sure(viewer, guild.id)
         granted = self._granted(viewer, guild, member)
-        needed, overwrites = self._channel(int(channel_id))
+        needed, overwrites = read_channel(self._cache, int(channel_id))
         if granted != ALL_PERMISSIONS:
-            roles = [one for one in member.role_ids if one != guild.id and self._exists(one)]
+            # A role that is gone grants and denies nothing, whoever still carries its id.
+            roles = [
+                one for one in member.role_ids if one != guild.id and self._cache.get_role(one)
+            ]
             for ids in ((guild.id,), roles, (int(viewer.discord_id),)):
                 granted = overwritten(granted, overwrites, ids)
             granted = left_by_timeout(member, granted)
         return granted & needed == needed
 
-    def _channel(self, channel_id: int) -> tuple[int, Mapping[int, Any]]:
-        """What it takes to read a channel or thread, and its overwrites.
-
-        What is not known, only who holds all permissions may read.
-        """
-        needed = VIEW_CHANNEL
-        thread = self._cache.get_thread(channel_id)
-        if thread is not None:
-            channel_id = thread.parent_id
-            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
-                # Who else was invited to a private thread, hikari's cache cannot say.
-                needed |= MANAGE_THREADS
-        channel = self._cache.get_guild_channel(channel_id)
-        if getattr(channel, "type", None) in VOICE_TYPES:
-            needed |= CONNECT
-        overwrites = getattr(channel, "permission_overwrites", None)
-        return (ALL_PERMISSIONS, {}) if overwrites is None else (needed, overwrites)
-
     # -- members
-
-    def _exists(self, role_id: int) -> bool:
-        """A role that is gone grants and denies nothing, whoever still carries its id."""
-        return self._cache.get_role(role_id) is not None
 
     def _member(self, viewer: Viewer, guild_id: int) -> Any:
         if not is_snowflake(viewer.discord_id):
@@ -1465,6 +1446,25 @@ class Access:
             role = self._cache.get_role(role_id)
             granted |= int(role.permissions) if role is not None else 0
         return ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
+
+
+def read_channel(directory: Directory, channel_id: int) -> tuple[int, Mapping[int, Any]]:
+    """What it takes to read a channel or thread, and its overwrites.
+
+    What is not known, only who holds all permissions may read.
+    """
+    needed = VIEW_CHANNEL
+    thread = directory.get_thread(channel_id)
+    if thread is not None:
+        channel_id = thread.parent_id
+        if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
+            # Who else was invited to a private thread, hikari's cache cannot say.
+            needed |= MANAGE_THREADS
+    channel = directory.get_guild_channel(channel_id)
+    if getattr(channel, "type", None) in VOICE_TYPES:
+        needed |= CONNECT
+    overwrites = getattr(channel, "permission_overwrites", None)
+    return (ALL_PERMISSIONS, {}) if overwrites is None else (needed, overwrites)
 
 
 def overwritten(granted: int, overwrites: Mapping[int, Any], ids: Iterable[int]) -> int:
@@ -8205,7 +8205,6 @@ class Server:
         self._sockets = list(sockets)
         self.metrics = Metrics()
         self.pulse = Pulse()
-        self.draining = False
         loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, self.metrics)
         loader.load_all()
         wanted, cached = wanted_events(loader), loader.cached()
@@ -8258,7 +8257,7 @@ class Server:
 
     def health(self) -> dict[str, dict[str, Any]]:
         """Each part's `problem`, None or a sentence, with its figures."""
-        stopping = "draining: the server is stopping" if self.draining else None
+        stopping = "draining: the server is stopping" if self.door.closed else None
         return {
             "server": {"problem": stopping or self.web.problem},
             "loop": self.pulse.health(),
@@ -8375,7 +8374,7 @@ class Server:
 
         Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
         """
-        self.draining = self.door.closed = True
+        self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         until = time.monotonic() + grace
