@@ -71,7 +71,6 @@ import signal
 import socket
 import sys
 import textwrap
-import threading
 import time
 import tomllib
 import traceback
@@ -3555,46 +3554,28 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         return False
 
 
-class Listener(msgspec.Struct, frozen=True):
-    """The mark of `on`."""
+class Mark(msgspec.Struct, frozen=True):
+    """What a decorator notes on a function: for which hook it is, and what it was given."""
 
-    source: type[hikari.Event] | str
-    emit: str | None
-    room: str
-    settled: bool
-    bots: bool
-
-
-class Repeated(msgspec.Struct, frozen=True):
-    """The mark of `every`."""
-
-    seconds: float
+    #: A key of HOOKS.
+    hook: str
+    #: The event that `on` hears, the seconds of `every`, the pattern of `route`.
+    of: Any = None
+    emit: str | None = None
+    room: str = "guild"
+    settled: bool = False
+    bots: bool = False
 
 
-class Greeter(msgspec.Struct, frozen=True):
-    """The mark of `on_subscribe`."""
-
-    kind: str
-    emit: str
-
-
-class Route(msgspec.Struct, frozen=True):
-    """The mark of `route`."""
-
-    pattern: str
-
-
-Mark = Listener | Repeated | Greeter | Route
 #: The attribute that marks are kept in.
 MARKS: Final = "__spywatcher__"
-
-
-#: Every function of a plugin that the host calls, by its mark or by its name in the module, and what
-#: it may take. Besides there are `class Settings(PluginSettings)`, `needs`, and `route`'s classes.
-HOOKS: Final[dict[type | str, tuple[str, ...]]] = {
-    Listener: ("event", "event, spy"),
-    Repeated: ("spy",),
-    Greeter: ("guild_id, spy", "guild_id, spy, viewer"),
+#: What the host calls in a plugin, by decorator or by its name in the module, and what a function
+#: for it may take; `route` has classes. Besides there are `class Settings(PluginSettings)` and `needs`.
+HOOKS: Final[dict[str, tuple[str, ...]]] = {
+    "@on": ("event", "event, spy"),
+    "@every": ("spy",),
+    "@on_subscribe": ("guild_id, spy", "guild_id, spy, viewer"),
+    "@route": (),
     "setup": ("spy",),
     "teardown": ("spy",),
     "forget": ("storage, member_id, guild_id",),
@@ -3666,7 +3647,7 @@ def on(
     check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
-    return lambda function: marked(function, Listener(event, emit, room, settled, bots))
+    return lambda function: marked(function, Mark("@on", event, emit, room, settled, bots))
 
 
 def every(seconds: float) -> Callable[[Maker], Maker]:
@@ -3682,7 +3663,7 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     given: object = seconds  # the function itself, where the brackets were left out
     if not isinstance(given, int | float) or not 0 < given < math.inf:
         raise PluginError(f"every({shown(given)}): expected seconds, as in @every(60)")
-    return lambda function: marked(function, Repeated(seconds))
+    return lambda function: marked(function, Mark("@every", seconds))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
@@ -3698,7 +3679,7 @@ def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
     """
     check_kind(kind)
     check_name("emit", emit)
-    return lambda function: marked(function, Greeter(kind, emit))
+    return lambda function: marked(function, Mark("@on_subscribe", emit=emit, room=kind))
 
 
 def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
@@ -3723,7 +3704,7 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     def mark(handler: Any) -> Any:
         if not (isinstance(handler, type) and issubclass(handler, RequestHandler)):
             raise PluginError(f"route({shown(pattern)}) belongs on a RequestHandler")
-        return marked(handler, Route(pattern))
+        return marked(handler, Mark("@route", pattern))
 
     return mark
 
@@ -4408,62 +4389,37 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Seconds that a thread may have to wait for others each time that it sleeps, on a busy machine.
-LONGEST_TURN: Final = 0.5
+#: Seconds for which a thread may have to wait each time that it makes way for another process.
+LONGEST_TURN: Final = 0.04
 #: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
 
 class Standing(NamedTuple):
-    """What a thread has had so far, in seconds; two of them tell what kept it."""
+    """What this thread and the others of this process have had so far."""
 
-    #: It ran;
-    ran: float = 0.0
-    #: the other threads of this process ran;
-    others: float = 0.0
-    #: so many times it slept, and the other threads were interrupted.
-    naps: int = 0
-    interrupted: int = 0
-    #: As `seconds_queued` says; it may be a second older, for that is dear.
-    queued: Mapping[int, float] = {}
+    #: Seconds that it ran, and that the others did.
+    ran: float
+    others: float
+    #: How often one of all these had to make way for another process (getrusage(2)).
+    interrupted: int
 
 
-def standing(queued: Mapping[int, float]) -> Standing:
-    """Of the thread that asks; nothing where no kernel tells (getrusage(2))."""
-    try:
-        own = resource.getrusage(resource.RUSAGE_THREAD)
-    except AttributeError:
-        return Standing()
+def standing() -> Standing:
+    """Of the thread that asks."""
     ran = time.thread_time()
-    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
-    return Standing(ran, time.process_time() - ran, own.ru_nvcsw, interrupted, queued)
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return Standing(ran, time.process_time() - ran, interrupted)
 
 
-def seconds_queued() -> dict[int, float]:
-    """For how long each thread of this process was ready to run while others ran (proc(5))."""
-    queued = {}
-    with contextlib.suppress(OSError):
-        for thread in os.listdir("/proc/self/task"):
-            place = f"/proc/self/task/{thread}/schedstat"
-            with contextlib.suppress(OSError), open(place, "rb", buffering=0) as file:
-                queued[int(thread)] = int(file.read().split()[1]) / 1e9
-    return queued
+def seconds_held(seconds: float, before: Standing) -> float:
+    """For how much of the last seconds this thread kept everybody waiting: it worked, or it slept.
 
-
-def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
-    """For how much of so many seconds the thread itself kept everybody waiting.
-
-    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, or for
-    a thread to start: then the other threads ran or were queued, or had been interrupted for nobody
-    knows how long. But who waits for the interpreter wakes up every few milliseconds to ask for it
-    (`sys.setswitchinterval`), so that few long sleeps are its own.
+    Not while the others had the interpreter, nor while a busy machine let one of them or itself wait.
     """
-    queued = {one: so_far - before.queued.get(one, 0.0) for one, so_far in now.queued.items()}
-    own = queued.pop(threading.get_native_id(), 0.0)
-    waited = (now.naps - before.naps) * LONGEST_TURN
-    if now.interrupted == before.interrupted:
-        waited = min(waited, now.others - before.others + sum(queued.values()))
-    return max(min(seconds, now.ran - before.ran), seconds - own - waited)
+    now = standing()
+    waited = now.others - before.others + LONGEST_TURN * (now.interrupted - before.interrupted)
+    return max(min(seconds, now.ran - before.ran), seconds - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:
@@ -4501,6 +4457,33 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) -> None:
+    """Cancel these, and again after `patience` seconds as long as they go on; what they raise is lost.
+
+    `asyncio.wait_for` of Python 3.11, and so redis-py 8.1 and hikari 2.7, may swallow a cancellation
+    that meets an answer. What a task has to do at its end must take less.
+    """
+    tasks = set(tasks)
+    while left := {task for task in tasks if not task.done()}:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=patience)
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            task.exception()  # asyncio complains of one that nobody has looked at
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run these until one of them ends, then end the others; raises what that one raises."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end_tasks(tasks)
+    for task in done:
+        task.result()
+
+
 @dataclasses.dataclass(eq=False)
 class Guarded:
     """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
@@ -4523,10 +4506,8 @@ class Guarded:
     _told: set[object] = dataclasses.field(default_factory=set)
     _failed_in_row: int = 0
     _paused_until: float = 0.0
-    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _standing: Standing = dataclasses.field(default_factory=standing)
     _stood_at: float = 0.0
-    _queued: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    _queued_at: float = 0.0
     _longest: float = 0.0
     _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -4539,9 +4520,10 @@ class Guarded:
         if self._paused_until and self.paused:
             return
         try:
-            result = self._call(event)
+            result = self._step(self.function, event, *self.arguments)
             if hasattr(result, "__await__"):
-                task = asyncio.create_task(self._finish(event, result))
+                then = functools.partial(self.then, event)
+                task = asyncio.create_task(self._finish(self._awaited(result), then))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
@@ -4556,17 +4538,11 @@ class Guarded:
         self, *subject: object, then: Callable[[Any], Any] = lambda result: result
     ) -> Any:
         """Call it, and return what `then` makes of what it returns; None when it fails or is paused."""
-        if not self.paused:
-            with caught(self._failed):
-                result = await self.run(*subject)
-                made = None if result is None else then(result)
-                self._failed_in_row = 0
-                return made
-        return None
+        return None if self.paused else await self._finish(self.run(*subject), then)
 
     async def run(self, *subject: object) -> Any:
         """Call it and return what it returns; raises what it raises."""
-        result = self._call(*subject)
+        result = self._step(self.function, *subject, *self.arguments)
         return await self._awaited(result) if hasattr(result, "__await__") else result
 
     async def wait(self) -> None:
@@ -4574,26 +4550,18 @@ class Guarded:
         if self._running:
             await asyncio.wait(self._running)
 
-    def _call(self, *subject: object) -> Any:
-        began = self._begin()
-        try:
-            return self.function(*subject, *self.arguments)
-        finally:
-            self._took(began)
-
-    async def _finish(self, event: object, result: Awaitable[Any]) -> None:
+    async def _finish(self, result: Awaitable[Any], then: Callable[[Any], Any]) -> Any:
         with caught(self._failed):
-            answer = await self._awaited(result)
-            if answer is not None:
-                self.then(event, answer)
+            answer = await result
+            made = None if answer is None else then(answer)
             self._failed_in_row = 0
+            return made
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
-        steps = self._in_steps(result)
         if self.time_limit is None:
-            return await steps
-        task = asyncio.create_task(steps)
+            return await self._in_steps(result)
+        task = asyncio.create_task(self._in_steps(result))
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -4613,13 +4581,10 @@ class Guarded:
         steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            began = self._begin()
             try:
-                awaited = resume(value)
+                awaited = self._step(resume, value)
             except StopIteration as end:
                 return end.value
-            finally:
-                self._took(began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
@@ -4627,25 +4592,27 @@ class Guarded:
 
     # -- its account
 
-    def _begin(self) -> float:
-        """The moment at which the function goes on."""
-        now = time.perf_counter()
-        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
-            if now > self._queued_at + 1.0:
-                self._queued, self._queued_at = seconds_queued(), now
-            self._standing, self._stood_at = standing(self._queued), now
-        return now
+    def _step(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call what holds up the loop; count the time, and name it if that was long.
 
-    def _took(self, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self.metrics.plugin_seconds.counts[self.plugin] += seconds
-        if seconds > BLOCKING:
-            seconds = seconds_held(seconds, self._standing, standing(seconds_queued()))
-            if seconds > max(BLOCKING, 2 * self._longest):
-                self._longest = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.plugin, self.name, seconds * 1000)
+        Named again when it was twice as long.
+        """
+        began = time.perf_counter()
+        if began > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), began
+        try:
+            return function(*arguments)
+        finally:
+            seconds = time.perf_counter() - began
+            self.metrics.plugin_seconds.counts[self.plugin] += seconds
+            if seconds > BLOCKING:
+                self._name_blocking(seconds_held(seconds, self._standing))
+
+    def _name_blocking(self, seconds: float) -> None:
+        if seconds > max(BLOCKING, 2 * self._longest):
+            self._longest = seconds
+            held_up = "plugin %s: %s held up the server for %.0f ms"
+            log.warning(held_up, self.plugin, self.name, seconds * 1000)
 
     def _failed(self, error: BaseException) -> None:
         self.report(error)
@@ -4670,13 +4637,15 @@ class Guarded:
 # -- one plugin
 
 Routes = list[tuple[PathMatches, type[RequestHandler]]]
+#: What `needs` may be.
+COLLECTIONS: Final = (set, frozenset, list, tuple)
 
 
-class Marked(NamedTuple):
-    """A function, or a handler's class, with one of its marks."""
+class Hook(NamedTuple):
+    """A function of a plugin, or a handler's class, that the host calls."""
 
+    mark: Mark
     function: Any
-    mark: Any
     #: How many arguments it takes of those that it may.
     takes: int
 
@@ -4688,31 +4657,26 @@ class Plugin:
         self.name = name
         self.path = path
         self.module = module
-        used = attributes_used(path)
-        self.settings_form = settings_form(module, reads_settings="settings" in used)
+        code = read_code(path)
+        #: Event and kind of room of each `spy.emit` in its files.
+        self.emitted = code.emitted
+        self.settings_form = settings_form(module, reads_settings="settings" in code.attributes)
         self.settings = self.check_settings(table)
-        #: Functions and handlers with each mark on them, in the order of the file.
-        self._marked = [
-            Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
-            for _, value in own_things(module)
-            for mark in getattr(value, "__dict__", {}).get(MARKS, ())
-        ]
-        self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
-        self.hooks = named_hooks(module)
-        self.needs = checked_needs(module, used)
-        check_payloads(module)
-        rooms = {one.mark.emit: one.mark.room for one in self.listeners if one.mark.emit}
-        rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
-        self.events = set(rooms)
-        self.kinds = frozenset(rooms.values())
+        check_names(module)
+        self._hooks = hooks_of(module)
+        self.needs = checked_needs(module, code.attributes)
+        check_payloads(name, module)
+        marks = [hook.mark for hook in self._hooks if hook.mark.emit]
+        self.events = {str(mark.emit) for mark in marks}
+        self.kinds = frozenset(mark.room for mark in marks)
 
-    def marked(self, kind: type[Mark]) -> list[Marked]:
-        """What has such a mark."""
-        return [one for one in self._marked if isinstance(one.mark, kind)]
+    def hooks(self, *names: str) -> list[Hook]:
+        """What it has for these keys of HOOKS, in the order of the file."""
+        return [hook for hook in self._hooks if hook.mark.hook in names]
 
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
+        heard = {hook.mark.of for hook in self.hooks("@on") if isinstance(hook.mark.of, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any]) -> Any:
@@ -4731,10 +4695,21 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
     home = module.__name__
     seen: dict[int, tuple[str, Any]] = {}
     for name, value in vars(module).items():
-        where = getattr(value, "__module__", None)
+        where = getattr(value, "__module__", home)
         if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
             seen.setdefault(id(value), (name, value))
     return list(seen.values())
+
+
+def hooks_of(module: ModuleType) -> list[Hook]:
+    """What the host calls in it; raises PluginError for what it cannot call."""
+    named = [(vars(module)[name], [Mark(name)]) for name in HOOKS if name in vars(module)]
+    marked = [(one, getattr(one, "__dict__", {}).get(MARKS, [])) for _, one in own_things(module)]
+    return [
+        Hook(mark, function, arguments_taken(function, HOOKS[mark.hook]))
+        for function, marks in [*marked, *named]
+        for mark in marks
+    ]
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4750,32 +4725,25 @@ def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.S
     return form
 
 
-def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """`setup` and the like; raises PluginError for a name that is nearly one."""
-    names = [name for name in HOOKS if isinstance(name, str)]
+def check_names(module: ModuleType) -> None:
+    """Raises PluginError for a name that is nearly one that the host looks for."""
+    hooks = [name for name in HOOKS if name.isidentifier()]
     for name, value in own_things(module):
-        if isinstance(value, type):
-            if issubclass(value, PluginSettings) and "Settings" not in vars(module):
-                raise PluginError(f"class {name} is never read, did you mean Settings?")
-        elif inspect.isfunction(value) and MARKS not in vars(value) and name[0] != "_":
-            plain = name.replace("_", "").lower()
-            near = difflib.get_close_matches(plain, names, n=1, cutoff=0.85)
-            if near and name not in names:
-                why = f"did you mean {near[0]}? (else begin it with _)"
-                raise PluginError(f"{name} is no hook, {why}")
-    hooks = {name: vars(module)[name] for name in names if name in vars(module)}
-    for name, function in hooks.items():
-        arguments_taken(function, HOOKS[name])
-    return hooks
+        function = inspect.isfunction(value) and MARKS not in vars(value)
+        looked_for = hooks if function else ["needs"] if isinstance(value, COLLECTIONS) else []
+        plain = name.replace("_", "").lower()
+        near = difflib.get_close_matches(plain, looked_for, n=1, cutoff=0.85)
+        if near and name not in looked_for and name[0] != "_":
+            raise PluginError(f"{name} is no hook, did you mean {near[0]}? (else begin it with _)")
+        settings = isinstance(value, type) and issubclass(value, PluginSettings)
+        if settings and "Settings" not in vars(module):
+            raise PluginError(f"class {name} is never read, did you mean Settings?")
 
 
 def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
     """What hikari has to keep for the plugin; raises PluginError where it asks for less than it uses."""
-    for name in vars(module):
-        if name.lower() in ("need", "needs") and name != "needs":
-            raise PluginError(f"{name} is no hook, did you mean needs?")
     needs = vars(module).get("needs", frozenset())
-    if not isinstance(needs, set | frozenset | list | tuple) or not NEEDS.keys() >= set(needs):
+    if not isinstance(needs, COLLECTIONS) or not NEEDS.keys() >= set(needs):
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
         empty = [attribute for attribute in sorted(used) if attribute.startswith(need.attributes)]
@@ -4785,20 +4753,36 @@ def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]
     return frozenset(needs)
 
 
-def attributes_used(path: Path) -> dict[str, str]:
-    """The names of all attributes that a plugin's files read, and where one of them is."""
-    return {
-        node.attr: f"{file.name}, line {node.lineno}"
-        for file in files_of(path)
-        if file.suffix == ".py"
-        for node in ast.walk(ast.parse(file.read_bytes()))
-        if isinstance(node, ast.Attribute)
-    }
+class Code(NamedTuple):
+    """What a plugin's files say without being run."""
+
+    #: The names of all attributes that they read, and where one of them is.
+    attributes: dict[str, str]
+    #: Event and kind of room of each `spy.emit("event", …)`.
+    emitted: set[tuple[str, str]]
 
 
-def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
+def read_code(path: Path) -> Code:
+    """All files of a plugin."""
+    code = Code({}, set())
+    for file in files_of(path):
+        for node in ast.walk(ast.parse(file.read_bytes())) if file.suffix == ".py" else ():
+            match node:
+                case ast.Attribute(attr=name):
+                    code.attributes[name] = f"{file.name}, line {node.lineno}"
+                case ast.Call(
+                    func=ast.Attribute(attr="emit"), args=[ast.Constant(str(event)), *more]
+                ):
+                    named = (one.value for one in node.keywords if one.arg == "room")
+                    room = [*more[2:3], *named, ast.Constant("guild")][0]
+                    if isinstance(room, ast.Constant):
+                        code.emitted.add((event, str(room.value)))
+    return code
+
+
+def arguments_taken(function: Any, forms: Sequence[str]) -> int:
     """How many arguments the function takes, in the longest of these forms that it allows."""
-    if forms is None:
+    if not forms:
         return 0
     expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
@@ -4811,14 +4795,13 @@ def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
     raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
-def check_payloads(module: ModuleType) -> None:
+def check_payloads(plugin: str, module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
             fields = value.__struct_fields__
             telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
             if telling and "channel_id" not in fields:
-                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
                 why = "goes to all who see the guild: only channel_id hides an event"
                 log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
@@ -4843,10 +4826,6 @@ class PluginHandler(RequestHandler):
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
             self._guarded.report(value)
-
-
-#: A function that hears events, and its mark.
-Listening = tuple[Listener, Guarded]
 
 
 class Runner:
@@ -4879,40 +4858,44 @@ class Runner:
         self._guard = functools.partial(Guarded, plugin.name, metrics)
         #: What makes an event's payload when it is really sent, by event.
         self._makers: dict[str, Guarded] = {}
-        self.setup = self._hook("setup", self.setup_limit)
-        self.teardown = self._hook("teardown", time_limit)
-        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
-        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
-        self.repeated = [(one.mark.seconds, self._guarded(one)) for one in plugin.marked(Repeated)]
+        #: What the host calls, by the keys of HOOKS.
+        self.hooks = {
+            name: [(hook, self._guarded(hook)) for hook in plugin.hooks(name)] for name in HOOKS
+        }
+        self.setup, self.teardown = map(self._if_there, ("setup", "teardown"))
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes = [
-            (PathMatches(one.mark.pattern), self._page(one.function))
-            for one in plugin.marked(Route)
+            (PathMatches(hook.mark.of), self._page(hook.function, guarded))
+            for hook, guarded in self.hooks["@route"]
         ]
 
-    def _hook(self, name: str, seconds: float) -> Guarded:
-        hook = self.plugin.hooks.get(name, lambda spy: None)
-        return self._guard(hook, name, seconds, (self.spy,))
+    def _guarded(self, hook: Hook) -> Guarded:
+        mark, name, limit = hook.mark, hook.function.__name__, self._time_limit
+        guard = functools.partial(self._guard, hook.function)
+        match mark.hook:
+            case "@on":
+                where = f" on {getattr(mark.of, '__name__', mark.of)}"
+                then = functools.partial(self._send_result, mark)
+                return guard(name, limit, (self.spy,)[: hook.takes - 1], where, then)
+            case "@on_subscribe":
+                return guard(f"making {mark.emit}", limit, where=f" in {name}")
+            case "setup":
+                return guard("setup", self.setup_limit, (self.spy,))
+            case "teardown":
+                return guard("teardown", limit, (self.spy,))
+        return guard(name, None, (self.spy,))
 
-    def _guarded(self, marked: Marked) -> Guarded:
-        function, mark, takes = marked
-        name, limit = function.__name__, self._time_limit
-        if isinstance(mark, Greeter):
-            return self._guard(function, f"making {mark.emit}", limit, (), f" in {name}")
-        if isinstance(mark, Repeated):
-            return self._guard(function, name, None, (self.spy,))
-        where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        then = functools.partial(self._send_result, mark)
-        return self._guard(function, name, limit, (self.spy,)[: takes - 1], where, then)
+    def _if_there(self, name: str) -> Guarded:
+        nothing = self._guard(lambda spy: None, name, None, (self.spy,))
+        return next((guarded for _, guarded in self.hooks[name]), nothing)
 
-    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
-        name = handler.__name__
-        own = {"spy": self.spy, "_guarded": self._guard(handler, name, None)}
-        return type(name, (PluginHandler, handler), own)
+    def _page(self, handler: type[RequestHandler], guarded: Guarded) -> type[RequestHandler]:
+        own = {"spy": self.spy, "_guarded": guarded}
+        return type(handler.__name__, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = (*self.listeners, *self.greeters, *self.repeated)
+        everything = itertools.chain.from_iterable(self.hooks.values())
         return [f"{self.plugin.name}.{one.name}" for _, one in everything if one.paused]
 
     # -- life
@@ -4925,7 +4908,10 @@ class Runner:
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
         self.at_work = True
-        self._tasks = [asyncio.create_task(self._repeat(*one)) for one in self.repeated]
+        self._tasks = [
+            asyncio.create_task(self._repeat(hook.mark.of, guarded))
+            for hook, guarded in self.hooks["@every"]
+        ]
 
     def end(self) -> bool:
         """Repeat nothing more; whether it was at work, and is to be torn down."""
@@ -4936,12 +4922,8 @@ class Runner:
 
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
-        left, self._tasks = set(self._tasks), []
-        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
-        for _, guarded in self.listeners:
+        await end_tasks(self._tasks, patience=1.0)  # they may have to clean up
+        for _, guarded in self.hooks["@on"]:
             await guarded.wait()
         with caught(self.teardown.report):
             await self.teardown.run()
@@ -4962,23 +4944,23 @@ class Runner:
         Without a subscriber, what all of them would get.
         """
         finish = functools.partial(finish_payload, guild_id=guild_id)
-        for (_, mark, takes), guarded in self.greeters:
-            if mark.kind == kind and (subscriber or takes < 3):
-                arguments = (guild_id, self.spy, subscriber)[:takes]
-                fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
+        for (mark, _, takes), guarded in self.hooks["@on_subscribe"]:
+            if mark.room == kind and (subscriber or takes < 3):
+                event, arguments = str(mark.emit), (guild_id, self.spy, subscriber)[:takes]
+                fields = await guarded.ask(*arguments, then=functools.partial(finish, event))
                 channel_id = fields and fields.get("channelId")
                 if fields and (not channel_id or not subscriber or subscriber.may_see(channel_id)):
-                    tell(mark.emit, fields)
+                    tell(event, fields)
 
-    def _send_result(self, listener: Listener, event: Any, result: object) -> None:
-        if listener.emit is None:
+    def _send_result(self, mark: Mark, event: Any, result: object) -> None:
+        if mark.emit is None:
             raise PluginError(f"returned {described(result)}, but on() has no emit= to send it as")
-        if listener.settled and not self._context.settled():
+        if mark.settled and not self._context.settled():
             self._dropped("startup grace").inc()
             return
         guild_id = guild_of(event)
-        fields = self._finished(listener.emit, guild_id, result)
-        self._context.emit(listener.emit, guild_id, fields, listener.room)
+        fields = self._finished(mark.emit, guild_id, result)
+        self._context.emit(mark.emit, guild_id, fields, mark.room)
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         """What `spy.emit` does."""
@@ -5021,16 +5003,16 @@ class Dispatcher:
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
         self._received = metrics.received.counts
-        self._hearers: dict[type | str, list[Listening]] = {}
+        self._hearers: dict[type | str, list[tuple[Mark, Guarded]]] = {}
         self._subscribed: dict[type[hikari.Event], Callable[[Any], None]] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[Listening]] = {}
+        hearers: dict[type | str, list[tuple[Mark, Guarded]]] = {}
         for runner in runners:
-            for listener, guarded in runner.listeners:
-                hearers.setdefault(listener.source, []).append((listener, guarded))
+            for hook, guarded in runner.hooks["@on"]:
+                hearers.setdefault(hook.mark.of, []).append((hook.mark, guarded))
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
         bot = self._context.bot
@@ -5072,8 +5054,8 @@ class Dispatcher:
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
                 event.old_member = cache.get_member(event.guild_id, event.user_id)
-            for listener, guarded in self._hearers.get(event_type, ()):
-                if person or listener.bots:
+            for mark, guarded in self._hearers.get(event_type, ()):
+                if person or mark.bots:
                     guarded.call(event)
 
         return hear
@@ -5090,8 +5072,8 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
 
 #: Files and folders that are no plugins: parts of one, and tests.
 NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
-#: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
-Contents = list[tuple[Path, bytes | None]]
+#: The files of a plugin, and a digest of what each holds; one that leads nowhere is left out.
+Contents = list[tuple[Path, bytes]]
 
 
 class PluginFiles:
@@ -5108,59 +5090,48 @@ class PluginFiles:
 
     def __init__(self, settings: PluginsSettings, folder: Path) -> None:
         self._shipped = shipped_plugins()
-        self._folders: list[Path] = []
-        for name in settings.folders:
-            places = [(folder / name).resolve()]
-            if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
-                places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
-            found = [place for place in places if place.is_dir()]
-            if not found:
-                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-            self._folders += (place for place in found if place not in self._folders)
-        #: (name, file, file of a later folder whose place it takes)
-        self._replaced: set[tuple[str, Path, Path]] = set()
-        self._disabled = frozenset(settings.disabled)
-        #: What each file held when it was read, and when it had been written by then.
-        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
-        #: Each plugin as it was taken;
-        self._taken: dict[str, Contents] = {}
-        #: each that has changed since as it is now, and since when.
-        self._seen: dict[str, tuple[Contents, float]] = {}
+        places = [self._places(folder, name) for name in settings.folders]
+        self._folders = list(dict.fromkeys(itertools.chain.from_iterable(places)))
+        self.disabled = settings.disabled
+        #: Each plugin as it was taken; None for one that has gone.
+        self._taken: dict[str, Contents | None] = {}
+        #: What has changed since, as it is now, and since when.
+        self._seen: dict[str, tuple[Contents | None, float]] = {}
 
-    def find(self) -> dict[str, Path]:
-        """The plugins that there are, by name: a file of each, in the order to load them.
+    def _places(self, folder: Path, name: str) -> list[Path]:
+        """The folder that settings name so, and the shipped one that it stands for."""
+        places = [(folder / name).resolve()]
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
+            places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
+        found = [place for place in places if place.is_dir()]
+        if not found:
+            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+        return found
+
+    def all(self) -> dict[str, list[Path]]:
+        """A file of each plugin that there is, by name, disabled or not: the first is the one that counts.
 
         The shipped ones come first, then each folder's: of two that claim an event the earlier has it.
         """
-        found: dict[str, Path] = {}
-        replaced: set[tuple[str, Path, Path]] = set()
-        for name, path in self._files():
-            if (taken := found.setdefault(name, path)) != path:
-                replaced.add((name, taken, path))
-        for name, taken, path in sorted(replaced - self._replaced):
-            log.info("plugin %s: %s replaces %s", name, taken, path)
-        self._replaced = replaced
-        shipped = [name for name, path in found.items() if self._shipped in path.parents]
+        found: dict[str, list[Path]] = {}
+        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
+            path = entry / "__init__.py" if entry.is_dir() else entry
+            name = entry.name if entry.is_dir() else entry.stem
+            is_there = path.is_file() or path is entry  # a link that leads nowhere is told of
+            if path.suffix == ".py" and is_there and not NO_PLUGIN.fullmatch(name):
+                found.setdefault(name, []).append(path)
+        shipped = [name for name, (path, *_) in found.items() if self._shipped in path.parents]
         return {name: found[name] for name in (*shipped, *found)}
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
-            folder = entry.is_dir()
-            path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
-            left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
-            if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
-                yield name, path
+    def find(self) -> dict[str, Path]:
+        """The plugins to load, in their order."""
+        return {name: at for name, (at, *_) in self.all().items() if name not in self.disabled}
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._taken = {name: self._contents(path) for name, path in found.items()}
+        self._taken = {name: contents_of(path) for name, path in found.items()}
         return found
-
-    @property
-    def names(self) -> set[str]:
-        """Of all plugins that there are, loaded or not."""
-        return {*self._taken, *self._disabled}
 
     @property
     def resting(self) -> bool:
@@ -5174,8 +5145,8 @@ class PluginFiles:
         return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
     def _has_settled(self, name: str, path: Path | None) -> bool:
-        contents, now = self._contents(path) if path else [], time.monotonic()
-        if contents == self._taken.get(name, []):
+        contents, now = contents_of(path) if path else None, time.monotonic()
+        if contents == self._taken.get(name):
             self._seen.pop(name, None)
             return False
         if name not in self._seen or self._seen[name][0] != contents:
@@ -5186,19 +5157,23 @@ class PluginFiles:
         self._taken[name], _ = self._seen.pop(name)
         return True
 
-    def _contents(self, path: Path) -> Contents:
-        """What is in a plugin's files now; read only where one was written since the last look."""
-        contents: Contents = []
-        for file in files_of(path):
-            found = None
-            with contextlib.suppress(OSError):
-                status = file.stat()
+
+def contents_of(path: Path) -> Contents:
+    """What is in a plugin's files now."""
+    contents: Contents = []
+    for file in files_of(path):
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            if file.is_file():
                 written = status.st_mtime_ns, status.st_size, status.st_ino
-                if self._read.get(file, ((), b""))[0] != written and file.is_file():
-                    self._read[file] = written, hashlib.sha256(file.read_bytes()).digest()
-                _, found = self._read.get(file, ((), None))
-            contents.append((file, found))
-        return contents
+                contents.append((file, digest_of(file, written)))
+    return contents
+
+
+@functools.lru_cache(maxsize=4096)
+def digest_of(file: Path, written: tuple[int, ...]) -> bytes:
+    """A file is read once for each time that it was written."""
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5342,7 +5317,7 @@ class PluginLoader:
     def warn_of_typos(self, plugin: Plugin) -> None:
         """Name what the plugin hears where nobody sends that, but something much like it."""
         known = [event for one in self.plugins.values() for event in one.events]
-        for event in (one.mark.source for one in plugin.listeners):
+        for event in (hook.mark.of for hook in plugin.hooks("@on")):
             near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
             if near and event not in known:
                 why = f"no plugin emits {event}, did you mean {near[0]}?"
@@ -5350,6 +5325,8 @@ class PluginLoader:
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
+        for hidden in self.files.all()[name][1:]:
+            log.info("plugin %s: %s replaces %s", name, path, hidden)
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
             for event in sorted(plugin.events):
@@ -5369,15 +5346,17 @@ class PluginLoader:
     def faults(self) -> list[str]:
         """What is wrong with the plugins, a line each."""
         failed = [f"plugin {name}: {why}" for name, why in sorted(self.failures.items())]
-        return failed + self.tables_without_plugin()
+        return failed + self.unknown_names()
 
-    def tables_without_plugin(self) -> list[str]:
-        """A line for each `[plugin.NAME]` whose plugin is not there."""
-        names = sorted(self.files.names)
+    def unknown_names(self) -> list[str]:
+        """A line for each plugin that settings name and that is not there."""
+        there = sorted(self.files.all())
+        named = [(f"plugin.{name}", name) for name in self.tables]
+        named += [(f"plugins.disabled: {shown(name)}", name) for name in self.files.disabled]
         return [
-            f"plugin.{name}: no such plugin{nearest(name, names)}"
-            for name in self.tables
-            if name not in names
+            f"{key}: no such plugin{nearest(name, there)}"
+            for key, name in named
+            if name not in there
         ]
 
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -5436,23 +5415,32 @@ class PluginHost:
     ) -> None:
         loader.check_secret(context.tokens)
         self.loader = loader
-        self.plugins = loader.plugins
         self.failures = loader.failures
         self._context = context
         self._metrics = metrics
         #: Seconds that an async function of a plugin may take.
         self._time_limit = time_limit
         self._dispatcher = Dispatcher(context, metrics)
-        #: The loaded plugins with what they work with.
-        self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
-        self._routes: Routes = []
         #: Whether plugins are at work here, and what is held while that or they change.
         self._leading = False
         self._changing = asyncio.Lock()
         self._look_now = asyncio.Event()
-        self._take_over()
-        for line in loader.tables_without_plugin():
+        self._take_over({name: self._runner(one) for name, one in loader.plugins.items()})
+        for line in loader.unknown_names():
             log.warning("%s; it may come later", line)
+
+    def _take_over(self, runners: dict[str, Runner]) -> None:
+        """Have all that happens go to these, or to those of them that are at work, in one step."""
+        #: The loaded plugins with what they work with.
+        self.runners = dict(sorted(runners.items()))
+        self.loader.plugins = {name: one.plugin for name, one in self.runners.items()}
+        self._routes = [route for runner in self.runners.values() for route in runner.routes]
+        self._dispatcher.connect(self.running.values())
+
+    @property
+    def plugins(self) -> dict[str, Plugin]:
+        """The loaded plugins."""
+        return self.loader.plugins
 
     def _runner(self, plugin: Plugin) -> Runner:
         publish, claim = self._dispatcher.publish, self.loader.claim
@@ -5469,7 +5457,7 @@ class PluginHost:
         async with self._changing:
             self._leading = True
             await asyncio.gather(*map(self._begin, self.runners.values()))
-            self._take_over()
+            self._take_over(self.runners)
 
     async def _begin(self, runner: Runner) -> None:
         name = runner.plugin.name
@@ -5488,12 +5476,6 @@ class PluginHost:
         """Those that are at work."""
         return {name: runner for name, runner in self.runners.items() if runner.at_work}
 
-    def _take_over(self) -> None:
-        """Have all that happens go to those that are there now, in one step."""
-        runners = [runner for _, runner in sorted(self.runners.items())]
-        self._routes = [route for runner in runners for route in runner.routes]
-        self._dispatcher.connect(runner for runner in runners if runner.at_work)
-
     async def stop(self) -> None:
         """Stop hearing events and tear the plugins down."""
         async with self._changing:
@@ -5502,7 +5484,7 @@ class PluginHost:
             for name, runner in ending.items():
                 runner.end()
                 self.failures.pop(name, None)  # it is not to be at work here now
-            self._take_over()
+            self._take_over(self.runners)
             await asyncio.gather(*(runner.tear_down() for runner in ending.values()))
 
     # -- what is saved meanwhile
@@ -5532,25 +5514,28 @@ class PluginHost:
     async def _change(self, changed: dict[str, Path | None]) -> None:
         """Set up what is new, and then, in one step, let it take the place of what was before."""
         async with self._changing:
-            others = {name: one for name, one in self.plugins.items() if changed.get(name, True)}
-            coming: list[Runner] = []
+            after = {name: one for name, one in self.runners.items() if changed.get(name, True)}
             for name, path in changed.items():
-                if path and (runner := await self._prepare(name, path, others)):
-                    coming.append(runner)
-                    others[name] = runner.plugin
-            gone = [name for name, path in changed.items() if path is None]
-            before = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
-            for name in gone:
+                if path and (runner := await self._prepare(name, path, after)):
+                    after[name] = runner
+            coming = [one for name, one in after.items() if self.runners.get(name) is not one]
+            ending = [one for name, one in self.runners.items() if after.get(name) is not one]
+            ending = [runner for runner in ending if runner.end()]
+            for runner in coming if self._leading else ():
+                runner.begin()
+            self._take_over(after)
+            for name in (name for name, path in changed.items() if path is None):
                 take_modules(name)
+                self.failures.pop(name, None)
                 log.info("plugin %s: gone", name)
             for runner in coming:
-                self._enter(runner)
-            self._take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in before if runner))
+                self._say_loaded(runner.plugin)
+            await asyncio.gather(*(runner.tear_down() for runner in ending))
 
-    async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
+    async def _prepare(self, name: str, path: Path, after: Mapping[str, Runner]) -> Runner | None:
         """A new version, set up where plugins are at work; None where anything of that fails."""
         with caught(functools.partial(self.loader.report, name, path)), fresh_modules(name):
+            others = {name: runner.plugin for name, runner in after.items()}
             plugin = self.loader.load(name, path, others)
             for need in sorted(plugin.needs):
                 if NEEDS[need].components & ~self._context.bot.cache.settings.components:
@@ -5562,19 +5547,8 @@ class PluginHost:
                 await runner.set_up()
             return runner
 
-    def _remove(self, name: str) -> Runner | None:
-        """Have a plugin no more; what was at work is still to be torn down."""
-        self.plugins.pop(name, None)
-        self.failures.pop(name, None)
-        runner = self.runners.pop(name, None)
-        return runner if runner and runner.end() else None
-
-    def _enter(self, runner: Runner) -> None:
-        """Have a plugin that was not there, or was removed; at work, if it is set up."""
-        plugin = runner.plugin
-        self.plugins[plugin.name], self.runners[plugin.name] = plugin, runner
-        if self._leading:
-            runner.begin()
+    def _say_loaded(self, plugin: Plugin) -> None:
+        self.failures.pop(plugin.name, None)
         log.info("plugin %s: loaded", plugin.name)
         self.loader.warn_of_typos(plugin)
         for event_type in plugin.event_types():
@@ -5728,6 +5702,10 @@ class Report:
     def unreadable(self, name: str, what: str) -> None:
         if self._may_say(f"unreadable {name}"):
             log.error("cannot read Discord's %s: %s; it is left out", name, what)
+
+    def open(self) -> None:
+        """Say from now on what changes."""
+        self._closed, self._said = False, ""
 
     def close(self) -> None:
         """Say nothing any more."""
@@ -6122,6 +6100,8 @@ class Shard(hikari.impl.GatewayShardImpl):
                     if self._is_final(error) or self._is_lost():
                         self._gateway.shard_ended(error)
                         return
+                if self._is_closing:  # told as the socket was closed, where hikari 2.7 swallows it
+                    return
                 await asyncio.sleep(self._pause(time.monotonic() - began))
         except asyncio.CancelledError:
             self._is_closing = True
@@ -6172,8 +6152,7 @@ class Shard(hikari.impl.GatewayShardImpl):
         patience = time.monotonic() + CLOSING_PATIENCE
         while self._ws is None and not connecting.done() and time.monotonic() < patience:
             await asyncio.wait([connecting], timeout=CLOSING_PATIENCE / 50)
-        connecting.cancel()
-        await asyncio.wait([connecting])
+        await end_tasks([connecting])
 
     async def _heartbeat(self, heartbeat_interval: float) -> None:
         """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
@@ -6205,14 +6184,13 @@ class Shard(hikari.impl.GatewayShardImpl):
     async def _hang_up(self) -> None:
         """End the connection and all that lives as long."""
         await asyncio.sleep(0)  # what was begun a moment ago is in `_lifetime` only now
-        for task in self._lifetime:
-            task.cancel()
-        await asyncio.gather(*self._lifetime, return_exceptions=True)
+        await end_tasks(self._lifetime)
         ws, self._ws = self._ws, None
         if ws is not None:
             code = hikari.ShardCloseCode.GOING_AWAY if self._is_closing else RESUME_LATER
             with contextlib.suppress(Exception):  # it is over, one way or another
-                await ws.send_close(code=code, message=b"")
+                async with asyncio.timeout(CLOSING_PATIENCE):
+                    await ws.send_close(code=code, message=b"")
         if self._has_begun() and self._handshake_event is not None:
             self._handshake_event.clear()
             self._event_manager.dispatch(self._event_factory.deserialize_disconnected_event(self))
@@ -6253,7 +6231,7 @@ class Shard(hikari.impl.GatewayShardImpl):
         self._gateway.shard_away(self, cause, why)
 
 
-#: Seconds that a connection in the making gets to be made, when it is to end.
+#: Seconds that a connection in the making gets to be made, when it is to end; and one to be closed.
 CLOSING_PATIENCE: Final = 1.0
 #: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
 RESUME_LATER: Final = 3000
@@ -6345,6 +6323,7 @@ class Gateway:
         self._brakes: dict[int, Brake] = {}
         self._up: set[int] = set()
         self._ended: Exception | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._how = ""  # of the newest session
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
@@ -6385,31 +6364,33 @@ class Gateway:
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
         failures = 0
-        try:
-            while True:
-                asked = 0.0
-                try:
-                    await self._turning(self._begin())
-                    failures = 0
-                    await self._turning(self.bot.join())
-                    if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
-                        raise UpstreamError(code)  # any other end: REST is to be asked again
-                except UpstreamError as error:
-                    text = refusal(error.args[0], self._switches(), self.token_key)
-                    raise UpstreamError(text) from error
-                except AwayError as error:
-                    self._away(error.cause, error.why)
-                    asked = error.wait
-                except Exception as error:  # whatever Discord sends
-                    self._away("unreadable", reason_of(error))
-                await self._close()
-                patience = self.patience
-                wait = min(patience.first_retry * 2**failures, patience.last_retry)
-                failures = min(failures + 1, 10)
-                await self._turning(asyncio.sleep(max(wait, asked)))
-        finally:
-            self._report.close()  # the end is no news
+        self._report.open()
+        while True:
+            asked = 0.0
+            try:
+                await self._turning(self._begin())
+                failures = 0
+                await self._turning(self.bot.join())
+                if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
+                    raise UpstreamError(code)  # any other end: REST is to be asked again
+            except UpstreamError as error:
+                text = refusal(error.args[0], self._switches(), self.token_key)
+                raise UpstreamError(text) from error
+            except AwayError as error:
+                self._away(error.cause, error.why)
+                asked = error.wait
+            except Exception as error:  # whatever Discord sends
+                self._away("unreadable", reason_of(error))
             await self._close()
+            patience = self.patience
+            wait = min(patience.first_retry * 2**failures, patience.last_retry)
+            failures = min(failures + 1, 10)
+            await self._turning(asyncio.sleep(max(wait, asked)))
+
+    async def close(self) -> None:
+        """End the session with Discord, when `run` has ended."""
+        self._report.close()  # the end is no news
+        await self._close()
 
     async def _begin(self) -> None:
         info = await fetch_gateway(self._settings.rest_url, self._token, self.patience)
@@ -6439,8 +6420,7 @@ class Gateway:
             raise
         finally:
             self._turned = time.monotonic()
-            task.cancel()  # hikari 2.7 may swallow that as it gets ready: then it just ends
-            await asyncio.wait([task])
+            await end_tasks([task])
 
     @property
     def alive(self) -> bool:
@@ -6493,8 +6473,10 @@ class Gateway:
     async def _close(self) -> None:
         self._up.clear()
         self._unread_guilds.clear()
-        if self.bot.is_alive:
-            await self.bot.close()
+        if self.bot.is_alive:  # hikari 2.7 cannot close what was cancelled as it closed
+            self._closing = self._closing or asyncio.create_task(self.bot.close())
+            await asyncio.shield(self._closing)
+        self._closing = None
         self.presences.clear()
 
     # -- refused for good
@@ -6580,6 +6562,8 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
     return Destination(guild_id, kind, str(channel_id))
 
 
+#: What is run again and again.
+Work = Callable[[], Coroutine[Any, Any, None]]
 #: Seconds in which a client's return waits for what this process is still to hear.
 RECALL_PATIENCE: Final = 12.0
 
@@ -6629,9 +6613,15 @@ class Node:
         """Whether the session with Discord is this process's to keep."""
         return True
 
-    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run gateway and plugins whenever they are this process's; raises what that raises."""
-        await run()
+    async def lead(self, work: Work, rest: Work) -> None:
+        """Have gateway and plugins `work` whenever they are this process's, then `rest`.
+
+        `work` is cancelled, `rest` is not. Raises what `work` raises.
+        """
+        try:
+            await until_one_ends(work())
+        finally:
+            await rest()
 
     def share(self, plugin: str) -> Shared | None:
         """What a plugin keeps for all nodes; None where there is one."""
@@ -8297,7 +8287,9 @@ class Server:
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
         self.node.start()
-        self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
+        self._gateway_task = asyncio.create_task(
+            self.node.lead(self._work, self._rest), name="gateway"
+        )
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
         files = asyncio.create_task(
             self.plugins.follow(watch=self._settings.plugins.watch), name="plugins' files"
@@ -8306,12 +8298,14 @@ class Server:
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
 
-    async def _lead(self) -> None:
+    async def _work(self) -> None:
         """Have plugins at work and the gateway running: both are one node's alone."""
+        await self.plugins.start()
+        await self.gateway.run()
+
+    async def _rest(self) -> None:
         try:
-            await self.plugins.start()
-            if not being_cancelled():
-                await self.gateway.run()
+            await self.gateway.close()
         finally:
             await self.throttle.close()
             await self.plugins.stop()
@@ -8348,7 +8342,7 @@ class Server:
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
-        await self._gateway_task
+        await asyncio.shield(self._gateway_task)  # who waits no more does not end it
 
     def reload(self, settings: Settings, keys: Keys) -> list[str]:
         """Take over what can change live; nobody is disconnected.
@@ -8372,14 +8366,15 @@ class Server:
     async def stop(self) -> None:
         """Not ready from now on; close every connection so that clients come back by themselves.
 
-        Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
+        Takes `shutdown_grace`, and a tenth of it where plugins take longer. They are torn down, so
+        that what they count is kept.
         """
         self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         until = time.monotonic() + grace
         work = [
-            asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
+            asyncio.create_task(self._stop_sources(until), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
         ]
         _, late = await asyncio.wait(work, timeout=grace)
@@ -8391,11 +8386,18 @@ class Server:
         await self.socketio.eio.upgrades_end(until - time.monotonic())
         await self.web.close_all_connections()
 
-    async def _stop_sources(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
-        await self.node.stop(self._settings.server.shutdown_grace / 2)
+    async def _stop_sources(self, until: float) -> None:
+        try:
+            for task in self._tasks:  # once: what the first has to do then takes its time
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            await asyncio.gather(
+                *self._tasks, return_exceptions=True
+            )  # `wait_closed` tells of them
+        finally:  # a stop that takes too long is cancelled
+            grace = self._settings.server.shutdown_grace
+            await self.node.stop(min(max(until - time.monotonic(), grace / 10), grace / 2))
 
     async def _close_sessions(self, within: float) -> None:
         """In random order, at an even pace that needs no more than `within` seconds.
@@ -8744,16 +8746,15 @@ def plugin_text(plugin: Plugin) -> str:
     intents = nothing = hikari.Intents.NONE
     for event_type in plugin.event_types():
         intents |= missing_intents(event_type, nothing)
-    hears = [one.mark.source for one in plugin.listeners]
     form = plugin.settings_form
     rows: dict[str, Iterable[str]] = {
-        "sends": plugin.events,
-        "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
-        "every": [f"{one.mark.seconds:g} s" for one in plugin.marked(Repeated)],
-        "greets": [one.mark.kind for one in plugin.greeters],
-        "hooks": plugin.hooks,
+        "sends": plugin.events | {event for event, _ in plugin.emitted},
+        "hears": [getattr(one.mark.of, "__name__", one.mark.of) for one in plugin.hooks("@on")],
+        "every": [f"{one.mark.of:g} s" for one in plugin.hooks("@every")],
+        "greets": [one.mark.room for one in plugin.hooks("@on_subscribe")],
+        "hooks": [one.mark.hook for one in plugin.hooks("setup", "teardown", "forget")],
         "rooms": plugin.kinds,
-        "routes": [one.mark.pattern for one in plugin.marked(Route)],
+        "routes": [one.mark.of for one in plugin.hooks("@route")],
         "intents": [str(intent.name) for intent in intents],
         "needs": plugin.needs,
         "settings": form.__struct_fields__ if form else plugin.settings,
@@ -8812,7 +8813,7 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
     for name, plugin in plugins.plugins.items():
-        if forget := plugin.hooks.get("forget"):
+        for _, forget, _ in plugin.hooks("forget"):
             try:
                 print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
             except FAULTS as error:  # as in PluginLoader.load_all

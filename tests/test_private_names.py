@@ -104,8 +104,9 @@ async def test_the_cache_of_hikari_gives_a_members_account_without_a_copy(spy: A
 
 async def test_redis_is_as_the_part_for_several_nodes_needs_it() -> None:
     sentinel = redis.asyncio.Sentinel([("127.0.0.1", 1)])
-    manager = sentinel.master_for("x").connection_pool.sentinel_manager
-    assert [one.connection_pool for one in manager.sentinels]
+    pool = sentinel.master_for("x").connection_pool
+    assert [one.connection_pool for one in pool.sentinel_manager.sentinels]
+    assert (pool.service_name, pool.master_address) == ("x", None)
 
 
 #: Names of other people's objects that begin with an underscore and may be used; all others of
