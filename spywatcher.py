@@ -7659,7 +7659,7 @@ class RightsWatcher:
         events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
         events.subscribe(hikari.GuildAvailableEvent, self._on_guild)
         events.subscribe(hikari.GuildJoinEvent, self._on_guild)
-        events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
+        events.subscribe(hikari.GuildLeaveEvent, self._on_guild)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
 
     # -- to dashboards
@@ -7690,12 +7690,6 @@ class RightsWatcher:
     def end(self, pid: str) -> None:
         if (dashboard := self.subscriptions.by_pid.get(pid)) is not None:
             dashboard.session.lose()
-
-    def remove(self, sid: Sid) -> Dashboard:
-        """A dashboard is gone."""
-        dashboard = self.subscriptions.remove(sid)
-        self.lists.remove(dashboard)
-        return dashboard
 
     # -- what is judged anew
 
@@ -7762,11 +7756,13 @@ class RightsWatcher:
             if shard_range_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
-    def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
-        if event.chunk_nonce is None:
+    def _on_guild(self, event: hikari.GuildEvent) -> None:
+        """It came, or it is gone."""
+        nonce = getattr(event, "chunk_nonce", None)
+        if nonce is None:
             self._fill(event.guild_id)
         else:  # hikari has asked for the rest of the members
-            self._awaited[event.guild_id] = event.chunk_nonce
+            self._awaited[event.guild_id] = nonce
             self._access.expect_members(event.guild_id)
             self.check(str(event.guild_id))
 
@@ -7776,9 +7772,6 @@ class RightsWatcher:
             self._fill(event.guild_id)
         else:
             self.check(str(event.guild_id))
-
-    def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
-        self._fill(event.guild_id)
 
     def _fill(self, guild_id: int) -> None:
         self._awaited.pop(guild_id, None)
@@ -7956,7 +7949,8 @@ class Dashboards:
             self._comebacks.welcome(dashboard)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
-        dashboard = self._rights.remove(sid)
+        dashboard = self._subscriptions.remove(sid)
+        self._rights.lists.remove(dashboard)
         dashboard.forget_token()
         session = dashboard.session
         if dashboard.ticket is not None:
