@@ -7161,7 +7161,7 @@ class Acceptor:
         if self._limits.log_once("", "full"):
             log.error("no connection can be accepted: %s; raise LimitNOFILE", error.strerror)
         IOLoop.current().update_handler(self, 0)
-        asyncio.get_running_loop().call_later(seconds, self._go_on)
+        call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         if self.fileno() >= 0:  # else it is listened on no more
@@ -7245,7 +7245,7 @@ class Dashboard:
     viewer: Viewer
     ticket: Ticket | None
     comeback: Comeback
-    _expiry: asyncio.TimerHandle | None = None
+    _expiry: Timer | None = None
 
     def __post_init__(self) -> None:
         #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
@@ -7269,8 +7269,7 @@ class Dashboard:
         self.forget_token()
         if viewer.expires is not None:
             warning = viewer.expires - time.time() - EXPIRY_WARNING
-            later = asyncio.get_running_loop().call_later
-            self._expiry = later(warning, self._warn, viewer.expires)
+            self._expiry = call_later(warning, self._warn, viewer.expires)
 
     def forget_token(self) -> None:
         if self._expiry is not None:
@@ -7280,8 +7279,7 @@ class Dashboard:
     def _warn(self, expires: float) -> None:
         moment = datetime.fromtimestamp(expires, UTC)
         self.tell("auth:expiring", {"expiresAt": timestamp(moment)})
-        later = asyncio.get_running_loop().call_later
-        self._expiry = later(expires - time.time(), self._expire)
+        self._expiry = call_later(expires - time.time(), self._expire)
 
     def _expire(self) -> None:
         """Only the transport ends: a stock client comes back with what its `auth` gives then."""
@@ -7496,13 +7494,13 @@ class InSlices(Generic[ThingT]):
     def __init__(self, work: Callable[[ThingT], None]) -> None:
         self._work = work
         self._waiting: OrderedDict[ThingT, None] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
 
     def add(self, things: Iterable[ThingT], delay: float = 0.0) -> None:
         """What waits already keeps its place."""
         self._waiting.update(dict.fromkeys(things))
         if self._waiting and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(delay, self.run)
+            self._timer = call_later(delay, self.run)
 
     def run(self, seconds: float = SLICE) -> None:
         """Go on for so long; the rest has its turn after whatever else waits."""
