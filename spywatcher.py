@@ -1249,7 +1249,8 @@ class Access:
         self._cache = cache
         self._begun: set[ShardRange] = set()  # shards whose READY came
         self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
-        self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
+        #: By guild whose members are coming: the nonce with which they were asked for, and who has left.
+        self.members_coming: dict[int, tuple[str, set[int]]] = {}
 
     def reconfigure(self, auth: AuthSettings) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
@@ -1294,19 +1295,19 @@ class Access:
         """The bot goes, and with it all that the cache holds."""
         self._begun.clear()
         self._states.clear()
-        self._gone_meanwhile.clear()
+        self.members_coming.clear()
 
-    def expect_members(self, guild_id: int) -> None:
+    def expect_members(self, guild_id: int, nonce: str) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
         self._set(guild_id, Cached.MEMBERS_COMING)
-        self._gone_meanwhile[guild_id] = set()
+        self.members_coming[guild_id] = nonce, set()
 
     def fill(self, guild_id: int) -> None:
         """All of this guild is in the cache, or it is gone."""
         self._set(guild_id, Cached.WHOLE)
 
     def _set(self, guild_id: int, state: Cached) -> None:
-        self._gone_meanwhile.pop(guild_id, None)
+        self.members_coming.pop(guild_id, None)
         self._states[guild_id] = state
         if state is Cached.WHOLE:
             del self._states[guild_id]
@@ -1317,13 +1318,14 @@ class Access:
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
-        self._gone_meanwhile.get(guild_id, set()).add(user_id)
+        if guild_id in self.members_coming:
+            self.members_coming[guild_id][1].add(user_id)
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
         state = self._state(guild_id)
         if state is Cached.MEMBERS_COMING:
-            gone = self._gone_meanwhile[guild_id]
+            _, gone = self.members_coming[guild_id]
             return self._member(viewer, guild_id) is not None or viewer.discord_id in map(str, gone)
         return state in (Cached.LOST, Cached.WHOLE)
 
@@ -7614,7 +7616,6 @@ class RightsWatcher:
         self.checking = InSlices(self._look_through)
         #: Who may not see a channel, until something changes in its guild.
         self._judged: dict[str, dict[Destination, Judged]] = {}
-        self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
     # Each by its own class: hikari calls who hears a base class after all others, plugins too.
     #: What of a guild can change which channels its viewers may see,
@@ -7750,7 +7751,7 @@ class RightsWatcher:
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         """What was asked for on the connection that broke may never have been heard."""
-        for guild_id, nonce in tuple(self._awaited.items()):
+        for guild_id, (nonce, _) in tuple(self._access.members_coming.items()):
             if shard_range_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
@@ -7760,19 +7761,17 @@ class RightsWatcher:
         if nonce is None:
             self._fill(event.guild_id)
         else:  # hikari has asked for the rest of the members
-            self._awaited[event.guild_id] = nonce
-            self._access.expect_members(event.guild_id)
+            self._access.expect_members(event.guild_id, nonce)
             self.check(str(event.guild_id))
 
     def _on_members(self, event: hikari.MemberChunkEvent) -> None:
-        awaited = event.nonce == self._awaited.get(event.guild_id)
-        if awaited and event.chunk_index == event.chunk_count - 1:
+        nonce, _ = self._access.members_coming.get(event.guild_id, (None, None))
+        if nonce and event.nonce == nonce and event.chunk_index == event.chunk_count - 1:
             self._fill(event.guild_id)
         else:
             self.check(str(event.guild_id))
 
     def _fill(self, guild_id: int) -> None:
-        self._awaited.pop(guild_id, None)
         self._access.fill(guild_id)
         self.check(str(guild_id))
 
