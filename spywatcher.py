@@ -1384,7 +1384,7 @@ class Access:
         is_user = is_snowflake(viewer.discord_id)
         return self._cache.guilds_of(int(viewer.discord_id)) if is_user else ()
 
-    def summary(self, viewer: Viewer, guild_id: int) -> GuildSummary | None:
+    def summary(self, viewer: Viewer, guild_id: int) -> dict[str, str | None] | None:
         """What `guilds:list` says of a guild; None where this viewer may not see it."""
         if not self.may_view(viewer, str(int(guild_id))):
             return None
@@ -1477,10 +1477,6 @@ def overwritten(granted: int, overwrites: Mapping[int, Any], ids: Iterable[int])
         if one is not None:
             allow, deny = allow | int(one.allow), deny | int(one.deny)
     return granted & ~deny | allow
-
-
-#: An entry of `guilds:list`.
-GuildSummary = dict[str, str | None]
 
 
 def left_by_timeout(member: Any, granted: int) -> int:
