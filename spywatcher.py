@@ -1032,10 +1032,7 @@ class Tokens:
         if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
             raise RefusedConnectionError("Invalid token", code="malformed")
         try:
-            algorithm = jwt.get_unverified_header(token).get("alg")
-            if algorithm not in self._algorithms:
-                raise jwt.InvalidAlgorithmError
-            return self._decode(token, str(algorithm))
+            return self._decode(token)
         except jwt.ExpiredSignatureError:
             code = "expired"
         except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidKeyError):
@@ -1046,10 +1043,11 @@ class Tokens:
             code = "claims"
         raise RefusedConnectionError("Invalid token", code=code)
 
-    def _decode(self, token: str, algorithm: str) -> dict[str, Any]:
-        for key in self._keys.of(algorithm):
-            with contextlib.suppress(jwt.InvalidSignatureError):
-                return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
+    def _decode(self, token: str) -> dict[str, Any]:
+        for algorithm in self._algorithms:
+            for key in self._keys.of(algorithm):
+                with contextlib.suppress(jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
+                    return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
         raise jwt.InvalidSignatureError
 
     @staticmethod
