@@ -1989,54 +1989,43 @@ Hidden = frozenset[Sid]
 NOBODY: Final[Hidden] = frozenset()
 
 
-class Frame:
-    """An Engine.IO packet, encoded once for all recipients: `bytes` is its WebSocket frame.
+def frame_of(payload: bytes, *, binary: bool = False) -> bytes:
+    """An Engine.IO packet as a WebSocket frame, unmasked and final (RFC 6455 §5.2)."""
+    size, start = len(payload), b"\x82" if binary else b"\x81"
+    if size < 126:
+        return start + size.to_bytes(1, "big") + payload
+    if size < 65_536:
+        return start + b"\x7e" + size.to_bytes(2, "big") + payload
+    return start + b"\x7f" + size.to_bytes(8, "big") + payload
 
-    Unmasked and final (RFC 6455 §5.2). Where python-engineio expects a packet, this is one.
+
+def packets_in(frames: bytes) -> Iterator[str]:
+    """Such frames as parts of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
+    rest = memoryview(frames)
+    while rest:
+        begin = {126: 4, 127: 10}.get(rest[1], 2)
+        end = begin + int.from_bytes(rest[2:begin] or rest[1:2], "big")
+        payload = rest[begin:end]
+        yield str(payload, "utf-8") if rest[0] == 0x81 else "b" + b64encode(payload).decode()
+        rest = rest[end:]
+
+
+class RoomFrame(NamedTuple):
+    """An event of a room in both its forms, encoded once for all recipients.
+
+    `frame[session.tracks]` is that which a session gets.
     """
 
-    __slots__ = ("bytes",)
-
-    def __init__(self, payload: bytes, *, binary: bool = False) -> None:
-        size, start = len(payload), b"\x82" if binary else b"\x81"
-        if size < 126:
-            self.bytes = start + size.to_bytes(1, "big") + payload
-        elif size < 65_536:
-            self.bytes = start + b"\x7e" + size.to_bytes(2, "big") + payload
-        else:
-            self.bytes = start + b"\x7f" + size.to_bytes(8, "big") + payload
+    plain: bytes
+    #: For clients that can recover: its offset is one more argument.
+    tracked: bytes
 
     @classmethod
-    def of(cls, packet: engineio_packet.Packet) -> Frame:
-        encoded = packet.encode()
-        return cls(encoded, binary=True) if packet.binary else cls(encoded.encode())
-
-    def encode(self) -> str:
-        """The packet as one part of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
-        payload = self.bytes[{126: 4, 127: 10}.get(self.bytes[1], 2) :]
-        return payload.decode() if self.bytes[0] == 0x81 else "b" + b64encode(payload).decode()
-
-
-class RoomFrame(Frame):
-    """An event of a room. Clients that can recover get it with its offset as last argument.
-
-    Both forms are encoded once. Without an offset they are the same.
-    """
-
-    __slots__ = ("_offset", "_packet", "_tracked")
-
-    def __init__(self, packet: bytes, offset: str | None = None) -> None:
-        super().__init__(packet)
-        self._packet = packet
-        self._offset = offset
-        self._tracked: Frame | None = None if offset else self
-
-    @property
-    def tracked(self) -> Frame:
-        """The form for clients that can recover."""
-        if self._tracked is None:
-            self._tracked = Frame(b'%b,"%b"]' % (self._packet[:-1], str(self._offset).encode()))
-        return self._tracked
+    def of(cls, packet: bytes, offset: str = "") -> RoomFrame:
+        plain = frame_of(packet)
+        if not offset:
+            return cls(plain, plain)
+        return cls(plain, frame_of(b'%b,"%b"]' % (packet[:-1], offset.encode())))
 
 
 def event_packet(event: str, *arguments: object) -> bytes:
@@ -2044,13 +2033,13 @@ def event_packet(event: str, *arguments: object) -> bytes:
     return b"42" + msgspec.json.encode((event, *arguments))
 
 
-def event_frame(event: str, *arguments: object) -> Frame:
-    return Frame(event_packet(event, *arguments))
+def event_frame(event: str, *arguments: object) -> bytes:
+    return frame_of(event_packet(event, *arguments))
 
 
-PING: Final = Frame(b"2")
-NOOP: Final = Frame(b"6")
-PROBED: Final = Frame(b"3probe")
+PING: Final = frame_of(b"2")
+NOOP: Final = frame_of(b"6")
+PROBED: Final = frame_of(b"3probe")
 CLOSE: Final = "1"
 PONG: Final = "3"
 MESSAGE: Final = "4"
@@ -2124,7 +2113,7 @@ class PollQueue:
     __slots__ = ("_answered", "_poll", "bytes", "frames", "poller")
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []
+        self.frames: list[bytes] = []
         #: How much waits, with that answer.
         self.bytes = 0
         self._answered = 0  # bytes of it
@@ -2142,9 +2131,9 @@ class PollQueue:
         """Whether the kernel has taken all of the latest answer."""
         return self.poller is None or not stream_of(self.poller).writing()
 
-    def put(self, frames: Sequence[Frame], size: int) -> None:
-        self.frames += frames
-        self.bytes += size
+    def put(self, frames: bytes) -> None:
+        self.frames.append(frames)
+        self.bytes += len(frames)
         self.wake()
 
     def begin(self, poller: SocketHandler) -> None:
@@ -2163,10 +2152,10 @@ class PollQueue:
         if self._poll is not None and not self._poll.done():
             self._poll.set_result(None)
 
-    def take(self) -> list[Frame]:
+    def take(self) -> bytes:
         """All of it, to be sent."""
-        frames, self.frames = self.frames, []
-        self._answered = sum(len(frame.bytes) for frame in frames)
+        frames = b"".join(self.frames)
+        self.frames, self._answered = [], len(frames)
         return frames
 
 
@@ -2189,7 +2178,7 @@ class Heartbeat:
 
     def _ping(self) -> None:
         self._awaits_pong = True
-        self._session.write((PING,), PING.bytes)
+        self._session.write(PING)
         engine = self._session.server
         self._call_later(engine.ping_timeout, self._session.lose, engine.reason.PING_TIMEOUT)
 
@@ -2272,17 +2261,17 @@ class Session:
 
     async def send(self, pkt: engineio_packet.Packet) -> None:
         """What the libraries call for each packet."""
-        frame = Frame.of(pkt)
-        self.write((frame,), frame.bytes)
+        encoded = pkt.encode()
+        self.write(frame_of(encoded, binary=True) if pkt.binary else frame_of(encoded.encode()))
 
-    def write(self, frames: Sequence[Frame], data: bytes) -> bool:
-        """Send `frames`; `data` is their bytes joined. Never waits, never raises.
+    def write(self, frames: bytes) -> bool:
+        """Send whole frames. Never waits, never raises.
 
         Returns whether the client has been keeping up: nothing of it waits in this process.
         """
         direct, sent = self._direct or self._idle_socket(), 0
         try:
-            if direct is not None and (sent := direct.send(data)) == len(data):
+            if direct is not None and (sent := direct.send(frames)) == len(frames):
                 return True  # IOStream.write costs three times as much as this system call
         except BlockingIOError:
             pass
@@ -2290,7 +2279,7 @@ class Session:
             self.lose()
             return True
         self._direct = None
-        return self._write_later(frames, memoryview(data)[sent:])
+        return self._write_later(frames, sent)
 
     def _idle_socket(self) -> socket.socket | None:
         """The socket, if there is one and nothing waits to be written to it."""
@@ -2304,37 +2293,38 @@ class Session:
         """Tornado writes to the stream as well: it has been asked for a pong."""
         self._alone, self._direct = False, None
 
-    def _write_later(self, frames: Sequence[Frame], data: memoryview) -> bool:
-        if not data or self.state in (State.ENDING, State.CLOSED):
+    def _write_later(self, frames: bytes, sent: int) -> bool:
+        """The same for what is left of them after so many bytes."""
+        if not frames or self.state in (State.ENDING, State.CLOSED):
             return True
         if self._stream is None:
-            if self.queue.bytes + len(data) > self.server.max_queue_bytes:
+            if self.queue.bytes + len(frames) > self.server.max_queue_bytes:
                 self.cut("too slow")
             else:
-                self.queue.put(frames, len(data))
+                self.queue.put(frames)
             return True
         try:
-            write_within(self.server.max_queue_bytes, self._stream, data)
+            write_within(self.server.max_queue_bytes, self._stream, memoryview(frames)[sent:])
         except StreamBufferFullError:
             self.cut("too slow")
         except StreamClosedError:
             self.lose()
         return False
 
-    async def poll(self, handler: SocketHandler) -> list[Frame]:
-        """What a poll is answered with; returns once there is something, nothing when it is over.
+    async def poll(self, handler: SocketHandler) -> bytes:
+        """The frames that a poll is answered with; returns once there is something, nothing when it is over.
 
         Two polls at a time end the session, as they do in Node's: which is read first?
         """
         if self.queue.polled or not self.queue.read:
             self.cut("overlapping polls")
-            return []
+            return b""
         self.queue.begin(handler)
         self.carried_by(handler.connection, "GET")
         if self.state is State.POLLING and not self.queue.frames:
             await self.queue.wait()
         if self.state in (State.PROBING, State.WEBSOCKET):
-            return [NOOP]
+            return NOOP
         if self.state is State.ENDING:
             self.lose(self.server.reason.SERVER_DISCONNECT)
         return self.queue.take()
@@ -2390,8 +2380,7 @@ class Session:
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
-        for frame in self.queue.take():
-            self.write((frame,), frame.bytes)
+        self.write(self.queue.take())
 
     def detach(self, handler: SocketHandler) -> None:
         """This connection is gone: with it the session, or only the attempt to upgrade."""
@@ -2520,8 +2509,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
             "pingTimeout": int(self.ping_timeout * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
-        frame = Frame(b"0" + msgspec.json.encode(hello))
-        session.write((frame,), frame.bytes)
+        session.write(frame_of(b"0" + msgspec.json.encode(hello)))
         session.heartbeat.beat()
         await self.trigger("connect", session.sid, {})
         return session
@@ -2714,13 +2702,10 @@ def library_log(name: str) -> logging.Logger:
 class Room:
     """Who listens to one room, and what waits for them while it rests."""
 
-    __slots__ = ("members", "plain", "rest", "sids", "tracking", "waiting")
+    __slots__ = ("members", "rest", "sids", "waiting")
 
     def __init__(self) -> None:
         self.members: dict[Sid, Session] = {}
-        #: The same once more, by the form in which they get events.
-        self.plain: dict[Sid, Session] = {}
-        self.tracking: dict[Sid, Session] = {}
         self.sids: tuple[Sid, ...] | None = None  # of `members`; None: not asked for since a change
         self.waiting: collections.deque[Outgoing] = collections.deque()
         self.rest: asyncio.Handle | None = None  # runs out when the room may be written to
@@ -2733,10 +2718,6 @@ class Outgoing(NamedTuple):
     room: Room
     frame: RoomFrame
     hidden: Hidden
-
-    def form(self, tracks: bool) -> Frame:
-        """What goes to a client."""
-        return self.frame.tracked if tracks else self.frame
 
 
 class Outbox:
@@ -2760,7 +2741,7 @@ class Outbox:
     def send(self, room: Room, frame: RoomFrame, hidden: Hidden) -> None:
         room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
         self._busy[room] = None
-        self._bytes += len(frame.bytes)
+        self._bytes += len(frame.plain)
         if room.rest is None or self._bytes > MAX_BACKLOG_BYTES:
             self._flush(room)
 
@@ -2770,18 +2751,18 @@ class Outbox:
             return
         had = self._had.get(session, 0)
         due = [
-            out.form(session.tracks)
+            out.frame[session.tracks]
             for out in in_order(room for room in self._busy if sid in room.members)
             if out.number > had and sid not in out.hidden
         ]
         if due:
-            session.write(due, b"".join(frame.bytes for frame in due))
+            session.write(b"".join(due))
             self._deliveries.inc(len(due))
         self._had[session] = next(self._numbers)
 
     def forget(self, room: Room) -> None:
         """Drop what waits for a room that nobody is in any more."""
-        self._bytes -= sum(len(out.frame.bytes) for out in room.waiting)
+        self._bytes -= sum(len(out.frame.plain) for out in room.waiting)
         room.waiting.clear()
         self._busy.pop(room, None)
         if room.rest is not None:
@@ -2827,12 +2808,12 @@ class Outbox:
         batch: list[Outgoing] = []
         size = 0
         for out in in_order(self._busy) if shared else room.waiting:
-            size += len(out.frame.tracked.bytes)
+            size += len(out.frame.tracked)
             if batch and size > self._max_write:
                 break
             batch.append(out)
         for out in batch:
-            self._bytes -= len(out.frame.bytes)
+            self._bytes -= len(out.frame.plain)
             out.room.waiting.popleft()
             if not out.room.waiting:
                 del self._busy[out.room]
@@ -2858,11 +2839,10 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
         due = batch
         if len(ways) > 1 or number:
             due = [o for o in batch if ways[o.room, o.hidden] & bits and o.number > number]
-        frames = [out.form(tracks) for out in due]
-        data = b"".join([frame.bytes for frame in frames])
-        written += len(frames) * len(audience)
+        frames = b"".join([out.frame[tracks] for out in due])
+        written += len(due) * len(audience)
         for session in audience:
-            if session.write(frames, data):
+            if session.write(frames):
                 keeping_up += 1
             else:
                 behind += 1
@@ -2875,8 +2855,9 @@ def audiences(
     """Who gets the same: in which form, the bits of the ways that reach them, what they `had`."""
     (room, hidden), bit = next(iter(ways.items()))
     if len(ways) == 1 and not hidden and not had:
-        both = {(False, bit, 0): room.plain.values(), (True, bit, 0): room.tracking.values()}
-        return {kind: audience for kind, audience in both.items() if audience}
+        sessions = room.members.values()
+        forms = {tracks: [s for s in sessions if s.tracks is tracks] for tracks in (False, True)}
+        return {(tracks, bit, 0): some for tracks, some in forms.items() if some}
     reached: dict[Session, int] = {}
     for (room, hidden), bit in ways.items():
         for sid, session in room.members.items():
@@ -2946,7 +2927,6 @@ class Rooms:
             self._outbox.catch_up(sid, session)
             target = self._rooms.setdefault(room, Room())
             target.members[sid] = session
-            (target.tracking if session.tracks else target.plain)[sid] = session
             target.sids = None
             self._rooms_of.setdefault(sid, set()).add(room)
 
@@ -2965,8 +2945,7 @@ class Rooms:
         self._rooms_of.get(sid, set()).discard(room)
         target = self._rooms.get(room)
         if target is not None:
-            for members in (target.members, target.plain, target.tracking):
-                members.pop(sid, None)
+            target.members.pop(sid, None)
             target.sids = None
             if not target.members:
                 self._outbox.forget(target)
@@ -3014,12 +2993,8 @@ class Logged(NamedTuple):
     position: int
     moment: float
     to: Destination
-    frame: Frame
-
-    @classmethod
-    def of(cls, to: Destination, frame: RoomFrame, position: int) -> Logged:
-        """As of now; kept is the form with the offset."""
-        return cls(position, time.monotonic(), to, frame.tracked)
+    #: In the form with the offset.
+    frame: bytes
 
 
 class GuildLog:
@@ -3033,7 +3008,7 @@ class GuildLog:
 
     def add(self, event: Logged, window: float, max_events: int) -> None:
         self._events.append(event)
-        self.bytes += len(event.frame.bytes)
+        self.bytes += len(event.frame)
         oldest = event.moment - window
         while (
             len(self._events) > max_events
@@ -3041,7 +3016,7 @@ class GuildLog:
             or self._events[0].moment < oldest
         ):
             self._trimmed = self._events[0].position
-            self.bytes -= len(self._events.popleft().frame.bytes)
+            self.bytes -= len(self._events.popleft().frame)
 
     def reaches(self, position: int) -> bool:
         """Whether all is here that came after it."""
@@ -3051,7 +3026,7 @@ class GuildLog:
         """Have all that came after `since`, if that may be kept: these, and what is here."""
         first = self._events[0].position if self._events else math.inf
         older = [event for event in events if event.position < first]
-        size = sum(len(event.frame.bytes) for event in older)
+        size = sum(len(event.frame) for event in older)
         if len(older) + len(self._events) > max_events or size + self.bytes > MAX_LOG_BYTES:
             return False
         self._events.extendleft(reversed(older))
@@ -3148,12 +3123,13 @@ class GuildLogs:
 
     def add(self, to: Destination, packet: bytes, position: int = 0) -> RoomFrame:
         """The event as it goes out, of the next position if of none; it is kept where somebody is owed it."""
-        self.reach(position or self.position + 1)
+        position = position or self.position + 1
+        self.reach(position)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
-            return RoomFrame(packet)
-        frame = RoomFrame(packet, encode_offset(position or self.position))
-        event = Logged.of(to, frame, position or self.position)
+            return RoomFrame.of(packet)
+        frame = RoomFrame.of(packet, encode_offset(position))
+        event = Logged(position, time.monotonic(), to, frame.tracked)
         guild_log.add(event, self._settings.window, self._settings.max_events)
         return frame
 
@@ -7105,7 +7081,7 @@ class SocketHandler(Handler, WebSocketHandler):
     async def _poll(self) -> None:
         session = self._engine.sockets.get(self._sid)
         self._session = session or await self._engine.admit(self._address, "polling")
-        self._answer("\x1e".join([frame.encode() for frame in await self._session.poll(self)]))
+        self._answer("\x1e".join(packets_in(await self._session.poll(self))))
 
     async def post(self) -> None:
         """Two at a time end the session, as they do in Node's: which is to be taken first?"""
@@ -7202,7 +7178,7 @@ class SocketHandler(Handler, WebSocketHandler):
             await session.feed(message)
         elif message == PROBE and session.probe(self):
             with contextlib.suppress(StreamClosedError):
-                self._stream.write(PROBED.bytes)
+                self._stream.write(PROBED)
         elif message != UPGRADE or not session.upgrade(self):
             self.close()
 
@@ -7451,11 +7427,7 @@ class Dashboard:
         self.take_token(viewer)
 
     def tell(self, event: str, *arguments: object) -> None:
-        self.write([event_frame(event, *arguments)])
-
-    def write(self, frames: Sequence[Frame]) -> None:
-        if frames:
-            self.session.write(frames, b"".join([frame.bytes for frame in frames]))
+        self.session.write(event_frame(event, *arguments))
 
     # -- the life of its token
 
@@ -7831,7 +7803,7 @@ class GuildLists:
             if (told := self._told.get(dashboard)) is not None:
                 now = self._told[dashboard] = self._now(told.source)
                 if told.guilds != now.guilds or told.complete < now.complete:
-                    dashboard.write([now.source.update])
+                    dashboard.session.write(now.source.update)
         if dashboards:
             self._round = asyncio.get_running_loop().call_later(0, self._tell, dashboards)
         elif self._changed:
@@ -8094,18 +8066,17 @@ class Comebacks:
                 self._recovery.leave(ticket, room)
         return None if self._due(ticket, viewer, comeback) is not None else "too much missed"
 
-    def _due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
-        """What the client has missed and may have; None where that is not here whole, or too much."""
+    def _due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> bytes | None:
+        """The frames that the client has missed and may have; None where that is not here whole, or too much."""
         missed = self._recovery.missed(ticket, comeback.offset)
         if missed is None:
             return None
-        frames = [
+        frames = b"".join(
             event.frame
             for event in missed
             if self._access.may_have(viewer, event.to.guild_id, event.to.channel_id)
-        ]
-        size = sum(len(frame.bytes) for frame in frames)
-        return frames if size <= self._most_bytes else None
+        )
+        return frames if len(frames) <= self._most_bytes else None
 
     def expect(self, ticket: Ticket, session: Session) -> None:
         """Keep for its client what comes from now on, unless it has said DISCONNECT."""
@@ -8127,7 +8098,7 @@ class Comebacks:
             if due is None:
                 dashboard.session.cut("recovery was overtaken")
                 return
-            dashboard.write(due)
+            dashboard.session.write(due)
             self._metrics.recovered.inc()
             self._subscriptions.resume(dashboard, ticket)
         rooms = sorted(ticket.rooms.keys() | ticket.pending)
