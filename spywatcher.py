@@ -1981,8 +1981,6 @@ CONTROL_BYTES: Final = 256
 MAX_ATTACHMENTS: Final = 8
 #: The one name under which a handler hears what clients send.
 REQUEST: Final = "request"
-#: The name under which a handler hears that the reply to CONNECT is on its way.
-CONNECTED: Final = "connected"
 
 Sid = str
 Hidden = frozenset[Sid]
@@ -2035,6 +2033,11 @@ def event_packet(event: str, *arguments: object) -> bytes:
 
 def event_frame(event: str, *arguments: object) -> bytes:
     return frame_of(event_packet(event, *arguments))
+
+
+def connect_frame(sid: Sid, **more: str) -> bytes:
+    """The reply to CONNECT: to who can recover, it says a `pid` too (Socket.IO protocol v5)."""
+    return frame_of(b"40" + msgspec.json.encode({"sid": sid, **more}))
 
 
 PING: Final = frame_of(b"2")
@@ -2632,7 +2635,8 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
 
     async def _handle_connect(self, eio_sid: str, namespace: str | None, data: Any) -> None:
         """Stock python-socketio calls a handler that fails once more, and keeps for ever who went
-        meanwhile; its refusals are no objects and leave the transport open.
+        meanwhile; its refusals are no objects and leave the transport open. Here the handler
+        sends the reply itself, with all that is to follow it, in one write.
         """
         try:
             await self._connect(self.eio.sockets[eio_sid], namespace or NAMESPACE, data)
@@ -2654,17 +2658,12 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         if sid is None:
             raise RefusedConnectionError("Already connected")
         try:
-            welcome = await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
+            await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
         except Exception:
             session.end_soon()
             await self.manager.disconnect(sid, NAMESPACE)
             raise
-        self._rooms.add(sid, session)
-        kind = socketio.packet.CONNECT
-        reply = {"sid": sid, **welcome}
-        await self._send_packet(session.sid, self.packet_class(kind, reply))
         await self.manager.connect(sid, NAMESPACE)
-        await self._trigger_event(CONNECTED, NAMESPACE, sid)
         if session.closed:  # meanwhile
             await self._handle_eio_disconnect(session.sid, self.reason.TRANSPORT_CLOSE)
 
@@ -3286,14 +3285,13 @@ class Recovery:
         """Whose clients these are, by Discord id."""
         return tuple(self._of_viewer)
 
-    def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
-        """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
+    def awaited(self, guild_id: str) -> list[Ticket]:
+        """Those of clients that have lost their connection in a room of this guild."""
         self._forget_late()
         return [
             ticket
             for ticket in (self._awaited.values() if guild_id in self._in_guild else ())
-            if discord_id in (None, ticket.viewer.discord_id)
-            and any(room_guild(room) == guild_id for room in ticket.rooms)
+            if guild_id in map(room_guild, ticket.rooms)
         ]
 
     def _forget_late(self) -> None:
@@ -7415,12 +7413,10 @@ class Dashboard:
         session: Session,
         viewer: Viewer,
         ticket: Ticket | None,
-        comeback: Comeback,
     ) -> None:
         self.sid = sid
         self.session = session
         self.ticket = ticket
-        self.comeback = comeback
         #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
         self.pending: set[str] = set() if ticket is None else ticket.pending
         self._expiry: asyncio.TimerHandle | None = None
@@ -7510,6 +7506,7 @@ class Subscriptions:
 
     def add(self, dashboard: Dashboard) -> None:
         """A dashboard is connected, and in no room yet."""
+        self._rooms.add(dashboard.sid, dashboard.session)
         self.connected[dashboard.sid] = dashboard
         if dashboard.ticket is not None:
             self.by_pid[dashboard.ticket.pid] = dashboard
@@ -8007,6 +8004,10 @@ class RightsWatcher:
         self.check(str(guild_id))
 
 
+#: What follows the reply to CONNECT for who cannot recover.
+NEW_SESSION: Final = event_frame("session", {"recovered": False, "rooms": []})
+
+
 class Comebacks:
     """Gives a client that comes back all that it missed, or a new session (design: recovery)."""
 
@@ -8033,42 +8034,78 @@ class Comebacks:
         await half_open.session.close()
         return True
 
-    def ticket_for(self, session: Session, viewer: Viewer, comeback: Comeback) -> Ticket | None:
-        """That which the client had, if it can be given all that it missed, or a new one."""
+    def let_in(self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback) -> None:
+        """The reply to CONNECT, in the same write what was missed, then `session`.
+
+        All in one turn of the loop: nothing that comes meanwhile is lost, or comes before.
+        """
+        ticket, missed = self._ticket_for(session, viewer, comeback)
+        session.tracks = ticket is not None
+        dashboard = Dashboard(sid, session, viewer, ticket)
+        self._subscriptions.add(dashboard)
+        if ticket is None:
+            session.write(connect_frame(sid) + NEW_SESSION)
+            return
+        unseen = self._recovery.rooms_without_snapshot(ticket, comeback.offset)
+        start = connect_frame(sid, pid=ticket.pid)
+        if missed is not None:
+            session.write(start + missed)
+            start = b""
+            self._metrics.recovered.inc()
+            self._subscriptions.resume(dashboard, ticket)
+        rooms = sorted(ticket.rooms.keys() | ticket.pending)
+        state = {"recovered": missed is not None, "rooms": rooms}
+        session.write(start + event_frame("session", state, self._recovery.logs.offset))
+        for room in unseen:
+            self._subscriptions.send_snapshots_soon(dashboard, room)
+
+    def _ticket_for(
+        self, session: Session, viewer: Viewer, comeback: Comeback
+    ) -> tuple[Ticket | None, bytes | None]:
+        """That which the client had, with what it has missed; else a new one, if it can recover."""
         wanted = session.from_browser if comeback.recover is None else comeback.recover
         if not wanted or not self._recovery.enabled:
-            return None
-        return self._take_back(viewer, comeback) or self._recovery.issue(viewer)
+            return None, None
+        ticket, missed = self._take_back(viewer, comeback)
+        return ticket or self._recovery.issue(viewer), missed
 
-    def _take_back(self, viewer: Viewer, comeback: Comeback) -> Ticket | None:
+    def _take_back(
+        self, viewer: Viewer, comeback: Comeback
+    ) -> tuple[Ticket, bytes] | tuple[None, None]:
+        """The ticket that the client had with the frames that it has missed, if all are here."""
         ticket = self._recovery.find(comeback.pid, viewer.discord_id)
         if comeback.pid is None or (ticket and ticket.pid in self._subscriptions.by_pid):
-            return None
-        obstacle = self._obstacle(ticket, viewer, comeback)
-        if ticket is not None and obstacle is None:
+            return None, None
+        if ticket is None:
+            obstacle = "unknown or too late"
+        elif not self._leave_forbidden(ticket, viewer):
+            obstacle = "rights not known"
+        elif (missed := self._missed(ticket, viewer, comeback.offset)) is None:
+            obstacle = "too much missed"
+        else:
             ticket.viewer = viewer
             self._recovery.hold(ticket)
-            return ticket
+            return ticket, missed
         self._metrics.not_recovered.labels(obstacle).inc()
         if ticket is not None:
             self._recovery.forget(ticket)
-        return None
+        return None, None
 
-    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
-        """Why the client has to begin anew, if so. Leaves the rooms that it may not view any more."""
-        if ticket is None:
-            return "unknown or too late"
+    def _leave_forbidden(self, ticket: Ticket, viewer: Viewer) -> bool:
+        """Leave the rooms that it may not view any more; returns whether all is known of that."""
         for room in tuple(ticket.rooms):
             may_view = self._access.may_view(viewer, room_guild(room))
             if may_view is None:
-                return "rights not known"
+                return False
             if not may_view:
                 self._recovery.leave(ticket, room)
-        return None if self._due(ticket, viewer, comeback) is not None else "too much missed"
+        return True
 
-    def _due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> bytes | None:
-        """The frames that the client has missed and may have; None where that is not here whole, or too much."""
-        missed = self._recovery.missed(ticket, comeback.offset)
+    def _missed(self, ticket: Ticket, viewer: Viewer, offset: object) -> bytes | None:
+        """The frames that the client has missed and may have; None where they are not here whole,
+        or too much.
+        """
+        missed = self._recovery.missed(ticket, offset)
         if missed is None:
             return None
         frames = b"".join(
@@ -8084,28 +8121,6 @@ class Comebacks:
             self._recovery.await_return(ticket)
         else:
             self._recovery.forget(ticket)
-
-    def welcome(self, dashboard: Dashboard) -> None:
-        """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
-        ticket, comeback = dashboard.ticket, dashboard.comeback
-        if ticket is None:
-            dashboard.tell("session", {"recovered": False, "rooms": []})
-            return
-        recovered = ticket.pid == comeback.pid
-        unseen = self._recovery.rooms_without_snapshot(ticket, comeback.offset)
-        if recovered:
-            due = self._due(ticket, dashboard.viewer, comeback)
-            if due is None:
-                dashboard.session.cut("recovery was overtaken")
-                return
-            dashboard.session.write(due)
-            self._metrics.recovered.inc()
-            self._subscriptions.resume(dashboard, ticket)
-        rooms = sorted(ticket.rooms.keys() | ticket.pending)
-        state = {"recovered": recovered, "rooms": rooms}
-        dashboard.tell("session", state, self._recovery.logs.offset)
-        for room in unseen:
-            self._subscriptions.send_snapshots_soon(dashboard, room)
 
 
 class Dashboards:
@@ -8128,7 +8143,6 @@ class Dashboards:
         self._comebacks = comebacks
         self._subscriptions = rights.subscriptions
         sio.on("connect", self._connect)
-        sio.on(CONNECTED, self._welcome)
         sio.on("disconnect", self._disconnect)
         sio.on(REQUEST, self._request)
 
@@ -8137,8 +8151,8 @@ class Dashboards:
 
     # -- coming and going
 
-    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> Mapping[str, str]:
-        """Let a client in; returns what the reply to its CONNECT says beside its `sid`."""
+    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
+        """Let a client in, and tell it so."""
         session = self._sio.session_of(sid)
         if session is None:  # to nobody: it has left right after it sent CONNECT
             raise RefusedConnectionError("Gone")
@@ -8150,12 +8164,9 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        ticket = self._comebacks.ticket_for(session, viewer, comeback)
-        session.tracks = ticket is not None
-        self._subscriptions.add(Dashboard(sid, session, viewer, ticket, comeback))
+        self._comebacks.let_in(sid, session, viewer, comeback)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._node.viewer_entered(viewer.discord_id)
-        return {} if ticket is None else {"pid": ticket.pid}
 
     async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
         if session.refusal is not None and comeback.pid is None:
@@ -8176,10 +8187,6 @@ class Dashboards:
         await self._limits.accepted(session.address)
         await self._limits.enter(viewer.discord_id, replaces=replaced)
         return viewer
-
-    async def _welcome(self, sid: Sid) -> None:
-        if (dashboard := self._subscriptions.connected.get(sid)) is not None:
-            self._comebacks.welcome(dashboard)
 
     async def _disconnect(self, sid: Sid, reason: str) -> None:
         dashboard = self._rights.remove(sid)
