@@ -2650,6 +2650,8 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
     async def _connect(self, session: Session, namespace: str, auth: Any) -> None:
         if namespace != NAMESPACE:
             raise RefusedConnectionError("Invalid namespace")
+        if session.state in POLLED and self.manager.sid_from_eio_sid(session.sid, NAMESPACE):
+            return  # a browser sends a POST again whose connection was reset
         session.connects += 1
         if session.connects > 1 and (seconds := await self.eio.limits.attempt(session.address)):
             session.end_soon()
