@@ -3001,38 +3001,39 @@ class Logged(NamedTuple):
 class GuildLog:
     """The latest events of one guild; knows up to where it has none."""
 
-    def __init__(self, begin: int) -> None:
+    def __init__(self, settings: RecoverySettings, begin: int) -> None:
+        self._window, self._max_events = settings.window, settings.max_events
         self._events: collections.deque[Logged] = collections.deque()
         self._trimmed = begin
-        self.filled = math.inf  # from there on all is here, also what was not heard here
+        self._filled = math.inf  # from there on all is here, also what was not heard here
         self.bytes = 0
 
-    def add(self, event: Logged, window: float, max_events: int) -> None:
+    def add(self, event: Logged) -> None:
         self._events.append(event)
         self.bytes += len(event.frame)
-        oldest = event.moment - window
+        oldest = event.moment - self._window
         while (
-            len(self._events) > max_events
+            len(self._events) > self._max_events
             or self.bytes > MAX_LOG_BYTES
             or self._events[0].moment < oldest
         ):
             self._trimmed = self._events[0].position
             self.bytes -= len(self._events.popleft().frame)
 
-    def reaches(self, position: int) -> bool:
-        """Whether all is here that came after it."""
-        return position >= self._trimmed
+    def reaches(self, position: int, heard_elsewhere: bool = False) -> bool:
+        """Whether all is here that came after it, to the clients of this node or of all."""
+        return position >= (max(self._trimmed, self._filled) if heard_elsewhere else self._trimmed)
 
-    def fill(self, since: int, events: Iterable[Logged], max_events: int) -> bool:
+    def fill(self, since: int, events: Iterable[Logged]) -> bool:
         """Have all that came after `since`, if that may be kept: these, and what is here."""
         first = self._events[0].position if self._events else math.inf
         older = [event for event in events if event.position < first]
         size = sum(len(event.frame) for event in older)
-        if len(older) + len(self._events) > max_events or size + self.bytes > MAX_LOG_BYTES:
+        if len(older) + len(self._events) > self._max_events or size + self.bytes > MAX_LOG_BYTES:
             return False
         self._events.extendleft(reversed(older))
         self.bytes += size
-        self._trimmed, self.filled = min(self._trimmed, since), min(self.filled, since)
+        self._trimmed, self._filled = min(self._trimmed, since), min(self._filled, since)
         return True
 
     def since(self, position: int) -> list[Logged] | None:
@@ -3116,7 +3117,7 @@ class GuildLogs:
 
     def keep(self, guild_id: str) -> None:
         """Somebody is owed from now on what comes in this guild."""
-        self._logs.setdefault(guild_id, GuildLog(self.position))
+        self._logs.setdefault(guild_id, GuildLog(self._settings, self.position))
 
     def drop(self, guild_id: str) -> None:
         """Nobody is any more."""
@@ -3130,8 +3131,7 @@ class GuildLogs:
         if guild_log is None:
             return RoomFrame.of(packet)
         frame = RoomFrame.of(packet, encode_offset(position))
-        event = Logged(position, time.monotonic(), to, frame.tracked)
-        guild_log.add(event, self._settings.window, self._settings.max_events)
+        guild_log.add(Logged(position, time.monotonic(), to, frame.tracked))
         return frame
 
     def since(self, guild_id: str, position: int) -> list[Logged] | None:
@@ -3140,18 +3140,16 @@ class GuildLogs:
 
     def reaches(self, guild_id: str, position: int, heard_elsewhere: bool) -> bool:
         """Whether all is here that came in the guild after that, to the clients of this node or of all."""
-        found = self._logs.get(guild_id)
-        if found is None or not found.reaches(position):
-            return False
-        return position >= found.filled or not heard_elsewhere
+        guild_log = self._logs.get(guild_id)
+        return guild_log is not None and guild_log.reaches(position, heard_elsewhere)
 
     def fill(self, guild_id: str, since: int, events: Iterable[Logged]) -> bool:
         """Put before what is here of a guild what else has come after `since`, oldest first.
 
         Returns whether all that came since is here then.
         """
-        guild_log, most = self._logs.get(guild_id), self._settings.max_events
-        return guild_log is not None and guild_log.fill(since, events, most)
+        guild_log = self._logs.get(guild_id)
+        return guild_log is not None and guild_log.fill(since, events)
 
 
 class Pids:
