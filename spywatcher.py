@@ -2112,6 +2112,7 @@ class Session:
     queue: PollQueue = dataclasses.field(default_factory=PollQueue)
     _prober: SocketHandler | None = None
     heartbeat: Heartbeat = dataclasses.field(init=False)
+    _end: asyncio.Task[None] | None = None  # what is left to do, once it is closed
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self)
@@ -2305,12 +2306,15 @@ class Session:
         """The transport is gone, or shall be."""
         if self._become(State.CLOSED):
             reason = reason or self.server.reason.TRANSPORT_CLOSE
-            self.server.start_background_task(self._finish, reason)
+            self._end = self.server.start_background_task(self._finish, reason)
 
     async def close(self, reason: str | None = None) -> None:
-        """End the session and its transport at once."""
-        if self._become(State.CLOSED):
-            await self._finish(reason or self.server.reason.SERVER_DISCONNECT)
+        """End the session and its transport at once; returns when all who care know of it, also
+        where it had been lost before and they were still to hear.
+        """
+        self.lose(reason or self.server.reason.SERVER_DISCONNECT)
+        assert self._end is not None
+        await asyncio.wait([self._end])
 
     async def _finish(self, reason: str) -> None:
         """Tell Socket.IO, once; then let go of everything."""
