@@ -1834,8 +1834,9 @@ def has_all_after(entries: list[Entry], position: int) -> bool:
 
 
 def logged(guild_id: str, note: Note) -> Logged:
-    frame = RoomFrame(note.body, encode_offset(note.position))
-    return Logged.of(Destination(guild_id, note.topic, note.detail), frame, note.position)
+    frame = RoomFrame.of(note.body, encode_offset(note.position))
+    to = Destination(guild_id, note.topic, note.detail)
+    return Logged(note.position, time.monotonic(), to, frame.tracked)
 
 
 class Snapshots:

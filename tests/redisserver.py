@@ -210,7 +210,7 @@ class Proxy:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            while data := await reader.read(65_536):
+            while not writer.is_closing() and (data := await reader.read(65_536)):
                 await self._flowing.wait()
                 if self.delay:
                     await asyncio.sleep(self.delay)
