@@ -498,6 +498,17 @@ async def test_two_nodes_meet_where_sentinel_says(pair, watched):
         await nodes.exchange()
 
 
+async def test_a_sentinel_that_is_asked_while_a_node_stops_is_left(watched) -> None:
+    for turns in range(0, 60, 3):
+        link = Link(RedisSettings(url=watched.url), "")
+        asking = asyncio.create_task(link.redis.ping())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await link.close()
+        await asyncio.gather(asking, return_exceptions=True)
+    await eventually(lambda: no_clients(watched.sentinel))
+
+
 @pytest.mark.faults
 @pytest.mark.logs("no connection to Redis", "Redis refuses this node", required=False)
 @pytest.mark.parametrize("killed", [False, True], ids=["SENTINEL FAILOVER", "master killed"])
