@@ -2451,8 +2451,9 @@ class Harness:
         metrics = spywatcher.Metrics()
         names = {path.stem for path in self._paths}
         folders = dict.fromkeys(path.parent for path in self._paths)
-        others = {entry.stem for folder in folders for entry in folder.iterdir()} - names
-        settings = spywatcher.PluginsSettings(tuple(map(str, folders)), tuple(sorted(others)))
+        settings = spywatcher.PluginsSettings(tuple(map(str, folders)))
+        others = spywatcher.PluginFiles(settings, self._folder).all().keys() - names
+        settings = msgspec.structs.replace(settings, disabled=tuple(sorted(others)))
         plugins = spywatcher.PluginLoader(settings, self._tables, self._folder, metrics)
         plugins.load_all()
         discord, wanted = spywatcher.DiscordSettings(), spywatcher.wanted_events(plugins)
@@ -2486,7 +2487,7 @@ class Harness:
 
     async def _tick(self) -> None:
         for runner in self.host.runners.values():
-            for _, guarded in runner.repeated:
+            for _, guarded in runner.hooks["@every"]:
                 await guarded.ask()
 
     async def _through(self, doing: Coroutine[Any, Any, T]) -> T:

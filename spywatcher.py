@@ -21,6 +21,7 @@ The sections, each using only those above it:
     errors               whose fault it was, and what they are told
     settings             config.toml: one table of keys, types, defaults, meanings
     metrics              what is counted, for Prometheus
+    names                what is shown of what people, channels and guilds are called
     identity and access  who a viewer is, which guilds and channels they may see
     limits               how much one address, one viewer, one connection may have
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
@@ -70,11 +71,9 @@ import signal
 import socket
 import sys
 import textwrap
-import threading
 import time
 import tomllib
 import traceback
-import unicodedata
 from base64 import b64decode, b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import (
@@ -100,6 +99,7 @@ from typing import (
     Any,
     ClassVar,
     Final,
+    Generic,
     Literal,
     NamedTuple,
     Protocol,
@@ -108,13 +108,15 @@ from typing import (
     get_args,
     get_origin,
 )
+from weakref import WeakValueDictionary
 
 import engineio
 import hikari
-import idna
 import jwt
 import msgspec
+import regex
 import socketio
+import yarl
 from engineio import packet as engineio_packet
 from hikari.events import base_events
 from hikari.impl.event_manager_base import filtered
@@ -252,10 +254,7 @@ Rate = Annotated[
 Transport = Literal["websocket", "polling"]
 
 
-ORIGIN: Final = re.compile(
-    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
-)
-DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://((\*\.)?[a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 
 def plain_origin(text: str) -> str:
@@ -269,34 +268,16 @@ def plain_origin(text: str) -> str:
         return small
     if "://" not in small:
         raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
-    found = ORIGIN.match(small)
-    if found is None or small[found.end() :].startswith(("@", ":", "*")):
-        raise ValueError('expected "scheme://host" or "scheme://host:port"')
-    if found.end() != len(small):
-        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
-    scheme, host, port = found.groups()
-    below = "*." if host.startswith("*.") else ""
-    host = host[len(below) :]
-    if not host or "*" in host:
-        raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*"):
-        port = str(int(port))
-        if int(port) > 65_535:
-            raise ValueError("expected a port up to 65535")
-    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
-    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
-
-
-def encoded_host(host: str) -> str:
-    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    any_port = ":*" if small.endswith(":*") else ""
     try:
-        if host.startswith("["):
-            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
-        if host.isascii():
-            return host
-        return idna.encode(host, uts46=True).decode()
+        origin = str(yarl.URL(small.removesuffix(":*")).origin())
     except ValueError as error:
-        raise ValueError(f"expected the name of a host: {error}") from error
+        raise ValueError(f'expected "scheme://host" or "scheme://host:port": {error}') from error
+    if not ORIGIN.fullmatch(origin):
+        raise ValueError('expected "scheme://host", with * only as "*.host" or alone')
+    if not set("/?#@").isdisjoint(small.partition("://")[2]):
+        raise ValueError(f'expected it without what is not host and port: "{origin}"')
+    return origin + any_port
 
 
 def known_network(text: str) -> str:
@@ -907,6 +888,65 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+# -------------------------------------------------------------------------------- names
+# What people, channels, roles and guilds are called: shown as Discord shows it, and nothing unseen.
+# It knows Unicode, by the package `regex`, and nothing of where a name comes from.
+
+#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
+#: roles and guilds Discord's own limit.
+USERNAME_LENGTH: Final = 64
+NAME_LENGTH: Final = 100
+
+#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
+#: what Unicode lets be ignored (zero-width, bidi and filler characters, selectors, tags).
+INVISIBLE: Final = r"[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\ufff9-\ufffb\p{Default_Ignorable_Code_Point}]"
+#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
+#: India and its neighbours, Mongolian, Adlam, Rohingya.
+JOINING: Final = (
+    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
+    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
+)
+#: What of the invisible stays, since what is beside it shows otherwise without it: the tags of a
+#: region's flag (UTS #51), what joins emoji, what chooses text or picture, the variants of symbols
+#: and letters (Unicode Standard §23.4), and joiners beside letters that join.
+NEEDED: Final = (
+    r"🏴[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+    r"|(?<=[\p{ExtPict}\p{Emoji_Modifier}\ufe0f\u20e3])\u200d(?=\p{ExtPict})"
+    r"|(?<=[\p{Emoji}\p{ExtPict}])[\ufe0e\ufe0f]"
+    r"|(?<=[0\u2100-\u2bff\p{Han}\p{Myanmar}\p{Phags_Pa}\u3001\u3002\uff01-\uff1f])[\ufe00-\ufe0d]"
+    r"|(?<=\p{Han})[\U000e0100-\U000e01ef]"
+    r"|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
+    rf"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
+)
+UNSEEN: Final = regex.compile(f"({NEEDED})|{INVISIBLE}")
+#: An empty cell of Braille is as wide as a letter and as blank as a space.
+BLANK: Final = regex.compile(rf"(?:{INVISIBLE}|[\s\u2800])*")
+#: What is read as one character (UAX #29).
+CHARACTER: Final = regex.compile(r"\X")
+
+
+def clean_text(text: str) -> str:
+    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
+    if text.isascii() and text.isprintable():
+        return text
+    return UNSEEN.sub(lambda found: found[1] or "", text)
+
+
+@functools.lru_cache(maxsize=8192)
+def shown_name(name: str | None, own_id: int, longest: int) -> str:
+    """A name as it may leave; the id where nothing of it can be seen."""
+    text = clean_text(name or "")
+    return str(int(own_id)) if BLANK.fullmatch(text) else shortened(text.strip(), longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """At most so many code points of `text`, with no picture or letter cut in two."""
+    if len(text) > longest:
+        starts = [found.start() for found in CHARACTER.finditer(text[: longest + 1])]
+        text = text[: starts[-1] or longest]
+    return text.strip()
+
+
 # ------------------------------------------------------------------ identity and access
 # Who is there (a signed token) and what they may see (Discord's permissions, by hikari's
 # cache). The only place that decides either. It knows no sockets and no rooms.
@@ -971,27 +1011,23 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
         secrets=tuple(text.splitlines()),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
-    faults = [
-        f"auth.secret: got {len(secret.encode())} bytes, expected {LEAST_SECRET_BYTES[algorithm]}"
-        f" or more for {algorithm}"
-        for algorithm in auth.algorithms
-        for secret in keys.of(algorithm)
-        if len(secret.encode()) < LEAST_SECRET_BYTES.get(algorithm, 0)
-    ]
-    if not keys.public:
-        faults += [
-            f"auth.public_key_file: not set, expected the key for {algorithm}"
-            for algorithm in auth.algorithms
-            if algorithm not in LEAST_SECRET_BYTES
-        ]
-    faults += [
-        f"auth: got a key that is none for {algorithm}"
-        for algorithm in auth.algorithms
-        if not all(is_key_for(algorithm, key) for key in keys.of(algorithm))
-    ]
+    faults = [fault for algorithm in auth.algorithms for fault in key_faults(algorithm, keys)]
     if faults:
         raise OperatorError(*faults)
     return keys
+
+
+def key_faults(algorithm: str, keys: Keys) -> Iterator[str]:
+    """What is wrong with the keys that tokens of this algorithm would be checked with."""
+    least = LEAST_SECRET_BYTES.get(algorithm, 0)
+    if not least and not keys.public:
+        yield f"auth.public_key_file: not set, expected the key for {algorithm}"
+    for key in keys.of(algorithm):
+        size = len(key.encode())
+        if size < least:
+            yield f"auth.secret: got {size} bytes, expected {least} or more for {algorithm}"
+        elif not is_key_for(algorithm, key):
+            yield f"auth: got a key that is none for {algorithm}"
 
 
 def is_key_for(algorithm: str, key: str) -> bool:
@@ -1055,10 +1091,13 @@ class Tokens:
     @staticmethod
     def _viewer(claims: dict[str, Any]) -> Viewer:
         try:
-            if claims.get("access") is True and has_begun(claims.get("nbf")):
-                return msgspec.convert(claims, Viewer)
-        except msgspec.ValidationError as error:
+            viewer = msgspec.convert(claims, Viewer)
+            begins = msgspec.convert(claims.get("nbf"), float | None) or 0.0
+            msgspec.json.encode(viewer)  # half of a surrogate pair could be sent to nobody
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise RefusedConnectionError("Invalid token", code="claims") from error
+        if claims.get("access") is True and begins <= time.time() + CLOCK_DIFFERENCE:
+            return viewer
         raise RefusedConnectionError("Invalid token", code="claims")
 
     def issue(
@@ -1106,12 +1145,6 @@ class Tokens:
             )
         secret = self._keys.secrets[0].encode()
         return hmac.digest(secret, f"spywatcher:{purpose}".encode(), "sha256")
-
-
-def has_begun(value: object) -> bool:
-    """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
 
 
 class Directory(Protocol):
@@ -1188,94 +1221,19 @@ class Cached(enum.Enum):
     chunks. Each step leads to one state, whatever the state was before:
 
         it is heard that                                  the guild is then
-        the bot stops                                     UNKNOWN, as all are
-        READY names it                                    COMING
+        the bot stops, or READY names it                  COMING
         READY does not, and the cache still has it        LOST
         GUILD_CREATE came, members follow                 MEMBERS_COMING
         GUILD_CREATE or the last chunk came, or it went   WHOLE
 
-    A guild that was never heard of is WHOLE once READY of its shard came: the bot is not in it.
+    A guild that was never heard of is COMING until READY of its shard came, then WHOLE: the bot is not
+    in it.
     """
 
-    UNKNOWN = "nothing is proved"
-    COMING = "what is there may be old; what is not there may still come"
+    COMING = "nothing is proved: what is there may be old, what is not there may still come"
     LOST = "the bot is not in it: hikari 2.7 keeps a guild that went while it was away"
     MEMBERS_COMING = "a member who is not there may still come, unless seen to leave meanwhile"
     WHOLE = "what is not there does not exist"
-
-
-class ChannelRights:
-    """Who may read one channel or thread (Discord documentation: Permissions, Overwrites).
-
-    A role that does not exist grants and denies nothing, whoever still carries its id.
-    """
-
-    def __init__(self, directory: Directory, channel_id: int) -> None:
-        self.needed = VIEW_CHANNEL
-        thread = directory.get_thread(channel_id)
-        if thread is not None:
-            channel_id = thread.parent_id
-            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
-                # Who else was invited to a private thread, hikari's cache cannot say.
-                self.needed |= MANAGE_THREADS
-        channel = directory.get_guild_channel(channel_id)
-        if getattr(channel, "type", None) in VOICE_TYPES:
-            self.needed |= CONNECT
-        overwrites = getattr(channel, "permission_overwrites", None)
-        self._is_known = overwrites is not None
-        #: (allow, deny) by id of a role or member.
-        self._overwrites = {
-            int(key): (int(one.allow), int(one.deny)) for key, one in (overwrites or {}).items()
-        }
-        self._directory = directory
-
-    def granted(self, base: int, guild_id: int, role_ids: Iterable[int], user_id: int) -> int:
-        """What is left here of what a member holds in the guild, `base`."""
-        if not self._is_known:
-            return 0
-        allow = deny = 0
-        for role_id in role_ids:
-            if role_id != guild_id and self._directory.get_role(role_id) is not None:
-                allowed, denied = self._overwrites.get(role_id, (0, 0))
-                allow, deny = allow | allowed, deny | denied
-        none = (0, 0)
-        everyone, own = self._overwrites.get(guild_id, none), self._overwrites.get(user_id, none)
-        for allowed, denied in (everyone, (allow, deny), own):
-            base = base & ~denied | allowed
-        return base
-
-
-class GuildRights:
-    """What follows from roles and channels of one guild, kept until one of them changes.
-
-    Members who hold the same roles are granted the same.
-    """
-
-    def __init__(self, directory: Directory, guild_id: int) -> None:
-        self._directory = directory
-        self._guild_id = guild_id
-        self._granted: dict[tuple[int, ...], int] = {}
-        self._channels: dict[int, ChannelRights] = {}
-        #: What others have worked out from these rights.
-        self.memory: dict[Any, Any] = {}
-
-    def granted(self, role_ids: Sequence[int]) -> int:
-        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
-        key = tuple(role_ids)
-        granted = self._granted.get(key)
-        if granted is None:
-            granted = 0
-            for role_id in (self._guild_id, *key):  # the guild's own id is @everyone
-                role = self._directory.get_role(role_id)
-                granted |= int(role.permissions) if role is not None else 0
-            granted = self._granted[key] = ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
-        return granted
-
-    def channel(self, channel_id: int) -> ChannelRights:
-        rights = self._channels.get(channel_id)
-        if rights is None:
-            rights = self._channels[channel_id] = ChannelRights(self._directory, channel_id)
-        return rights
 
 
 class Access:
@@ -1292,7 +1250,6 @@ class Access:
         self._begun: set[ShardRange] = set()  # shards whose READY came
         self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
-        self._rights: dict[int, GuildRights] = {}
 
     def reconfigure(self, auth: AuthSettings) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
@@ -1303,19 +1260,19 @@ class Access:
 
     # -- how sure the cache is
 
-    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        """A new gateway session is about to send these guilds: all that the bot has of its shard."""
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> Collection[int]:
+        """A new gateway session is about to send these guilds: all that the bot has of its shard.
+
+        Returns those that the cache has and the bot has not.
+        """
         coming = frozenset(guild_ids)
+        lost = frozenset(filter(shard_range.has, self._cache.guild_ids())) - coming
         self._begun.add(shard_range)
-        for guild_id in filter(shard_range.has, self._cache.guild_ids()):
+        for guild_id in lost:
             self._set(guild_id, Cached.LOST)
         for guild_id in coming:
             self._set(guild_id, Cached.COMING)
-
-    @property
-    def lost(self) -> frozenset[int]:
-        """Guilds that hikari still has and the bot has not."""
-        return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
+        return lost
 
     def is_whole(self, guild_id: int) -> bool:
         """Whether the cache holds all of this guild, even if that is nothing."""
@@ -1338,7 +1295,6 @@ class Access:
         self._begun.clear()
         self._states.clear()
         self._gone_meanwhile.clear()
-        self._rights.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
@@ -1350,7 +1306,6 @@ class Access:
         self._set(guild_id, Cached.WHOLE)
 
     def _set(self, guild_id: int, state: Cached) -> None:
-        self.forget(guild_id)
         self._gone_meanwhile.pop(guild_id, None)
         self._states[guild_id] = state
         if state is Cached.WHOLE:
@@ -1358,22 +1313,11 @@ class Access:
 
     def _state(self, guild_id: int) -> Cached:
         begun = any(one.has(guild_id) for one in self._begun)
-        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.UNKNOWN
+        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.COMING
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
         self._gone_meanwhile.get(guild_id, set()).add(user_id)
-
-    def forget(self, guild_id: int) -> None:
-        """What decides in it has changed: nothing that was worked out from that holds."""
-        self._rights.pop(guild_id, None)
-
-    def memory(self, guild_id: str) -> dict[Any, Any]:
-        """Where to keep what is worked out from a guild's rights, until it is forgotten."""
-        return self._rights_in(int(guild_id)).memory
-
-    def forget_all(self) -> None:
-        self._rights.clear()
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
@@ -1443,21 +1387,23 @@ class Access:
         if not self.may_view(viewer, str(int(guild_id))):
             return None
         guild = self._cache.get_guild(guild_id)
-        return {"id": str(int(guild_id)), "name": guild_name(guild), "icon": guild.icon_hash}
+        name = shown_name(guild.name, guild_id, NAME_LENGTH)
+        return {"id": str(int(guild_id)), "name": name, "icon": guild.icon_hash}
 
     def list_key(self, viewer: Viewer) -> object:
-        """The same for viewers who may see the same guilds, whatever those are."""
-        if viewer.role in self._admin_roles:
-            return ("admin",)
-        named = viewer.guilds is not None
-        return ("claim", viewer.guilds) if named else ("member", viewer.discord_id)
-
-    def timed_out_until(self, viewer: Viewer, guild_id: int) -> float | None:
-        """When the viewer's time-out in the guild ends; in seconds since 1970."""
+        """The same for viewers who may see the same guilds, whatever those are; of a viewer for whom
+        membership decides, the Discord id.
+        """
         if viewer.role in self._admin_roles:
             return None
-        until = timeout_end(self._member(viewer, guild_id))
-        return until if until and until > time.time() else None
+        return viewer.discord_id if viewer.guilds is None else viewer.guilds
+
+    def timed_out_until(self, viewer: Viewer, guild_ids: Iterable[int]) -> float:
+        """When the first of the viewer's time-outs ends, in seconds since 1970; else `math.inf`."""
+        if viewer.role in self._admin_roles:
+            return math.inf
+        ends = [timeout_end(self._member(viewer, guild_id)) for guild_id in guild_ids]
+        return min((end for end in ends if end > time.time()), default=math.inf)
 
     # -- channels
 
@@ -1472,14 +1418,37 @@ class Access:
         if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
             return viewer.guilds is not None and self._is_sure(viewer, guild.id)
         granted = self._granted(viewer, guild, member)
-        channel = self._rights_in(guild.id).channel(int(channel_id))
+        needed, overwrites = self._channel(int(channel_id))
         if granted != ALL_PERMISSIONS:
-            roles = member.role_ids
-            granted = channel.granted(granted, guild.id, roles, int(viewer.discord_id))
+            roles = [one for one in member.role_ids if one != guild.id and self._exists(one)]
+            for ids in ((guild.id,), roles, (int(viewer.discord_id),)):
+                granted = overwritten(granted, overwrites, ids)
             granted = left_by_timeout(member, granted)
-        return granted & channel.needed == channel.needed
+        return granted & needed == needed
+
+    def _channel(self, channel_id: int) -> tuple[int, Mapping[int, Any]]:
+        """What it takes to read a channel or thread, and its overwrites.
+
+        What is not known, only who holds all permissions may read.
+        """
+        needed = VIEW_CHANNEL
+        thread = self._cache.get_thread(channel_id)
+        if thread is not None:
+            channel_id = thread.parent_id
+            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
+                # Who else was invited to a private thread, hikari's cache cannot say.
+                needed |= MANAGE_THREADS
+        channel = self._cache.get_guild_channel(channel_id)
+        if getattr(channel, "type", None) in VOICE_TYPES:
+            needed |= CONNECT
+        overwrites = getattr(channel, "permission_overwrites", None)
+        return (ALL_PERMISSIONS, {}) if overwrites is None else (needed, overwrites)
 
     # -- members
+
+    def _exists(self, role_id: int) -> bool:
+        """A role that is gone grants and denies nothing, whoever still carries its id."""
+        return self._cache.get_role(role_id) is not None
 
     def _member(self, viewer: Viewer, guild_id: int) -> Any:
         if not is_snowflake(viewer.discord_id):
@@ -1487,15 +1456,25 @@ class Access:
         return self._cache.get_member(guild_id, int(viewer.discord_id))
 
     def _granted(self, viewer: Viewer, guild: Any, member: Any) -> int:
+        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
         if guild.owner_id == int(viewer.discord_id):
             return ALL_PERMISSIONS
-        return self._rights_in(guild.id).granted(member.role_ids)
+        granted = 0
+        for role_id in (guild.id, *member.role_ids):  # the guild's own id is @everyone
+            role = self._cache.get_role(role_id)
+            granted |= int(role.permissions) if role is not None else 0
+        return ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
 
-    def _rights_in(self, guild_id: int) -> GuildRights:
-        rights = self._rights.get(guild_id)
-        if rights is None:
-            rights = self._rights[guild_id] = GuildRights(self._cache, guild_id)
-        return rights
+
+def overwritten(granted: int, overwrites: Mapping[int, Any], ids: Iterable[int]) -> int:
+    """What a channel leaves of permissions by what it says of these (Discord documentation:
+    Permissions, Overwrites).
+    """
+    allow = deny = 0
+    for one in map(overwrites.get, ids):
+        if one is not None:
+            allow, deny = allow | int(one.allow), deny | int(one.deny)
+    return granted & ~deny | allow
 
 
 #: An entry of `guilds:list`.
@@ -1520,92 +1499,6 @@ def is_snowflake(text: str) -> bool:
     return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
-#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
-#: roles and guilds Discord's own limit.
-USERNAME_LENGTH: Final = 64
-NAME_LENGTH: Final = 100
-
-#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
-#: Unicode's Default_Ignorable_Code_Point (zero-width, bidi and filler characters, of Hangul too).
-#: Number signs of Arabic and Kaithi are of the same category Cf, but show.
-INVISIBLE: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb"
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
-#: Pictures and symbols; wider than today's emoji, so that next year's are among them.
-EMOJI: Final = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
-#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
-#: India and its neighbours, Mongolian, Adlam, Rohingya.
-JOINING: Final = (
-    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
-    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
-)
-CJK: Final = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-#: What of the invisible stays, since what is beside it shows otherwise without it.
-NEEDED: Final = re.compile(
-    # a flag of a region (UTS #51, emoji tag sequence)
-    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
-    # joined emoji, each perhaps with a colour of skin, a variation selector or a keycap
-    f"|(?<=[{EMOJI}\ufe0f\u20e3])\u200d(?=[{EMOJI}])"
-    # as text or as a picture
-    f"|(?<=[0-9#*{EMOJI}])[\ufe0e\ufe0f]"
-    # other variants of symbols and letters
-    f"|(?<=[0{EMOJI}{CJK}\u1000-\u109f\u3001\u3002\ua840-\ua87f\uff01-\uff1f])[\ufe00-\ufe0d]"
-    f"|(?<=[{CJK}])[\U000e0100-\U000e01ef]"
-    "|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
-    f"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
-)
-SEEN: Final = re.compile(f"({NEEDED.pattern})|{INVISIBLE.pattern}")
-#: An empty cell of Braille is as wide as a letter and as blank as a space.
-BLANK: Final = "\u2800"
-#: What belongs to the character before it (UAX #29): marks, joiners, selectors, colours of skin, tags.
-EXTENDS: Final = re.compile(
-    "[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef]"
-)
-
-
-def clean_text(text: str) -> str:
-    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
-    if text.isascii() and text.isprintable():
-        return text
-    return SEEN.sub(lambda found: found[1] or "", text)
-
-
-@functools.lru_cache(maxsize=8192)
-def shown_name(name: str | None, own_id: int, longest: int) -> str:
-    """A name as it may leave; the id where nothing of it can be seen."""
-    text = clean_text(name or "").strip()
-    if not INVISIBLE.sub("", text).replace(BLANK, "").strip():
-        return str(int(own_id))
-    return shortened(text, longest)
-
-
-def shortened(text: str, longest: int) -> str:
-    """At most so many characters of `text`, with no picture or letter cut in two."""
-    end = longest
-    while 0 < end < len(text) and is_one(text, end):
-        end -= 1
-    return text[: end or longest].strip()
-
-
-def is_one(text: str, place: int) -> bool:
-    """Whether what stands before `place` and what stands there are read as one."""
-    before, char = text[:place], text[place]
-    if before[-1] == "\u200d" or EXTENDS.match(char) or unicodedata.category(char)[0] == "M":
-        return True
-    flags = len(before) - len(before.rstrip(FLAG_LETTERS))
-    return char in FLAG_LETTERS and flags % 2 == 1  # two letters make a flag
-
-
-FLAG_LETTERS: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-
-
-def guild_name(guild: hikari.Guild) -> str:
-    return shown_name(guild.name, guild.id, NAME_LENGTH)
-
-
 # ------------------------------------------------------------------------------- limits
 # How much of everything one address, one viewer and one connection may have. It knows neither
 # protocols nor tokens: it is asked before work is done, and told how it ended.
@@ -1619,6 +1512,16 @@ CONNECTIONS_OF_A_POLLER: Final = 2
 #: Seconds between two lines of the log on one address.
 LOG_INTERVAL: Final = 60.0
 SECONDS_OF: Final = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86_400.0}
+
+
+CountedT = TypeVar("CountedT", bound=Hashable)
+
+
+def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
+    """One fewer; what has none takes no memory."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 class Counters:
@@ -1650,13 +1553,8 @@ class Counters:
         """Count one more; returns how many there are by now."""
         return self.count_here(key, seconds)
 
-    async def read(self, key: str) -> int:
-        """How many there are; none once the window has ended."""
-        count, until = self._counts.get(key, (0, 0.0))
-        return count if until > time.monotonic() else 0
-
     async def seconds_left(self, key: str) -> float:
-        """Until the window ends."""
+        """Until the window ends; 0 where nothing has been counted in one."""
         return max(0.0, self._counts.get(key, (0, 0.0))[1] - time.monotonic())
 
     async def clear(self, key: str) -> None:
@@ -1717,9 +1615,9 @@ class Strangers:
 
     def __init__(self, capacity: int, share: int, patience: float) -> None:
         self.reconfigure(capacity, share, patience)
-        # Both with the longest silent one first.
+        # The longest silent one first.
         self._deadlines: OrderedDict[Stranger, asyncio.TimerHandle | None] = OrderedDict()
-        self._of_address: dict[str, OrderedDict[Stranger, None]] = {}
+        self._of_address: collections.Counter[str] = collections.Counter()
 
     def reconfigure(self, capacity: int, share: int, patience: float) -> None:
         """For those who come from now on."""
@@ -1730,42 +1628,30 @@ class Strangers:
     def __len__(self) -> int:
         return len(self._deadlines)
 
-    def __contains__(self, who: object) -> bool:
-        return who in self._deadlines
-
     def enter(self, who: Stranger) -> None:
         """Let it wait, from now on and behind all others."""
         self.leave(who)
         late = "not authenticated in time"
         loop = asyncio.get_running_loop()
         self._deadlines[who] = loop.call_later(self._patience, self._drop, who, late)
-        neighbours: OrderedDict[Stranger, None] = OrderedDict()
-        if who.address:
-            neighbours = self._of_address.setdefault(who.address, neighbours)
-            neighbours[who] = None
-        if len(neighbours) > self._share:
-            self._drop(next(iter(neighbours)), "made room")
+        self._of_address[who.address] += 1
+        if who.address and self._of_address[who.address] > self._share:
+            neighbours = (one for one in self._deadlines if one.address == who.address)
+            self._drop(next(neighbours), "made room")
         elif len(self) > self._capacity:
             self.make_room(1)
 
     def leave(self, who: Stranger) -> None:
         """It has authenticated, or it is gone."""
-        if who not in self._deadlines:
-            return
-        deadline = self._deadlines.pop(who)
-        if deadline is not None:
-            deadline.cancel()
-        if who.address:
-            del self._of_address[who.address][who]
-            if not self._of_address[who.address]:
-                del self._of_address[who.address]
+        if who in self._deadlines:
+            self.suspend(who)
+            del self._deadlines[who]
+            remove_one(self._of_address, who.address)
 
     def touch(self, who: Stranger) -> None:
         """It has said something, so others are silent for longer; it has no more time for that."""
         if who in self._deadlines:
             self._deadlines.move_to_end(who)
-            if who.address:
-                self._of_address[who.address].move_to_end(who)
 
     def suspend(self, who: Stranger) -> None:
         """It waits for us: no deadline until it enters again."""
@@ -1820,14 +1706,6 @@ class Connection:
             self._session = None
             self.wait()
 
-    def touch(self) -> None:
-        """A request has come."""
-        self._strangers.touch(self)
-
-    def serve(self) -> None:
-        """A request that belongs to no session is being answered."""
-        self._strangers.suspend(self)
-
     def wait(self) -> None:
         """There is nothing to be answered."""
         if self._session is None and not self._stream.closed():
@@ -1849,14 +1727,15 @@ class OpenConnections(collections.Counter[str]):
 
     def leave(self, whose: str) -> None:
         """Count one fewer."""
-        self[whose] -= 1
-        if not self[whose]:
-            del self[whose]
+        remove_one(self, whose)
+
+    def viewers(self) -> Iterator[str]:
+        """The Discord ids of those who have some."""
+        return (whose.removeprefix(VIEWER) for whose in self if whose.startswith(VIEWER))
 
 
-def viewer_name(discord_id: str) -> str:
-    """Whose a viewer's connections are; no address looks like this."""
-    return f"viewer/{discord_id}"
+#: With a Discord id, whose a viewer's connections are; no address looks like this.
+VIEWER: Final = "viewer/"
 
 
 # What counts against what:
@@ -1884,7 +1763,7 @@ class Limits:
         self.reconfigure(settings, patience)
         self._counters = counters
         self._logged = Counters()
-        #: Sessions open now, by address and, of those who have authenticated, by `viewer_name`.
+        #: Sessions open now, by address and, of those who have authenticated, by `VIEWER`.
         self.open = connections
 
     def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
@@ -1901,10 +1780,7 @@ class Limits:
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
-        key = f"blocked/{address}"
-        if not await self._counters.read(key):
-            return 0.0
-        return max(1.0, await self._counters.seconds_left(key))
+        return await self._counters.seconds_left(f"blocked/{address}")
 
     async def attempt(self, address: str) -> float:
         """Count one; returns the seconds to wait if it is one too many, else 0."""
@@ -1941,7 +1817,7 @@ class Limits:
         """A viewer has one more connection; raises RefusedConnectionError if that is one too many,
         unless it replaces one that may still be counted.
         """
-        whose, most = viewer_name(discord_id), self.settings.connections_per_viewer
+        whose, most = VIEWER + discord_id, self.settings.connections_per_viewer
         if await self.open.enter(whose) >= most and not replaces:
             self.open.leave(whose)
             raise self.over("connections_per_viewer")
@@ -3394,16 +3270,6 @@ def room_guild(room: str) -> str:
     return room.partition(":")[2]
 
 
-CountedT = TypeVar("CountedT", bound=Hashable)
-
-
-def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
-    """One fewer; what has none takes no memory."""
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
-
-
 #: Nanoseconds of the clock for each position: no process has had more events since it began.
 POSITION_NS: Final = 10_000
 #: Bytes of a position, enough until 2059. They go out with every event, so they are few.
@@ -3688,46 +3554,28 @@ class PluginSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         return False
 
 
-class Listener(msgspec.Struct, frozen=True):
-    """The mark of `on`."""
+class Mark(msgspec.Struct, frozen=True):
+    """What a decorator notes on a function: for which hook it is, and what it was given."""
 
-    source: type[hikari.Event] | str
-    emit: str | None
-    room: str
-    settled: bool
-    bots: bool
-
-
-class Repeated(msgspec.Struct, frozen=True):
-    """The mark of `every`."""
-
-    seconds: float
+    #: A key of HOOKS.
+    hook: str
+    #: The event that `on` hears, the seconds of `every`, the pattern of `route`.
+    of: Any = None
+    emit: str | None = None
+    room: str = "guild"
+    settled: bool = False
+    bots: bool = False
 
 
-class Greeter(msgspec.Struct, frozen=True):
-    """The mark of `on_subscribe`."""
-
-    kind: str
-    emit: str
-
-
-class Route(msgspec.Struct, frozen=True):
-    """The mark of `route`."""
-
-    pattern: str
-
-
-Mark = Listener | Repeated | Greeter | Route
 #: The attribute that marks are kept in.
 MARKS: Final = "__spywatcher__"
-
-
-#: Every function of a plugin that the host calls, by its mark or by its name in the module, and what
-#: it may take. Besides there are `class Settings(PluginSettings)`, `needs`, and `route`'s classes.
-HOOKS: Final[dict[type | str, tuple[str, ...]]] = {
-    Listener: ("event", "event, spy"),
-    Repeated: ("spy",),
-    Greeter: ("guild_id, spy", "guild_id, spy, viewer"),
+#: What the host calls in a plugin, by decorator or by its name in the module, and what a function
+#: for it may take; `route` has classes. Besides there are `class Settings(PluginSettings)` and `needs`.
+HOOKS: Final[dict[str, tuple[str, ...]]] = {
+    "@on": ("event", "event, spy"),
+    "@every": ("spy",),
+    "@on_subscribe": ("guild_id, spy", "guild_id, spy, viewer"),
+    "@route": (),
     "setup": ("spy",),
     "teardown": ("spy",),
     "forget": ("storage, member_id, guild_id",),
@@ -3799,7 +3647,7 @@ def on(
     check_source(event, emit)
     check_name("emit", emit or "x")
     check_kind(room)
-    return lambda function: marked(function, Listener(event, emit, room, settled, bots))
+    return lambda function: marked(function, Mark("@on", event, emit, room, settled, bots))
 
 
 def every(seconds: float) -> Callable[[Maker], Maker]:
@@ -3815,7 +3663,7 @@ def every(seconds: float) -> Callable[[Maker], Maker]:
     given: object = seconds  # the function itself, where the brackets were left out
     if not isinstance(given, int | float) or not 0 < given < math.inf:
         raise PluginError(f"every({shown(given)}): expected seconds, as in @every(60)")
-    return lambda function: marked(function, Repeated(seconds))
+    return lambda function: marked(function, Mark("@every", seconds))
 
 
 def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
@@ -3831,7 +3679,7 @@ def on_subscribe(kind: str, *, emit: str) -> Callable[[Maker], Maker]:
     """
     check_kind(kind)
     check_name("emit", emit)
-    return lambda function: marked(function, Greeter(kind, emit))
+    return lambda function: marked(function, Mark("@on_subscribe", emit=emit, room=kind))
 
 
 def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
@@ -3856,7 +3704,7 @@ def route(pattern: str) -> Callable[[HandlerT], HandlerT]:
     def mark(handler: Any) -> Any:
         if not (isinstance(handler, type) and issubclass(handler, RequestHandler)):
             raise PluginError(f"route({shown(pattern)}) belongs on a RequestHandler")
-        return marked(handler, Route(pattern))
+        return marked(handler, Mark("@route", pattern))
 
     return mark
 
@@ -4541,62 +4389,37 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Seconds that a thread may have to wait for others each time that it sleeps, on a busy machine.
-LONGEST_TURN: Final = 0.5
+#: Seconds for which a thread may have to wait each time that it makes way for another process.
+LONGEST_TURN: Final = 0.04
 #: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
 
 class Standing(NamedTuple):
-    """What a thread has had so far, in seconds; two of them tell what kept it."""
+    """What this thread and the others of this process have had so far."""
 
-    #: It ran;
-    ran: float = 0.0
-    #: the other threads of this process ran;
-    others: float = 0.0
-    #: so many times it slept, and the other threads were interrupted.
-    naps: int = 0
-    interrupted: int = 0
-    #: As `seconds_queued` says; it may be a second older, for that is dear.
-    queued: Mapping[int, float] = {}
+    #: Seconds that it ran, and that the others did.
+    ran: float
+    others: float
+    #: How often one of all these had to make way for another process (getrusage(2)).
+    interrupted: int
 
 
-def standing(queued: Mapping[int, float]) -> Standing:
-    """Of the thread that asks; nothing where no kernel tells (getrusage(2))."""
-    try:
-        own = resource.getrusage(resource.RUSAGE_THREAD)
-    except AttributeError:
-        return Standing()
+def standing() -> Standing:
+    """Of the thread that asks."""
     ran = time.thread_time()
-    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - own.ru_nivcsw
-    return Standing(ran, time.process_time() - ran, own.ru_nvcsw, interrupted, queued)
+    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return Standing(ran, time.process_time() - ran, interrupted)
 
 
-def seconds_queued() -> dict[int, float]:
-    """For how long each thread of this process was ready to run while others ran (proc(5))."""
-    queued = {}
-    with contextlib.suppress(OSError):
-        for thread in os.listdir("/proc/self/task"):
-            place = f"/proc/self/task/{thread}/schedstat"
-            with contextlib.suppress(OSError), open(place, "rb", buffering=0) as file:
-                queued[int(thread)] = int(file.read().split()[1]) / 1e9
-    return queued
+def seconds_held(seconds: float, before: Standing) -> float:
+    """For how much of the last seconds this thread kept everybody waiting: it worked, or it slept.
 
-
-def seconds_held(seconds: float, before: Standing, now: Standing) -> float:
-    """For how much of so many seconds the thread itself kept everybody waiting.
-
-    It worked, or it slept; not while it was queued, nor while it waited for the interpreter, or for
-    a thread to start: then the other threads ran or were queued, or had been interrupted for nobody
-    knows how long. But who waits for the interpreter wakes up every few milliseconds to ask for it
-    (`sys.setswitchinterval`), so that few long sleeps are its own.
+    Not while the others had the interpreter, nor while a busy machine let one of them or itself wait.
     """
-    queued = {one: so_far - before.queued.get(one, 0.0) for one, so_far in now.queued.items()}
-    own = queued.pop(threading.get_native_id(), 0.0)
-    waited = (now.naps - before.naps) * LONGEST_TURN
-    if now.interrupted == before.interrupted:
-        waited = min(waited, now.others - before.others + sum(queued.values()))
-    return max(min(seconds, now.ran - before.ran), seconds - own - waited)
+    now = standing()
+    waited = now.others - before.others + LONGEST_TURN * (now.interrupted - before.interrupted)
+    return max(min(seconds, now.ran - before.ran), seconds - waited)
 
 
 def kind_of_fault(error: BaseException) -> object:
@@ -4683,10 +4506,8 @@ class Guarded:
     _told: set[object] = dataclasses.field(default_factory=set)
     _failed_in_row: int = 0
     _paused_until: float = 0.0
-    _standing: Standing = dataclasses.field(default_factory=Standing)
+    _standing: Standing = dataclasses.field(default_factory=standing)
     _stood_at: float = 0.0
-    _queued: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    _queued_at: float = 0.0
     _longest: float = 0.0
     _running: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
 
@@ -4699,9 +4520,10 @@ class Guarded:
         if self._paused_until and self.paused:
             return
         try:
-            result = self._call(event)
+            result = self._step(self.function, event, *self.arguments)
             if hasattr(result, "__await__"):
-                task = asyncio.create_task(self._finish(event, result))
+                then = functools.partial(self.then, event)
+                task = asyncio.create_task(self._finish(self._awaited(result), then))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
                 return
@@ -4716,17 +4538,11 @@ class Guarded:
         self, *subject: object, then: Callable[[Any], Any] = lambda result: result
     ) -> Any:
         """Call it, and return what `then` makes of what it returns; None when it fails or is paused."""
-        if not self.paused:
-            with caught(self._failed):
-                result = await self.run(*subject)
-                made = None if result is None else then(result)
-                self._failed_in_row = 0
-                return made
-        return None
+        return None if self.paused else await self._finish(self.run(*subject), then)
 
     async def run(self, *subject: object) -> Any:
         """Call it and return what it returns; raises what it raises."""
-        result = self._call(*subject)
+        result = self._step(self.function, *subject, *self.arguments)
         return await self._awaited(result) if hasattr(result, "__await__") else result
 
     async def wait(self) -> None:
@@ -4734,26 +4550,18 @@ class Guarded:
         if self._running:
             await asyncio.wait(self._running)
 
-    def _call(self, *subject: object) -> Any:
-        began = self._begin()
-        try:
-            return self.function(*subject, *self.arguments)
-        finally:
-            self._took(began)
-
-    async def _finish(self, event: object, result: Awaitable[Any]) -> None:
+    async def _finish(self, result: Awaitable[Any], then: Callable[[Any], Any]) -> Any:
         with caught(self._failed):
-            answer = await self._awaited(result)
-            if answer is not None:
-                self.then(event, answer)
+            answer = await result
+            made = None if answer is None else then(answer)
             self._failed_in_row = 0
+            return made
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
-        steps = self._in_steps(result)
         if self.time_limit is None:
-            return await steps
-        task = asyncio.create_task(steps)
+            return await self._in_steps(result)
+        task = asyncio.create_task(self._in_steps(result))
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -4773,13 +4581,10 @@ class Guarded:
         steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
-            began = self._begin()
             try:
-                awaited = resume(value)
+                awaited = self._step(resume, value)
             except StopIteration as end:
                 return end.value
-            finally:
-                self._took(began)
             try:
                 resume, value = steps.send, (yield awaited)
             except BaseException as error:  # a cancellation, most often: it is for what is awaited
@@ -4787,25 +4592,27 @@ class Guarded:
 
     # -- its account
 
-    def _begin(self) -> float:
-        """The moment at which the function goes on."""
-        now = time.perf_counter()
-        if now > self._stood_at + 0.01:  # to ask each time would cost more than most calls
-            if now > self._queued_at + 1.0:
-                self._queued, self._queued_at = seconds_queued(), now
-            self._standing, self._stood_at = standing(self._queued), now
-        return now
+    def _step(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call what holds up the loop; count the time, and name it if that was long.
 
-    def _took(self, began: float) -> None:
-        """Count the time, and name what kept everybody waiting; again when it was twice as long."""
-        seconds = time.perf_counter() - began
-        self.metrics.plugin_seconds.counts[self.plugin] += seconds
-        if seconds > BLOCKING:
-            seconds = seconds_held(seconds, self._standing, standing(seconds_queued()))
-            if seconds > max(BLOCKING, 2 * self._longest):
-                self._longest = seconds
-                held_up = "plugin %s: %s held up the server for %.0f ms"
-                log.warning(held_up, self.plugin, self.name, seconds * 1000)
+        Named again when it was twice as long.
+        """
+        began = time.perf_counter()
+        if began > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+            self._standing, self._stood_at = standing(), began
+        try:
+            return function(*arguments)
+        finally:
+            seconds = time.perf_counter() - began
+            self.metrics.plugin_seconds.counts[self.plugin] += seconds
+            if seconds > BLOCKING:
+                self._name_blocking(seconds_held(seconds, self._standing))
+
+    def _name_blocking(self, seconds: float) -> None:
+        if seconds > max(BLOCKING, 2 * self._longest):
+            self._longest = seconds
+            held_up = "plugin %s: %s held up the server for %.0f ms"
+            log.warning(held_up, self.plugin, self.name, seconds * 1000)
 
     def _failed(self, error: BaseException) -> None:
         self.report(error)
@@ -4830,13 +4637,15 @@ class Guarded:
 # -- one plugin
 
 Routes = list[tuple[PathMatches, type[RequestHandler]]]
+#: What `needs` may be.
+COLLECTIONS: Final = (set, frozenset, list, tuple)
 
 
-class Marked(NamedTuple):
-    """A function, or a handler's class, with one of its marks."""
+class Hook(NamedTuple):
+    """A function of a plugin, or a handler's class, that the host calls."""
 
+    mark: Mark
     function: Any
-    mark: Any
     #: How many arguments it takes of those that it may.
     takes: int
 
@@ -4848,31 +4657,26 @@ class Plugin:
         self.name = name
         self.path = path
         self.module = module
-        used = attributes_used(path)
-        self.settings_form = settings_form(module, reads_settings="settings" in used)
+        code = read_code(path)
+        #: Event and kind of room of each `spy.emit` in its files.
+        self.emitted = code.emitted
+        self.settings_form = settings_form(module, reads_settings="settings" in code.attributes)
         self.settings = self.check_settings(table)
-        #: Functions and handlers with each mark on them, in the order of the file.
-        self._marked = [
-            Marked(value, mark, arguments_taken(value, HOOKS.get(type(mark))))
-            for _, value in own_things(module)
-            for mark in getattr(value, "__dict__", {}).get(MARKS, ())
-        ]
-        self.listeners, self.greeters = self.marked(Listener), self.marked(Greeter)
-        self.hooks = named_hooks(module)
-        self.needs = checked_needs(module, used)
-        check_payloads(module)
-        rooms = {one.mark.emit: one.mark.room for one in self.listeners if one.mark.emit}
-        rooms |= {one.mark.emit: one.mark.kind for one in self.greeters}
-        self.events = set(rooms)
-        self.kinds = frozenset(rooms.values())
+        check_names(module)
+        self._hooks = hooks_of(module)
+        self.needs = checked_needs(module, code.attributes)
+        check_payloads(name, module)
+        marks = [hook.mark for hook in self._hooks if hook.mark.emit]
+        self.events = {str(mark.emit) for mark in marks}
+        self.kinds = frozenset(mark.room for mark in marks)
 
-    def marked(self, kind: type[Mark]) -> list[Marked]:
-        """What has such a mark."""
-        return [one for one in self._marked if isinstance(one.mark, kind)]
+    def hooks(self, *names: str) -> list[Hook]:
+        """What it has for these keys of HOOKS, in the order of the file."""
+        return [hook for hook in self._hooks if hook.mark.hook in names]
 
     def event_types(self) -> set[type[hikari.Event]]:
         """The events that Discord has to send for it."""
-        heard = {one.mark.source for one in self.listeners if isinstance(one.mark.source, type)}
+        heard = {hook.mark.of for hook in self.hooks("@on") if isinstance(hook.mark.of, type)}
         return heard | {NEEDS[need].event for need in self.needs}
 
     def check_settings(self, table: dict[str, Any]) -> Any:
@@ -4891,10 +4695,21 @@ def own_things(module: ModuleType) -> list[tuple[str, Any]]:
     home = module.__name__
     seen: dict[int, tuple[str, Any]] = {}
     for name, value in vars(module).items():
-        where = getattr(value, "__module__", None)
+        where = getattr(value, "__module__", home)
         if isinstance(where, str) and (where == home or where.startswith(f"{home}.")):
             seen.setdefault(id(value), (name, value))
     return list(seen.values())
+
+
+def hooks_of(module: ModuleType) -> list[Hook]:
+    """What the host calls in it; raises PluginError for what it cannot call."""
+    named = [(vars(module)[name], [Mark(name)]) for name in HOOKS if name in vars(module)]
+    marked = [(one, getattr(one, "__dict__", {}).get(MARKS, [])) for _, one in own_things(module)]
+    return [
+        Hook(mark, function, arguments_taken(function, HOOKS[mark.hook]))
+        for function, marks in [*marked, *named]
+        for mark in marks
+    ]
 
 
 def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.Struct] | None:
@@ -4910,32 +4725,25 @@ def settings_form(module: ModuleType, *, reads_settings: bool) -> type[msgspec.S
     return form
 
 
-def named_hooks(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """`setup` and the like; raises PluginError for a name that is nearly one."""
-    names = [name for name in HOOKS if isinstance(name, str)]
+def check_names(module: ModuleType) -> None:
+    """Raises PluginError for a name that is nearly one that the host looks for."""
+    hooks = [name for name in HOOKS if name.isidentifier()]
     for name, value in own_things(module):
-        if isinstance(value, type):
-            if issubclass(value, PluginSettings) and "Settings" not in vars(module):
-                raise PluginError(f"class {name} is never read, did you mean Settings?")
-        elif inspect.isfunction(value) and MARKS not in vars(value) and name[0] != "_":
-            plain = name.replace("_", "").lower()
-            near = difflib.get_close_matches(plain, names, n=1, cutoff=0.85)
-            if near and name not in names:
-                why = f"did you mean {near[0]}? (else begin it with _)"
-                raise PluginError(f"{name} is no hook, {why}")
-    hooks = {name: vars(module)[name] for name in names if name in vars(module)}
-    for name, function in hooks.items():
-        arguments_taken(function, HOOKS[name])
-    return hooks
+        function = inspect.isfunction(value) and MARKS not in vars(value)
+        looked_for = hooks if function else ["needs"] if isinstance(value, COLLECTIONS) else []
+        plain = name.replace("_", "").lower()
+        near = difflib.get_close_matches(plain, looked_for, n=1, cutoff=0.85)
+        if near and name not in looked_for and name[0] != "_":
+            raise PluginError(f"{name} is no hook, did you mean {near[0]}? (else begin it with _)")
+        settings = isinstance(value, type) and issubclass(value, PluginSettings)
+        if settings and "Settings" not in vars(module):
+            raise PluginError(f"class {name} is never read, did you mean Settings?")
 
 
 def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]:
     """What hikari has to keep for the plugin; raises PluginError where it asks for less than it uses."""
-    for name in vars(module):
-        if name.lower() in ("need", "needs") and name != "needs":
-            raise PluginError(f"{name} is no hook, did you mean needs?")
     needs = vars(module).get("needs", frozenset())
-    if not isinstance(needs, set | frozenset | list | tuple) or not NEEDS.keys() >= set(needs):
+    if not isinstance(needs, COLLECTIONS) or not NEEDS.keys() >= set(needs):
         raise PluginError(f"needs: got {shown(needs)}, expected some of {', '.join(NEEDS)}")
     for name, need in NEEDS.items():
         empty = [attribute for attribute in sorted(used) if attribute.startswith(need.attributes)]
@@ -4945,20 +4753,36 @@ def checked_needs(module: ModuleType, used: Mapping[str, str]) -> frozenset[str]
     return frozenset(needs)
 
 
-def attributes_used(path: Path) -> dict[str, str]:
-    """The names of all attributes that a plugin's files read, and where one of them is."""
-    return {
-        node.attr: f"{file.name}, line {node.lineno}"
-        for file in files_of(path)
-        if file.suffix == ".py"
-        for node in ast.walk(ast.parse(file.read_bytes()))
-        if isinstance(node, ast.Attribute)
-    }
+class Code(NamedTuple):
+    """What a plugin's files say without being run."""
+
+    #: The names of all attributes that they read, and where one of them is.
+    attributes: dict[str, str]
+    #: Event and kind of room of each `spy.emit("event", …)`.
+    emitted: set[tuple[str, str]]
 
 
-def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
+def read_code(path: Path) -> Code:
+    """All files of a plugin."""
+    code = Code({}, set())
+    for file in files_of(path):
+        for node in ast.walk(ast.parse(file.read_bytes())) if file.suffix == ".py" else ():
+            match node:
+                case ast.Attribute(attr=name):
+                    code.attributes[name] = f"{file.name}, line {node.lineno}"
+                case ast.Call(
+                    func=ast.Attribute(attr="emit"), args=[ast.Constant(str(event)), *more]
+                ):
+                    named = (one.value for one in node.keywords if one.arg == "room")
+                    room = [*more[2:3], *named, ast.Constant("guild")][0]
+                    if isinstance(room, ast.Constant):
+                        code.emitted.add((event, str(room.value)))
+    return code
+
+
+def arguments_taken(function: Any, forms: Sequence[str]) -> int:
     """How many arguments the function takes, in the longest of these forms that it allows."""
-    if forms is None:
+    if not forms:
         return 0
     expected = " or ".join(f"({form})" for form in forms)
     name = getattr(function, "__name__", type(function).__name__)
@@ -4971,14 +4795,13 @@ def arguments_taken(function: Any, forms: Sequence[str] | None) -> int:
     raise PluginError(f"{name} takes {signature}, expected {expected}")
 
 
-def check_payloads(module: ModuleType) -> None:
+def check_payloads(plugin: str, module: ModuleType) -> None:
     """Raises PluginError for annotations that values cannot be checked by."""
     for name, value in own_things(module):
         if isinstance(value, type) and issubclass(value, Payload):
             fields = value.__struct_fields__
             telling = [one for one in fields if re.fullmatch(r"(\w+_)?channel(_id|_name)?", one)]
             if telling and "channel_id" not in fields:
-                plugin = module.__name__.removeprefix(f"{PLUGINS_PACKAGE}.")
                 why = "goes to all who see the guild: only channel_id hides an event"
                 log.warning("plugin %s: %s.%s %s", plugin, name, telling[0], why)
             try:
@@ -5003,10 +4826,6 @@ class PluginHandler(RequestHandler):
         """A client reads of a bug no more than 500; whose it is, the log says."""
         if value is not None and not isinstance(value, HTTPError):
             self._guarded.report(value)
-
-
-#: A function that hears events, and its mark.
-Listening = tuple[Listener, Guarded]
 
 
 class Runner:
@@ -5039,40 +4858,44 @@ class Runner:
         self._guard = functools.partial(Guarded, plugin.name, metrics)
         #: What makes an event's payload when it is really sent, by event.
         self._makers: dict[str, Guarded] = {}
-        self.setup = self._hook("setup", self.setup_limit)
-        self.teardown = self._hook("teardown", time_limit)
-        self.listeners = [(one.mark, self._guarded(one)) for one in plugin.listeners]
-        self.greeters = [(one, self._guarded(one)) for one in plugin.greeters]
-        self.repeated = [(one.mark.seconds, self._guarded(one)) for one in plugin.marked(Repeated)]
+        #: What the host calls, by the keys of HOOKS.
+        self.hooks = {
+            name: [(hook, self._guarded(hook)) for hook in plugin.hooks(name)] for name in HOOKS
+        }
+        self.setup, self.teardown = map(self._if_there, ("setup", "teardown"))
         #: What the plugin serves: a pattern of the whole path, and what answers there.
         self.routes = [
-            (PathMatches(one.mark.pattern), self._page(one.function))
-            for one in plugin.marked(Route)
+            (PathMatches(hook.mark.of), self._page(hook.function, guarded))
+            for hook, guarded in self.hooks["@route"]
         ]
 
-    def _hook(self, name: str, seconds: float) -> Guarded:
-        hook = self.plugin.hooks.get(name, lambda spy: None)
-        return self._guard(hook, name, seconds, (self.spy,))
+    def _guarded(self, hook: Hook) -> Guarded:
+        mark, name, limit = hook.mark, hook.function.__name__, self._time_limit
+        guard = functools.partial(self._guard, hook.function)
+        match mark.hook:
+            case "@on":
+                where = f" on {getattr(mark.of, '__name__', mark.of)}"
+                then = functools.partial(self._send_result, mark)
+                return guard(name, limit, (self.spy,)[: hook.takes - 1], where, then)
+            case "@on_subscribe":
+                return guard(f"making {mark.emit}", limit, where=f" in {name}")
+            case "setup":
+                return guard("setup", self.setup_limit, (self.spy,))
+            case "teardown":
+                return guard("teardown", limit, (self.spy,))
+        return guard(name, None, (self.spy,))
 
-    def _guarded(self, marked: Marked) -> Guarded:
-        function, mark, takes = marked
-        name, limit = function.__name__, self._time_limit
-        if isinstance(mark, Greeter):
-            return self._guard(function, f"making {mark.emit}", limit, (), f" in {name}")
-        if isinstance(mark, Repeated):
-            return self._guard(function, name, None, (self.spy,))
-        where = f" on {mark.source if isinstance(mark.source, str) else mark.source.__name__}"
-        then = functools.partial(self._send_result, mark)
-        return self._guard(function, name, limit, (self.spy,)[: takes - 1], where, then)
+    def _if_there(self, name: str) -> Guarded:
+        nothing = self._guard(lambda spy: None, name, None, (self.spy,))
+        return next((guarded for _, guarded in self.hooks[name]), nothing)
 
-    def _page(self, handler: type[RequestHandler]) -> type[RequestHandler]:
-        name = handler.__name__
-        own = {"spy": self.spy, "_guarded": self._guard(handler, name, None)}
-        return type(name, (PluginHandler, handler), own)
+    def _page(self, handler: type[RequestHandler], guarded: Guarded) -> type[RequestHandler]:
+        own = {"spy": self.spy, "_guarded": guarded}
+        return type(handler.__name__, (PluginHandler, handler), own)
 
     def paused(self) -> list[str]:
         """Functions that are not called for a while, since they failed again and again."""
-        everything = (*self.listeners, *self.greeters, *self.repeated)
+        everything = itertools.chain.from_iterable(self.hooks.values())
         return [f"{self.plugin.name}.{one.name}" for _, one in everything if one.paused]
 
     # -- life
@@ -5085,7 +4908,10 @@ class Runner:
     def begin(self) -> None:
         """Be at work: hear events, greet, and repeat what is repeated."""
         self.at_work = True
-        self._tasks = [asyncio.create_task(self._repeat(*one)) for one in self.repeated]
+        self._tasks = [
+            asyncio.create_task(self._repeat(hook.mark.of, guarded))
+            for hook, guarded in self.hooks["@every"]
+        ]
 
     def end(self) -> bool:
         """Repeat nothing more; whether it was at work, and is to be torn down."""
@@ -5097,7 +4923,7 @@ class Runner:
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
         await end_tasks(self._tasks, patience=1.0)  # they may have to clean up
-        for _, guarded in self.listeners:
+        for _, guarded in self.hooks["@on"]:
             await guarded.wait()
         with caught(self.teardown.report):
             await self.teardown.run()
@@ -5118,23 +4944,23 @@ class Runner:
         Without a subscriber, what all of them would get.
         """
         finish = functools.partial(finish_payload, guild_id=guild_id)
-        for (_, mark, takes), guarded in self.greeters:
-            if mark.kind == kind and (subscriber or takes < 3):
-                arguments = (guild_id, self.spy, subscriber)[:takes]
-                fields = await guarded.ask(*arguments, then=functools.partial(finish, mark.emit))
+        for (mark, _, takes), guarded in self.hooks["@on_subscribe"]:
+            if mark.room == kind and (subscriber or takes < 3):
+                event, arguments = str(mark.emit), (guild_id, self.spy, subscriber)[:takes]
+                fields = await guarded.ask(*arguments, then=functools.partial(finish, event))
                 channel_id = fields and fields.get("channelId")
                 if fields and (not channel_id or not subscriber or subscriber.may_see(channel_id)):
-                    tell(mark.emit, fields)
+                    tell(event, fields)
 
-    def _send_result(self, listener: Listener, event: Any, result: object) -> None:
-        if listener.emit is None:
+    def _send_result(self, mark: Mark, event: Any, result: object) -> None:
+        if mark.emit is None:
             raise PluginError(f"returned {described(result)}, but on() has no emit= to send it as")
-        if listener.settled and not self._context.settled():
+        if mark.settled and not self._context.settled():
             self._dropped("startup grace").inc()
             return
         guild_id = guild_of(event)
-        fields = self._finished(listener.emit, guild_id, result)
-        self._context.emit(listener.emit, guild_id, fields, listener.room)
+        fields = self._finished(mark.emit, guild_id, result)
+        self._context.emit(mark.emit, guild_id, fields, mark.room)
 
     def _emit(self, event: str, guild_id: str, payload: PayloadOrMaker, room: str) -> None:
         """What `spy.emit` does."""
@@ -5177,16 +5003,16 @@ class Dispatcher:
     def __init__(self, context: HostContext, metrics: Metrics) -> None:
         self._context = context
         self._received = metrics.received.counts
-        self._hearers: dict[type | str, list[Listening]] = {}
+        self._hearers: dict[type | str, list[tuple[Mark, Guarded]]] = {}
         self._subscribed: dict[type[hikari.Event], Callable[[Any], None]] = {}
         self._counted: hikari.Event | None = None
 
     def connect(self, runners: Iterable[Runner]) -> None:
         """From now on these plugins hear all that happens, in this order."""
-        hearers: dict[type | str, list[Listening]] = {}
+        hearers: dict[type | str, list[tuple[Mark, Guarded]]] = {}
         for runner in runners:
-            for listener, guarded in runner.listeners:
-                hearers.setdefault(listener.source, []).append((listener, guarded))
+            for hook, guarded in runner.hooks["@on"]:
+                hearers.setdefault(hook.mark.of, []).append((hook.mark, guarded))
         self._hearers = hearers
         wanted = {source for source in hearers if not isinstance(source, str)}
         bot = self._context.bot
@@ -5228,8 +5054,8 @@ class Dispatcher:
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
                 # hikari 2.7 does not say who left as long as it keeps a message of theirs
                 event.old_member = cache.get_member(event.guild_id, event.user_id)
-            for listener, guarded in self._hearers.get(event_type, ()):
-                if person or listener.bots:
+            for mark, guarded in self._hearers.get(event_type, ()):
+                if person or mark.bots:
                     guarded.call(event)
 
         return hear
@@ -5246,8 +5072,8 @@ def missing_intents(event_type: type[hikari.Event], had: hikari.Intents) -> hika
 
 #: Files and folders that are no plugins: parts of one, and tests.
 NO_PLUGIN: Final = re.compile(r"[_.].*|test_.*|.*_test|tests|conftest")
-#: The files of a plugin, and what each holds (its digest); None for one that leads nowhere.
-Contents = list[tuple[Path, bytes | None]]
+#: The files of a plugin, and a digest of what each holds; one that leads nowhere is left out.
+Contents = list[tuple[Path, bytes]]
 
 
 class PluginFiles:
@@ -5264,59 +5090,48 @@ class PluginFiles:
 
     def __init__(self, settings: PluginsSettings, folder: Path) -> None:
         self._shipped = shipped_plugins()
-        self._folders: list[Path] = []
-        for name in settings.folders:
-            places = [(folder / name).resolve()]
-            if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
-                places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
-            found = [place for place in places if place.is_dir()]
-            if not found:
-                raise OperatorError(f"plugins.folders: {places[0]} is no folder")
-            self._folders += (place for place in found if place not in self._folders)
-        #: (name, file, file of a later folder whose place it takes)
-        self._replaced: set[tuple[str, Path, Path]] = set()
-        self._disabled = frozenset(settings.disabled)
-        #: What each file held when it was read, and when it had been written by then.
-        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
-        #: Each plugin as it was taken;
-        self._taken: dict[str, Contents] = {}
-        #: each that has changed since as it is now, and since when.
-        self._seen: dict[str, tuple[Contents, float]] = {}
+        places = [self._places(folder, name) for name in settings.folders]
+        self._folders = list(dict.fromkeys(itertools.chain.from_iterable(places)))
+        self.disabled = settings.disabled
+        #: Each plugin as it was taken; None for one that has gone.
+        self._taken: dict[str, Contents | None] = {}
+        #: What has changed since, as it is now, and since when.
+        self._seen: dict[str, tuple[Contents | None, float]] = {}
 
-    def find(self) -> dict[str, Path]:
-        """The plugins that there are, by name: a file of each, in the order to load them.
+    def _places(self, folder: Path, name: str) -> list[Path]:
+        """The folder that settings name so, and the shipped one that it stands for."""
+        places = [(folder / name).resolve()]
+        if Path(name).parts[:1] == (OWN_PLUGINS,) and self._shipped:
+            places.append(self._shipped / Path(name).relative_to(OWN_PLUGINS))
+        found = [place for place in places if place.is_dir()]
+        if not found:
+            raise OperatorError(f"plugins.folders: {places[0]} is no folder")
+        return found
+
+    def all(self) -> dict[str, list[Path]]:
+        """A file of each plugin that there is, by name, disabled or not: the first is the one that counts.
 
         The shipped ones come first, then each folder's: of two that claim an event the earlier has it.
         """
-        found: dict[str, Path] = {}
-        replaced: set[tuple[str, Path, Path]] = set()
-        for name, path in self._files():
-            if (taken := found.setdefault(name, path)) != path:
-                replaced.add((name, taken, path))
-        for name, taken, path in sorted(replaced - self._replaced):
-            log.info("plugin %s: %s replaces %s", name, taken, path)
-        self._replaced = replaced
-        shipped = [name for name, path in found.items() if self._shipped in path.parents]
+        found: dict[str, list[Path]] = {}
+        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
+            path = entry / "__init__.py" if entry.is_dir() else entry
+            name = entry.name if entry.is_dir() else entry.stem
+            is_there = path.is_file() or path is entry  # a link that leads nowhere is told of
+            if path.suffix == ".py" and is_there and not NO_PLUGIN.fullmatch(name):
+                found.setdefault(name, []).append(path)
+        shipped = [name for name, (path, *_) in found.items() if self._shipped in path.parents]
         return {name: found[name] for name in (*shipped, *found)}
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for entry in (entry for folder in self._folders for entry in sorted(folder.glob("*"))):
-            folder = entry.is_dir()
-            path, name = (entry / "__init__.py", entry.name) if folder else (entry, entry.stem)
-            left_out = NO_PLUGIN.fullmatch(name) or name in self._disabled
-            if path.suffix == ".py" and not left_out and (path.is_file() or not folder):
-                yield name, path
+    def find(self) -> dict[str, Path]:
+        """The plugins to load, in their order."""
+        return {name: at for name, (at, *_) in self.all().items() if name not in self.disabled}
 
     def take(self) -> dict[str, Path]:
         """All plugins as they are now."""
         found = self.find()
-        self._taken = {name: self._contents(path) for name, path in found.items()}
+        self._taken = {name: contents_of(path) for name, path in found.items()}
         return found
-
-    @property
-    def names(self) -> set[str]:
-        """Of all plugins that there are, loaded or not."""
-        return {*self._taken, *self._disabled}
 
     @property
     def resting(self) -> bool:
@@ -5330,8 +5145,8 @@ class PluginFiles:
         return {name: found.get(name) for name in names if self._has_settled(name, found.get(name))}
 
     def _has_settled(self, name: str, path: Path | None) -> bool:
-        contents, now = self._contents(path) if path else [], time.monotonic()
-        if contents == self._taken.get(name, []):
+        contents, now = contents_of(path) if path else None, time.monotonic()
+        if contents == self._taken.get(name):
             self._seen.pop(name, None)
             return False
         if name not in self._seen or self._seen[name][0] != contents:
@@ -5342,19 +5157,23 @@ class PluginFiles:
         self._taken[name], _ = self._seen.pop(name)
         return True
 
-    def _contents(self, path: Path) -> Contents:
-        """What is in a plugin's files now; read only where one was written since the last look."""
-        contents: Contents = []
-        for file in files_of(path):
-            found = None
-            with contextlib.suppress(OSError):
-                status = file.stat()
+
+def contents_of(path: Path) -> Contents:
+    """What is in a plugin's files now."""
+    contents: Contents = []
+    for file in files_of(path):
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            if file.is_file():
                 written = status.st_mtime_ns, status.st_size, status.st_ino
-                if self._read.get(file, ((), b""))[0] != written and file.is_file():
-                    self._read[file] = written, hashlib.sha256(file.read_bytes()).digest()
-                _, found = self._read.get(file, ((), None))
-            contents.append((file, found))
-        return contents
+                contents.append((file, digest_of(file, written)))
+    return contents
+
+
+@functools.lru_cache(maxsize=4096)
+def digest_of(file: Path, written: tuple[int, ...]) -> bytes:
+    """A file is read once for each time that it was written."""
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def files_of(path: Path) -> list[Path]:
@@ -5498,7 +5317,7 @@ class PluginLoader:
     def warn_of_typos(self, plugin: Plugin) -> None:
         """Name what the plugin hears where nobody sends that, but something much like it."""
         known = [event for one in self.plugins.values() for event in one.events]
-        for event in (one.mark.source for one in plugin.listeners):
+        for event in (hook.mark.of for hook in plugin.hooks("@on")):
             near = difflib.get_close_matches(str(event), known, n=1, cutoff=0.8)
             if near and event not in known:
                 why = f"no plugin emits {event}, did you mean {near[0]}?"
@@ -5506,6 +5325,8 @@ class PluginLoader:
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
+        for hidden in self.files.all()[name][1:]:
+            log.info("plugin %s: %s replaces %s", name, path, hidden)
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
             for event in sorted(plugin.events):
@@ -5525,15 +5346,17 @@ class PluginLoader:
     def faults(self) -> list[str]:
         """What is wrong with the plugins, a line each."""
         failed = [f"plugin {name}: {why}" for name, why in sorted(self.failures.items())]
-        return failed + self.tables_without_plugin()
+        return failed + self.unknown_names()
 
-    def tables_without_plugin(self) -> list[str]:
-        """A line for each `[plugin.NAME]` whose plugin is not there."""
-        names = sorted(self.files.names)
+    def unknown_names(self) -> list[str]:
+        """A line for each plugin that settings name and that is not there."""
+        there = sorted(self.files.all())
+        named = [(f"plugin.{name}", name) for name in self.tables]
+        named += [(f"plugins.disabled: {shown(name)}", name) for name in self.files.disabled]
         return [
-            f"plugin.{name}: no such plugin{nearest(name, names)}"
-            for name in self.tables
-            if name not in names
+            f"{key}: no such plugin{nearest(name, there)}"
+            for key, name in named
+            if name not in there
         ]
 
     def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -5592,23 +5415,32 @@ class PluginHost:
     ) -> None:
         loader.check_secret(context.tokens)
         self.loader = loader
-        self.plugins = loader.plugins
         self.failures = loader.failures
         self._context = context
         self._metrics = metrics
         #: Seconds that an async function of a plugin may take.
         self._time_limit = time_limit
         self._dispatcher = Dispatcher(context, metrics)
-        #: The loaded plugins with what they work with.
-        self.runners = {name: self._runner(plugin) for name, plugin in self.plugins.items()}
-        self._routes: Routes = []
         #: Whether plugins are at work here, and what is held while that or they change.
         self._leading = False
         self._changing = asyncio.Lock()
         self._look_now = asyncio.Event()
-        self._take_over()
-        for line in loader.tables_without_plugin():
+        self._take_over({name: self._runner(one) for name, one in loader.plugins.items()})
+        for line in loader.unknown_names():
             log.warning("%s; it may come later", line)
+
+    def _take_over(self, runners: dict[str, Runner]) -> None:
+        """Have all that happens go to these, or to those of them that are at work, in one step."""
+        #: The loaded plugins with what they work with.
+        self.runners = dict(sorted(runners.items()))
+        self.loader.plugins = {name: one.plugin for name, one in self.runners.items()}
+        self._routes = [route for runner in self.runners.values() for route in runner.routes]
+        self._dispatcher.connect(self.running.values())
+
+    @property
+    def plugins(self) -> dict[str, Plugin]:
+        """The loaded plugins."""
+        return self.loader.plugins
 
     def _runner(self, plugin: Plugin) -> Runner:
         publish, claim = self._dispatcher.publish, self.loader.claim
@@ -5625,7 +5457,7 @@ class PluginHost:
         async with self._changing:
             self._leading = True
             await asyncio.gather(*map(self._begin, self.runners.values()))
-            self._take_over()
+            self._take_over(self.runners)
 
     async def _begin(self, runner: Runner) -> None:
         name = runner.plugin.name
@@ -5644,12 +5476,6 @@ class PluginHost:
         """Those that are at work."""
         return {name: runner for name, runner in self.runners.items() if runner.at_work}
 
-    def _take_over(self) -> None:
-        """Have all that happens go to those that are there now, in one step."""
-        runners = [runner for _, runner in sorted(self.runners.items())]
-        self._routes = [route for runner in runners for route in runner.routes]
-        self._dispatcher.connect(runner for runner in runners if runner.at_work)
-
     async def stop(self) -> None:
         """Stop hearing events and tear the plugins down."""
         async with self._changing:
@@ -5658,7 +5484,7 @@ class PluginHost:
             for name, runner in ending.items():
                 runner.end()
                 self.failures.pop(name, None)  # it is not to be at work here now
-            self._take_over()
+            self._take_over(self.runners)
             await asyncio.gather(*(runner.tear_down() for runner in ending.values()))
 
     # -- what is saved meanwhile
@@ -5688,25 +5514,28 @@ class PluginHost:
     async def _change(self, changed: dict[str, Path | None]) -> None:
         """Set up what is new, and then, in one step, let it take the place of what was before."""
         async with self._changing:
-            others = {name: one for name, one in self.plugins.items() if changed.get(name, True)}
-            coming: list[Runner] = []
+            after = {name: one for name, one in self.runners.items() if changed.get(name, True)}
             for name, path in changed.items():
-                if path and (runner := await self._prepare(name, path, others)):
-                    coming.append(runner)
-                    others[name] = runner.plugin
-            gone = [name for name, path in changed.items() if path is None]
-            before = [self._remove(name) for name in (*gone, *(one.plugin.name for one in coming))]
-            for name in gone:
+                if path and (runner := await self._prepare(name, path, after)):
+                    after[name] = runner
+            coming = [one for name, one in after.items() if self.runners.get(name) is not one]
+            ending = [one for name, one in self.runners.items() if after.get(name) is not one]
+            ending = [runner for runner in ending if runner.end()]
+            for runner in coming if self._leading else ():
+                runner.begin()
+            self._take_over(after)
+            for name in (name for name, path in changed.items() if path is None):
                 take_modules(name)
+                self.failures.pop(name, None)
                 log.info("plugin %s: gone", name)
             for runner in coming:
-                self._enter(runner)
-            self._take_over()
-            await asyncio.gather(*(runner.tear_down() for runner in before if runner))
+                self._say_loaded(runner.plugin)
+            await asyncio.gather(*(runner.tear_down() for runner in ending))
 
-    async def _prepare(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Runner | None:
+    async def _prepare(self, name: str, path: Path, after: Mapping[str, Runner]) -> Runner | None:
         """A new version, set up where plugins are at work; None where anything of that fails."""
         with caught(functools.partial(self.loader.report, name, path)), fresh_modules(name):
+            others = {name: runner.plugin for name, runner in after.items()}
             plugin = self.loader.load(name, path, others)
             for need in sorted(plugin.needs):
                 if NEEDS[need].components & ~self._context.bot.cache.settings.components:
@@ -5718,19 +5547,8 @@ class PluginHost:
                 await runner.set_up()
             return runner
 
-    def _remove(self, name: str) -> Runner | None:
-        """Have a plugin no more; what was at work is still to be torn down."""
-        self.plugins.pop(name, None)
-        self.failures.pop(name, None)
-        runner = self.runners.pop(name, None)
-        return runner if runner and runner.end() else None
-
-    def _enter(self, runner: Runner) -> None:
-        """Have a plugin that was not there, or was removed; at work, if it is set up."""
-        plugin = runner.plugin
-        self.plugins[plugin.name], self.runners[plugin.name] = plugin, runner
-        if self._leading:
-            runner.begin()
+    def _say_loaded(self, plugin: Plugin) -> None:
+        self.failures.pop(plugin.name, None)
         log.info("plugin %s: loaded", plugin.name)
         self.loader.warn_of_typos(plugin)
         for event_type in plugin.event_types():
@@ -6750,26 +6568,10 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 RECALL_PATIENCE: Final = 12.0
 
 
-class Audience(Protocol):
-    """This process's own dashboards."""
-
-    def end(self, pid: str) -> None:
-        """Close the connection that is left of a client which has come back elsewhere."""
-
-    def send(self, to: Destination, frame: RoomFrame) -> None:
-        """Hand them an event, each of them that may see it."""
-
-    def check(self, guild_id: str, discord_id: str | None = None) -> None:
-        """Judge anew who may be in the guild's rooms: all of them, or one viewer."""
-
-    def check_all(self) -> None:
-        """Judge everybody anew, everywhere."""
-
-
 class Parts(NamedTuple):
     """What of its own process a node works with."""
 
-    clients: Audience
+    clients: RightsWatcher
     rooms: Rooms
     recovery: Recovery
     plugins: PluginHost
@@ -6783,23 +6585,10 @@ class Node:
     _parts: Parts
 
     def __init__(self, settings: Settings, bot: Bot) -> None:
-        self._settings = settings
-        self._bot = bot
-
-    # -- what the parts of the process are made with
-
-    def make_access(self) -> Access:
-        """Who judges."""
-        guilds = self._settings.discord.guilds
-        return Access(self._settings.auth, guilds, CacheReader(self._bot.cache))
-
-    def make_counters(self) -> Counters:
-        """Who counts attempts."""
-        return Counters()
-
-    def make_connections(self) -> OpenConnections:
-        """Who counts open connections."""
-        return OpenConnections()
+        #: Who judges, counts attempts, and counts open connections.
+        self.access = Access(settings.auth, settings.discord.guilds, CacheReader(bot.cache))
+        self.counters = Counters()
+        self.connections = OpenConnections()
 
     # -- start, stop, how things stand
 
@@ -6879,10 +6668,7 @@ class Node:
         return False
 
     def viewer_entered(self, discord_id: str) -> None:
-        """A viewer has one dashboard more here."""
-
-    def viewer_left(self, discord_id: str) -> None:
-        """A viewer has one dashboard fewer here."""
+        """A viewer has one dashboard more here; all of them stand in `connections`."""
 
     def follow(self, guild_id: str) -> asyncio.Task[None] | None:
         """Done when what other nodes send to the guild's rooms is heard here; None: it is."""
@@ -6913,9 +6699,9 @@ class Origins:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        small = frozenset(map(str.lower, patterns))
-        self._any, self._null = "*" in small, "null" in small
-        self._named = re.compile("|".join(map(origin_pattern, small - {"*", "null"})) or "(?!)")
+        listed = frozenset(patterns)
+        self._any, self._null = "*" in listed, "null" in listed
+        self._named = re.compile("|".join(map(origin_pattern, listed - {"*", "null"})) or "(?!)")
 
     def allow(self, origin: str | None, host: str) -> bool:
         """`origin` and `host` as in the request's headers (RFC 6454; absent outside of browsers)."""
@@ -7056,16 +6842,6 @@ def address_key(address: Address) -> str:
     return str(address)
 
 
-def allowed_methods(handler: RequestHandler) -> str:
-    """What a handler answers, as RFC 9110 §10.2.1 has it."""
-    unknown = RequestHandler._unimplemented_method
-    return ", ".join(
-        method
-        for method in handler.SUPPORTED_METHODS
-        if getattr(type(handler), method.lower()) is not unknown
-    )
-
-
 class Handler(RequestHandler):
     """Base of what is served: JSON without a banner, never from a cache."""
 
@@ -7079,7 +6855,7 @@ class Handler(RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """What Tornado refuses by itself: above all other methods than those that there are."""
         if status_code == 405:
-            self.set_header("Allow", allowed_methods(self))
+            self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
         self.finish({"message": self._reason})
 
 
@@ -7091,6 +6867,8 @@ UPGRADED: Final = HTTPServerRequest(
 
 class SocketHandler(Handler, WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
+
+    SUPPORTED_METHODS = ("GET", "POST", "OPTIONS")
 
     def initialize(self, engine: Engine, door: FrontDoor) -> None:
         self._engine = engine
@@ -7107,11 +6885,10 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def prepare(self) -> None:
         """Turn away foreign pages and blocked addresses."""
-        self.connection.touch()
         origin = self.request.headers.get("Origin")
         session = self._engine.sockets.get(self._sid)
-        if session is not None:
-            self._engine.limits.strangers.touch(session)
+        for who in filter(None, (self.connection, session)):
+            self._engine.limits.strangers.touch(who)
         if not self._door.origins.allow(origin, self.request.host):
             self._refuse(403, "origin", "This origin is not allowed", unlisted(origin))
             return
@@ -7125,9 +6902,6 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has done it, for polls too
-
-    def check_xsrf_cookie(self) -> None:
-        """There are no cookies to forge with."""
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         websocket = self.request.headers.get("Upgrade", "").lower() == "websocket"
@@ -7216,12 +6990,10 @@ class SocketHandler(Handler, WebSocketHandler):
             else:
                 self._session = session
                 session.attach(self)
-        elif self._sid in self._engine.sockets:
-            self._session = self._engine.sockets[self._sid]
-            if not self._session.begin_upgrade(self):
-                self.close()
         else:
-            self.close()
+            self._session = self._engine.sockets.get(self._sid)
+            if self._session is None or not self._session.begin_upgrade(self):
+                self.close()
 
     def _detach_stream(self) -> IOStream:
         """Tornado's puts a refusal in the place of eleven methods: a kilobyte for each client."""
@@ -7238,7 +7010,7 @@ class SocketHandler(Handler, WebSocketHandler):
         session = self._session
         if session is None:
             return
-        self.connection.touch()
+        self._engine.limits.strangers.touch(self.connection)
         if session.handler is self:
             await session.feed(message)
         elif message == PROBE and session.probe(self):
@@ -7277,46 +7049,41 @@ def parse_sid(request: HTTPServerRequest) -> str | None:
 
 
 class OperatorHandler(Handler):
-    """Base of what is there for operators and their tools; `read` gets what a GET is answered with."""
+    """What is there for operators and their tools: `read` is asked for the status and what to say, by
+    whether an operator asks.
+    """
 
-    def initialize(self, door: FrontDoor, read: Callable[[], Any] = dict) -> None:
-        self.inside = door.operators.include(self.request)
-        self.read = read
+    SUPPORTED_METHODS = ("GET", "HEAD")
+
+    def initialize(self, door: FrontDoor, read: Callable[[bool], tuple[int, Any]]) -> None:
+        self._inside = door.operators.include(self.request)
+        self._read = read
+
+    def get(self) -> None:
+        status, said = self._read(self._inside)
+        self.set_status(status)
+        if isinstance(said, bytes):
+            self.set_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.finish(said)
 
     def head(self) -> None:
         """As GET without a body (RFC 9110 §9.3.2); Tornado leaves that out."""
         self.get()
 
 
-class LiveHandler(OperatorHandler):
-    """Whether the process answers at all."""
-
-    def get(self) -> None:
-        self.finish({"status": "live"})
-
-
-class ReadyHandler(OperatorHandler):
-    """Whether it does its work: 200, or 503 and which part does not; only insiders read why."""
-
-    def get(self) -> None:
-        parts = {name: {"ok": not p["problem"], **p} for name, p in self.read().items()}
-        ready = all(part["ok"] for part in parts.values())
-        if not self.inside:
-            parts = {name: {"ok": part["ok"]} for name, part in parts.items()}
-        self.set_status(200 if ready else 503)
-        self.finish({"status": "ready" if ready else "not ready", "parts": parts})
+def readiness(parts: Mapping[str, dict[str, Any]], inside: bool) -> tuple[int, dict[str, Any]]:
+    """200, or 503 and which part does not do its work; only operators read why."""
+    oks = {name: not part["problem"] for name, part in parts.items()}
+    ready = all(oks.values())
+    told = {name: {"ok": ok, **(parts[name] if inside else {})} for name, ok in oks.items()}
+    return 200 if ready else 503, {"status": "ready" if ready else "not ready", "parts": told}
 
 
-class MetricsHandler(OperatorHandler):
-    """All figures, for Prometheus; insiders only."""
-
-    def get(self) -> None:
-        if self.inside:
-            self.set_header("Content-Type", CONTENT_TYPE_LATEST)
-            self.finish(self.read())
-        else:
-            self.set_status(403)
-            self.finish({"message": "Only for this host and for [server] metrics_from"})
+def figures(metrics: Metrics, inside: bool) -> tuple[int, bytes | dict[str, str]]:
+    """All of them, for Prometheus; for operators only."""
+    if inside:
+        return 200, metrics.text()
+    return 403, {"message": "Only for this host and for [server] metrics_from"}
 
 
 class NotFoundHandler(Handler):
@@ -7336,7 +7103,7 @@ class Site(Application):
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         connection = self.door.connection(request)
         if connection is not None and request.path != SOCKET_PATH:
-            connection.serve()
+            self.door.limits.strangers.suspend(connection)
         own = super().find_handler(request, **kwargs)
         found = self.plugins.handler_for(request)
         if own.handler_class is not NotFoundHandler or found is None:
@@ -7456,40 +7223,34 @@ SLICE: Final = 0.01
 
 
 class Comeback(NamedTuple):
-    """What a client says beside its token, in `auth` of its CONNECT (Socket.IO protocol v5)."""
+    """What a client says in `auth` of its CONNECT (Socket.IO protocol v5)."""
 
-    recover: bool | None
+    token: object
+    recover: object
     pid: object
     offset: object
 
     @classmethod
     def of(cls, auth: object) -> Comeback:
         said = auth if isinstance(auth, dict) else {}
-        recover = said.get("recover")
-        return cls(
-            recover if isinstance(recover, bool) else None, said.get("pid"), said.get("offset")
-        )
+        return cls(*map(said.get, cls._fields))
 
 
+@dataclasses.dataclass(eq=False)
 class Dashboard:
     """One connected dashboard: whose it is, its transport and, if it can recover, its ticket."""
 
-    def __init__(
-        self,
-        sid: Sid,
-        session: Session,
-        viewer: Viewer,
-        ticket: Ticket | None,
-        comeback: Comeback,
-    ) -> None:
-        self.sid = sid
-        self.session = session
-        self.ticket = ticket
-        self.comeback = comeback
+    sid: Sid
+    session: Session
+    viewer: Viewer
+    ticket: Ticket | None
+    comeback: Comeback
+    _expiry: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
         #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
-        self.pending: set[str] = set() if ticket is None else ticket.pending
-        self._expiry: asyncio.TimerHandle | None = None
-        self.take_token(viewer)
+        self.pending: set[str] = set() if self.ticket is None else self.ticket.pending
+        self.take_token(self.viewer)
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -7528,6 +7289,7 @@ class Dashboard:
         self.session.end()
 
 
+@dataclasses.dataclass(eq=False)
 class Subscriptions:
     """The dashboards that are connected, and who of them is in which guild's rooms (design: rooms).
 
@@ -7538,21 +7300,14 @@ class Subscriptions:
     left        may_view is False: with an `error`        it is asked for again
     """
 
-    def __init__(
-        self,
-        rooms: Rooms,
-        access: Access,
-        limits: Limits,
-        plugins: PluginLoader,
-        node: Node,
-        recovery: Recovery,
-    ) -> None:
-        self._rooms = rooms
-        self._access = access
-        self._limits = limits
-        self._plugins = plugins
-        self._node = node
-        self._recovery = recovery
+    _rooms: Rooms
+    _access: Access
+    _limits: Limits
+    _plugins: PluginLoader
+    _node: Node
+    _recovery: Recovery
+
+    def __post_init__(self) -> None:
         self.connected: dict[Sid, Dashboard] = {}
         self.by_pid: dict[str, Dashboard] = {}  # those that can recover
         #: Those who are in a room of a guild or wait to be: nobody else is judged.
@@ -7566,7 +7321,7 @@ class Subscriptions:
     def is_connected(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open, or one that may come back."""
         by_ticket = self._recovery.has_ticket(discord_id)
-        return by_ticket or viewer_name(discord_id) in self._limits.open
+        return by_ticket or VIEWER + discord_id in self._limits.open
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
@@ -7732,153 +7487,116 @@ class Subscriptions:
         dashboard.tell(event, payload, *offset)
 
 
+ThingT = TypeVar("ThingT", bound=Hashable)
+
+
+class InSlices(Generic[ThingT]):
+    """Something to be done with each of many things, a little later and never for long at a time."""
+
+    def __init__(self, work: Callable[[ThingT], None]) -> None:
+        self._work = work
+        self._waiting: OrderedDict[ThingT, None] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, things: Iterable[ThingT], delay: float = 0.0) -> None:
+        """What waits already keeps its place."""
+        self._waiting.update(dict.fromkeys(things))
+        if self._waiting and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(delay, self.run)
+
+    def run(self, seconds: float = SLICE) -> None:
+        """Go on for so long; the rest has its turn after whatever else waits."""
+        self._timer, until = None, time.monotonic() + seconds
+        while self._waiting and time.monotonic() < until:
+            self._work(self._waiting.popitem(last=False)[0])
+        self.add(())
+
+
 class GuildList:
-    """The guilds that all viewers with one `Access.list_key` may see."""
+    """The guilds that all viewers with one `Access.list_key` may see, as things stand."""
 
-    def __init__(self, key: object, viewer: Viewer) -> None:
-        self.key = key
-        self.viewer = viewer  # any of them
-        self.dashboards = 0  # that have asked
-        #: Guilds to judge anew; None: all.
-        self.stale: set[int] | None = None
-        self.summaries: dict[int, GuildSummary] = {}
-        self.encoded = b"[]"
-        self.update = event_frame("guilds:update", {"guilds": []})
-        self.timeouts: dict[int, asyncio.TimerHandle] = {}
+    def __init__(self, access: Access, viewer: Viewer) -> None:
+        guild_ids = access.guilds_to_judge(viewer)
+        seen = filter(None, [access.summary(viewer, one) for one in guild_ids])
+        self.encoded = msgspec.json.encode(sorted(seen, key=itemgetter("name", "id")))
+        self.complete = access.complete
+        #: When it is outdated, though Discord says nothing.
+        self.until = access.timed_out_until(viewer, guild_ids)
 
-    def encode(self) -> None:
-        """Once for all who are told."""
-        ordered = sorted(self.summaries.values(), key=itemgetter("name", "id"))
-        self.encoded = msgspec.json.encode(ordered)
-        self.update = event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
-
-
-class Told(NamedTuple):
-    """What `guilds:list` or `guilds:update` told a dashboard last, and from which list."""
-
-    source: GuildList
-    guilds: bytes
-    complete: bool
+    @functools.cached_property
+    def update(self) -> Frame:
+        """Encoded once for all who are told."""
+        return event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
 
 
 class GuildLists:
     """Answers `guilds:list`, and tells of each change whoever has asked (design: rooms).
 
-    A list is made once for all who may see the same, and again only of what has changed since.
+    A list is made once for all who may see the same. It lasts until something changes, or until
+    nobody who was told of it is there.
     """
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._lists: dict[object, GuildList] = {}
-        self._told: dict[Dashboard, Told] = {}  # who has asked
+        self._lists: WeakValueDictionary[object, GuildList] = WeakValueDictionary()
+        self._told: dict[Dashboard, GuildList] = {}  # who has asked, and what it heard last
+        self._telling = InSlices(self._tell)
         self._round: asyncio.TimerHandle | None = None
         self._last_round = 0.0
-        self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
-        told = self._told.get(dashboard)
-        now = self._told[dashboard] = self._now(told.source if told else self._join(dashboard))
-        return {"guilds": msgspec.Raw(now.guilds), "complete": now.complete}
-
-    def _join(self, dashboard: Dashboard) -> GuildList:
-        key = self._access.list_key(dashboard.viewer)
-        source = self._lists.setdefault(key, GuildList(key, dashboard.viewer))
-        source.viewer = dashboard.viewer  # who came before may have another key by now
-        source.dashboards += 1
-        return source
+        now = self._news_for(dashboard)
+        return {"guilds": msgspec.Raw(now.encoded), "complete": now.complete}
 
     def remove(self, dashboard: Dashboard) -> None:
-        """It is told no more; a list goes with the last of its dashboards."""
-        told = self._told.pop(dashboard, None)
-        if told is None:
-            return
-        told.source.dashboards -= 1
-        if not told.source.dashboards:
-            del self._lists[told.source.key]
-            for timer in told.source.timeouts.values():
-                timer.cancel()
+        """It is told no more."""
+        self._told.pop(dashboard, None)
 
-    def change_viewer(self, dashboard: Dashboard) -> None:
-        """It has another token."""
-        told = self._told.get(dashboard)
-        if told is not None:
-            self.remove(dashboard)
-            self._told[dashboard] = told._replace(source=self._join(dashboard))
-            self._tell_soon()
+    def change(self, discord_ids: Collection[str] | None = None) -> None:
+        """Something has changed for these viewers, whose lists are their own, or (None) for all."""
+        if discord_ids is None:
+            self._lists.clear()
+        for discord_id in discord_ids or ():
+            self._lists.pop(discord_id, None)
+        self.tell_within(0.0)
 
-    def change_guild(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
-        """Something has changed in a guild, for these viewers or (None) for all."""
-        for source in self._lists.values():
-            if source.stale is not None and (
-                discord_ids is None or source.viewer.discord_id in discord_ids
-            ):
-                source.stale.add(int(guild_id))
-        self._tell_soon()
-
-    def change_all(self) -> None:
-        for source in self._lists.values():
-            source.stale = None
-        for dashboard in tuple(self._told):
-            self.change_viewer(dashboard)  # what makes an admin may have changed
-
-    # -- what is in a list
-
-    def _now(self, source: GuildList) -> Told:
-        """What there is to tell."""
-        stale, source.stale = source.stale, set()
-        if stale is None:
-            stale = {*source.summaries, *self._access.guilds_to_judge(source.viewer)}
-        changed = False
-        for guild_id in stale:
-            summary = self._access.summary(source.viewer, guild_id)
-            changed |= summary != source.summaries.pop(guild_id, None)
-            if summary is not None:
-                source.summaries[guild_id] = summary
-            self._watch_timeout(source, guild_id)
-        if changed:
-            source.encode()
-        return Told(source, source.encoded, self._access.complete)
-
-    def _watch_timeout(self, source: GuildList, guild_id: int) -> None:
-        """Discord says nothing when a time-out ends."""
-        until = self._access.timed_out_until(source.viewer, guild_id)
-        timer = source.timeouts.pop(guild_id, None)
-        if timer is not None:
-            timer.cancel()
-        if until is not None:
-            viewers = (source.viewer.discord_id,)
-            later = asyncio.get_running_loop().call_later
-            source.timeouts[guild_id] = later(
-                until - time.time(), self.change_guild, str(guild_id), viewers
-            )
-
-    # -- who is told
-
-    def _tell_soon(self) -> None:
-        self._changed = bool(self._told)
-        if self._changed and self._round is None:
-            loop = asyncio.get_running_loop()
-            self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
+    def tell_within(self, seconds: float) -> None:
+        """Tell of what has changed by then; no dashboard twice in a second."""
+        loop = asyncio.get_running_loop()
+        due = max(loop.time() + seconds, self._last_round + LIST_INTERVAL)
+        if self._told and (self._round is None or due < self._round.when()):
+            if self._round is not None:
+                self._round.cancel()
+            self._round = loop.call_at(due, self._begin_round)
 
     def _begin_round(self) -> None:
-        self._changed, self._last_round = False, asyncio.get_running_loop().time()
-        self._tell(list(self._told))
+        self._round, self._last_round = None, asyncio.get_running_loop().time()
+        self._telling.add(self._told)
 
-    def _tell(self, dashboards: list[Dashboard]) -> None:
-        """Tell whoever has not heard of a change yet, in slices."""
-        began, self._round = time.monotonic(), None
-        while dashboards and time.monotonic() - began < SLICE:
-            dashboard = dashboards.pop()
-            if (told := self._told.get(dashboard)) is not None:
-                now = self._told[dashboard] = self._now(told.source)
-                if told.guilds != now.guilds or told.complete < now.complete:
-                    dashboard.write([now.source.update])
-        if dashboards:
-            self._round = asyncio.get_running_loop().call_later(0, self._tell, dashboards)
-        elif self._changed:
-            self._tell_soon()
+    def _tell(self, dashboard: Dashboard) -> None:
+        told = self._told.get(dashboard)
+        if told is not None:
+            now = self._news_for(dashboard)
+            if told.encoded != now.encoded or told.complete < now.complete:
+                dashboard.write([now.update])
+
+    def _news_for(self, dashboard: Dashboard) -> GuildList:
+        """The list as things stand, which it is about to be told."""
+        key, now = self._access.list_key(dashboard.viewer), time.time()
+        made = self._lists.get(key)
+        if made is None or made.until <= now or made.complete != self._access.complete:
+            made = self._lists[key] = GuildList(self._access, dashboard.viewer)
+        self._told[dashboard] = made
+        if made.until < math.inf:
+            self.tell_within(made.until - now)
+        return made
 
 
+#: Who was in the room, who of them may not see the channel, and how long that holds at most.
+Judged = tuple[tuple[Sid, ...], Hidden, float]
+
+
+@dataclasses.dataclass(eq=False)
 class RightsWatcher:
     """Hears what changes rights (the table is in `Access.may_have`), and keeps rooms and lists in line.
 
@@ -7887,20 +7605,22 @@ class RightsWatcher:
     later, in slices, or when something is about to be sent to them.
     """
 
-    def __init__(
-        self, access: Access, subscriptions: Subscriptions, lists: GuildLists, rooms: Rooms
-    ) -> None:
-        self._access = access
-        self.subscriptions = subscriptions
-        self.lists = lists
-        self._rooms = rooms
+    _access: Access
+    _rooms: Rooms
+    subscriptions: Subscriptions
+
+    def __post_init__(self) -> None:
+        self.lists = GuildLists(self._access)
         #: Guilds whose rooms are to be looked through: for these viewers, or (None) for all.
         self._stale: dict[str, set[str] | None] = {}
-        self._checking: asyncio.TimerHandle | None = None
+        self.checking = InSlices(self._look_through)
+        #: Who may not see a channel, until something changes in its guild.
+        self._judged: dict[str, dict[Destination, Judged]] = {}
         self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
+    # Each by its own class: hikari calls who hears a base class after all others, plugins too.
     #: What of a guild can change which channels its viewers may see,
-    CHANNEL_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+    CHANNEL_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.GuildChannelCreateEvent,
         hikari.GuildChannelUpdateEvent,
         hikari.GuildChannelDeleteEvent,
@@ -7910,13 +7630,13 @@ class RightsWatcher:
         hikari.ThreadListSyncEvent,
     )
     #: and what can change besides whether they may see anything of it.
-    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+    GUILD_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.RoleCreateEvent,
         hikari.RoleUpdateEvent,
         hikari.RoleDeleteEvent,
         hikari.GuildUpdateEvent,
     )
-    MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+    MEMBER_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.MemberCreateEvent,
         hikari.MemberUpdateEvent,
         hikari.MemberDeleteEvent,
@@ -7953,18 +7673,18 @@ class RightsWatcher:
 
     def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
-        memory: dict[Destination, tuple[tuple[Sid, ...], Hidden, float]]
-        memory, members = self._access.memory(to.guild_id), self._rooms.members(to.room)
-        judged, hidden, until = memory.get(to, ((), NOBODY, 0.0))
-        if judged is not members or until <= time.time():
+        judged, members = self._judged.setdefault(to.guild_id, {}), self._rooms.members(to.room)
+        of_members, hidden, until = judged.get(to, ((), NOBODY, 0.0))
+        if of_members is not members or until <= time.time():
             viewers = {sid: self.subscriptions.connected[sid].viewer for sid in members}
             hidden = frozenset(
                 sid
                 for sid, viewer in viewers.items()
                 if not self._access.may_have(viewer, to.guild_id, to.channel_id)
             )
-            ends = [self._access.timed_out_until(viewers[sid], int(to.guild_id)) for sid in hidden]
-            memory[to] = members, hidden, min(filter(None, ends), default=math.inf)
+            guild_ids = (int(to.guild_id),)
+            ends = [self._access.timed_out_until(viewers[sid], guild_ids) for sid in hidden]
+            judged[to] = members, hidden, min(ends, default=math.inf)
         return hidden
 
     def end(self, pid: str) -> None:
@@ -7981,48 +7701,37 @@ class RightsWatcher:
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
         """Something has changed in a guild: for all of its viewers, or for one."""
-        self._access.forget(int(guild_id))
+        self._judged.pop(guild_id, None)
         viewers = self._stale.setdefault(guild_id, set())
         if discord_id is None:
             self._stale[guild_id] = None
         elif viewers is not None:
             viewers.add(discord_id)
-        self._check_soon(CHECK_DELAY)
+        self.checking.add([guild_id], CHECK_DELAY)
 
     def check_all(self) -> None:
         """Something has changed that decides everywhere."""
-        self._access.forget_all()
+        self._judged.clear()
         self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
-        self.lists.change_all()
-        self._check_soon(0.0)
+        self.lists.change()
+        self.checking.add(self._stale)
 
     def check_dashboard(self, dashboard: Dashboard) -> None:
         """It has another token: what that one does not allow is left at once."""
         for guild_id in self.subscriptions.guilds_of(dashboard):
-            self._access.forget(int(guild_id))
+            self._judged.pop(guild_id, None)
             self.subscriptions.judge_one(dashboard, guild_id)
-        self.lists.change_viewer(dashboard)
-
-    def _check_soon(self, seconds: float) -> None:
-        if self._checking is None:
-            self._checking = asyncio.get_running_loop().call_later(seconds, self.look_through)
-
-    def look_through(self, seconds: float = SLICE) -> None:
-        """Look through rooms where something has changed, for so long at most."""
-        self._checking = None
-        began = time.monotonic()
-        while self._stale and time.monotonic() - began < seconds:
-            self._look_through(next(iter(self._stale)))
-        if self._stale:
-            self._check_soon(0.0)
+        self.lists.tell_within(0.0)
 
     def _look_through(self, guild_id: str) -> None:
-        viewers = self._stale.pop(guild_id)
-        self.subscriptions.judge(guild_id, viewers)
-        self.lists.change_guild(guild_id, viewers)
+        """Who is in its rooms may go, if something has changed."""
+        if guild_id in self._stale:
+            viewers = self._stale.pop(guild_id)
+            self.subscriptions.judge(guild_id, viewers)
+            self.lists.change(viewers)
 
     def _on_channel_change(self, event: Any) -> None:
-        self._access.forget(event.guild_id)
+        self._judged.pop(str(event.guild_id), None)
 
     def _on_guild_change(self, event: Any) -> None:
         self.check(str(event.guild_id))
@@ -8038,13 +7747,14 @@ class RightsWatcher:
 
     def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
         shard_range = shard_range_of(event.shard)
-        self._access.begin(event.unavailable_guilds, shard_range)
+        lost = self._access.begin(event.unavailable_guilds, shard_range)
         asked_for = filter(shard_range.has, map(int, self.subscriptions.guilds()))
-        for guild_id in {*self._access.lost, *asked_for}:
+        for guild_id in {*lost, *asked_for}:
             self.check(str(guild_id))
 
     def _on_stopping(self, event: hikari.StoppingEvent) -> None:
         self._access.end()
+        self._judged.clear()
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         """What was asked for on the connection that broke may never have been heard."""
@@ -8104,7 +7814,8 @@ class Comebacks:
 
     def ticket_for(self, session: Session, viewer: Viewer, comeback: Comeback) -> Ticket | None:
         """That which the client had, if it can be given all that it missed, or a new one."""
-        wanted = session.from_browser if comeback.recover is None else comeback.recover
+        recover = comeback.recover
+        wanted = recover if isinstance(recover, bool) else session.from_browser
         if not wanted or not self._recovery.enabled:
             return None
         return self._take_back(viewer, comeback) or self._recovery.issue(viewer)
@@ -8178,29 +7889,23 @@ class Comebacks:
             self._subscriptions.send_snapshots_soon(dashboard, room)
 
 
+@dataclasses.dataclass(eq=False)
 class Dashboards:
     """Lets dashboards in and sees them go, and hears what they ask (design: identity)."""
 
-    def __init__(
-        self,
-        sio: SocketIO,
-        tokens: Tokens,
-        limits: Limits,
-        node: Node,
-        rights: RightsWatcher,
-        comebacks: Comebacks,
-    ) -> None:
-        self._sio = sio
-        self._tokens = tokens
-        self._limits = limits
-        self._node = node
-        self._rights = rights
-        self._comebacks = comebacks
-        self._subscriptions = rights.subscriptions
-        sio.on("connect", self._connect)
-        sio.on(CONNECTED, self._welcome)
-        sio.on("disconnect", self._disconnect)
-        sio.on(REQUEST, self._request)
+    _sio: SocketIO
+    _tokens: Tokens
+    _limits: Limits
+    _node: Node
+    _rights: RightsWatcher
+    _comebacks: Comebacks
+
+    def __post_init__(self) -> None:
+        self._subscriptions = self._rights.subscriptions
+        self._sio.on("connect", self._connect)
+        self._sio.on(CONNECTED, self._welcome)
+        self._sio.on("disconnect", self._disconnect)
+        self._sio.on(REQUEST, self._request)
 
     def __len__(self) -> int:
         return len(self._subscriptions.connected)
@@ -8214,7 +7919,7 @@ class Dashboards:
             raise RefusedConnectionError("Gone")
         comeback = Comeback.of(auth)
         try:
-            viewer = await self._identify(session, auth, comeback)
+            viewer = await self._identify(session, comeback)
         except RefusedConnectionError as refusal:
             if self._limits.log_once(session.address, refusal.message):
                 address = session.address
@@ -8227,14 +7932,13 @@ class Dashboards:
         self._node.viewer_entered(viewer.discord_id)
         return {} if ticket is None else {"pid": ticket.pid}
 
-    async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
+    async def _identify(self, session: Session, comeback: Comeback) -> Viewer:
         if session.refusal is not None and comeback.pid is None:
             raise session.refusal
         if seconds := await self._limits.blocked_for(session.address):
             raise self._limits.over("blocked", seconds)
-        token = auth.get("token") if isinstance(auth, dict) else None
         try:
-            viewer = self._tokens.verify(token)
+            viewer = self._tokens.verify(comeback.token)
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
@@ -8257,8 +7961,7 @@ class Dashboards:
         session = dashboard.session
         if dashboard.ticket is not None:
             self._comebacks.expect(dashboard.ticket, session)
-        self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
-        self._node.viewer_left(dashboard.viewer.discord_id)
+        self._limits.open.leave(VIEWER + dashboard.viewer.discord_id)
         if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
             self._limits.strangers.enter(session)
         session.log.info("viewer is gone: %s", reason)
@@ -8393,39 +8096,34 @@ def make_socketio(settings: Settings, rooms: Rooms, limits: Limits) -> SocketIO:
 
 def measure(server: Server) -> None:
     """Enter what is read when a scrape asks."""
-    gauge = server.metrics.gauge
+    gauge, gateway, plugins = server.metrics.gauge, server.gateway, server.plugins
     sessions = server.socketio.eio.sockets
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
     gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.logs.size)
-    gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
-    gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
-    gauge(
-        "gateway_latency_seconds",
-        "What Discord took to answer the last heartbeat.",
-        lambda: server.gateway.latency,
-    )
-    gauge(
-        "gateway_silence_seconds",
-        "Since Discord answered a heartbeat.",
-        lambda: server.gateway.silence,
-    )
+    gauge("guilds", "Watched guilds.", lambda: gateway.guilds)
+    gauge("gateway_connected", "1 while connected to Discord.", lambda: gateway.connected)
+    gauge("gateway_latency_seconds", "Of Discord's latest heartbeat.", lambda: gateway.latency)
+    gauge("gateway_silence_seconds", "Since that heartbeat.", lambda: gateway.silence)
     gauge("loop_lag_seconds", "Worst delay of the last 10 s.", lambda: server.pulse.lag)
-    gauge("plugins_loaded", "Loaded plugins.", lambda: len(server.plugins.health()["loaded"]))
-    gauge("plugins_failed", "Plugins in trouble.", lambda: len(server.plugins.health()["failed"]))
+    gauge("plugins_loaded", "Loaded plugins.", lambda: len(plugins.health()["loaded"]))
+    gauge("plugins_failed", "Plugins in trouble.", lambda: len(plugins.health()["failed"]))
     gauge("ready", "1 while /health/ready says so.", lambda: server.problem is None)
 
 
 def make_web(server: Server, settings: Settings) -> WebServer:
     limit = settings.server.max_message_bytes
-    door = {"door": server.door}
+
+    def operators(path: str, read: Callable[[bool], tuple[int, Any]]) -> tuple[Any, ...]:
+        return path, OperatorHandler, {"door": server.door, "read": read}
+
     application = Site(
         [
-            (SOCKET_PATH, SocketHandler, {**door, "engine": server.socketio.eio}),
-            (r"/health/live", LiveHandler, door),
-            (r"/health/ready", ReadyHandler, {**door, "read": server.health}),
-            (r"/metrics", MetricsHandler, {**door, "read": server.metrics.text}),
+            (SOCKET_PATH, SocketHandler, {"door": server.door, "engine": server.socketio.eio}),
+            operators(r"/health/live", lambda inside: (200, {"status": "live"})),
+            operators(r"/health/ready", lambda inside: readiness(server.health(), inside)),
+            operators(r"/metrics", lambda inside: figures(server.metrics, inside)),
         ],
         default_handler_class=NotFoundHandler,
         websocket_max_message_size=limit,
@@ -8503,13 +8201,13 @@ class Server:
         wanted, cached = wanted_events(loader), loader.cached()
         self.gateway = Gateway(settings.discord, token, wanted, self.metrics, cached)
         self.node = make_node(settings, self.gateway.bot)
-        self.access = self.node.make_access()
+        self.access = self.node.access
         self.tokens = Tokens(keys, settings.auth.algorithms)
         self.limits = Limits(
             settings.limits,
             settings.auth.connect_timeout,
-            self.node.make_counters(),
-            self.node.make_connections(),
+            self.node.counters,
+            self.node.connections,
             self.metrics,
         )
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
@@ -8535,7 +8233,7 @@ class Server:
         subscriptions = Subscriptions(
             self.rooms, self.access, self.limits, self.plugins.loader, self.node, self.recovery
         )
-        return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
+        return RightsWatcher(self.access, self.rooms, subscriptions)
 
     def _make_dashboards(self) -> Dashboards:
         most_bytes = self._settings.server.max_queue_bytes // 2
@@ -8766,9 +8464,7 @@ class Systemd:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             # "@" marks an abstract socket, whose real name begins with a zero byte.
-            address = (
-                self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address
-            )
+            address = re.sub("^@", "\0", self._address)
             with contextlib.suppress(OSError):
                 sender.sendto("\n".join(lines).encode(), address)
 
@@ -9051,16 +8747,15 @@ def plugin_text(plugin: Plugin) -> str:
     intents = nothing = hikari.Intents.NONE
     for event_type in plugin.event_types():
         intents |= missing_intents(event_type, nothing)
-    hears = [one.mark.source for one in plugin.listeners]
     form = plugin.settings_form
     rows: dict[str, Iterable[str]] = {
-        "sends": plugin.events,
-        "hears": [name if isinstance(name, str) else name.__name__ for name in hears],
-        "every": [f"{one.mark.seconds:g} s" for one in plugin.marked(Repeated)],
-        "greets": [one.mark.kind for one in plugin.greeters],
-        "hooks": plugin.hooks,
+        "sends": plugin.events | {event for event, _ in plugin.emitted},
+        "hears": [getattr(one.mark.of, "__name__", one.mark.of) for one in plugin.hooks("@on")],
+        "every": [f"{one.mark.of:g} s" for one in plugin.hooks("@every")],
+        "greets": [one.mark.room for one in plugin.hooks("@on_subscribe")],
+        "hooks": [one.mark.hook for one in plugin.hooks("setup", "teardown", "forget")],
         "rooms": plugin.kinds,
-        "routes": [one.mark.pattern for one in plugin.marked(Route)],
+        "routes": [one.mark.of for one in plugin.hooks("@route")],
         "intents": [str(intent.name) for intent in intents],
         "needs": plugin.needs,
         "settings": form.__struct_fields__ if form else plugin.settings,
@@ -9119,7 +8814,7 @@ def forget_command(settings: Settings, arguments: argparse.Namespace) -> None:
         shared = asyncio.run(cluster_code().forget_shared(settings, member, guild))
         print(f"Redis: {shared} removed")
     for name, plugin in plugins.plugins.items():
-        if forget := plugin.hooks.get("forget"):
+        for _, forget, _ in plugin.hooks("forget"):
             try:
                 print(f"plugin {name}: {int(forget(storage_of(settings), member, guild))} removed")
             except FAULTS as error:  # as in PluginLoader.load_all

@@ -85,7 +85,6 @@ from spywatcher import (
     is_snowflake,
     log,
     read_secret,
-    remove_one,
     room_guild,
     shown,
     until_one_ends,
@@ -1375,12 +1374,13 @@ class SharedAccess(Access):
         #: Tells the other nodes, while the gateway is this one's.
         self.reporter = GuildReporter(self, cache, known, publisher)
 
-    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> Collection[int]:
         if not self._publisher.leading:  # the last word of a session that counts no more
-            return
-        super().begin(guild_ids, shard_range)
-        for guild_id in self.lost:  # though hikari may still have it
+            return ()
+        lost = super().begin(guild_ids, shard_range)
+        for guild_id in lost:  # though hikari may still have it
             self.reporter.tell_guild(guild_id, None)
+        return lost
 
     def fill(self, guild_id: int) -> None:
         super().fill(guild_id)
@@ -1547,30 +1547,20 @@ class Peers:
         publisher: Publisher,
         known: KnownGuilds,
         reporter: GuildReporter,
+        connections: OpenConnections,
         parts: Parts,
     ) -> None:
         self._lease = lease
         self._publisher = publisher
         self._known = known
         self._reporter = reporter
+        self._connections = connections
         self._parts = parts
-        self._dashboards: collections.Counter[int] = collections.Counter()  # here, by viewer
         self._told: frozenset[str] = frozenset()  # rooms
         self._until: dict[str, float] = {}  # other nodes
         self._listening: dict[str, frozenset[str]] = {}
 
     # -- this node's clients
-
-    def enter(self, discord_id: str) -> None:
-        """A viewer has a dashboard here."""
-        if is_snowflake(discord_id):
-            self._dashboards[int(discord_id)] += 1
-            self.ask(discord_id)
-
-    def leave(self, discord_id: str) -> None:
-        """One dashboard of this viewer is gone."""
-        if is_snowflake(discord_id):
-            remove_one(self._dashboards, int(discord_id))
 
     def ask(self, discord_id: str) -> None:
         """Have the holder tell what this viewer is in its guilds, where that is not known."""
@@ -1579,8 +1569,8 @@ class Peers:
 
     def call_roll(self) -> None:
         """Say that this node is there, and whose clients are or may come back; ask for all anew."""
-        awaited = map(int, filter(is_snowflake, self._parts.recovery.viewers()))
-        self._tell_viewers({*self._dashboards, *awaited})
+        viewers = {*self._connections.viewers(), *self._parts.recovery.viewers()}
+        self._tell_viewers(set(map(int, filter(is_snowflake, viewers))))
         self.tell_rooms(again=True)
 
     def _tell_viewers(self, viewers: set[int]) -> None:
@@ -2040,6 +2030,7 @@ class ClusterNode(Node):
 
     def __init__(self, settings: Settings, bot: Bot) -> None:
         super().__init__(settings, bot)
+        self._settings = settings
         #: Names this run of this node.
         self.source = secrets.token_hex(8)
         self.link = Link(settings.redis, redis_password_of(settings))
@@ -2048,16 +2039,22 @@ class ClusterNode(Node):
         window = settings.recovery.window
         self.publisher = Publisher(self.link, self.lease, self.known, self._retell, window)
         watched = settings.discord.guilds
-        self.access = SharedAccess(settings.auth, watched, self.known, bot.cache, self.publisher)
+        self.access: SharedAccess = SharedAccess(
+            settings.auth, watched, self.known, bot.cache, self.publisher
+        )
         self.reporter = self.access.reporter
         self.reporter.subscribe(bot.events)
-        self.connections = SharedConnections(self.link, self.source, lambda: self.peers.others)
+        self.counters: SharedCounters = SharedCounters(self.link)
+        self.connections: SharedConnections = SharedConnections(
+            self.link, self.source, lambda: self.peers.others
+        )
         self._tasks: list[asyncio.Task[Any]] = []
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
         parts.recovery.logs.position = 0  # nothing has been heard yet
-        self.peers = Peers(self.lease, self.publisher, self.known, self.reporter, parts)
+        told = self.lease, self.publisher, self.known, self.reporter
+        self.peers = Peers(*told, self.connections, parts)
         self.hearing = Hearing(self.link, self.lease, self.known, self.reporter, self.peers, parts)
         self.reader = Reader(self.link, self.source, self.hearing)
         self.tickets = Tickets(self, parts, self._settings.recovery)
@@ -2071,17 +2068,6 @@ class ClusterNode(Node):
             "event": (tuple[Destination, bytes], self._on_event),
         }
         measure(self, parts.metrics.gauge)
-
-    # -- what the parts of the process are made with
-
-    def make_access(self) -> Access:
-        return self.access
-
-    def make_counters(self) -> Counters:
-        return SharedCounters(self.link)
-
-    def make_connections(self) -> OpenConnections:
-        return self.connections
 
     # -- start, stop, how things stand
 
@@ -2227,10 +2213,7 @@ class ClusterNode(Node):
         return moved
 
     def viewer_entered(self, discord_id: str) -> None:
-        self.peers.enter(discord_id)
-
-    def viewer_left(self, discord_id: str) -> None:
-        self.peers.leave(discord_id)
+        self.peers.ask(discord_id)
 
     def follow(self, guild_id: str) -> asyncio.Task[None] | None:
         return self.reader.follow(guild_id)
@@ -2380,10 +2363,6 @@ class SharedCounters(Counters):
             ("SET", name, 0, "PX", math.ceil(seconds * 1000), "NX"), ("INCR", name)
         )
         return int(counted[1]) if counted else await super().count(key, seconds)
-
-    async def read(self, key: str) -> int:
-        counted = await self._ask(("GET", f"spywatcher:limits:{key}"))
-        return int(counted[0] or 0) if counted else await super().read(key)
 
     async def seconds_left(self, key: str) -> float:
         left = await self._ask(("PTTL", f"spywatcher:limits:{key}"))

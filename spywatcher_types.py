@@ -193,35 +193,13 @@ class Source(NamedTuple):
 
 def sources_of(plugin: spywatcher.Plugin) -> Iterator[Source]:
     """The events of one plugin, and where they are made."""
-    marks = [(f, mark.emit, mark.room) for f, mark, _ in plugin.listeners if mark.emit]
-    marks += [(f, mark.emit, mark.kind) for f, mark, _ in plugin.greeters]
-    for function, event, kind in marks:
+    hooks = [hook for hook in plugin.hooks("@on", "@on_subscribe") if hook.mark.emit]
+    for mark, function, _ in hooks:
         summary = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
-        yield Source(event, kind, summary, tuple(returned(function)))
-    declared = {event for _, event, _ in marks}
-    for event, kind in emitted_by_hand(plugin):
-        if event not in declared:
+        yield Source(str(mark.emit), mark.room, summary, tuple(returned(function)))
+    for event, kind in sorted(plugin.emitted):
+        if not any(hook.mark.emit == event for hook in hooks):
             yield Source(event, kind, "", ())
-
-
-def emitted_by_hand(plugin: spywatcher.Plugin) -> list[tuple[str, str]]:
-    """Event and kind of room of each `spy.emit("event", …)` in the plugin's files."""
-    path = plugin.path
-    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
-    calls = [
-        node
-        for file in files
-        for node in ast.walk(ast.parse(file.read_bytes()))
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "emit" and node.args
-    ]
-    found = []
-    for call in calls:
-        rooms = [keyword.value for keyword in call.keywords if keyword.arg == "room"]
-        room = [*call.args[3:4], *rooms, ast.Constant("guild")][0]
-        event = call.args[0]
-        if isinstance(event, ast.Constant) and isinstance(room, ast.Constant):
-            found.append((str(event.value), str(room.value)))
-    return found
 
 
 def returned(function: Callable[..., Any]) -> list[type[msgspec.Struct]]:

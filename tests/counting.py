@@ -30,6 +30,9 @@ from spywatcher import (
 
 ROOT = Path(__file__).parent.parent
 PLUGINS = ROOT / "plugins"
+#: The names of the shipped plugins.
+SHIPPED = {path.stem for path in PLUGINS.glob("[!_]*.py")}
+SHIPPED |= {path.parent.name for path in PLUGINS.glob("*/__init__.py")}
 HOUR = 3600.0
 #: Some full hour.
 NOON = 1_700_000_000.0 // HOUR * HOUR
@@ -64,7 +67,7 @@ class Counting:
         tables = {
             "plugins": {
                 "folders": [str(PLUGINS)],
-                "disabled": sorted({entry.stem for entry in PLUGINS.iterdir()} - {plugin}),
+                "disabled": sorted(SHIPPED - {plugin}),
             },
             "storage": {"path": path},
             "plugin": {plugin: settings},

@@ -175,14 +175,14 @@ def test_check_says_of_each_plugin_what_it_is_called_for_and_what_it_needs(tmp_p
         "@on(hikari.VoiceStateUpdateEvent, emit='voice:move', room='voice')\n"
         "def moved(event): ...\n"
         "@on('alert:multiClient')\n"
-        "def alerted(fields): ...\n"
+        "def alerted(fields, spy): spy.emit('voice:alert', 1, {})\n"
         "@every(60)\n"
         "def look(spy): ...\n"
     )
     _, out, _ = command("--config", config, "check")
     rows = out[out.index("voices:") + 1 :]
     assert [line.split(maxsplit=1) for line in rows[:6]] == [
-        ["sends", "voice:move"],
+        ["sends", "voice:alert, voice:move"],
         ["hears", "VoiceStateUpdateEvent, alert:multiClient"],
         ["every", "60 s"],
         ["rooms", "voice"],

@@ -252,10 +252,9 @@ def work(seconds: float) -> None:
 
 def held(doing: Callable[[], object]) -> float:
     """For how long this is said to have held up the server."""
-    began, before = time.perf_counter(), spywatcher.standing(spywatcher.seconds_queued())
+    began, before = time.perf_counter(), spywatcher.standing()
     doing()
-    now = spywatcher.standing(spywatcher.seconds_queued())
-    return spywatcher.seconds_held(time.perf_counter() - began, before, now)
+    return spywatcher.seconds_held(time.perf_counter() - began, before)
 
 
 @pytest.mark.parametrize("blocks", [work, time.sleep], ids=["computes", "sleeps"])

@@ -217,6 +217,13 @@ def test_a_table_may_come_before_its_plugin_and_check_names_it():
     assert loader.faults() == ["plugin.strct: no such plugin, did you mean strict?"]
 
 
+def test_a_disabled_plugin_that_is_not_there_is_told():
+    loader = loaded("order", disabled=("alpha", "betta"))
+    assert loader.faults() == [
+        'plugins.disabled: "betta": no such plugin, did you mean beta?',
+    ]
+
+
 def test_a_table_of_a_disabled_plugin_is_no_fault():
     loaded("bad_settings", tables={"strict": {"limit": 0}}, disabled=("strict",))
 

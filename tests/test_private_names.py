@@ -54,7 +54,6 @@ METHODS = [
     (HTTPServer, "on_close", "server_conn"),
     (TCPServer, "add_sockets", "sockets"),
     (IOLoop, "update_handler", "fd events"),
-    (tornado.web.RequestHandler, "_unimplemented_method", "args kwargs"),
     (tornado.web.Application, "find_handler", "request kwargs"),
     (tornado.web.Application, "log_request", "handler"),
     (WebSocketHandler, "_detach_stream", ""),
@@ -120,7 +119,6 @@ KNOWN = {
     "_guild_thread_entries",
     "_last_heartbeat_ack_received",
     "_role_entries",
-    "_unimplemented_method",
 }
 OWN = {"self", "cls"}
 
