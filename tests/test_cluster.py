@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import signal
 import sys
@@ -625,6 +626,18 @@ async def test_a_cancellation_that_redis_swallows_at_a_takeover_holds_up_no_stop
     started = time.monotonic()
     await server.stop()
     assert time.monotonic() - started < 2
+
+
+async def test_a_node_that_holds_the_gateway_again_says_when_it_is_connected(nodes, caplog):
+    caplog.set_level(logging.INFO, "spywatcher")
+    lease = (await nodes.add()).node.lease
+    for times in (1, 2):
+        await eventually(
+            lambda n=times: caplog.text.count("connected to Discord: a new session") == n,
+            timeout=15,
+        )
+        await lease.release()
+        lease.wanted = True
 
 
 @pytest.mark.logs("plugins and gateway not closed within 0.5 s")
