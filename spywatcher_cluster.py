@@ -2346,11 +2346,11 @@ class SharedCounters(Counters):
         super().__init__()
         self._link = link
 
-    async def _ask(self, *commands: tuple[Any, ...]) -> list[Any] | None:
-        """The answers to some commands; None when Redis is not there in time."""
+    async def _ask(self, key: str, *commands: tuple[Any, ...]) -> list[Any] | None:
+        """The answers to some commands about a key; None when Redis is not there in time."""
         pipe = self._link.redis.pipeline()
-        for command in commands:
-            pipe.execute_command(*command)
+        for name, *rest in commands:
+            pipe.execute_command(name, f"spywatcher:limits:{key}", *rest)
         try:
             async with self._link.patience():
                 return list(await pipe.execute())
@@ -2358,18 +2358,16 @@ class SharedCounters(Counters):
             return None
 
     async def count(self, key: str, seconds: float) -> int:
-        name = f"spywatcher:limits:{key}"
-        counted = await self._ask(
-            ("SET", name, 0, "PX", math.ceil(seconds * 1000), "NX"), ("INCR", name)
-        )
+        once = "SET", 0, "PX", math.ceil(seconds * 1000), "NX"
+        counted = await self._ask(key, once, ("INCR",))
         return int(counted[1]) if counted else await super().count(key, seconds)
 
     async def seconds_left(self, key: str) -> float:
-        left = await self._ask(("PTTL", f"spywatcher:limits:{key}"))
+        left = await self._ask(key, ("PTTL",))
         return max(0.0, left[0] / 1000) if left else await super().seconds_left(key)
 
     async def clear(self, key: str) -> None:
-        await self._ask(("DEL", f"spywatcher:limits:{key}"))
+        await self._ask(key, ("DEL",))
         await super().clear(key)
 
 
