@@ -3,6 +3,17 @@
 Events travel through one Redis stream per guild, everything else through one control stream; one node
 holds the gateway; what it knows of guilds is told to all. It knows no event by name and no
 plugin; nothing in here is made unless `[redis] url` is set, and nothing here makes an event wait.
+
+    Link · Line · WriteBehind                   the ways to Redis
+    Publisher · Tail · Reader                   what goes into streams, and comes out of them once
+    Lease · Terms                               who holds the gateway, and what runs there then
+    KnownGuilds · SharedAccess · GuildReporter  what decides who may see what, and is told of it
+    Peers · Hearing                             what nodes say of their clients; who takes all notes
+    Tickets                                     what a client is owed that comes back elsewhere
+    Snapshots · Windows                         what the holder makes for all, and the next goes on with
+    ClusterNode                                 all of that, in the place of `spywatcher.Node`
+    SharedTables · SharedMarks                  what plugins keep for all nodes
+    SharedCounters · SharedConnections          what limits count
 """
 
 from __future__ import annotations
