@@ -330,7 +330,7 @@ class Link:
         """A client of one's own, whose connections are made, or made anew, only where one may."""
         client = self._open(lambda: not self._closed and may_connect())
         self._pools.append(client.connection_pool)
-        self._sentinels += sentinel_pools(client)  # now: redis-py 8.1 may lose one as it asks them
+        self._sentinels += sentinel_pools(client)
         return client
 
     @property
@@ -547,17 +547,29 @@ def open_redis(url: str, password: str, may_connect: Callable[[], bool] = lambda
     return client
 
 
+class Sentinels(Sentinel):
+    """Asked by one connection at a time: of two, redis-py 8.1 loses the Sentinel that is away."""
+
+    def __init__(self, *places: Any, **options: Any) -> None:
+        super().__init__(*places, **options)  # type: ignore[no-untyped-call]  # it has no types
+        self._asking = asyncio.Lock()
+
+    async def discover_master(self, name: str) -> Any:
+        """Where it is."""
+        async with self._asking:
+            return await super().discover_master(name)
+
+
 def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[str, Any]) -> Any:
     """A client for the Redis of which the Sentinels say that it is the master now.
 
     Sentinels are asked without user and password, as they are by default.
     """
-    make: Any = Sentinel  # it has no types
     urls = [parse_url(f"redis://{host}") for host in found["hosts"].split(",")]
     places = [(one["host"], one.get("port", 26379)) for one in urls]
     login = parse_url(f"redis://{found['login'] or ''}@host/{found['db'] or 0}")
     del login["host"]
-    sentinel = make(places, sentinel_kwargs=options, **{**options, **login, **more})
+    sentinel = Sentinels(places, sentinel_kwargs=options, **{**options, **login, **more})
     return sentinel.master_for(found["name"] or "mymaster")
 
 
