@@ -2443,7 +2443,8 @@ class SharedConnections(OpenConnections):
         own, others = OPEN + self._source, list(self._others())
         here = {whose: self[whose] for whose in news if whose in self and not self._closed}
         pipe = self._link.redis.pipeline()
-        pipe.hdel(own, *news)
+        if gone := news.keys() - here.keys():
+            pipe.hdel(own, *gone)
         if here:
             pipe.hset(own, mapping=here)
         pipe.pexpire(own, int(ROLL_CALL * 3000))
