@@ -340,11 +340,10 @@ class Link:
 
     async def follow_master(self) -> None:
         """Leave a master in whose place Sentinel has put another: for seconds it may not know that."""
-        manager, name = self._pools[0].sentinel_manager, self._pools[0].service_name
         while True:
-            with contextlib.suppress(*REDIS_ERRORS):  # that Sentinels are away is no fault of Redis
-                master = await manager.discover_master(name)
-                for pool in self._pools:
+            for pool in self._pools:  # each may ask another Sentinel, and these may not agree
+                with contextlib.suppress(*REDIS_ERRORS):  # that they are away is no fault of Redis
+                    master = await pool.sentinel_manager.discover_master(pool.service_name)
                     if pool.master_address not in (None, master):
                         await pool.disconnect()
             await asyncio.sleep(BEAT_INTERVAL)
