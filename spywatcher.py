@@ -5677,10 +5677,6 @@ class Report:
         if self._may_say(f"unreadable {name}"):
             log.error("cannot read Discord's %s: %s; it is left out", name, what)
 
-    def open(self) -> None:
-        """Say from now on what changes."""
-        self._closed, self._said = False, ""
-
     def close(self) -> None:
         """Say nothing any more."""
         self._closed = True
@@ -6338,7 +6334,7 @@ class Gateway:
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
         failures = 0
-        self._report.open()
+        self._report = Report(self.patience.quiet)  # that of the last time is closed
         while True:
             asked = 0.0
             try:
@@ -6448,9 +6444,9 @@ class Gateway:
         self._up.clear()
         self._unread_guilds.clear()
         if self.bot.is_alive:  # hikari 2.7 cannot close what was cancelled as it closed
-            self._closing = self._closing or asyncio.create_task(self.bot.close())
+            if self._closing is None or self._closing.done():
+                self._closing = asyncio.create_task(self.bot.close())
             await asyncio.shield(self._closing)
-        self._closing = None
         self.presences.clear()
 
     # -- refused for good
@@ -6588,9 +6584,10 @@ class Node:
         return True
 
     async def lead(self, work: Work, rest: Work) -> None:
-        """Have gateway and plugins `work` whenever they are this process's, then `rest`.
+        """Have gateway and plugins `work` whenever they are this process's, and then `rest`.
 
-        `work` is cancelled, `rest` is not. Raises what `work` raises.
+        To end it, `work` is cancelled until it ends, and `rest` takes its time. Raises what `work`
+        raises.
         """
         try:
             await until_one_ends(work())
@@ -8360,9 +8357,8 @@ class Server:
                 task.cancel()
             if self._tasks:
                 await asyncio.wait(self._tasks)
-            await asyncio.gather(
-                *self._tasks, return_exceptions=True
-            )  # `wait_closed` tells of them
+            # `wait_closed` tells of what they raised.
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:  # a stop that takes too long is cancelled
             grace = self._settings.server.shutdown_grace
             await self.node.stop(min(max(until - time.monotonic(), grace / 10), grace / 2))
