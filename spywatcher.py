@@ -9108,7 +9108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(parsed.config)
         set_up_logging(settings.log)
         with naming_source(settings):
-            parsed.command(settings, parsed)
+            try:
+                parsed.command(settings, parsed)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as in `types | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
