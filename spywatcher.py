@@ -5435,7 +5435,7 @@ class PluginLoader:
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
-        for hidden in self.files.all()[name][1:]:
+        for hidden in self.files.all().get(name, [])[1:]:
             log.info("plugin %s: %s replaces %s", name, path, hidden)
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
@@ -8731,15 +8731,14 @@ class TextFormatter(logging.Formatter):
 class JournalFormatter(logging.Formatter):
     """Another form, with the level before each line as journald reads it (sd-daemon(3))."""
 
-    LEVELS: Final = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4))
+    LEVELS: Final = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6}
 
     def __init__(self, form: logging.Formatter) -> None:
         super().__init__()
         self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        usual = 6 if record.levelno >= logging.INFO else 7
-        number = next((number for level, number in self.LEVELS if record.levelno >= level), usual)
+        number = self.LEVELS.get(record.levelname, 7)
         return "\n".join(f"<{number}>{line}" for line in self._form.format(record).splitlines())
 
 
