@@ -53,7 +53,7 @@ upgrade-check: tests/node_modules/.installed
 	sed -e 's/~=/>=/' setup.cfg >build/upgrade/setup.cfg && cp pyproject.toml build/upgrade
 	build/upgrade/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
 	  $$($(PYTHON) -c 'import configparser; s = configparser.ConfigParser(); s.read("build/upgrade/setup.cfg"); \
-	    print(s["options"]["install_requires"], *(s["options.extras_require"][e] for e in ("test", "crypto")))')
+	    print(s["options"]["install_requires"], *(s["options.extras_require"][e] for e in ("test", "crypto", "bundle")))')
 	build/upgrade/bin/python -m pytest tests/test_private_names.py
 	build/upgrade/bin/python -m pytest --numprocesses $(WORKERS) $(ARGS); status=$$?; \
 	  build/upgrade/bin/python -m pip --disable-pip-version-check list; exit $$status

@@ -21,6 +21,7 @@ The sections, each using only those above it:
     errors               whose fault it was, and what they are told
     settings             config.toml: one table of keys, types, defaults, meanings
     metrics              what is counted, for Prometheus
+    names                what is shown of what people, channels and guilds are called
     identity and access  who a viewer is, which guilds and channels they may see
     limits               how much one address, one viewer, one connection may have
     rooms and fan-out    Engine.IO sessions, rooms, and the shortest way from one event to all of them
@@ -73,7 +74,6 @@ import textwrap
 import time
 import tomllib
 import traceback
-import unicodedata
 from base64 import b64decode, b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import (
@@ -99,6 +99,7 @@ from typing import (
     Any,
     ClassVar,
     Final,
+    Generic,
     Literal,
     NamedTuple,
     Protocol,
@@ -107,13 +108,15 @@ from typing import (
     get_args,
     get_origin,
 )
+from weakref import WeakValueDictionary
 
 import engineio
 import hikari
-import idna
 import jwt
 import msgspec
+import regex
 import socketio
+import yarl
 from engineio import packet as engineio_packet
 from hikari.events import base_events
 from hikari.impl.event_manager_base import filtered
@@ -251,10 +254,7 @@ Rate = Annotated[
 Transport = Literal["websocket", "polling"]
 
 
-ORIGIN: Final = re.compile(
-    r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::(\d{1,5}|\*))?"
-)
-DEFAULT_PORTS: Final = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://((\*\.)?[a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 
 def plain_origin(text: str) -> str:
@@ -268,34 +268,16 @@ def plain_origin(text: str) -> str:
         return small
     if "://" not in small:
         raise ValueError(f'expected a scheme: "http://{small}" or "https://{small}"')
-    found = ORIGIN.match(small)
-    if found is None or small[found.end() :].startswith(("@", ":", "*")):
-        raise ValueError('expected "scheme://host" or "scheme://host:port"')
-    if found.end() != len(small):
-        raise ValueError(f'expected it without what follows the host: "{found[0]}"')
-    scheme, host, port = found.groups()
-    below = "*." if host.startswith("*.") else ""
-    host = host[len(below) :]
-    if not host or "*" in host:
-        raise ValueError('expected * only as "*.host" or alone')
-    if port not in (None, "*"):
-        port = str(int(port))
-        if int(port) > 65_535:
-            raise ValueError("expected a port up to 65535")
-    shown_port = "" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}"
-    return f"{scheme}://{below}{encoded_host(host)}{shown_port}"
-
-
-def encoded_host(host: str) -> str:
-    """A host's name in ASCII (UTS #46, as browsers do it); raises ValueError for one that is none."""
+    any_port = ":*" if small.endswith(":*") else ""
     try:
-        if host.startswith("["):
-            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
-        if host.isascii():
-            return host
-        return idna.encode(host, uts46=True).decode()
+        origin = str(yarl.URL(small.removesuffix(":*")).origin())
     except ValueError as error:
-        raise ValueError(f"expected the name of a host: {error}") from error
+        raise ValueError(f'expected "scheme://host" or "scheme://host:port": {error}') from error
+    if not ORIGIN.fullmatch(origin):
+        raise ValueError('expected "scheme://host", with * only as "*.host" or alone')
+    if not set("/?#@").isdisjoint(small.partition("://")[2]):
+        raise ValueError(f'expected it without what is not host and port: "{origin}"')
+    return origin + any_port
 
 
 def known_network(text: str) -> str:
@@ -906,6 +888,65 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+# -------------------------------------------------------------------------------- names
+# What people, channels, roles and guilds are called: shown as Discord shows it, and nothing unseen.
+# It knows Unicode, by the package `regex`, and nothing of where a name comes from.
+
+#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
+#: roles and guilds Discord's own limit.
+USERNAME_LENGTH: Final = 64
+NAME_LENGTH: Final = 100
+
+#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
+#: what Unicode lets be ignored (zero-width, bidi and filler characters, selectors, tags).
+INVISIBLE: Final = r"[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\ufff9-\ufffb\p{Default_Ignorable_Code_Point}]"
+#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
+#: India and its neighbours, Mongolian, Adlam, Rohingya.
+JOINING: Final = (
+    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
+    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
+)
+#: What of the invisible stays, since what is beside it shows otherwise without it: the tags of a
+#: region's flag (UTS #51), what joins emoji, what chooses text or picture, the variants of symbols
+#: and letters (Unicode Standard §23.4), and joiners beside letters that join.
+NEEDED: Final = (
+    r"🏴[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
+    r"|(?<=[\p{ExtPict}\p{Emoji_Modifier}\ufe0f\u20e3])\u200d(?=\p{ExtPict})"
+    r"|(?<=[\p{Emoji}\p{ExtPict}])[\ufe0e\ufe0f]"
+    r"|(?<=[0\u2100-\u2bff\p{Han}\p{Myanmar}\p{Phags_Pa}\u3001\u3002\uff01-\uff1f])[\ufe00-\ufe0d]"
+    r"|(?<=\p{Han})[\U000e0100-\U000e01ef]"
+    r"|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
+    rf"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
+)
+UNSEEN: Final = regex.compile(f"({NEEDED})|{INVISIBLE}")
+#: An empty cell of Braille is as wide as a letter and as blank as a space.
+BLANK: Final = regex.compile(rf"(?:{INVISIBLE}|[\s\u2800])*")
+#: What is read as one character (UAX #29).
+CHARACTER: Final = regex.compile(r"\X")
+
+
+def clean_text(text: str) -> str:
+    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
+    if text.isascii() and text.isprintable():
+        return text
+    return UNSEEN.sub(lambda found: found[1] or "", text)
+
+
+@functools.lru_cache(maxsize=8192)
+def shown_name(name: str | None, own_id: int, longest: int) -> str:
+    """A name as it may leave; the id where nothing of it can be seen."""
+    text = clean_text(name or "")
+    return str(int(own_id)) if BLANK.fullmatch(text) else shortened(text.strip(), longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """At most so many code points of `text`, with no picture or letter cut in two."""
+    if len(text) > longest:
+        starts = [found.start() for found in CHARACTER.finditer(text[: longest + 1])]
+        text = text[: starts[-1] or longest]
+    return text.strip()
+
+
 # ------------------------------------------------------------------ identity and access
 # Who is there (a signed token) and what they may see (Discord's permissions, by hikari's
 # cache). The only place that decides either. It knows no sockets and no rooms.
@@ -970,27 +1011,23 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
         secrets=tuple(text.splitlines()),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
-    faults = [
-        f"auth.secret: got {len(secret.encode())} bytes, expected {LEAST_SECRET_BYTES[algorithm]}"
-        f" or more for {algorithm}"
-        for algorithm in auth.algorithms
-        for secret in keys.of(algorithm)
-        if len(secret.encode()) < LEAST_SECRET_BYTES.get(algorithm, 0)
-    ]
-    if not keys.public:
-        faults += [
-            f"auth.public_key_file: not set, expected the key for {algorithm}"
-            for algorithm in auth.algorithms
-            if algorithm not in LEAST_SECRET_BYTES
-        ]
-    faults += [
-        f"auth: got a key that is none for {algorithm}"
-        for algorithm in auth.algorithms
-        if not all(is_key_for(algorithm, key) for key in keys.of(algorithm))
-    ]
+    faults = [fault for algorithm in auth.algorithms for fault in key_faults(algorithm, keys)]
     if faults:
         raise OperatorError(*faults)
     return keys
+
+
+def key_faults(algorithm: str, keys: Keys) -> Iterator[str]:
+    """What is wrong with the keys that tokens of this algorithm would be checked with."""
+    least = LEAST_SECRET_BYTES.get(algorithm, 0)
+    if not least and not keys.public:
+        yield f"auth.public_key_file: not set, expected the key for {algorithm}"
+    for key in keys.of(algorithm):
+        size = len(key.encode())
+        if size < least:
+            yield f"auth.secret: got {size} bytes, expected {least} or more for {algorithm}"
+        elif not is_key_for(algorithm, key):
+            yield f"auth: got a key that is none for {algorithm}"
 
 
 def is_key_for(algorithm: str, key: str) -> bool:
@@ -1054,10 +1091,13 @@ class Tokens:
     @staticmethod
     def _viewer(claims: dict[str, Any]) -> Viewer:
         try:
-            if claims.get("access") is True and has_begun(claims.get("nbf")):
-                return msgspec.convert(claims, Viewer)
-        except msgspec.ValidationError as error:
+            viewer = msgspec.convert(claims, Viewer)
+            begins = msgspec.convert(claims.get("nbf"), float | None) or 0.0
+            msgspec.json.encode(viewer)  # half of a surrogate pair could be sent to nobody
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise RefusedConnectionError("Invalid token", code="claims") from error
+        if claims.get("access") is True and begins <= time.time() + CLOCK_DIFFERENCE:
+            return viewer
         raise RefusedConnectionError("Invalid token", code="claims")
 
     def issue(
@@ -1105,12 +1145,6 @@ class Tokens:
             )
         secret = self._keys.secrets[0].encode()
         return hmac.digest(secret, f"spywatcher:{purpose}".encode(), "sha256")
-
-
-def has_begun(value: object) -> bool:
-    """None, or a moment that is not after now, as far as clocks agree (RFC 7519 §4.1.5)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (number and value <= time.time() + CLOCK_DIFFERENCE)  # type: ignore[operator]  # a number
 
 
 class Directory(Protocol):
@@ -1187,94 +1221,19 @@ class Cached(enum.Enum):
     chunks. Each step leads to one state, whatever the state was before:
 
         it is heard that                                  the guild is then
-        the bot stops                                     UNKNOWN, as all are
-        READY names it                                    COMING
+        the bot stops, or READY names it                  COMING
         READY does not, and the cache still has it        LOST
         GUILD_CREATE came, members follow                 MEMBERS_COMING
         GUILD_CREATE or the last chunk came, or it went   WHOLE
 
-    A guild that was never heard of is WHOLE once READY of its shard came: the bot is not in it.
+    A guild that was never heard of is COMING until READY of its shard came, then WHOLE: the bot is not
+    in it.
     """
 
-    UNKNOWN = "nothing is proved"
-    COMING = "what is there may be old; what is not there may still come"
+    COMING = "nothing is proved: what is there may be old, what is not there may still come"
     LOST = "the bot is not in it: hikari 2.7 keeps a guild that went while it was away"
     MEMBERS_COMING = "a member who is not there may still come, unless seen to leave meanwhile"
     WHOLE = "what is not there does not exist"
-
-
-class ChannelRights:
-    """Who may read one channel or thread (Discord documentation: Permissions, Overwrites).
-
-    A role that does not exist grants and denies nothing, whoever still carries its id.
-    """
-
-    def __init__(self, directory: Directory, channel_id: int) -> None:
-        self.needed = VIEW_CHANNEL
-        thread = directory.get_thread(channel_id)
-        if thread is not None:
-            channel_id = thread.parent_id
-            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
-                # Who else was invited to a private thread, hikari's cache cannot say.
-                self.needed |= MANAGE_THREADS
-        channel = directory.get_guild_channel(channel_id)
-        if getattr(channel, "type", None) in VOICE_TYPES:
-            self.needed |= CONNECT
-        overwrites = getattr(channel, "permission_overwrites", None)
-        self._is_known = overwrites is not None
-        #: (allow, deny) by id of a role or member.
-        self._overwrites = {
-            int(key): (int(one.allow), int(one.deny)) for key, one in (overwrites or {}).items()
-        }
-        self._directory = directory
-
-    def granted(self, base: int, guild_id: int, role_ids: Iterable[int], user_id: int) -> int:
-        """What is left here of what a member holds in the guild, `base`."""
-        if not self._is_known:
-            return 0
-        allow = deny = 0
-        for role_id in role_ids:
-            if role_id != guild_id and self._directory.get_role(role_id) is not None:
-                allowed, denied = self._overwrites.get(role_id, (0, 0))
-                allow, deny = allow | allowed, deny | denied
-        none = (0, 0)
-        everyone, own = self._overwrites.get(guild_id, none), self._overwrites.get(user_id, none)
-        for allowed, denied in (everyone, (allow, deny), own):
-            base = base & ~denied | allowed
-        return base
-
-
-class GuildRights:
-    """What follows from roles and channels of one guild, kept until one of them changes.
-
-    Members who hold the same roles are granted the same.
-    """
-
-    def __init__(self, directory: Directory, guild_id: int) -> None:
-        self._directory = directory
-        self._guild_id = guild_id
-        self._granted: dict[tuple[int, ...], int] = {}
-        self._channels: dict[int, ChannelRights] = {}
-        #: What others have worked out from these rights.
-        self.memory: dict[Any, Any] = {}
-
-    def granted(self, role_ids: Sequence[int]) -> int:
-        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
-        key = tuple(role_ids)
-        granted = self._granted.get(key)
-        if granted is None:
-            granted = 0
-            for role_id in (self._guild_id, *key):  # the guild's own id is @everyone
-                role = self._directory.get_role(role_id)
-                granted |= int(role.permissions) if role is not None else 0
-            granted = self._granted[key] = ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
-        return granted
-
-    def channel(self, channel_id: int) -> ChannelRights:
-        rights = self._channels.get(channel_id)
-        if rights is None:
-            rights = self._channels[channel_id] = ChannelRights(self._directory, channel_id)
-        return rights
 
 
 class Access:
@@ -1291,7 +1250,6 @@ class Access:
         self._begun: set[ShardRange] = set()  # shards whose READY came
         self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
         self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
-        self._rights: dict[int, GuildRights] = {}
 
     def reconfigure(self, auth: AuthSettings) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
@@ -1302,19 +1260,19 @@ class Access:
 
     # -- how sure the cache is
 
-    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
-        """A new gateway session is about to send these guilds: all that the bot has of its shard."""
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> Collection[int]:
+        """A new gateway session is about to send these guilds: all that the bot has of its shard.
+
+        Returns those that the cache has and the bot has not.
+        """
         coming = frozenset(guild_ids)
+        lost = frozenset(filter(shard_range.has, self._cache.guild_ids())) - coming
         self._begun.add(shard_range)
-        for guild_id in filter(shard_range.has, self._cache.guild_ids()):
+        for guild_id in lost:
             self._set(guild_id, Cached.LOST)
         for guild_id in coming:
             self._set(guild_id, Cached.COMING)
-
-    @property
-    def lost(self) -> frozenset[int]:
-        """Guilds that hikari still has and the bot has not."""
-        return frozenset(one for one, state in self._states.items() if state is Cached.LOST)
+        return lost
 
     def is_whole(self, guild_id: int) -> bool:
         """Whether the cache holds all of this guild, even if that is nothing."""
@@ -1337,7 +1295,6 @@ class Access:
         self._begun.clear()
         self._states.clear()
         self._gone_meanwhile.clear()
-        self._rights.clear()
 
     def expect_members(self, guild_id: int) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
@@ -1349,7 +1306,6 @@ class Access:
         self._set(guild_id, Cached.WHOLE)
 
     def _set(self, guild_id: int, state: Cached) -> None:
-        self.forget(guild_id)
         self._gone_meanwhile.pop(guild_id, None)
         self._states[guild_id] = state
         if state is Cached.WHOLE:
@@ -1357,22 +1313,11 @@ class Access:
 
     def _state(self, guild_id: int) -> Cached:
         begun = any(one.has(guild_id) for one in self._begun)
-        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.UNKNOWN
+        return self._states.get(guild_id, Cached.WHOLE) if begun else Cached.COMING
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
         self._gone_meanwhile.get(guild_id, set()).add(user_id)
-
-    def forget(self, guild_id: int) -> None:
-        """What decides in it has changed: nothing that was worked out from that holds."""
-        self._rights.pop(guild_id, None)
-
-    def memory(self, guild_id: str) -> dict[Any, Any]:
-        """Where to keep what is worked out from a guild's rights, until it is forgotten."""
-        return self._rights_in(int(guild_id)).memory
-
-    def forget_all(self) -> None:
-        self._rights.clear()
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
@@ -1442,21 +1387,23 @@ class Access:
         if not self.may_view(viewer, str(int(guild_id))):
             return None
         guild = self._cache.get_guild(guild_id)
-        return {"id": str(int(guild_id)), "name": guild_name(guild), "icon": guild.icon_hash}
+        name = shown_name(guild.name, guild_id, NAME_LENGTH)
+        return {"id": str(int(guild_id)), "name": name, "icon": guild.icon_hash}
 
     def list_key(self, viewer: Viewer) -> object:
-        """The same for viewers who may see the same guilds, whatever those are."""
-        if viewer.role in self._admin_roles:
-            return ("admin",)
-        named = viewer.guilds is not None
-        return ("claim", viewer.guilds) if named else ("member", viewer.discord_id)
-
-    def timed_out_until(self, viewer: Viewer, guild_id: int) -> float | None:
-        """When the viewer's time-out in the guild ends; in seconds since 1970."""
+        """The same for viewers who may see the same guilds, whatever those are; of a viewer for whom
+        membership decides, the Discord id.
+        """
         if viewer.role in self._admin_roles:
             return None
-        until = timeout_end(self._member(viewer, guild_id))
-        return until if until and until > time.time() else None
+        return viewer.discord_id if viewer.guilds is None else viewer.guilds
+
+    def timed_out_until(self, viewer: Viewer, guild_ids: Iterable[int]) -> float:
+        """When the first of the viewer's time-outs ends, in seconds since 1970; else `math.inf`."""
+        if viewer.role in self._admin_roles:
+            return math.inf
+        ends = [timeout_end(self._member(viewer, guild_id)) for guild_id in guild_ids]
+        return min((end for end in ends if end > time.time()), default=math.inf)
 
     # -- channels
 
@@ -1471,14 +1418,37 @@ class Access:
         if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
             return viewer.guilds is not None and self._is_sure(viewer, guild.id)
         granted = self._granted(viewer, guild, member)
-        channel = self._rights_in(guild.id).channel(int(channel_id))
+        needed, overwrites = self._channel(int(channel_id))
         if granted != ALL_PERMISSIONS:
-            roles = member.role_ids
-            granted = channel.granted(granted, guild.id, roles, int(viewer.discord_id))
+            roles = [one for one in member.role_ids if one != guild.id and self._exists(one)]
+            for ids in ((guild.id,), roles, (int(viewer.discord_id),)):
+                granted = overwritten(granted, overwrites, ids)
             granted = left_by_timeout(member, granted)
-        return granted & channel.needed == channel.needed
+        return granted & needed == needed
+
+    def _channel(self, channel_id: int) -> tuple[int, Mapping[int, Any]]:
+        """What it takes to read a channel or thread, and its overwrites.
+
+        What is not known, only who holds all permissions may read.
+        """
+        needed = VIEW_CHANNEL
+        thread = self._cache.get_thread(channel_id)
+        if thread is not None:
+            channel_id = thread.parent_id
+            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
+                # Who else was invited to a private thread, hikari's cache cannot say.
+                needed |= MANAGE_THREADS
+        channel = self._cache.get_guild_channel(channel_id)
+        if getattr(channel, "type", None) in VOICE_TYPES:
+            needed |= CONNECT
+        overwrites = getattr(channel, "permission_overwrites", None)
+        return (ALL_PERMISSIONS, {}) if overwrites is None else (needed, overwrites)
 
     # -- members
+
+    def _exists(self, role_id: int) -> bool:
+        """A role that is gone grants and denies nothing, whoever still carries its id."""
+        return self._cache.get_role(role_id) is not None
 
     def _member(self, viewer: Viewer, guild_id: int) -> Any:
         if not is_snowflake(viewer.discord_id):
@@ -1486,15 +1456,25 @@ class Access:
         return self._cache.get_member(guild_id, int(viewer.discord_id))
 
     def _granted(self, viewer: Viewer, guild: Any, member: Any) -> int:
+        """Guild-wide permissions (Discord documentation: Permissions, base permissions)."""
         if guild.owner_id == int(viewer.discord_id):
             return ALL_PERMISSIONS
-        return self._rights_in(guild.id).granted(member.role_ids)
+        granted = 0
+        for role_id in (guild.id, *member.role_ids):  # the guild's own id is @everyone
+            role = self._cache.get_role(role_id)
+            granted |= int(role.permissions) if role is not None else 0
+        return ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
 
-    def _rights_in(self, guild_id: int) -> GuildRights:
-        rights = self._rights.get(guild_id)
-        if rights is None:
-            rights = self._rights[guild_id] = GuildRights(self._cache, guild_id)
-        return rights
+
+def overwritten(granted: int, overwrites: Mapping[int, Any], ids: Iterable[int]) -> int:
+    """What a channel leaves of permissions by what it says of these (Discord documentation:
+    Permissions, Overwrites).
+    """
+    allow = deny = 0
+    for one in map(overwrites.get, ids):
+        if one is not None:
+            allow, deny = allow | int(one.allow), deny | int(one.deny)
+    return granted & ~deny | allow
 
 
 #: An entry of `guilds:list`.
@@ -1519,92 +1499,6 @@ def is_snowflake(text: str) -> bool:
     return 1 <= len(text) <= 20 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
-#: Longest names in characters: of accounts twice what Discord allows today; of channels, threads,
-#: roles and guilds Discord's own limit.
-USERNAME_LENGTH: Final = 64
-NAME_LENGTH: Final = 100
-
-#: What shows nothing: controls, halves of surrogate pairs, line separators, annotation marks, and
-#: Unicode's Default_Ignorable_Code_Point (zero-width, bidi and filler characters, of Hangul too).
-#: Number signs of Arabic and Kaithi are of the same category Cf, but show.
-INVISIBLE: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb"
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
-#: Pictures and symbols; wider than today's emoji, so that next year's are among them.
-EMOJI: Final = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
-#: Scripts in which a joiner or non-joiner changes what is read: Arabic to Mandaic and N'Ko, those of
-#: India and its neighbours, Mongolian, Adlam, Rohingya.
-JOINING: Final = (
-    "\u0620-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1cff\ua840-\uabff\ufb50-\ufdff"
-    "\ufe70-\ufefc\U00010a00-\U00010fff\U00011000-\U00011fff\U0001e900-\U0001e95f"
-)
-CJK: Final = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-#: What of the invisible stays, since what is beside it shows otherwise without it.
-NEEDED: Final = re.compile(
-    # a flag of a region (UTS #51, emoji tag sequence)
-    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"
-    # joined emoji, each perhaps with a colour of skin, a variation selector or a keycap
-    f"|(?<=[{EMOJI}\ufe0f\u20e3])\u200d(?=[{EMOJI}])"
-    # as text or as a picture
-    f"|(?<=[0-9#*{EMOJI}])[\ufe0e\ufe0f]"
-    # other variants of symbols and letters
-    f"|(?<=[0{EMOJI}{CJK}\u1000-\u109f\u3001\u3002\ua840-\ua87f\uff01-\uff1f])[\ufe00-\ufe0d]"
-    f"|(?<=[{CJK}])[\U000e0100-\U000e01ef]"
-    "|(?<=[\u1807\u1820-\u18aa])[\u180b-\u180f]"
-    f"|(?<=[{JOINING}])[\u200c\u200d]|[\u200c\u200d](?=[{JOINING}])"
-)
-SEEN: Final = re.compile(f"({NEEDED.pattern})|{INVISIBLE.pattern}")
-#: An empty cell of Braille is as wide as a letter and as blank as a space.
-BLANK: Final = "\u2800"
-#: What belongs to the character before it (UAX #29): marks, joiners, selectors, colours of skin, tags.
-EXTENDS: Final = re.compile(
-    "[\u200c\u200d\u180b-\u180f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef]"
-)
-
-
-def clean_text(text: str) -> str:
-    """`text` without what is invisible, but for what emoji or a script need to look as they do."""
-    if text.isascii() and text.isprintable():
-        return text
-    return SEEN.sub(lambda found: found[1] or "", text)
-
-
-@functools.lru_cache(maxsize=8192)
-def shown_name(name: str | None, own_id: int, longest: int) -> str:
-    """A name as it may leave; the id where nothing of it can be seen."""
-    text = clean_text(name or "").strip()
-    if not INVISIBLE.sub("", text).replace(BLANK, "").strip():
-        return str(int(own_id))
-    return shortened(text, longest)
-
-
-def shortened(text: str, longest: int) -> str:
-    """At most so many characters of `text`, with no picture or letter cut in two."""
-    end = longest
-    while 0 < end < len(text) and is_one(text, end):
-        end -= 1
-    return text[: end or longest].strip()
-
-
-def is_one(text: str, place: int) -> bool:
-    """Whether what stands before `place` and what stands there are read as one."""
-    before, char = text[:place], text[place]
-    if before[-1] == "\u200d" or EXTENDS.match(char) or unicodedata.category(char)[0] == "M":
-        return True
-    flags = len(before) - len(before.rstrip(FLAG_LETTERS))
-    return char in FLAG_LETTERS and flags % 2 == 1  # two letters make a flag
-
-
-FLAG_LETTERS: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-
-
-def guild_name(guild: hikari.Guild) -> str:
-    return shown_name(guild.name, guild.id, NAME_LENGTH)
-
-
 # ------------------------------------------------------------------------------- limits
 # How much of everything one address, one viewer and one connection may have. It knows neither
 # protocols nor tokens: it is asked before work is done, and told how it ended.
@@ -1618,6 +1512,16 @@ CONNECTIONS_OF_A_POLLER: Final = 2
 #: Seconds between two lines of the log on one address.
 LOG_INTERVAL: Final = 60.0
 SECONDS_OF: Final = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86_400.0}
+
+
+CountedT = TypeVar("CountedT", bound=Hashable)
+
+
+def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
+    """One fewer; what has none takes no memory."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 class Counters:
@@ -1649,13 +1553,8 @@ class Counters:
         """Count one more; returns how many there are by now."""
         return self.count_here(key, seconds)
 
-    async def read(self, key: str) -> int:
-        """How many there are; none once the window has ended."""
-        count, until = self._counts.get(key, (0, 0.0))
-        return count if until > time.monotonic() else 0
-
     async def seconds_left(self, key: str) -> float:
-        """Until the window ends."""
+        """Until the window ends; 0 where nothing has been counted in one."""
         return max(0.0, self._counts.get(key, (0, 0.0))[1] - time.monotonic())
 
     async def clear(self, key: str) -> None:
@@ -1716,9 +1615,9 @@ class Strangers:
 
     def __init__(self, capacity: int, share: int, patience: float) -> None:
         self.reconfigure(capacity, share, patience)
-        # Both with the longest silent one first.
+        # The longest silent one first.
         self._deadlines: OrderedDict[Stranger, asyncio.TimerHandle | None] = OrderedDict()
-        self._of_address: dict[str, OrderedDict[Stranger, None]] = {}
+        self._of_address: collections.Counter[str] = collections.Counter()
 
     def reconfigure(self, capacity: int, share: int, patience: float) -> None:
         """For those who come from now on."""
@@ -1729,42 +1628,30 @@ class Strangers:
     def __len__(self) -> int:
         return len(self._deadlines)
 
-    def __contains__(self, who: object) -> bool:
-        return who in self._deadlines
-
     def enter(self, who: Stranger) -> None:
         """Let it wait, from now on and behind all others."""
         self.leave(who)
         late = "not authenticated in time"
         loop = asyncio.get_running_loop()
         self._deadlines[who] = loop.call_later(self._patience, self._drop, who, late)
-        neighbours: OrderedDict[Stranger, None] = OrderedDict()
-        if who.address:
-            neighbours = self._of_address.setdefault(who.address, neighbours)
-            neighbours[who] = None
-        if len(neighbours) > self._share:
-            self._drop(next(iter(neighbours)), "made room")
+        self._of_address[who.address] += 1
+        if who.address and self._of_address[who.address] > self._share:
+            neighbours = (one for one in self._deadlines if one.address == who.address)
+            self._drop(next(neighbours), "made room")
         elif len(self) > self._capacity:
             self.make_room(1)
 
     def leave(self, who: Stranger) -> None:
         """It has authenticated, or it is gone."""
-        if who not in self._deadlines:
-            return
-        deadline = self._deadlines.pop(who)
-        if deadline is not None:
-            deadline.cancel()
-        if who.address:
-            del self._of_address[who.address][who]
-            if not self._of_address[who.address]:
-                del self._of_address[who.address]
+        if who in self._deadlines:
+            self.suspend(who)
+            del self._deadlines[who]
+            remove_one(self._of_address, who.address)
 
     def touch(self, who: Stranger) -> None:
         """It has said something, so others are silent for longer; it has no more time for that."""
         if who in self._deadlines:
             self._deadlines.move_to_end(who)
-            if who.address:
-                self._of_address[who.address].move_to_end(who)
 
     def suspend(self, who: Stranger) -> None:
         """It waits for us: no deadline until it enters again."""
@@ -1819,14 +1706,6 @@ class Connection:
             self._session = None
             self.wait()
 
-    def touch(self) -> None:
-        """A request has come."""
-        self._strangers.touch(self)
-
-    def serve(self) -> None:
-        """A request that belongs to no session is being answered."""
-        self._strangers.suspend(self)
-
     def wait(self) -> None:
         """There is nothing to be answered."""
         if self._session is None and not self._stream.closed():
@@ -1848,14 +1727,15 @@ class OpenConnections(collections.Counter[str]):
 
     def leave(self, whose: str) -> None:
         """Count one fewer."""
-        self[whose] -= 1
-        if not self[whose]:
-            del self[whose]
+        remove_one(self, whose)
+
+    def viewers(self) -> Iterator[str]:
+        """The Discord ids of those who have some."""
+        return (whose.removeprefix(VIEWER) for whose in self if whose.startswith(VIEWER))
 
 
-def viewer_name(discord_id: str) -> str:
-    """Whose a viewer's connections are; no address looks like this."""
-    return f"viewer/{discord_id}"
+#: With a Discord id, whose a viewer's connections are; no address looks like this.
+VIEWER: Final = "viewer/"
 
 
 # What counts against what:
@@ -1883,7 +1763,7 @@ class Limits:
         self.reconfigure(settings, patience)
         self._counters = counters
         self._logged = Counters()
-        #: Sessions open now, by address and, of those who have authenticated, by `viewer_name`.
+        #: Sessions open now, by address and, of those who have authenticated, by `VIEWER`.
         self.open = connections
 
     def reconfigure(self, settings: LimitsSettings, patience: float) -> None:
@@ -1900,10 +1780,7 @@ class Limits:
 
     async def blocked_for(self, address: str) -> float:
         """Seconds that the address is still blocked; 0 if it is not."""
-        key = f"blocked/{address}"
-        if not await self._counters.read(key):
-            return 0.0
-        return max(1.0, await self._counters.seconds_left(key))
+        return await self._counters.seconds_left(f"blocked/{address}")
 
     async def attempt(self, address: str) -> float:
         """Count one; returns the seconds to wait if it is one too many, else 0."""
@@ -1940,7 +1817,7 @@ class Limits:
         """A viewer has one more connection; raises RefusedConnectionError if that is one too many,
         unless it replaces one that may still be counted.
         """
-        whose, most = viewer_name(discord_id), self.settings.connections_per_viewer
+        whose, most = VIEWER + discord_id, self.settings.connections_per_viewer
         if await self.open.enter(whose) >= most and not replaces:
             self.open.leave(whose)
             raise self.over("connections_per_viewer")
@@ -3393,16 +3270,6 @@ def room_guild(room: str) -> str:
     return room.partition(":")[2]
 
 
-CountedT = TypeVar("CountedT", bound=Hashable)
-
-
-def remove_one(counter: collections.Counter[CountedT], key: CountedT) -> None:
-    """One fewer; what has none takes no memory."""
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
-
-
 #: Nanoseconds of the clock for each position: no process has had more events since it began.
 POSITION_NS: Final = 10_000
 #: Bytes of a position, enough until 2059. They go out with every event, so they are few.
@@ -4590,6 +4457,33 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) -> None:
+    """Cancel these, and again after `patience` seconds as long as they go on; what they raise is lost.
+
+    `asyncio.wait_for` of Python 3.11, and so redis-py 8.1 and hikari 2.7, may swallow a cancellation
+    that meets an answer. What a task has to do at its end must take less.
+    """
+    tasks = set(tasks)
+    while left := {task for task in tasks if not task.done()}:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=patience)
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            task.exception()  # asyncio complains of one that nobody has looked at
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run these until one of them ends, then end the others; raises what that one raises."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end_tasks(tasks)
+    for task in done:
+        task.result()
+
+
 @dataclasses.dataclass(eq=False)
 class Guarded:
     """One function of a plugin. What it raises, returns wrongly or waits for harms nobody else: it is
@@ -5028,11 +4922,7 @@ class Runner:
 
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
-        left, self._tasks = set(self._tasks), []
-        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=1.0)  # they may have to clean up
+        await end_tasks(self._tasks, patience=1.0)  # they may have to clean up
         for _, guarded in self.hooks["@on"]:
             await guarded.wait()
         with caught(self.teardown.report):
@@ -5813,6 +5703,10 @@ class Report:
         if self._may_say(f"unreadable {name}"):
             log.error("cannot read Discord's %s: %s; it is left out", name, what)
 
+    def open(self) -> None:
+        """Say from now on what changes."""
+        self._closed, self._said = False, ""
+
     def close(self) -> None:
         """Say nothing any more."""
         self._closed = True
@@ -6206,6 +6100,8 @@ class Shard(hikari.impl.GatewayShardImpl):
                     if self._is_final(error) or self._is_lost():
                         self._gateway.shard_ended(error)
                         return
+                if self._is_closing:  # told as the socket was closed, where hikari 2.7 swallows it
+                    return
                 await asyncio.sleep(self._pause(time.monotonic() - began))
         except asyncio.CancelledError:
             self._is_closing = True
@@ -6256,8 +6152,7 @@ class Shard(hikari.impl.GatewayShardImpl):
         patience = time.monotonic() + CLOSING_PATIENCE
         while self._ws is None and not connecting.done() and time.monotonic() < patience:
             await asyncio.wait([connecting], timeout=CLOSING_PATIENCE / 50)
-        connecting.cancel()
-        await asyncio.wait([connecting])
+        await end_tasks([connecting])
 
     async def _heartbeat(self, heartbeat_interval: float) -> None:
         """hikari begins this with HELLO, right before it sends IDENTIFY or RESUME."""
@@ -6289,14 +6184,13 @@ class Shard(hikari.impl.GatewayShardImpl):
     async def _hang_up(self) -> None:
         """End the connection and all that lives as long."""
         await asyncio.sleep(0)  # what was begun a moment ago is in `_lifetime` only now
-        for task in self._lifetime:
-            task.cancel()
-        await asyncio.gather(*self._lifetime, return_exceptions=True)
+        await end_tasks(self._lifetime)
         ws, self._ws = self._ws, None
         if ws is not None:
             code = hikari.ShardCloseCode.GOING_AWAY if self._is_closing else RESUME_LATER
             with contextlib.suppress(Exception):  # it is over, one way or another
-                await ws.send_close(code=code, message=b"")
+                async with asyncio.timeout(CLOSING_PATIENCE):
+                    await ws.send_close(code=code, message=b"")
         if self._has_begun() and self._handshake_event is not None:
             self._handshake_event.clear()
             self._event_manager.dispatch(self._event_factory.deserialize_disconnected_event(self))
@@ -6337,7 +6231,7 @@ class Shard(hikari.impl.GatewayShardImpl):
         self._gateway.shard_away(self, cause, why)
 
 
-#: Seconds that a connection in the making gets to be made, when it is to end.
+#: Seconds that a connection in the making gets to be made, when it is to end; and one to be closed.
 CLOSING_PATIENCE: Final = 1.0
 #: With 1000 or 1001 Discord would end the session (Discord documentation: Initiating a Disconnect).
 RESUME_LATER: Final = 3000
@@ -6429,6 +6323,7 @@ class Gateway:
         self._brakes: dict[int, Brake] = {}
         self._up: set[int] = set()
         self._ended: Exception | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._how = ""  # of the newest session
         self._unread_guilds: dict[str, str] = {}
         self._report = Report(self.patience.quiet)
@@ -6469,31 +6364,33 @@ class Gateway:
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
         failures = 0
-        try:
-            while True:
-                asked = 0.0
-                try:
-                    await self._turning(self._begin())
-                    failures = 0
-                    await self._turning(self.bot.join())
-                    if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
-                        raise UpstreamError(code)  # any other end: REST is to be asked again
-                except UpstreamError as error:
-                    text = refusal(error.args[0], self._switches(), self.token_key)
-                    raise UpstreamError(text) from error
-                except AwayError as error:
-                    self._away(error.cause, error.why)
-                    asked = error.wait
-                except Exception as error:  # whatever Discord sends
-                    self._away("unreadable", reason_of(error))
-                await self._close()
-                patience = self.patience
-                wait = min(patience.first_retry * 2**failures, patience.last_retry)
-                failures = min(failures + 1, 10)
-                await self._turning(asyncio.sleep(max(wait, asked)))
-        finally:
-            self._report.close()  # the end is no news
+        self._report.open()
+        while True:
+            asked = 0.0
+            try:
+                await self._turning(self._begin())
+                failures = 0
+                await self._turning(self.bot.join())
+                if (code := getattr(self._ended, "code", None)) in FINAL_CODES:
+                    raise UpstreamError(code)  # any other end: REST is to be asked again
+            except UpstreamError as error:
+                text = refusal(error.args[0], self._switches(), self.token_key)
+                raise UpstreamError(text) from error
+            except AwayError as error:
+                self._away(error.cause, error.why)
+                asked = error.wait
+            except Exception as error:  # whatever Discord sends
+                self._away("unreadable", reason_of(error))
             await self._close()
+            patience = self.patience
+            wait = min(patience.first_retry * 2**failures, patience.last_retry)
+            failures = min(failures + 1, 10)
+            await self._turning(asyncio.sleep(max(wait, asked)))
+
+    async def close(self) -> None:
+        """End the session with Discord, when `run` has ended."""
+        self._report.close()  # the end is no news
+        await self._close()
 
     async def _begin(self) -> None:
         info = await fetch_gateway(self._settings.rest_url, self._token, self.patience)
@@ -6523,8 +6420,7 @@ class Gateway:
             raise
         finally:
             self._turned = time.monotonic()
-            task.cancel()  # hikari 2.7 may swallow that as it gets ready: then it just ends
-            await asyncio.wait([task])
+            await end_tasks([task])
 
     @property
     def alive(self) -> bool:
@@ -6577,8 +6473,10 @@ class Gateway:
     async def _close(self) -> None:
         self._up.clear()
         self._unread_guilds.clear()
-        if self.bot.is_alive:
-            await self.bot.close()
+        if self.bot.is_alive:  # hikari 2.7 cannot close what was cancelled as it closed
+            self._closing = self._closing or asyncio.create_task(self.bot.close())
+            await asyncio.shield(self._closing)
+        self._closing = None
         self.presences.clear()
 
     # -- refused for good
@@ -6664,30 +6562,16 @@ def destination_of(guild_id: str, kind: str, fields: EventData) -> Destination:
     return Destination(guild_id, kind, str(channel_id))
 
 
+#: What is run again and again.
+Work = Callable[[], Coroutine[Any, Any, None]]
 #: Seconds in which a client's return waits for what this process is still to hear.
 RECALL_PATIENCE: Final = 12.0
-
-
-class Audience(Protocol):
-    """This process's own dashboards."""
-
-    def end(self, pid: str) -> None:
-        """Close the connection that is left of a client which has come back elsewhere."""
-
-    def send(self, to: Destination, frame: RoomFrame) -> None:
-        """Hand them an event, each of them that may see it."""
-
-    def check(self, guild_id: str, discord_id: str | None = None) -> None:
-        """Judge anew who may be in the guild's rooms: all of them, or one viewer."""
-
-    def check_all(self) -> None:
-        """Judge everybody anew, everywhere."""
 
 
 class Parts(NamedTuple):
     """What of its own process a node works with."""
 
-    clients: Audience
+    clients: RightsWatcher
     rooms: Rooms
     recovery: Recovery
     plugins: PluginHost
@@ -6701,23 +6585,10 @@ class Node:
     _parts: Parts
 
     def __init__(self, settings: Settings, bot: Bot) -> None:
-        self._settings = settings
-        self._bot = bot
-
-    # -- what the parts of the process are made with
-
-    def make_access(self) -> Access:
-        """Who judges."""
-        guilds = self._settings.discord.guilds
-        return Access(self._settings.auth, guilds, CacheReader(self._bot.cache))
-
-    def make_counters(self) -> Counters:
-        """Who counts attempts."""
-        return Counters()
-
-    def make_connections(self) -> OpenConnections:
-        """Who counts open connections."""
-        return OpenConnections()
+        #: Who judges, counts attempts, and counts open connections.
+        self.access = Access(settings.auth, settings.discord.guilds, CacheReader(bot.cache))
+        self.counters = Counters()
+        self.connections = OpenConnections()
 
     # -- start, stop, how things stand
 
@@ -6742,9 +6613,15 @@ class Node:
         """Whether the session with Discord is this process's to keep."""
         return True
 
-    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run gateway and plugins whenever they are this process's; raises what that raises."""
-        await run()
+    async def lead(self, work: Work, rest: Work) -> None:
+        """Have gateway and plugins `work` whenever they are this process's, then `rest`.
+
+        `work` is cancelled, `rest` is not. Raises what `work` raises.
+        """
+        try:
+            await until_one_ends(work())
+        finally:
+            await rest()
 
     def share(self, plugin: str) -> Shared | None:
         """What a plugin keeps for all nodes; None where there is one."""
@@ -6791,10 +6668,7 @@ class Node:
         return False
 
     def viewer_entered(self, discord_id: str) -> None:
-        """A viewer has one dashboard more here."""
-
-    def viewer_left(self, discord_id: str) -> None:
-        """A viewer has one dashboard fewer here."""
+        """A viewer has one dashboard more here; all of them stand in `connections`."""
 
     def follow(self, guild_id: str) -> asyncio.Task[None] | None:
         """Done when what other nodes send to the guild's rooms is heard here; None: it is."""
@@ -6825,9 +6699,9 @@ class Origins:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        small = frozenset(map(str.lower, patterns))
-        self._any, self._null = "*" in small, "null" in small
-        self._named = re.compile("|".join(map(origin_pattern, small - {"*", "null"})) or "(?!)")
+        listed = frozenset(patterns)
+        self._any, self._null = "*" in listed, "null" in listed
+        self._named = re.compile("|".join(map(origin_pattern, listed - {"*", "null"})) or "(?!)")
 
     def allow(self, origin: str | None, host: str) -> bool:
         """`origin` and `host` as in the request's headers (RFC 6454; absent outside of browsers)."""
@@ -6968,16 +6842,6 @@ def address_key(address: Address) -> str:
     return str(address)
 
 
-def allowed_methods(handler: RequestHandler) -> str:
-    """What a handler answers, as RFC 9110 §10.2.1 has it."""
-    unknown = RequestHandler._unimplemented_method
-    return ", ".join(
-        method
-        for method in handler.SUPPORTED_METHODS
-        if getattr(type(handler), method.lower()) is not unknown
-    )
-
-
 class Handler(RequestHandler):
     """Base of what is served: JSON without a banner, never from a cache."""
 
@@ -6991,7 +6855,7 @@ class Handler(RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """What Tornado refuses by itself: above all other methods than those that there are."""
         if status_code == 405:
-            self.set_header("Allow", allowed_methods(self))
+            self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
         self.finish({"message": self._reason})
 
 
@@ -7003,6 +6867,8 @@ UPGRADED: Final = HTTPServerRequest(
 
 class SocketHandler(Handler, WebSocketHandler):
     """One request of a Socket.IO client: a poll, or its WebSocket."""
+
+    SUPPORTED_METHODS = ("GET", "POST", "OPTIONS")
 
     def initialize(self, engine: Engine, door: FrontDoor) -> None:
         self._engine = engine
@@ -7019,11 +6885,10 @@ class SocketHandler(Handler, WebSocketHandler):
 
     async def prepare(self) -> None:
         """Turn away foreign pages and blocked addresses."""
-        self.connection.touch()
         origin = self.request.headers.get("Origin")
         session = self._engine.sockets.get(self._sid)
-        if session is not None:
-            self._engine.limits.strangers.touch(session)
+        for who in filter(None, (self.connection, session)):
+            self._engine.limits.strangers.touch(who)
         if not self._door.origins.allow(origin, self.request.host):
             self._refuse(403, "origin", "This origin is not allowed", unlisted(origin))
             return
@@ -7037,9 +6902,6 @@ class SocketHandler(Handler, WebSocketHandler):
 
     def check_origin(self, origin: str) -> bool:
         return True  # `prepare` has done it, for polls too
-
-    def check_xsrf_cookie(self) -> None:
-        """There are no cookies to forge with."""
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         websocket = self.request.headers.get("Upgrade", "").lower() == "websocket"
@@ -7128,12 +6990,10 @@ class SocketHandler(Handler, WebSocketHandler):
             else:
                 self._session = session
                 session.attach(self)
-        elif self._sid in self._engine.sockets:
-            self._session = self._engine.sockets[self._sid]
-            if not self._session.begin_upgrade(self):
-                self.close()
         else:
-            self.close()
+            self._session = self._engine.sockets.get(self._sid)
+            if self._session is None or not self._session.begin_upgrade(self):
+                self.close()
 
     def _detach_stream(self) -> IOStream:
         """Tornado's puts a refusal in the place of eleven methods: a kilobyte for each client."""
@@ -7150,7 +7010,7 @@ class SocketHandler(Handler, WebSocketHandler):
         session = self._session
         if session is None:
             return
-        self.connection.touch()
+        self._engine.limits.strangers.touch(self.connection)
         if session.handler is self:
             await session.feed(message)
         elif message == PROBE and session.probe(self):
@@ -7189,46 +7049,41 @@ def parse_sid(request: HTTPServerRequest) -> str | None:
 
 
 class OperatorHandler(Handler):
-    """Base of what is there for operators and their tools; `read` gets what a GET is answered with."""
+    """What is there for operators and their tools: `read` is asked for the status and what to say, by
+    whether an operator asks.
+    """
 
-    def initialize(self, door: FrontDoor, read: Callable[[], Any] = dict) -> None:
-        self.inside = door.operators.include(self.request)
-        self.read = read
+    SUPPORTED_METHODS = ("GET", "HEAD")
+
+    def initialize(self, door: FrontDoor, read: Callable[[bool], tuple[int, Any]]) -> None:
+        self._inside = door.operators.include(self.request)
+        self._read = read
+
+    def get(self) -> None:
+        status, said = self._read(self._inside)
+        self.set_status(status)
+        if isinstance(said, bytes):
+            self.set_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.finish(said)
 
     def head(self) -> None:
         """As GET without a body (RFC 9110 §9.3.2); Tornado leaves that out."""
         self.get()
 
 
-class LiveHandler(OperatorHandler):
-    """Whether the process answers at all."""
-
-    def get(self) -> None:
-        self.finish({"status": "live"})
-
-
-class ReadyHandler(OperatorHandler):
-    """Whether it does its work: 200, or 503 and which part does not; only insiders read why."""
-
-    def get(self) -> None:
-        parts = {name: {"ok": not p["problem"], **p} for name, p in self.read().items()}
-        ready = all(part["ok"] for part in parts.values())
-        if not self.inside:
-            parts = {name: {"ok": part["ok"]} for name, part in parts.items()}
-        self.set_status(200 if ready else 503)
-        self.finish({"status": "ready" if ready else "not ready", "parts": parts})
+def readiness(parts: Mapping[str, dict[str, Any]], inside: bool) -> tuple[int, dict[str, Any]]:
+    """200, or 503 and which part does not do its work; only operators read why."""
+    oks = {name: not part["problem"] for name, part in parts.items()}
+    ready = all(oks.values())
+    told = {name: {"ok": ok, **(parts[name] if inside else {})} for name, ok in oks.items()}
+    return 200 if ready else 503, {"status": "ready" if ready else "not ready", "parts": told}
 
 
-class MetricsHandler(OperatorHandler):
-    """All figures, for Prometheus; insiders only."""
-
-    def get(self) -> None:
-        if self.inside:
-            self.set_header("Content-Type", CONTENT_TYPE_LATEST)
-            self.finish(self.read())
-        else:
-            self.set_status(403)
-            self.finish({"message": "Only for this host and for [server] metrics_from"})
+def figures(metrics: Metrics, inside: bool) -> tuple[int, bytes | dict[str, str]]:
+    """All of them, for Prometheus; for operators only."""
+    if inside:
+        return 200, metrics.text()
+    return 403, {"message": "Only for this host and for [server] metrics_from"}
 
 
 class NotFoundHandler(Handler):
@@ -7248,7 +7103,7 @@ class Site(Application):
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         connection = self.door.connection(request)
         if connection is not None and request.path != SOCKET_PATH:
-            connection.serve()
+            self.door.limits.strangers.suspend(connection)
         own = super().find_handler(request, **kwargs)
         found = self.plugins.handler_for(request)
         if own.handler_class is not NotFoundHandler or found is None:
@@ -7368,40 +7223,34 @@ SLICE: Final = 0.01
 
 
 class Comeback(NamedTuple):
-    """What a client says beside its token, in `auth` of its CONNECT (Socket.IO protocol v5)."""
+    """What a client says in `auth` of its CONNECT (Socket.IO protocol v5)."""
 
-    recover: bool | None
+    token: object
+    recover: object
     pid: object
     offset: object
 
     @classmethod
     def of(cls, auth: object) -> Comeback:
         said = auth if isinstance(auth, dict) else {}
-        recover = said.get("recover")
-        return cls(
-            recover if isinstance(recover, bool) else None, said.get("pid"), said.get("offset")
-        )
+        return cls(*map(said.get, cls._fields))
 
 
+@dataclasses.dataclass(eq=False)
 class Dashboard:
     """One connected dashboard: whose it is, its transport and, if it can recover, its ticket."""
 
-    def __init__(
-        self,
-        sid: Sid,
-        session: Session,
-        viewer: Viewer,
-        ticket: Ticket | None,
-        comeback: Comeback,
-    ) -> None:
-        self.sid = sid
-        self.session = session
-        self.ticket = ticket
-        self.comeback = comeback
+    sid: Sid
+    session: Session
+    viewer: Viewer
+    ticket: Ticket | None
+    comeback: Comeback
+    _expiry: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
         #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
-        self.pending: set[str] = set() if ticket is None else ticket.pending
-        self._expiry: asyncio.TimerHandle | None = None
-        self.take_token(viewer)
+        self.pending: set[str] = set() if self.ticket is None else self.ticket.pending
+        self.take_token(self.viewer)
 
     def tell(self, event: str, *arguments: object) -> None:
         self.write([event_frame(event, *arguments)])
@@ -7440,6 +7289,7 @@ class Dashboard:
         self.session.end()
 
 
+@dataclasses.dataclass(eq=False)
 class Subscriptions:
     """The dashboards that are connected, and who of them is in which guild's rooms (design: rooms).
 
@@ -7450,21 +7300,14 @@ class Subscriptions:
     left        may_view is False: with an `error`        it is asked for again
     """
 
-    def __init__(
-        self,
-        rooms: Rooms,
-        access: Access,
-        limits: Limits,
-        plugins: PluginLoader,
-        node: Node,
-        recovery: Recovery,
-    ) -> None:
-        self._rooms = rooms
-        self._access = access
-        self._limits = limits
-        self._plugins = plugins
-        self._node = node
-        self._recovery = recovery
+    _rooms: Rooms
+    _access: Access
+    _limits: Limits
+    _plugins: PluginLoader
+    _node: Node
+    _recovery: Recovery
+
+    def __post_init__(self) -> None:
         self.connected: dict[Sid, Dashboard] = {}
         self.by_pid: dict[str, Dashboard] = {}  # those that can recover
         #: Those who are in a room of a guild or wait to be: nobody else is judged.
@@ -7478,7 +7321,7 @@ class Subscriptions:
     def is_connected(self, discord_id: str) -> bool:
         """Whether this Discord user has a dashboard open, or one that may come back."""
         by_ticket = self._recovery.has_ticket(discord_id)
-        return by_ticket or viewer_name(discord_id) in self._limits.open
+        return by_ticket or VIEWER + discord_id in self._limits.open
 
     def guilds(self) -> Iterable[str]:
         """Those that anybody is in a room of, waits to be, or may come back to."""
@@ -7644,153 +7487,116 @@ class Subscriptions:
         dashboard.tell(event, payload, *offset)
 
 
+ThingT = TypeVar("ThingT", bound=Hashable)
+
+
+class InSlices(Generic[ThingT]):
+    """Something to be done with each of many things, a little later and never for long at a time."""
+
+    def __init__(self, work: Callable[[ThingT], None]) -> None:
+        self._work = work
+        self._waiting: OrderedDict[ThingT, None] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, things: Iterable[ThingT], delay: float = 0.0) -> None:
+        """What waits already keeps its place."""
+        self._waiting.update(dict.fromkeys(things))
+        if self._waiting and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(delay, self.run)
+
+    def run(self, seconds: float = SLICE) -> None:
+        """Go on for so long; the rest has its turn after whatever else waits."""
+        self._timer, until = None, time.monotonic() + seconds
+        while self._waiting and time.monotonic() < until:
+            self._work(self._waiting.popitem(last=False)[0])
+        self.add(())
+
+
 class GuildList:
-    """The guilds that all viewers with one `Access.list_key` may see."""
+    """The guilds that all viewers with one `Access.list_key` may see, as things stand."""
 
-    def __init__(self, key: object, viewer: Viewer) -> None:
-        self.key = key
-        self.viewer = viewer  # any of them
-        self.dashboards = 0  # that have asked
-        #: Guilds to judge anew; None: all.
-        self.stale: set[int] | None = None
-        self.summaries: dict[int, GuildSummary] = {}
-        self.encoded = b"[]"
-        self.update = event_frame("guilds:update", {"guilds": []})
-        self.timeouts: dict[int, asyncio.TimerHandle] = {}
+    def __init__(self, access: Access, viewer: Viewer) -> None:
+        guild_ids = access.guilds_to_judge(viewer)
+        seen = filter(None, [access.summary(viewer, one) for one in guild_ids])
+        self.encoded = msgspec.json.encode(sorted(seen, key=itemgetter("name", "id")))
+        self.complete = access.complete
+        #: When it is outdated, though Discord says nothing.
+        self.until = access.timed_out_until(viewer, guild_ids)
 
-    def encode(self) -> None:
-        """Once for all who are told."""
-        ordered = sorted(self.summaries.values(), key=itemgetter("name", "id"))
-        self.encoded = msgspec.json.encode(ordered)
-        self.update = event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
-
-
-class Told(NamedTuple):
-    """What `guilds:list` or `guilds:update` told a dashboard last, and from which list."""
-
-    source: GuildList
-    guilds: bytes
-    complete: bool
+    @functools.cached_property
+    def update(self) -> Frame:
+        """Encoded once for all who are told."""
+        return event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
 
 
 class GuildLists:
     """Answers `guilds:list`, and tells of each change whoever has asked (design: rooms).
 
-    A list is made once for all who may see the same, and again only of what has changed since.
+    A list is made once for all who may see the same. It lasts until something changes, or until
+    nobody who was told of it is there.
     """
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._lists: dict[object, GuildList] = {}
-        self._told: dict[Dashboard, Told] = {}  # who has asked
+        self._lists: WeakValueDictionary[object, GuildList] = WeakValueDictionary()
+        self._told: dict[Dashboard, GuildList] = {}  # who has asked, and what it heard last
+        self._telling = InSlices(self._tell)
         self._round: asyncio.TimerHandle | None = None
         self._last_round = 0.0
-        self._changed = False
 
     def ask(self, dashboard: Dashboard) -> dict[str, Any]:
-        told = self._told.get(dashboard)
-        now = self._told[dashboard] = self._now(told.source if told else self._join(dashboard))
-        return {"guilds": msgspec.Raw(now.guilds), "complete": now.complete}
-
-    def _join(self, dashboard: Dashboard) -> GuildList:
-        key = self._access.list_key(dashboard.viewer)
-        source = self._lists.setdefault(key, GuildList(key, dashboard.viewer))
-        source.viewer = dashboard.viewer  # who came before may have another key by now
-        source.dashboards += 1
-        return source
+        now = self._news_for(dashboard)
+        return {"guilds": msgspec.Raw(now.encoded), "complete": now.complete}
 
     def remove(self, dashboard: Dashboard) -> None:
-        """It is told no more; a list goes with the last of its dashboards."""
-        told = self._told.pop(dashboard, None)
-        if told is None:
-            return
-        told.source.dashboards -= 1
-        if not told.source.dashboards:
-            del self._lists[told.source.key]
-            for timer in told.source.timeouts.values():
-                timer.cancel()
+        """It is told no more."""
+        self._told.pop(dashboard, None)
 
-    def change_viewer(self, dashboard: Dashboard) -> None:
-        """It has another token."""
-        told = self._told.get(dashboard)
-        if told is not None:
-            self.remove(dashboard)
-            self._told[dashboard] = told._replace(source=self._join(dashboard))
-            self._tell_soon()
+    def change(self, discord_ids: Collection[str] | None = None) -> None:
+        """Something has changed for these viewers, whose lists are their own, or (None) for all."""
+        if discord_ids is None:
+            self._lists.clear()
+        for discord_id in discord_ids or ():
+            self._lists.pop(discord_id, None)
+        self.tell_within(0.0)
 
-    def change_guild(self, guild_id: str, discord_ids: Collection[str] | None) -> None:
-        """Something has changed in a guild, for these viewers or (None) for all."""
-        for source in self._lists.values():
-            if source.stale is not None and (
-                discord_ids is None or source.viewer.discord_id in discord_ids
-            ):
-                source.stale.add(int(guild_id))
-        self._tell_soon()
-
-    def change_all(self) -> None:
-        for source in self._lists.values():
-            source.stale = None
-        for dashboard in tuple(self._told):
-            self.change_viewer(dashboard)  # what makes an admin may have changed
-
-    # -- what is in a list
-
-    def _now(self, source: GuildList) -> Told:
-        """What there is to tell."""
-        stale, source.stale = source.stale, set()
-        if stale is None:
-            stale = {*source.summaries, *self._access.guilds_to_judge(source.viewer)}
-        changed = False
-        for guild_id in stale:
-            summary = self._access.summary(source.viewer, guild_id)
-            changed |= summary != source.summaries.pop(guild_id, None)
-            if summary is not None:
-                source.summaries[guild_id] = summary
-            self._watch_timeout(source, guild_id)
-        if changed:
-            source.encode()
-        return Told(source, source.encoded, self._access.complete)
-
-    def _watch_timeout(self, source: GuildList, guild_id: int) -> None:
-        """Discord says nothing when a time-out ends."""
-        until = self._access.timed_out_until(source.viewer, guild_id)
-        timer = source.timeouts.pop(guild_id, None)
-        if timer is not None:
-            timer.cancel()
-        if until is not None:
-            viewers = (source.viewer.discord_id,)
-            later = asyncio.get_running_loop().call_later
-            source.timeouts[guild_id] = later(
-                until - time.time(), self.change_guild, str(guild_id), viewers
-            )
-
-    # -- who is told
-
-    def _tell_soon(self) -> None:
-        self._changed = bool(self._told)
-        if self._changed and self._round is None:
-            loop = asyncio.get_running_loop()
-            self._round = loop.call_at(self._last_round + LIST_INTERVAL, self._begin_round)
+    def tell_within(self, seconds: float) -> None:
+        """Tell of what has changed by then; no dashboard twice in a second."""
+        loop = asyncio.get_running_loop()
+        due = max(loop.time() + seconds, self._last_round + LIST_INTERVAL)
+        if self._told and (self._round is None or due < self._round.when()):
+            if self._round is not None:
+                self._round.cancel()
+            self._round = loop.call_at(due, self._begin_round)
 
     def _begin_round(self) -> None:
-        self._changed, self._last_round = False, asyncio.get_running_loop().time()
-        self._tell(list(self._told))
+        self._round, self._last_round = None, asyncio.get_running_loop().time()
+        self._telling.add(self._told)
 
-    def _tell(self, dashboards: list[Dashboard]) -> None:
-        """Tell whoever has not heard of a change yet, in slices."""
-        began, self._round = time.monotonic(), None
-        while dashboards and time.monotonic() - began < SLICE:
-            dashboard = dashboards.pop()
-            if (told := self._told.get(dashboard)) is not None:
-                now = self._told[dashboard] = self._now(told.source)
-                if told.guilds != now.guilds or told.complete < now.complete:
-                    dashboard.write([now.source.update])
-        if dashboards:
-            self._round = asyncio.get_running_loop().call_later(0, self._tell, dashboards)
-        elif self._changed:
-            self._tell_soon()
+    def _tell(self, dashboard: Dashboard) -> None:
+        told = self._told.get(dashboard)
+        if told is not None:
+            now = self._news_for(dashboard)
+            if told.encoded != now.encoded or told.complete < now.complete:
+                dashboard.write([now.update])
+
+    def _news_for(self, dashboard: Dashboard) -> GuildList:
+        """The list as things stand, which it is about to be told."""
+        key, now = self._access.list_key(dashboard.viewer), time.time()
+        made = self._lists.get(key)
+        if made is None or made.until <= now or made.complete != self._access.complete:
+            made = self._lists[key] = GuildList(self._access, dashboard.viewer)
+        self._told[dashboard] = made
+        if made.until < math.inf:
+            self.tell_within(made.until - now)
+        return made
 
 
+#: Who was in the room, who of them may not see the channel, and how long that holds at most.
+Judged = tuple[tuple[Sid, ...], Hidden, float]
+
+
+@dataclasses.dataclass(eq=False)
 class RightsWatcher:
     """Hears what changes rights (the table is in `Access.may_have`), and keeps rooms and lists in line.
 
@@ -7799,20 +7605,22 @@ class RightsWatcher:
     later, in slices, or when something is about to be sent to them.
     """
 
-    def __init__(
-        self, access: Access, subscriptions: Subscriptions, lists: GuildLists, rooms: Rooms
-    ) -> None:
-        self._access = access
-        self.subscriptions = subscriptions
-        self.lists = lists
-        self._rooms = rooms
+    _access: Access
+    _rooms: Rooms
+    subscriptions: Subscriptions
+
+    def __post_init__(self) -> None:
+        self.lists = GuildLists(self._access)
         #: Guilds whose rooms are to be looked through: for these viewers, or (None) for all.
         self._stale: dict[str, set[str] | None] = {}
-        self._checking: asyncio.TimerHandle | None = None
+        self.checking = InSlices(self._look_through)
+        #: Who may not see a channel, until something changes in its guild.
+        self._judged: dict[str, dict[Destination, Judged]] = {}
         self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
+    # Each by its own class: hikari calls who hears a base class after all others, plugins too.
     #: What of a guild can change which channels its viewers may see,
-    CHANNEL_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+    CHANNEL_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.GuildChannelCreateEvent,
         hikari.GuildChannelUpdateEvent,
         hikari.GuildChannelDeleteEvent,
@@ -7822,13 +7630,13 @@ class RightsWatcher:
         hikari.ThreadListSyncEvent,
     )
     #: and what can change besides whether they may see anything of it.
-    GUILD_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+    GUILD_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.RoleCreateEvent,
         hikari.RoleUpdateEvent,
         hikari.RoleDeleteEvent,
         hikari.GuildUpdateEvent,
     )
-    MEMBER_CHANGES: Final[tuple[type[hikari.Event], ...]] = (
+    MEMBER_CHANGES: ClassVar[tuple[type[hikari.Event], ...]] = (
         hikari.MemberCreateEvent,
         hikari.MemberUpdateEvent,
         hikari.MemberDeleteEvent,
@@ -7865,18 +7673,18 @@ class RightsWatcher:
 
     def _hidden(self, to: Destination) -> Hidden:
         """Who in the room may not see the channel; each is judged once until something changes."""
-        memory: dict[Destination, tuple[tuple[Sid, ...], Hidden, float]]
-        memory, members = self._access.memory(to.guild_id), self._rooms.members(to.room)
-        judged, hidden, until = memory.get(to, ((), NOBODY, 0.0))
-        if judged is not members or until <= time.time():
+        judged, members = self._judged.setdefault(to.guild_id, {}), self._rooms.members(to.room)
+        of_members, hidden, until = judged.get(to, ((), NOBODY, 0.0))
+        if of_members is not members or until <= time.time():
             viewers = {sid: self.subscriptions.connected[sid].viewer for sid in members}
             hidden = frozenset(
                 sid
                 for sid, viewer in viewers.items()
                 if not self._access.may_have(viewer, to.guild_id, to.channel_id)
             )
-            ends = [self._access.timed_out_until(viewers[sid], int(to.guild_id)) for sid in hidden]
-            memory[to] = members, hidden, min(filter(None, ends), default=math.inf)
+            guild_ids = (int(to.guild_id),)
+            ends = [self._access.timed_out_until(viewers[sid], guild_ids) for sid in hidden]
+            judged[to] = members, hidden, min(ends, default=math.inf)
         return hidden
 
     def end(self, pid: str) -> None:
@@ -7893,48 +7701,37 @@ class RightsWatcher:
 
     def check(self, guild_id: str, discord_id: str | None = None) -> None:
         """Something has changed in a guild: for all of its viewers, or for one."""
-        self._access.forget(int(guild_id))
+        self._judged.pop(guild_id, None)
         viewers = self._stale.setdefault(guild_id, set())
         if discord_id is None:
             self._stale[guild_id] = None
         elif viewers is not None:
             viewers.add(discord_id)
-        self._check_soon(CHECK_DELAY)
+        self.checking.add([guild_id], CHECK_DELAY)
 
     def check_all(self) -> None:
         """Something has changed that decides everywhere."""
-        self._access.forget_all()
+        self._judged.clear()
         self._stale.update(dict.fromkeys(self.subscriptions.guilds()))
-        self.lists.change_all()
-        self._check_soon(0.0)
+        self.lists.change()
+        self.checking.add(self._stale)
 
     def check_dashboard(self, dashboard: Dashboard) -> None:
         """It has another token: what that one does not allow is left at once."""
         for guild_id in self.subscriptions.guilds_of(dashboard):
-            self._access.forget(int(guild_id))
+            self._judged.pop(guild_id, None)
             self.subscriptions.judge_one(dashboard, guild_id)
-        self.lists.change_viewer(dashboard)
-
-    def _check_soon(self, seconds: float) -> None:
-        if self._checking is None:
-            self._checking = asyncio.get_running_loop().call_later(seconds, self.look_through)
-
-    def look_through(self, seconds: float = SLICE) -> None:
-        """Look through rooms where something has changed, for so long at most."""
-        self._checking = None
-        began = time.monotonic()
-        while self._stale and time.monotonic() - began < seconds:
-            self._look_through(next(iter(self._stale)))
-        if self._stale:
-            self._check_soon(0.0)
+        self.lists.tell_within(0.0)
 
     def _look_through(self, guild_id: str) -> None:
-        viewers = self._stale.pop(guild_id)
-        self.subscriptions.judge(guild_id, viewers)
-        self.lists.change_guild(guild_id, viewers)
+        """Who is in its rooms may go, if something has changed."""
+        if guild_id in self._stale:
+            viewers = self._stale.pop(guild_id)
+            self.subscriptions.judge(guild_id, viewers)
+            self.lists.change(viewers)
 
     def _on_channel_change(self, event: Any) -> None:
-        self._access.forget(event.guild_id)
+        self._judged.pop(str(event.guild_id), None)
 
     def _on_guild_change(self, event: Any) -> None:
         self.check(str(event.guild_id))
@@ -7950,13 +7747,14 @@ class RightsWatcher:
 
     def _on_new_session(self, event: hikari.ShardReadyEvent) -> None:
         shard_range = shard_range_of(event.shard)
-        self._access.begin(event.unavailable_guilds, shard_range)
+        lost = self._access.begin(event.unavailable_guilds, shard_range)
         asked_for = filter(shard_range.has, map(int, self.subscriptions.guilds()))
-        for guild_id in {*self._access.lost, *asked_for}:
+        for guild_id in {*lost, *asked_for}:
             self.check(str(guild_id))
 
     def _on_stopping(self, event: hikari.StoppingEvent) -> None:
         self._access.end()
+        self._judged.clear()
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         """What was asked for on the connection that broke may never have been heard."""
@@ -8016,7 +7814,8 @@ class Comebacks:
 
     def ticket_for(self, session: Session, viewer: Viewer, comeback: Comeback) -> Ticket | None:
         """That which the client had, if it can be given all that it missed, or a new one."""
-        wanted = session.from_browser if comeback.recover is None else comeback.recover
+        recover = comeback.recover
+        wanted = recover if isinstance(recover, bool) else session.from_browser
         if not wanted or not self._recovery.enabled:
             return None
         return self._take_back(viewer, comeback) or self._recovery.issue(viewer)
@@ -8090,29 +7889,23 @@ class Comebacks:
             self._subscriptions.send_snapshots_soon(dashboard, room)
 
 
+@dataclasses.dataclass(eq=False)
 class Dashboards:
     """Lets dashboards in and sees them go, and hears what they ask (design: identity)."""
 
-    def __init__(
-        self,
-        sio: SocketIO,
-        tokens: Tokens,
-        limits: Limits,
-        node: Node,
-        rights: RightsWatcher,
-        comebacks: Comebacks,
-    ) -> None:
-        self._sio = sio
-        self._tokens = tokens
-        self._limits = limits
-        self._node = node
-        self._rights = rights
-        self._comebacks = comebacks
-        self._subscriptions = rights.subscriptions
-        sio.on("connect", self._connect)
-        sio.on(CONNECTED, self._welcome)
-        sio.on("disconnect", self._disconnect)
-        sio.on(REQUEST, self._request)
+    _sio: SocketIO
+    _tokens: Tokens
+    _limits: Limits
+    _node: Node
+    _rights: RightsWatcher
+    _comebacks: Comebacks
+
+    def __post_init__(self) -> None:
+        self._subscriptions = self._rights.subscriptions
+        self._sio.on("connect", self._connect)
+        self._sio.on(CONNECTED, self._welcome)
+        self._sio.on("disconnect", self._disconnect)
+        self._sio.on(REQUEST, self._request)
 
     def __len__(self) -> int:
         return len(self._subscriptions.connected)
@@ -8126,7 +7919,7 @@ class Dashboards:
             raise RefusedConnectionError("Gone")
         comeback = Comeback.of(auth)
         try:
-            viewer = await self._identify(session, auth, comeback)
+            viewer = await self._identify(session, comeback)
         except RefusedConnectionError as refusal:
             if self._limits.log_once(session.address, refusal.message):
                 address = session.address
@@ -8139,14 +7932,13 @@ class Dashboards:
         self._node.viewer_entered(viewer.discord_id)
         return {} if ticket is None else {"pid": ticket.pid}
 
-    async def _identify(self, session: Session, auth: object, comeback: Comeback) -> Viewer:
+    async def _identify(self, session: Session, comeback: Comeback) -> Viewer:
         if session.refusal is not None and comeback.pid is None:
             raise session.refusal
         if seconds := await self._limits.blocked_for(session.address):
             raise self._limits.over("blocked", seconds)
-        token = auth.get("token") if isinstance(auth, dict) else None
         try:
-            viewer = self._tokens.verify(token)
+            viewer = self._tokens.verify(comeback.token)
         except RefusedConnectionError as refusal:
             await self._limits.refused(session.address, refusal)
             raise
@@ -8169,8 +7961,7 @@ class Dashboards:
         session = dashboard.session
         if dashboard.ticket is not None:
             self._comebacks.expect(dashboard.ticket, session)
-        self._limits.open.leave(viewer_name(dashboard.viewer.discord_id))
-        self._node.viewer_left(dashboard.viewer.discord_id)
+        self._limits.open.leave(VIEWER + dashboard.viewer.discord_id)
         if not session.closed:  # it left Socket.IO, and its transport is a stranger's again
             self._limits.strangers.enter(session)
         session.log.info("viewer is gone: %s", reason)
@@ -8305,39 +8096,34 @@ def make_socketio(settings: Settings, rooms: Rooms, limits: Limits) -> SocketIO:
 
 def measure(server: Server) -> None:
     """Enter what is read when a scrape asks."""
-    gauge = server.metrics.gauge
+    gauge, gateway, plugins = server.metrics.gauge, server.gateway, server.plugins
     sessions = server.socketio.eio.sockets
     gauge("connections", "Open connections, silent ones too.", lambda: len(sessions))
     gauge("dashboards", "Connected dashboards.", lambda: len(server.dashboards))
     gauge("rooms", "Rooms with listeners.", lambda: len(server.rooms))
     gauge("recovery_bytes", "Events kept for who comes back.", lambda: server.recovery.logs.size)
-    gauge("guilds", "Watched guilds.", lambda: server.gateway.guilds)
-    gauge("gateway_connected", "1 while connected to Discord.", lambda: server.gateway.connected)
-    gauge(
-        "gateway_latency_seconds",
-        "What Discord took to answer the last heartbeat.",
-        lambda: server.gateway.latency,
-    )
-    gauge(
-        "gateway_silence_seconds",
-        "Since Discord answered a heartbeat.",
-        lambda: server.gateway.silence,
-    )
+    gauge("guilds", "Watched guilds.", lambda: gateway.guilds)
+    gauge("gateway_connected", "1 while connected to Discord.", lambda: gateway.connected)
+    gauge("gateway_latency_seconds", "Of Discord's latest heartbeat.", lambda: gateway.latency)
+    gauge("gateway_silence_seconds", "Since that heartbeat.", lambda: gateway.silence)
     gauge("loop_lag_seconds", "Worst delay of the last 10 s.", lambda: server.pulse.lag)
-    gauge("plugins_loaded", "Loaded plugins.", lambda: len(server.plugins.health()["loaded"]))
-    gauge("plugins_failed", "Plugins in trouble.", lambda: len(server.plugins.health()["failed"]))
+    gauge("plugins_loaded", "Loaded plugins.", lambda: len(plugins.health()["loaded"]))
+    gauge("plugins_failed", "Plugins in trouble.", lambda: len(plugins.health()["failed"]))
     gauge("ready", "1 while /health/ready says so.", lambda: server.problem is None)
 
 
 def make_web(server: Server, settings: Settings) -> WebServer:
     limit = settings.server.max_message_bytes
-    door = {"door": server.door}
+
+    def operators(path: str, read: Callable[[bool], tuple[int, Any]]) -> tuple[Any, ...]:
+        return path, OperatorHandler, {"door": server.door, "read": read}
+
     application = Site(
         [
-            (SOCKET_PATH, SocketHandler, {**door, "engine": server.socketio.eio}),
-            (r"/health/live", LiveHandler, door),
-            (r"/health/ready", ReadyHandler, {**door, "read": server.health}),
-            (r"/metrics", MetricsHandler, {**door, "read": server.metrics.text}),
+            (SOCKET_PATH, SocketHandler, {"door": server.door, "engine": server.socketio.eio}),
+            operators(r"/health/live", lambda inside: (200, {"status": "live"})),
+            operators(r"/health/ready", lambda inside: readiness(server.health(), inside)),
+            operators(r"/metrics", lambda inside: figures(server.metrics, inside)),
         ],
         default_handler_class=NotFoundHandler,
         websocket_max_message_size=limit,
@@ -8415,13 +8201,13 @@ class Server:
         wanted, cached = wanted_events(loader), loader.cached()
         self.gateway = Gateway(settings.discord, token, wanted, self.metrics, cached)
         self.node = make_node(settings, self.gateway.bot)
-        self.access = self.node.make_access()
+        self.access = self.node.access
         self.tokens = Tokens(keys, settings.auth.algorithms)
         self.limits = Limits(
             settings.limits,
             settings.auth.connect_timeout,
-            self.node.make_counters(),
-            self.node.make_connections(),
+            self.node.counters,
+            self.node.connections,
             self.metrics,
         )
         fanout = settings.fanout.max_delay, settings.server.max_queue_bytes
@@ -8447,7 +8233,7 @@ class Server:
         subscriptions = Subscriptions(
             self.rooms, self.access, self.limits, self.plugins.loader, self.node, self.recovery
         )
-        return RightsWatcher(self.access, subscriptions, GuildLists(self.access), self.rooms)
+        return RightsWatcher(self.access, self.rooms, subscriptions)
 
     def _make_dashboards(self) -> Dashboards:
         most_bytes = self._settings.server.max_queue_bytes // 2
@@ -8502,7 +8288,9 @@ class Server:
         self.web.add_sockets(sockets)
         host, self.port = sockets[0].getsockname()[:2]
         self.node.start()
-        self._gateway_task = asyncio.create_task(self.node.lead(self._lead), name="gateway")
+        self._gateway_task = asyncio.create_task(
+            self.node.lead(self._work, self._rest), name="gateway"
+        )
         pulse = asyncio.create_task(self.pulse.run(), name="pulse")
         files = asyncio.create_task(
             self.plugins.follow(watch=self._settings.plugins.watch), name="plugins' files"
@@ -8511,12 +8299,14 @@ class Server:
         host = f"[{host}]" if ":" in host else host
         log.info("listening on http://%s:%d", host, self.port)
 
-    async def _lead(self) -> None:
+    async def _work(self) -> None:
         """Have plugins at work and the gateway running: both are one node's alone."""
+        await self.plugins.start()
+        await self.gateway.run()
+
+    async def _rest(self) -> None:
         try:
-            await self.plugins.start()
-            if not being_cancelled():
-                await self.gateway.run()
+            await self.gateway.close()
         finally:
             await self.throttle.close()
             await self.plugins.stop()
@@ -8553,7 +8343,7 @@ class Server:
 
     async def wait_closed(self) -> None:
         """Returns never; raises UpstreamError once Discord refuses us for good."""
-        await self._gateway_task
+        await asyncio.shield(self._gateway_task)  # who waits no more does not end it
 
     def reload(self, settings: Settings, keys: Keys) -> list[str]:
         """Take over what can change live; nobody is disconnected.
@@ -8577,14 +8367,15 @@ class Server:
     async def stop(self) -> None:
         """Not ready from now on; close every connection so that clients come back by themselves.
 
-        Takes `shutdown_grace` at most. Plugins are torn down, so that what they count is kept.
+        Takes `shutdown_grace`, and a tenth of it where plugins take longer. They are torn down, so
+        that what they count is kept.
         """
         self.draining = self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         until = time.monotonic() + grace
         work = [
-            asyncio.create_task(self._stop_sources(), name="plugins and gateway"),
+            asyncio.create_task(self._stop_sources(until), name="plugins and gateway"),
             asyncio.create_task(self._close_sessions(grace / 2), name="connections"),
         ]
         _, late = await asyncio.wait(work, timeout=grace)
@@ -8596,11 +8387,18 @@ class Server:
         await self.socketio.eio.upgrades_end(until - time.monotonic())
         await self.web.close_all_connections()
 
-    async def _stop_sources(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)  # `wait_closed` tells of them
-        await self.node.stop(self._settings.server.shutdown_grace / 2)
+    async def _stop_sources(self, until: float) -> None:
+        try:
+            for task in self._tasks:  # once: what the first has to do then takes its time
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            await asyncio.gather(
+                *self._tasks, return_exceptions=True
+            )  # `wait_closed` tells of them
+        finally:  # a stop that takes too long is cancelled
+            grace = self._settings.server.shutdown_grace
+            await self.node.stop(min(max(until - time.monotonic(), grace / 10), grace / 2))
 
     async def _close_sessions(self, within: float) -> None:
         """In random order, at an even pace that needs no more than `within` seconds.
@@ -8666,9 +8464,7 @@ class Systemd:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             # "@" marks an abstract socket, whose real name begins with a zero byte.
-            address = (
-                self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address
-            )
+            address = re.sub("^@", "\0", self._address)
             with contextlib.suppress(OSError):
                 sender.sendto("\n".join(lines).encode(), address)
 

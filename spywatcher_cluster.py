@@ -1,7 +1,6 @@
-"""Many processes as one service, over Redis.
+"""Any number of processes as one service, over Redis alone (design: more than one machine).
 
-Any number of processes as one service, on Redis alone (design: more than one machine). Events
-travel through one Redis stream per guild, everything else through one control stream; one node
+Events travel through one Redis stream per guild, everything else through one control stream; one node
 holds the gateway; what it knows of guilds is told to all. It knows no event by name and no
 plugin; nothing in here is made unless `[redis] url` is set, and nothing here makes an event wait.
 """
@@ -38,6 +37,12 @@ from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeVar
 
 import hikari
 import msgspec
+from redis import asyncio as aioredis
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from spywatcher import (
     MOST_REMEMBERED,
@@ -62,7 +67,6 @@ from spywatcher import (
     RedisSettings,
     RightsWatcher,
     RoomFrame,
-    SectionT,
     Settings,
     ShardRange,
     Shared,
@@ -71,18 +75,19 @@ from spywatcher import (
     Ticket,
     Topic,
     Viewer,
-    being_cancelled,
+    Work,
     clock_position,
     decode_offset,
     destination_of,
     encode_offset,
+    end_tasks,
     event_packet,
     is_snowflake,
     log,
     read_secret,
-    remove_one,
     room_guild,
     shown,
+    until_one_ends,
     without_login,
 )
 
@@ -184,34 +189,8 @@ end
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1
 """
-#: Milliseconds for which a node's share of open connections counts that it does not tell again.
-SHARE_LASTS: Final = 60_000
-SHARE: Final = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local elsewhere = {}
-for i, key in ipairs(KEYS) do
-  local mine = ARGV[i + 2]
-  if mine == '0' then
-    redis.call('HDEL', key, ARGV[1])
-  else
-    redis.call('HSET', key, ARGV[1], mine .. string.format(' %.0f', now + ARGV[2]))
-    redis.call('PEXPIRE', key, ARGV[2])
-  end
-  elsewhere[i] = 0
-  local shares = redis.call('HGETALL', key)
-  for n = 1, #shares, 2 do
-    local count, ends = string.match(shares[n + 1], '(%d+) (%d+)')
-    if not ends or tonumber(ends) <= now then
-      redis.call('HDEL', key, shares[n])
-    elseif shares[n] ~= ARGV[1] then
-      elsewhere[i] = elsewhere[i] + count
-    end
-  end
-end
-return elsewhere
-"""
-
+#: By node: how many connections are open there, by whose they are.
+OPEN: Final = "spywatcher:open:"
 #: What plugins keep for all nodes: SHARED:PLUGIN:GUILD:ANYTHING is a hash of texts by member,
 #: SHARED:PLUGIN the term and number of the last write. The list of whom to forget is short-lived.
 SHARED: Final = "spywatcher:shared"
@@ -263,6 +242,8 @@ return {cjson.encode(found), #KEYS, '0'}
 """
 
 
+#: What a call raises where Redis does not answer as it should.
+REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
 NewsT = TypeVar("NewsT")
 StateT = TypeVar("StateT", bound=msgspec.Struct)
 
@@ -312,8 +293,9 @@ class Link:
     def __init__(self, settings: RedisSettings, password: str) -> None:
         self._open = functools.partial(open_redis, settings.url, password)
         self._closed = False
-        self.redis, self.errors = self._open(lambda: not self._closed)
-        self._clients = [self.redis]
+        self._pools: list[Any] = []  # of connections to Redis
+        self._sentinels: list[Any] = []  # and to Sentinels
+        self.redis = self.client(lambda: True)
         self.up = False
         #: Set once Redis has answered.
         self.reached = asyncio.Event()
@@ -325,7 +307,7 @@ class Link:
 
     @contextlib.asynccontextmanager
     async def patience(self) -> AsyncIterator[None]:
-        """What a client waits for; raises one of `errors` when that takes too long, or would."""
+        """What a client waits for; raises one of REDIS_ERRORS when that takes too long, or would."""
         if not self.up or time.monotonic() < self._slow_until:
             raise TimeoutError
         try:
@@ -337,10 +319,10 @@ class Link:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Raise ConnectionError, which plugins know, for one of `errors`."""
+        """Raise ConnectionError, which plugins know, for one of REDIS_ERRORS."""
         try:
             yield
-        except self.errors as error:
+        except REDIS_ERRORS as error:
             raise ConnectionError(str(error)) from error
 
     async def keep(self, work: Callable[[], Coroutine[Any, Any, object]]) -> NoReturn:
@@ -350,7 +332,7 @@ class Link:
             began = time.monotonic()
             try:
                 await work()
-            except self.errors as error:
+            except REDIS_ERRORS as error:
                 self._lost(error)
             except Exception:  # a bug, which must not end what has to go on
                 log.exception("%s failed, and begins anew", work.__qualname__)
@@ -361,9 +343,26 @@ class Link:
 
     def client(self, may_connect: Callable[[], bool]) -> Any:
         """A client of one's own, whose connections are made, or made anew, only where one may."""
-        client, _ = self._open(lambda: not self._closed and may_connect())
-        self._clients.append(client)
+        client = self._open(lambda: not self._closed and may_connect())
+        self._pools.append(client.connection_pool)
+        self._sentinels += sentinel_pools(client)  # now: redis-py 8.1 may lose one as it asks them
         return client
+
+    @property
+    def watched(self) -> bool:
+        """Whether Sentinels say where Redis is."""
+        return bool(self._sentinels)
+
+    async def follow_master(self) -> None:
+        """Leave a master in whose place Sentinel has put another: for seconds it may not know that."""
+        manager, name = self._pools[0].sentinel_manager, self._pools[0].service_name
+        while True:
+            with contextlib.suppress(*REDIS_ERRORS):  # that Sentinels are away is no fault of Redis
+                master = await manager.discover_master(name)
+                for pool in self._pools:
+                    if pool.master_address not in (None, master):
+                        await pool.disconnect()
+            await asyncio.sleep(BEAT_INTERVAL)
 
     @property
     def problem(self) -> str | None:
@@ -403,21 +402,45 @@ class Link:
         self._closed, self.up = True, False
         if self._timer is not None:
             self._timer.cancel()
-        for client in self._clients:
-            for pool in (client.connection_pool, *sentinel_pools(client)):
-                with contextlib.suppress(*self.errors):
-                    await pool.aclose()
+        for pool in (*self._pools, *self._sentinels):
+            with contextlib.suppress(*REDIS_ERRORS):
+                await pool.aclose()
+
+
+class Line:
+    """One connection to Redis, which is made anew on request alone: the next may lead to another Redis."""
+
+    def __init__(self, link: Link) -> None:
+        self._made = False
+        self.redis = link.client(lambda: not self._made)
+
+    async def renew(self) -> str:
+        """Returns which run of Redis is at the other end."""
+        self._made = False
+        await self.redis.connection_pool.disconnect()
+        server: str = (await self.redis.info("server"))["run_id"]
+        self._made = True
+        return server
 
 
 class WriteBehind(Generic[NewsT]):
-    """The latest news for Redis of each key, told in batches; what could not be told is told again."""
+    """What Redis is to know of some keys, told in batches; what could not be told is told again."""
 
-    def __init__(self, write: Callable[[dict[Any, NewsT]], Awaitable[bool]]) -> None:
-        """`write` returns whether Redis took it."""
+    def __init__(
+        self,
+        write: Callable[[dict[Any, NewsT]], Awaitable[bool]],
+        everything: Callable[[], dict[Any, NewsT]],
+    ) -> None:
+        """`write` returns whether Redis took it; `everything` returns all that there is."""
         self.news: dict[Any, NewsT] = {}
         self._write = write
+        self._everything = everything
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
+
+    def tell_all(self) -> None:
+        """Redis may have lost some, or is about to forget it."""
+        self.news = self._everything() | self.news
 
     def wake(self) -> None:
         """Tell at once, and not within half a second."""
@@ -456,8 +479,6 @@ class WriteBehind(Generic[NewsT]):
 
 def fault_of(error: Exception) -> str:
     """What an operator has to mend, where Redis is there and will not have this node; else empty."""
-    from redis.exceptions import AuthenticationError, ResponseError
-
     if isinstance(error, AuthenticationError | ResponseError):
         said = str(error).rpartition("of pipeline caused error: ")[2]  # before it is what was sent
         return f"Redis refuses this node ({said}): see redis.url and redis.password_file"
@@ -498,18 +519,11 @@ def bad_url(url: str) -> OperatorError:
     )
 
 
-def open_redis(
-    url: str, password: str, may_connect: Callable[[], bool] = lambda: True
-) -> tuple[Any, tuple[type[Exception], ...]]:
-    """A client for redis://, rediss://, unix:// or redis+sentinel://, and what it raises.
+def open_redis(url: str, password: str, may_connect: Callable[[], bool] = lambda: True) -> Any:
+    """A client for redis://, rediss://, unix:// or redis+sentinel://; its calls raise REDIS_ERRORS.
 
     Each call is tried once: whoever makes it knows best what to do next. Raises OperatorError.
     """
-    from redis import asyncio as aioredis  # a single process needs none
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-    from redis.exceptions import RedisError
-
     pattern, _ = URLS.get(url.partition("://")[0], ("", ""))
     found = re.fullmatch(pattern, url)
     if not found:
@@ -531,9 +545,8 @@ def open_redis(
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
-    more: dict[str, Any] = {"redis_connect_func": greet}
-    if password:
-        more["password"] = password
+    options["redis_connect_func"] = greet
+    more: dict[str, Any] = {"password": password} if password else {}
     try:
         if url.startswith("redis+sentinel:"):
             client: Any = sentinel_client(found, options, more)
@@ -546,7 +559,7 @@ def open_redis(
     except OSError as error:
         files = url.partition("?")[2]
         raise OperatorError(f"redis.url: cannot use {files}: {error.strerror}") from error
-    return client, (RedisError, OSError, TimeoutError)
+    return client
 
 
 def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[str, Any]) -> Any:
@@ -554,10 +567,7 @@ def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[st
 
     Sentinels are asked without user and password, as they are by default.
     """
-    from redis.asyncio import sentinel as redis_sentinel
-    from redis.asyncio.connection import parse_url
-
-    make: Any = redis_sentinel.Sentinel  # no types
+    make: Any = Sentinel  # it has no types
     urls = [parse_url(f"redis://{host}") for host in found["hosts"].split(",")]
     places = [(one["host"], one.get("port", 26379)) for one in urls]
     login = parse_url(f"redis://{found['login'] or ''}@host/{found['db'] or 0}")
@@ -609,8 +619,7 @@ class Publisher:
         self._lease = lease
         self._known = known
         self._on_restart = on_restart
-        self._redis = link.client(lambda: not self._server_known)
-        self._server_known = False
+        self._line = Line(link)
         self._numbers: collections.Counter[str] = collections.Counter()
         self._queue: collections.deque[Waiting] = collections.deque()
         self._batch: list[Waiting] = []  # under way
@@ -641,14 +650,14 @@ class Publisher:
         self._position = self._began = position
         self._positions.clear()
 
-    def tell(self, topic: str, detail: str = "", body: bytes = b"") -> None:
-        """Say something to all other nodes that any node may say."""
-        self._put(CONTROL, Note(self._lease.source, 0, topic, detail, body))
+    def tell(self, topic: str, detail: str = "", content: object = None) -> None:
+        """Say something to all other nodes that any node may say, in the form of `Hearing.topics`."""
+        self._put(CONTROL, Note(self._lease.source, 0, topic, detail, encode_state(content)))
 
-    def tell_as_holder(self, topic: str, detail: str = "", body: bytes = b"") -> None:
+    def tell_as_holder(self, topic: str, detail: str = "", content: object = None) -> None:
         """Say what only the holder may say; without a term, nothing."""
         if self.leading:
-            self._put_counted(CONTROL, topic, detail, body)
+            self._put_counted(CONTROL, topic, detail, encode_state(content))
 
     def send(self, to: Destination, packet: bytes, position: int) -> None:
         """Send the event of this position to the other nodes as soon as Redis can."""
@@ -690,10 +699,7 @@ class Publisher:
         """Send over one connection, for as long as it lasts: the next may lead to another Redis."""
         self._queue.extendleft(reversed(self._batch))
         self._batch = []
-        self._server_known = False
-        await self._redis.connection_pool.disconnect()
-        server = (await self._redis.info("server"))["run_id"]
-        self._server_known = True
+        server = await self._line.renew()
         if self._server not in ("", server):
             self._queue.extendleft(reversed(self._recent))
             self._bytes += sum(len(item.data) for item in self._recent)
@@ -731,10 +737,10 @@ class Publisher:
             async with asyncio.timeout(BEAT_INTERVAL):
                 await self._wake.wait()
         except TimeoutError:
-            await self._redis.ping()
+            await self._line.redis.ping()
 
     async def _write(self) -> None:
-        pipe = self._redis.pipeline(transaction=False)
+        pipe = self._line.redis.pipeline(transaction=False)
         streams = {item.stream for item in self._batch}
         for guild in {item.guild for item in self._batch} - {""}:
             data = self._known.encoded(int(guild))
@@ -768,6 +774,8 @@ class Tail:
         self.last = last
         self._had: dict[str, int] = {}
         self._term = 0
+        #: Since when nobody needs the stream.
+        self.idle_since = math.inf
         #: Entries that were not there any more, since the reader asked last.
         self.lost = 0
 
@@ -791,7 +799,6 @@ class Reader:
         self._own = f"spywatcher:node:{source}"
         self._hearing = hearing
         self._tails: dict[str, Tail] = {}
-        self._idle: dict[str, float] = {}  # streams that nobody needs, since when
         self._newest = "0-0"
         self._heard = time.monotonic()
         self._read_at = boot_clock()
@@ -811,8 +818,10 @@ class Reader:
         Done when that is so, or when Redis takes too long to say.
         """
         stream = guild_stream(guild_id)
-        self._idle.pop(stream, None)
-        return None if stream in self._tails else asyncio.create_task(self._begin(stream))
+        if (tail := self._tails.get(stream)) is None:
+            return asyncio.create_task(self._begin(stream))
+        tail.idle_since = math.inf
+        return None
 
     async def _begin(self, stream: str) -> None:
         await self._poke_soon()
@@ -820,18 +829,18 @@ class Reader:
         await self._poke_soon()  # ends the read that waits, so that the next one has the stream
 
     async def _poke_soon(self) -> None:
-        with contextlib.suppress(*self._link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             async with self._link.patience():
                 await self.poke()
 
     def leave_all_but(self, needed: Set[str]) -> None:
         """Read streams for LINGER more that are not needed any longer: a page may only reload."""
         now = time.monotonic()
-        for stream in self._tails.keys() - needed - {CONTROL, self._own}:
-            if now - self._idle.setdefault(stream, now) >= LINGER:
-                del self._idle[stream], self._tails[stream]
-        for stream in self._idle.keys() & needed:
-            del self._idle[stream]
+        for stream, tail in list(self._tails.items()):
+            is_needed = stream in needed or stream in (CONTROL, self._own)
+            tail.idle_since = math.inf if is_needed else min(tail.idle_since, now)
+            if now - tail.idle_since >= LINGER:
+                del self._tails[stream]
 
     # -- hearing oneself
 
@@ -1006,9 +1015,8 @@ class Lease:
     def __init__(self, link: Link, source: str) -> None:
         self._link = link
         self.source = source
-        self._in_touch = False
-        self._redis = link.client(lambda: not self._in_touch)
-        self._claim = self._redis.register_script(CLAIM)
+        self._line = Line(link)
+        self._claim = self._line.redis.register_script(CLAIM)
         self._release = link.redis.register_script(RELEASE)
         self._state = LeaseState.STANDBY
         self._until = float("-inf")
@@ -1075,10 +1083,7 @@ class Lease:
 
         The next one may lead to another Redis, where a holder that is alive is to come first.
         """
-        self._in_touch = False
-        await self._redis.connection_pool.disconnect()
-        await self._redis.ping()
-        self._in_touch = True
+        await self._line.renew()
         since = previous = boot_clock()
         while True:
             began = boot_clock()
@@ -1131,7 +1136,7 @@ class Lease:
         """Let another node take over at once."""
         self.wanted = False
         if self.term:
-            with contextlib.suppress(*self._link.errors):
+            with contextlib.suppress(*REDIS_ERRORS):
                 await self._release(keys=[GATEWAY], args=[self.source])
         await self._become(0, 0.0)
 
@@ -1162,29 +1167,25 @@ class MemberState(msgspec.Struct, array_like=True, frozen=True):
 
 
 class GuildState(msgspec.Struct, array_like=True, frozen=True):
-    """What of a guild decides who may see what in it; its fields are named as hikari's."""
-
     id: int
     name: str
     icon_hash: str | None
     owner_id: int
-    roles: dict[int, RoleState]
-    channels: dict[int, ChannelState]
-    threads: dict[int, ThreadState]
 
 
-class GuildChange(msgspec.Struct, array_like=True, frozen=True):
-    """What has changed in a guild; None: it is gone, or `about` has not changed."""
+class GuildNews(msgspec.Struct, array_like=True, frozen=True):
+    """What decides who may see what in a guild, by id: all of it, or what has changed; None: gone.
 
+    What stands here has the attributes of hikari's entities.
+    """
+
+    guilds: dict[int, GuildState | None] = {}  # this one alone
     roles: dict[int, RoleState | None] = {}
     channels: dict[int, ChannelState | None] = {}
     threads: dict[int, ThreadState | None] = {}
-    #: Name, icon, owner.
-    about: tuple[str, str | None, int] | None = None
 
 
-#: The fields of `GuildState` and `GuildChange` that have something by id.
-PARTS: Final = ("roles", "channels", "threads")
+PARTS: Final = GuildNews.__struct_fields__
 #: What one user is in each guild; None: no member.
 Memberships = dict[int, MemberState | None]
 
@@ -1194,7 +1195,7 @@ def encode_state(state: object) -> bytes:
     return msgspec.msgpack.encode(state, enc_hook=int)
 
 
-def decode_state(data: bytes, form: type[SectionT] | Any) -> Any:
+def decode_state(data: bytes, form: Any) -> Any:
     return msgspec.msgpack.decode(data, type=form, dec_hook=as_hikari)
 
 
@@ -1203,20 +1204,13 @@ def as_hikari(kind: type[Any], value: Any) -> Any:
     return kind(value)
 
 
-def state_of(entity: object, form: type[StateT]) -> StateT | None:
-    """What is told of one of hikari's entities; None of none."""
-    if entity is None:
-        return None
-    return msgspec.convert(entity, form, from_attributes=True, dec_hook=as_hikari)
-
-
-def update(known: dict[int, Any], news: Mapping[int, Any]) -> None:
-    """Enter what is new and drop what is None."""
-    for number, new in news.items():
-        if new is None:
-            known.pop(number, None)
-        else:
-            known[number] = new
+def states(entities: Mapping[Any, Any], form: type[StateT]) -> dict[int, StateT | None]:
+    """What is told of hikari's entities, by id; None of none."""
+    return {
+        int(number): entity
+        and msgspec.convert(entity, form, from_attributes=True, dec_hook=as_hikari)
+        for number, entity in entities.items()
+    }
 
 
 class KnownGuilds:
@@ -1241,9 +1235,9 @@ class KnownGuilds:
 
     def clear(self) -> None:
         """Forget all: it may be outdated."""
-        self.guilds: dict[int, GuildState] = {}
+        self.guilds: dict[int, GuildNews] = {}
         self.members: dict[int, Memberships] = {}
-        self._all: dict[str, dict[int, Any]] = {part: {} for part in PARTS}  # of all guilds, by id
+        self._all = GuildNews()
         self.doubt()
 
     def doubt(self) -> None:
@@ -1280,35 +1274,37 @@ class KnownGuilds:
         """Whether what is here of a guild is how things stand, even if that is nothing."""
         return self.complete or guild_id in self._told
 
-    def load_guild(self, guild_id: int, guild: GuildState) -> None:
+    def load_guild(self, guild_id: int, guild: GuildNews) -> None:
         """Something to begin with, from Redis."""
         if guild_id not in self._told:
             self.put_guild(guild_id, guild)
             self._told.discard(guild_id)
 
-    def put_guild(self, guild_id: int, guild: GuildState | None) -> None:
+    def put_guild(self, guild_id: int, guild: GuildNews) -> None:
+        """All of a guild; what is not there is gone."""
         self._told.add(guild_id)
-        before = self.guilds.pop(guild_id, None)
-        if guild is not None:
-            self.guilds[guild_id] = guild
-        for part, known in self._all.items():
-            for number in getattr(before, part, ()):
-                known.pop(number, None)
-            known.update(getattr(guild, part, ()))
+        known = self.guilds.setdefault(guild_id, GuildNews())
+        for part in PARTS:
+            gone = dict.fromkeys(getattr(known, part))
+            self._enter(known, part, gone | getattr(guild, part))
+        if not known.guilds:
+            del self.guilds[guild_id]
         self.wake()
 
-    def change_guild(self, guild_id: int, change: GuildChange) -> None:
-        guild = self.guilds.get(guild_id)
-        if guild is None:
-            return
-        for part, known in self._all.items():
-            update(getattr(guild, part), getattr(change, part))
-            update(known, getattr(change, part))
-        if change.about is not None:
-            name, icon, owner = change.about
-            about = {"name": name, "icon_hash": icon, "owner_id": owner}
-            self.guilds[guild_id] = msgspec.structs.replace(guild, **about)
-        self.wake()
+    def change_guild(self, guild_id: int, change: GuildNews) -> None:
+        """Some of a guild that is known."""
+        if (known := self.guilds.get(guild_id)) is not None:
+            for part in PARTS:
+                self._enter(known, part, getattr(change, part))
+            self.wake()
+
+    def _enter(self, known: GuildNews, part: str, news: Mapping[int, Any]) -> None:
+        for table in (getattr(known, part), getattr(self._all, part)):
+            for number, entity in news.items():
+                if entity is None:
+                    table.pop(number, None)
+                else:
+                    table[number] = entity
 
     def encoded(self, guild_id: int) -> bytes | None:
         """What GUILDS is to hold of a guild."""
@@ -1337,7 +1333,7 @@ class KnownGuilds:
     # -- as Directory
 
     def get_guild(self, guild_id: int) -> GuildState | None:
-        return self.guilds.get(guild_id)
+        return self._all.guilds.get(guild_id)
 
     def guild_ids(self) -> Collection[int]:
         return tuple(self.guilds)
@@ -1349,13 +1345,13 @@ class KnownGuilds:
         return self.members.get(user_id, {}).get(guild_id)
 
     def get_role(self, role_id: int) -> RoleState | None:
-        return self._all["roles"].get(role_id)
+        return self._all.roles.get(role_id)
 
     def get_guild_channel(self, channel_id: int) -> ChannelState | None:
-        return self._all["channels"].get(channel_id)
+        return self._all.channels.get(channel_id)
 
     def get_thread(self, thread_id: int) -> ThreadState | None:
-        return self._all["threads"].get(thread_id)
+        return self._all.threads.get(thread_id)
 
 
 class SharedAccess(Access):
@@ -1375,12 +1371,13 @@ class SharedAccess(Access):
         #: Tells the other nodes, while the gateway is this one's.
         self.reporter = GuildReporter(self, cache, known, publisher)
 
-    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> None:
+    def begin(self, guild_ids: Iterable[int], shard_range: ShardRange) -> Collection[int]:
         if not self._publisher.leading:  # the last word of a session that counts no more
-            return
-        super().begin(guild_ids, shard_range)
-        for guild_id in self.lost:  # though hikari may still have it
+            return ()
+        lost = super().begin(guild_ids, shard_range)
+        for guild_id in lost:  # though hikari may still have it
             self.reporter.tell_guild(guild_id, None)
+        return lost
 
     def fill(self, guild_id: int) -> None:
         super().fill(guild_id)
@@ -1447,22 +1444,22 @@ class GuildReporter:
         if isinstance(event, hikari.ThreadListSyncEvent):  # of many threads at once
             self.tell_guild(event.guild_id, self._cache.get_guild(event.guild_id))
             return
-        change, guild = self._change_of(event), str(int(event.guild_id))
-        self._known.change_guild(int(guild), change)
-        self._publisher.tell_as_holder("change", guild, encode_state(change))
+        change, guild_id = self._change_of(event), int(event.guild_id)
+        self._known.change_guild(guild_id, change)
+        self._publisher.tell_as_holder("change", str(guild_id), change)
 
-    def _change_of(self, event: Any) -> GuildChange:
+    def _change_of(self, event: Any) -> GuildNews:
+        cache = self._cache
         if isinstance(event, hikari.GuildUpdateEvent):
-            guild = event.guild
-            return GuildChange(about=(guild.name, guild.icon_hash, int(guild.owner_id)))
+            return GuildNews(states({event.guild_id: event.guild}, GuildState))
         if isinstance(event, hikari.RoleEvent):
-            role = state_of(self._cache.get_role(event.role_id), RoleState)
-            return GuildChange(roles={int(event.role_id): role})
+            number = event.role_id
+            return GuildNews(roles=states({number: cache.get_role(number)}, RoleState))
         if isinstance(event, hikari.GuildThreadEvent):
-            thread = state_of(self._cache.get_thread(event.thread_id), ThreadState)
-            return GuildChange(threads={int(event.thread_id): thread})
-        channel = state_of(self._cache.get_guild_channel(event.channel_id), ChannelState)
-        return GuildChange(channels={int(event.channel_id): channel})
+            number = event.thread_id
+            return GuildNews(threads=states({number: cache.get_thread(number)}, ThreadState))
+        number = event.channel_id
+        return GuildNews(channels=states({number: cache.get_guild_channel(number)}, ChannelState))
 
     def _on_member_change(self, event: Any) -> None:
         if event.user_id in self._wanted:
@@ -1478,7 +1475,7 @@ class GuildReporter:
 
     def tell_guild(self, guild_id: int, guild: hikari.Guild | None) -> None:
         """Whole, or that the bot is not in it."""
-        self._known.put_guild(int(guild_id), self._guild_state(guild) if guild else None)
+        self._known.put_guild(int(guild_id), self._all_of(guild) if guild else GuildNews())
         self._publisher.tell_as_holder("guild", str(int(guild_id)))
 
     def tell_all(self) -> None:
@@ -1504,38 +1501,35 @@ class GuildReporter:
             del self._wanted[user_id]
             self._known.forget_member(user_id)
 
-    def _guild_state(self, guild: hikari.Guild) -> GuildState:
+    def _all_of(self, guild: hikari.Guild) -> GuildNews:
         cache, key = self._cache, guild.id
-
-        def states(entities: Mapping[hikari.Snowflake, Any], form: type[Any]) -> dict[int, Any]:
-            return {int(number): state_of(entity, form) for number, entity in entities.items()}
-
-        return GuildState(
-            id=int(key),
-            name=guild.name,
-            icon_hash=guild.icon_hash,
-            owner_id=int(guild.owner_id),
-            roles=states(cache.get_roles_view_for_guild(key), RoleState),
-            channels=states(cache.get_guild_channels_view_for_guild(key), ChannelState),
-            threads=states(cache.get_threads_view_for_guild(key), ThreadState),
+        return GuildNews(
+            states({key: guild}, GuildState),
+            states(cache.get_roles_view_for_guild(key), RoleState),
+            states(cache.get_guild_channels_view_for_guild(key), ChannelState),
+            states(cache.get_threads_view_for_guild(key), ThreadState),
         )
 
     def _tell_member(self, user_id: int, guild_id: int) -> None:
         """What has changed of a member."""
-        member = state_of(self._cache.get_member(guild_id, user_id), MemberState)
-        if self._known.members.get(user_id, {}).get(guild_id, self) == member:
-            return
-        self._known.put_members(user_id, {guild_id: member}, whole=False)
-        self._publisher.tell_as_holder("member", str(guild_id), encode_state((user_id, member)))
+        news = self._memberships(user_id, [guild_id])
+        if self._known.members.get(user_id, {}).get(guild_id, self) != news[guild_id]:
+            self._tell_memberships(user_id, news, whole=False)
 
     def tell_members(self, user_id: int) -> None:
         """All that this user is in guilds that hikari's cache holds whole."""
-        get_member, whole = self._cache.get_member, self._access.all_whole
-        news = {one: state_of(get_member(one, user_id), MemberState) for one in self._filled()}
+        news, whole = self._memberships(user_id, self._filled()), self._access.all_whole
         if whole:
             news = {guild: member for guild, member in news.items() if member is not None}
+        self._tell_memberships(user_id, news, whole)
+
+    def _memberships(self, user_id: int, guild_ids: Iterable[int]) -> Memberships:
+        get_member = self._cache.get_member
+        return states({one: get_member(one, user_id) for one in guild_ids}, MemberState)
+
+    def _tell_memberships(self, user_id: int, news: Memberships, whole: bool) -> None:
         self._known.put_members(user_id, news, whole)
-        self._publisher.tell_as_holder("members", str(user_id), encode_state((whole, news)))
+        self._publisher.tell_as_holder("members", str(user_id), (whole, news))
 
 
 class Peers:
@@ -1550,30 +1544,20 @@ class Peers:
         publisher: Publisher,
         known: KnownGuilds,
         reporter: GuildReporter,
+        connections: OpenConnections,
         parts: Parts,
     ) -> None:
         self._lease = lease
         self._publisher = publisher
         self._known = known
         self._reporter = reporter
+        self._connections = connections
         self._parts = parts
-        self._dashboards: collections.Counter[int] = collections.Counter()  # here, by viewer
         self._told: frozenset[str] = frozenset()  # rooms
         self._until: dict[str, float] = {}  # other nodes
         self._listening: dict[str, frozenset[str]] = {}
 
     # -- this node's clients
-
-    def enter(self, discord_id: str) -> None:
-        """A viewer has a dashboard here."""
-        if is_snowflake(discord_id):
-            self._dashboards[int(discord_id)] += 1
-            self.ask(discord_id)
-
-    def leave(self, discord_id: str) -> None:
-        """One dashboard of this viewer is gone."""
-        if is_snowflake(discord_id):
-            remove_one(self._dashboards, int(discord_id))
 
     def ask(self, discord_id: str) -> None:
         """Have the holder tell what this viewer is in its guilds, where that is not known."""
@@ -1582,15 +1566,14 @@ class Peers:
 
     def call_roll(self) -> None:
         """Say that this node is there, and whose clients are or may come back; ask for all anew."""
-        awaited = map(int, filter(is_snowflake, self._parts.recovery.viewers()))
-        self._tell_viewers({*self._dashboards, *awaited})
+        viewers = {*self._connections.viewers(), *self._parts.recovery.viewers()}
+        self._tell_viewers(set(map(int, filter(is_snowflake, viewers))))
         self.tell_rooms(again=True)
 
     def _tell_viewers(self, viewers: set[int]) -> None:
         """With the latest term known here: who is new would not wait for that one's holder."""
         unknown = viewers - self._known.whole
-        body = msgspec.msgpack.encode((self._lease.known, viewers, unknown))
-        self._publisher.tell("node", body=body)
+        self._publisher.tell("node", content=(self._lease.known, viewers, unknown))
         self._reporter.want(viewers, unknown)
 
     def tell_rooms(self, again: bool) -> None:
@@ -1598,7 +1581,7 @@ class Peers:
         rooms = frozenset({*self._parts.rooms.names(), *self._parts.recovery.rooms()})
         if again or rooms != self._told:
             self._told = rooms
-            self._publisher.tell("rooms", body=msgspec.msgpack.encode(rooms))
+            self._publisher.tell("rooms", content=rooms)
 
     def guilds(self) -> set[str]:
         """Those of which somebody here is in a room, as told last."""
@@ -1610,9 +1593,13 @@ class Peers:
         """Whether anybody listens to it at another node."""
         return any(room in rooms for rooms in self._listening.values())
 
-    def on_node(self, note: Note) -> None:
-        form = tuple[int, set[int], set[int]]
-        term, viewers, unknown = msgspec.msgpack.decode(note.body, type=form)
+    @property
+    def others(self) -> Collection[str]:
+        """Those that were heard of lately."""
+        return self._until.keys()
+
+    def on_node(self, note: Note, content: tuple[int, set[int], set[int]]) -> None:
+        term, viewers, unknown = content
         self._lease.saw_term(term)
         self._reporter.want(viewers, unknown)
         is_new = note.source not in self._until
@@ -1620,10 +1607,10 @@ class Peers:
         if is_new:
             self.call_roll()
 
-    def on_rooms(self, note: Note) -> None:
-        self._listening[note.source] = msgspec.msgpack.decode(note.body, type=frozenset[str])
+    def on_rooms(self, note: Note, rooms: frozenset[str]) -> None:
+        self._listening[note.source] = rooms
 
-    def on_bye(self, note: Note) -> None:
+    def on_bye(self, note: Note, _: None) -> None:
         self._until.pop(note.source, None)
         self._listening.pop(note.source, None)
         self._lease.wake()
@@ -1657,16 +1644,15 @@ class Hearing:
         self._term = 0  # of the holder that was heard last, this node or another
         self._position = 0  # how far its count of events was
         self._fetched: dict[str, bytes | None] = {}  # what Redis holds of guilds that were told of
-        #: Who takes a note of the control stream, by topic.
-        self.topics: dict[str, Callable[[Note], None]] = {
-            "beat": self._on_beat,
-            "guild": self._on_guild,
-            "change": self._on_change,
-            "member": self._on_member,
-            "members": self._on_members,
-            "node": peers.on_node,
-            "rooms": peers.on_rooms,
-            "bye": peers.on_bye,
+        #: By topic, what a note of the control stream says beside its detail, and who takes it.
+        self.topics: dict[str, tuple[Any, Callable[[Note, Any], None]]] = {
+            "beat": (bool, self._on_beat),  # whether all guilds have been told of
+            "guild": (None, self._on_guild),
+            "change": (GuildNews, self._on_change),
+            "members": (tuple[bool, Memberships], self._on_members),
+            "node": (tuple[int, set[int], set[int]], peers.on_node),
+            "rooms": (frozenset[str], peers.on_rooms),
+            "bye": (None, peers.on_bye),
         }
 
     async def catch_up(self) -> None:
@@ -1677,7 +1663,7 @@ class Hearing:
         found = await self._link.redis.hgetall(GUILDS)
         for guild_id, data in found.items():
             try:
-                self._known.load_guild(int(guild_id), decode_state(data, GuildState))
+                self._known.load_guild(int(guild_id), decode_state(data, GuildNews))
             except ValueError:
                 log.error("what Redis has of guild %s cannot be read", shown(guild_id))
         self._peers.call_roll()
@@ -1697,7 +1683,8 @@ class Hearing:
         if note.term > self._term:
             self.begin_term(note.term)
         if stream == CONTROL:
-            self.topics[note.topic](note)
+            form, on_note = self.topics[note.topic]
+            on_note(note, decode_state(note.body, form))
         elif not self._lease.may_have_brought(entry):
             to = Destination(stream.rpartition(":")[2], note.topic, note.detail)
             frame = self._parts.recovery.logs.add(to, note.body, note.position)
@@ -1717,29 +1704,23 @@ class Hearing:
 
     # -- what the holder tells
 
-    def _on_beat(self, note: Note) -> None:
-        if self._known.beat(note.detail == "complete"):
+    def _on_beat(self, note: Note, complete: bool) -> None:
+        if self._known.beat(complete):
             self._parts.clients.check_all()
 
-    def _on_guild(self, note: Note) -> None:
+    def _on_guild(self, note: Note, _: None) -> None:
         data = self._fetched[note.detail]
-        state = None if data is None else decode_state(data, GuildState)
-        self._known.put_guild(int(note.detail), state)
+        guild = GuildNews() if data is None else decode_state(data, GuildNews)
+        self._known.put_guild(int(note.detail), guild)
         self._parts.clients.check(note.detail)
 
-    def _on_change(self, note: Note) -> None:
-        self._known.change_guild(int(note.detail), decode_state(note.body, GuildChange))
+    def _on_change(self, note: Note, change: GuildNews) -> None:
+        self._known.change_guild(int(note.detail), change)
         self._parts.clients.check(note.detail)
 
-    def _on_member(self, note: Note) -> None:
-        user_id, member = decode_state(note.body, tuple[int, MemberState | None])
-        if self._reporter.wants(user_id):
-            self._known.put_members(user_id, {int(note.detail): member}, whole=False)
-            self._parts.clients.check(note.detail, str(user_id))
-
-    def _on_members(self, note: Note) -> None:
+    def _on_members(self, note: Note, content: tuple[bool, Memberships]) -> None:
         if self._reporter.wants(int(note.detail)):
-            whole, members = decode_state(note.body, tuple[bool, Memberships])
+            whole, members = content
             for guild_id in self._known.put_members(int(note.detail), members, whole):
                 self._parts.clients.check(str(guild_id), note.detail)
 
@@ -1753,17 +1734,13 @@ class Tickets:
         self._clients = parts.clients
         self._max_events = settings.max_events
         self._lasts = int((settings.window + ROLL_CALL) * 1000)
-        self.writing = WriteBehind(self._write)
+        self.writing = WriteBehind(self._write, lambda: {t.pid: t for t in self._recovery.held()})
         self._taking = asyncio.Lock()
 
     def change(self, ticket: Ticket) -> None:
         """As Redis is to know it, soon; what is not told again lasts as long as a client may be away."""
         self.writing.news[ticket.pid] = ticket
         self.writing.wake()
-
-    def tell_all(self) -> None:
-        for ticket in self._recovery.held():
-            self.change(ticket)
 
     async def _write(self, news: dict[str, Ticket]) -> bool:
         pipe = self._node.link.redis.pipeline(transaction=False)
@@ -1845,7 +1822,7 @@ class Tickets:
                 return entries
         return None
 
-    def on_moved(self, note: Note) -> None:
+    def on_moved(self, note: Note, _: None) -> None:
         self._recovery.disown(note.detail)
         self._clients.end(note.detail)
 
@@ -1878,13 +1855,12 @@ class Snapshots:
         self._waiting[ticket] = tell
         if len(self._waiting) > MOST_SNAPSHOTS:
             self._waiting.popitem(last=False)
-        body = msgspec.json.encode((kind, guild_id, viewer))
-        self._publisher.tell("subscribed", ticket, body)
+        self._publisher.tell("subscribed", ticket, (kind, guild_id, viewer))
 
-    def on_subscribed(self, note: Note) -> None:
+    def on_subscribed(self, note: Note, content: tuple[str, str, Viewer]) -> None:
         if not self._publisher.leading:
             return
-        kind, guild_id, viewer = msgspec.json.decode(note.body, type=tuple[str, str, Viewer])
+        kind, guild_id, viewer = content
 
         def tell(event: str, payload: EventData) -> None:
             self._publisher.tell("snapshot", note.detail, msgspec.json.encode((event, payload)))
@@ -1893,9 +1869,9 @@ class Snapshots:
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
-    def on_snapshot(self, note: Note) -> None:
+    def on_snapshot(self, note: Note, snapshot: bytes) -> None:
         if note.detail in self._waiting:
-            self._waiting[note.detail](*msgspec.json.decode(note.body))
+            self._waiting[note.detail](*msgspec.json.decode(snapshot))
 
     async def make(self, topic: Topic) -> EventData | None:
         """What a new subscriber of the room would get as this event."""
@@ -1917,7 +1893,7 @@ class Windows:
         self._throttle = throttle
         self._keep = link.redis.register_script(KEEP_WINDOWS)
         self._open: dict[Topic, tuple[float, DataOrMaker | None]] = {}  # until when, and what waits
-        self.writing: WriteBehind[None] = WriteBehind(self._write)
+        self.writing = WriteBehind(self._write, lambda: dict.fromkeys(self._open))
 
     def change(self, topic: Topic, seconds: float | None, waiting: DataOrMaker | None) -> None:
         """As the throttle tells it (`Outlet.window_changed`)."""
@@ -1930,14 +1906,10 @@ class Windows:
         if seconds:  # what waits for the end of one is told twice a second
             self.writing.wake()
 
-    def tell_all(self) -> None:
-        """Redis may have lost everything."""
-        self.writing.news |= dict.fromkeys(self._open)
-
     async def _write(self, topics: Iterable[Topic]) -> bool:
-        """Tell Redis, if this node's term still counts there."""
+        """Tell Redis, if this node's term still counts there. After it nothing is to be told."""
         if not self._lease.term:
-            return False
+            return True
         lasts = max(self._throttle.windows.values(), default=0.0) * 1000
         rows = [value for topic in topics for value in self._row(topic)]
         args = [self._lease.source, int(lasts) + WINDOWS_LAST, *rows]
@@ -1963,7 +1935,7 @@ class Windows:
         pipe = self._link.redis.pipeline()
         pipe.hgetall(WINDOWS)
         pipe.time()
-        with contextlib.suppress(*self._link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             found, (seconds, microseconds) = await pipe.execute()
             now = seconds * 1000 + microseconds // 1000
             resumed = [self._resume(name, value, now) for name, value in found.items()]
@@ -1995,25 +1967,18 @@ class Terms:
         self._parts = parts
         self.windows = Windows(node.link, node.lease, parts.throttle)
 
-    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Never returns; raises what `run` raises."""
+    async def lead(self, work: Work, rest: Work) -> None:
+        """Never returns; raises what `work` raises."""
         lease = self._node.lease
         while True:
             await lease.wait(lambda term: term > 0)
             term = lease.term
             self._begin(term)
-            tasks = [
-                asyncio.create_task(self._take_over(run)),
-                asyncio.create_task(lease.wait(functools.partial(operator.ne, term))),
-            ]
+            lost = lease.wait(functools.partial(operator.ne, term))
             try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                if tasks[0].done():
-                    tasks[0].result()
+                await until_one_ends(self._take_over(work), lost)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await rest()
                 lease.led = 0
                 self._node.reader.missed = True
 
@@ -2023,16 +1988,15 @@ class Terms:
         node.lease.led = term
         logs.reach(max(clock_position(), logs.position + UNHEARD_POSITIONS))
         node.publisher.begin_term(logs.position)
-        node.publisher.tell_as_holder("beat")
+        node.publisher.tell_as_holder("beat", content=False)
         node.hearing.begin_term(term)
         node.known.beat(complete=False)  # what this node hears of its guilds from now on is so
 
-    async def _take_over(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _take_over(self, work: Work) -> None:
         topics = await self.windows.load()
         remaking = [asyncio.create_task(self._remake(topic)) for topic in topics]
         try:
-            if not being_cancelled():
-                await run()
+            await work()
         finally:
             for task in remaking:
                 task.cancel()
@@ -2052,6 +2016,7 @@ class ClusterNode(Node):
 
     def __init__(self, settings: Settings, bot: Bot) -> None:
         super().__init__(settings, bot)
+        self._settings = settings
         #: Names this run of this node.
         self.source = secrets.token_hex(8)
         self.link = Link(settings.redis, redis_password_of(settings))
@@ -2060,74 +2025,67 @@ class ClusterNode(Node):
         window = settings.recovery.window
         self.publisher = Publisher(self.link, self.lease, self.known, self._retell, window)
         watched = settings.discord.guilds
-        self.access = SharedAccess(settings.auth, watched, self.known, bot.cache, self.publisher)
+        self.access: SharedAccess = SharedAccess(
+            settings.auth, watched, self.known, bot.cache, self.publisher
+        )
         self.reporter = self.access.reporter
         self.reporter.subscribe(bot.events)
-        self.connections = SharedConnections(self.link, self.source)
+        self.counters: SharedCounters = SharedCounters(self.link)
+        self.connections: SharedConnections = SharedConnections(
+            self.link, self.source, lambda: self.peers.others
+        )
         self._tasks: list[asyncio.Task[Any]] = []
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
         parts.recovery.logs.position = 0  # nothing has been heard yet
-        self.peers = Peers(self.lease, self.publisher, self.known, self.reporter, parts)
+        told = self.lease, self.publisher, self.known, self.reporter
+        self.peers = Peers(*told, self.connections, parts)
         self.hearing = Hearing(self.link, self.lease, self.known, self.reporter, self.peers, parts)
         self.reader = Reader(self.link, self.source, self.hearing)
         self.tickets = Tickets(self, parts, self._settings.recovery)
         self.snapshots = Snapshots(parts.plugins, self.publisher)
         self.terms = Terms(self, parts)
+        self._kept = [part.writing for part in (self.connections, self.tickets, self.terms.windows)]
         self.hearing.topics |= {
-            "subscribed": self.snapshots.on_subscribed,
-            "snapshot": self.snapshots.on_snapshot,
-            "moved": self.tickets.on_moved,
-            "event": self._on_event,
+            "subscribed": (tuple[str, str, Viewer], self.snapshots.on_subscribed),
+            "snapshot": (bytes, self.snapshots.on_snapshot),  # as JSON has it, and dashboards
+            "moved": (None, self.tickets.on_moved),
+            "event": (tuple[Destination, bytes], self._on_event),
         }
         measure(self, parts.metrics.gauge)
-
-    # -- what the parts of the process are made with
-
-    def make_access(self) -> Access:
-        return self.access
-
-    def make_counters(self) -> Counters:
-        return SharedCounters(self.link)
-
-    def make_connections(self) -> OpenConnections:
-        return self.connections
 
     # -- start, stop, how things stand
 
     def start(self) -> None:
         works = [self.publisher.work, self.reader.work, self.lease.work, self.reader.probe]
-        works += [
-            part.writing.work for part in (self.terms.windows, self.connections, self.tickets)
-        ]
-        works.append(self._beat)
+        works += [self._beat, *(kept.work for kept in self._kept)]
+        if self.link.watched:
+            works.append(self.link.follow_master)
         self._tasks = [asyncio.create_task(self.link.keep(work)) for work in works]
 
     async def stop(self, grace: float) -> None:
         """Send what waits, let go of the gateway, end."""
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace / 2):
-                    await self.connections.close()
-                    await self.publisher.drained()
-                    with contextlib.suppress(*self.link.errors):
-                        await self.terms.windows.writing.drain()
-            await self.lease.release()
-            self.publisher.tell("bye")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(grace / 2, REDIS_TIMEOUT)):
-                    await self.publisher.drained()
+            for step in (self._send_last, self._let_go):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace / 2):
+                        await step()
         finally:  # a stop that takes too long is cancelled
-            await self._end()
+            await end_tasks(self._tasks)
+            await self.link.close()
 
-    async def _end(self) -> None:
-        left = set(self._tasks)
-        while left:  # redis-py 8.1 may swallow a cancellation that meets an answer
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=0.1)
-        await self.link.close()
+    async def _send_last(self) -> None:
+        self.connections.close()
+        with contextlib.suppress(*REDIS_ERRORS):
+            for kept in self._kept:
+                await kept.drain()
+        await self.publisher.drained()
+
+    async def _let_go(self) -> None:
+        await self.lease.release()
+        self.publisher.tell("bye")
+        await self.publisher.drained()
 
     @property
     def problem(self) -> str | None:
@@ -2153,24 +2111,25 @@ class ClusterNode(Node):
             if self.leading and self.known.beat(complete):
                 self._parts.clients.check_all()
             if self.lease.holds():
-                self.publisher.tell_as_holder("beat", "complete" if complete else "")
+                self.publisher.tell_as_holder("beat", content=complete)
             self.reporter.forget()
             self.peers.forget()
             self.peers.tell_rooms(again=False)
             self.reader.leave_all_but(set(map(guild_stream, self.peers.guilds())))
             if count % ROLL_CALL == 0:
                 self.peers.call_roll()
-                self.connections.tell_all()
-                self.tickets.tell_all()
+                self._tell_kept()
             await asyncio.sleep(BEAT_INTERVAL)
 
     def _retell(self) -> None:
         """Redis may have lost everything."""
-        self.connections.tell_all()
-        self.tickets.tell_all()
+        self._tell_kept()
         if self.leading:
             self.reporter.tell_all()
-            self.terms.windows.tell_all()
+
+    def _tell_kept(self) -> None:
+        for kept in self._kept:
+            kept.tell_all()
 
     # -- the gateway
 
@@ -2178,8 +2137,8 @@ class ClusterNode(Node):
     def leading(self) -> bool:
         return self.lease.leading
 
-    async def lead(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        await self.terms.lead(run)
+    async def lead(self, work: Work, rest: Work) -> None:
+        await self.terms.lead(work, rest)
 
     def marks(self, plugin: str) -> Marks:
         return SharedMarks(self.link, plugin)
@@ -2211,11 +2170,11 @@ class ClusterNode(Node):
         if self.leading:
             self._send(to, packet)
         else:
-            self.publisher.tell("event", msgspec.json.encode(to).decode(), packet)
+            self.publisher.tell("event", content=(to, packet))
 
-    def _on_event(self, note: Note) -> None:
+    def _on_event(self, note: Note, content: tuple[Destination, bytes]) -> None:
         if self.leading:
-            self._send(msgspec.json.decode(note.detail, type=Destination), note.body)
+            self._send(*content)
 
     def _send(self, to: Destination, packet: bytes) -> None:
         """To this node's clients at once, and to the other nodes as soon as Redis can."""
@@ -2232,7 +2191,7 @@ class ClusterNode(Node):
         seen, moved = decode_offset(offset), False
         genuine = self._parts.recovery.pids.is_genuine(pid, viewer.discord_id)
         if genuine and seen is not None and (self.link.up or not self.link.reached.is_set()):
-            with contextlib.suppress(*self.link.errors):
+            with contextlib.suppress(*REDIS_ERRORS):
                 async with asyncio.timeout(RECALL_PATIENCE):
                     await self.link.reached.wait()  # this node has only just begun
                     moved = await self.tickets.take(str(pid))
@@ -2240,10 +2199,7 @@ class ClusterNode(Node):
         return moved
 
     def viewer_entered(self, discord_id: str) -> None:
-        self.peers.enter(discord_id)
-
-    def viewer_left(self, discord_id: str) -> None:
-        self.peers.leave(discord_id)
+        self.peers.ask(discord_id)
 
     def follow(self, guild_id: str) -> asyncio.Task[None] | None:
         return self.reader.follow(guild_id)
@@ -2344,7 +2300,7 @@ async def forget_shared(settings: Settings, member_id: int, guild_id: int | None
 
     Returns how many texts there were; raises OperatorError when Redis does not answer.
     """
-    redis, errors = open_redis(settings.redis.url, redis_password_of(settings))
+    redis = open_redis(settings.redis.url, redis_password_of(settings))
     guild = "" if guild_id is None else guild_id
     removed, page = 0, None
     try:
@@ -2357,7 +2313,7 @@ async def forget_shared(settings: Settings, member_id: int, guild_id: int | None
                 for key in keys:
                     pipe.hdel(key, member_id)
                 removed += sum(await pipe.execute())
-    except errors as error:
+    except REDIS_ERRORS as error:
         raise OperatorError(f"redis.url: nothing forgotten, no answer: {error}") from error
     return removed
 
@@ -2377,7 +2333,7 @@ class SharedCounters(Counters):
         try:
             async with self._link.patience():
                 return list(await pipe.execute())
-        except self._link.errors:
+        except REDIS_ERRORS:
             return None
 
     async def count(self, key: str, seconds: float) -> int:
@@ -2386,10 +2342,6 @@ class SharedCounters(Counters):
             ("SET", name, 0, "PX", math.ceil(seconds * 1000), "NX"), ("INCR", name)
         )
         return int(counted[1]) if counted else await super().count(key, seconds)
-
-    async def read(self, key: str) -> int:
-        counted = await self._ask(("GET", f"spywatcher:limits:{key}"))
-        return int(counted[0] or 0) if counted else await super().read(key)
 
     async def seconds_left(self, key: str) -> float:
         left = await self._ask(("PTTL", f"spywatcher:limits:{key}"))
@@ -2401,25 +2353,28 @@ class SharedCounters(Counters):
 
 
 class SharedConnections(OpenConnections):
-    """Counts those of all nodes: of each, a hash in Redis has this node's share beside the others'.
+    """Counts those of all nodes: each node has a hash in Redis, and adds up what the others have there.
 
     All goes one way, in order. What one node has not told again for a minute counts no more.
     """
 
-    def __init__(self, link: Link, source: str) -> None:
+    def __init__(self, link: Link, source: str, others: Callable[[], Collection[str]]) -> None:
+        """`others` are the nodes that are alive."""
         super().__init__()
         self._link = link
         self._source = source
-        self._share = link.redis.register_script(SHARE)
+        self._others = others
         #: Who waits for how many there are elsewhere.
-        self.writing: WriteBehind[asyncio.Future[int]] = WriteBehind(self._write)
+        self.writing: WriteBehind[asyncio.Future[int]] = WriteBehind(
+            self._write, lambda: {whose: new_future() for whose in self}
+        )
         self._closed = False
 
     async def enter(self, whose: str) -> int:
         """Without Redis, or while it is slow, this node's own count decides."""
         before = await super().enter(whose)
         answer = self._tell(whose)
-        with contextlib.suppress(*self._link.errors):
+        with contextlib.suppress(*REDIS_ERRORS):
             async with self._link.patience():
                 before += await asyncio.shield(answer)
         return before
@@ -2430,29 +2385,35 @@ class SharedConnections(OpenConnections):
 
     def _tell(self, whose: str) -> asyncio.Future[int]:
         news = self.writing.news
-        answer = news.setdefault(whose, asyncio.get_running_loop().create_future())
+        answer = news.setdefault(whose, new_future())
         if len(news) > MOST_REMEMBERED:
             news.pop(next(iter(news)))
         self.writing.wake()
         return answer
 
-    def tell_all(self) -> None:
-        for whose in self:
-            self._tell(whose)
-
-    async def close(self) -> None:
+    def close(self) -> None:
         """This node's are about to be closed: they count no more."""
         self._closed = True
-        self.tell_all()
-        with contextlib.suppress(*self._link.errors):
-            await self.writing.drain()
+        self.writing.tell_all()
 
     async def _write(self, news: dict[str, asyncio.Future[int]]) -> bool:
         """Tell of these, and hear how many there are elsewhere."""
-        keys = [f"spywatcher:open:{whose}" for whose in news]
-        counts = [0 if self._closed else self[whose] for whose in news]
-        elsewhere = await self._share(keys=keys, args=[self._source, SHARE_LASTS, *counts])
-        for answer, count in zip(news.values(), elsewhere, strict=True):
+        own, others = OPEN + self._source, list(self._others())
+        here = {whose: self[whose] for whose in news if whose in self and not self._closed}
+        pipe = self._link.redis.pipeline()
+        pipe.hdel(own, *news)
+        if here:
+            pipe.hset(own, mapping=here)
+        pipe.pexpire(own, int(ROLL_CALL * 3000))
+        for node in others:
+            pipe.hmget(OPEN + node, list(news))
+        answers = await pipe.execute()
+        shares = answers[len(answers) - len(others) :]
+        for number, answer in enumerate(news.values()):
             if not answer.done():
-                answer.set_result(count)
+                answer.set_result(sum(int(share[number] or 0) for share in shares))
         return True
+
+
+def new_future() -> asyncio.Future[int]:
+    return asyncio.get_running_loop().create_future()

@@ -29,10 +29,11 @@ from typing import Any
 import hikari
 import pytest
 import service
+from counting import BOT
 from jsclient import JavaScript, Node
 from watching import Watch, Watching
 
-from simulator import GatewaySocket, Guild, Op, Packet, PretendDiscord
+from simulator import GatewaySocket, Guild, Op, Packet, PretendDiscord, make_guild
 
 #: What starts processes again and again, waits for time to pass, or tries very much: `make test-quick`
 #: leaves it out.
@@ -141,6 +142,12 @@ async def waiting_shard(
 def guild(discord: PretendDiscord) -> Guild:
     """The guild that is watched, to be furnished before the bot comes."""
     return discord.add_guild()
+
+
+@pytest.fixture
+def owls() -> Guild:
+    """A guild of no pretend Discord: a test feeds hikari by hand with what happens there."""
+    return make_guild("Night Owls", bot=BOT)
 
 
 @pytest.fixture(autouse=True)

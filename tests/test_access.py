@@ -603,7 +603,7 @@ class History:
             author = self.guild.owner
             self.feed("MESSAGE_CREATE", simulator.message_json(self.guild, author, place, "x"))
         await settle()
-        self.server.rights.look_through(seconds=60)
+        self.server.rights.checking.run(seconds=60)
         delivered = 0
         for ear in self.ears:
             thrown_out = ear.inside and not self.oracle.may_view(ear)

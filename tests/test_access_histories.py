@@ -371,7 +371,7 @@ class LongHistory(History):
         if self.oracle.present:
             self.feed("GUILD_CREATE", self.created())
         await settle()
-        self.server.rights.look_through(seconds=60)
+        self.server.rights.checking.run(seconds=60)
         for ear in self.pending:
             ear.inside = ear.inside or self.oracle.may_view(ear)
         self.pending.clear()
@@ -411,7 +411,7 @@ class LongHistory(History):
         if self.away:
             return
         await settle()
-        self.server.rights.look_through(seconds=60)
+        self.server.rights.checking.run(seconds=60)
         ear.inside = ear.inside and self.oracle.may_view(ear)
         ear.role, ear.guilds = role, guilds
         ear.token = self.server.tokens.issue(str(ear.id), role, guilds)
@@ -433,7 +433,7 @@ class LongHistory(History):
         if self.away:
             return
         await settle()
-        self.server.rights.look_through(seconds=60)
+        self.server.rights.checking.run(seconds=60)
         for ear in self.ears:
             ear.inside = ear.inside and self.oracle.may_view(ear)
         settings = self.server._settings

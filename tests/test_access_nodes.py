@@ -83,7 +83,7 @@ class NodesHistory(LongHistory):
         for marker in self.markers:
             await eventually(lambda m=marker: self.heard(m, "message:new"), timeout=10)
         for server in self.nodes.servers:
-            server.rights.look_through()
+            server.rights.checking.run()
         return sum(self.judge_one(ear, place) for ear in self.ears)
 
     @staticmethod
@@ -160,7 +160,7 @@ class NodesHistory(LongHistory):
 
     async def configure(self, **auth: Any) -> None:
         for server in self.nodes.servers:
-            server.rights.look_through()
+            server.rights.checking.run()
         for ear in self.ears:
             ear.inside = ear.inside and self.oracle.may_view(ear)
         for server in self.nodes.servers:

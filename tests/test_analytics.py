@@ -39,11 +39,6 @@ SOON = {UPDATE: 0.2}
 
 
 @pytest.fixture
-def owls() -> Guild:
-    return make_guild("Night Owls", bot=BOT)
-
-
-@pytest.fixture
 def ada(owls: Guild) -> Member:
     return owls.add_member("ada")
 

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from counting import BOT, HOUR, Clock, Counting
+from counting import HOUR, Clock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redisserver import RedisServer
+from worlds import PEOPLE, Machines, Step, World, live_alone, live_on_machines
 
-from simulator import (
-    Guild,
-    Json,
-    Member,
-    make_guild,
-    member_add_json,
-    member_remove_json,
-    message_json,
-    presence_json,
-    reaction_json,
-    typing_json,
-)
-from spywatcher import RedisSettings
-from spywatcher_cluster import TERM, Link, SharedTables
+from simulator import Guild, Json, Member
 
 RULES = {"window_days": 1, "lurker_min_presence": 2, "ghosts": 3, "lurkers": 3}
 RULES |= {"channel_diversity": 4}
-GUILDS, PEOPLE, CHANNELS = 2, 4, 2
+CHANNELS = 2
 
 
 @dataclass
@@ -104,36 +88,17 @@ def top(which: str, scored: Any) -> list[Json]:
     ]
 
 
-class World:
-    """Guilds with people and a bot, what happens in them, and who counts it."""
+class Watched(World):
+    """What analytics count, and the oracle beside it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.clock = Clock()
+    settings = RULES
+
+    def __init__(self, folder: Path, machines: Machines | None = None) -> None:
+        super().__init__(folder, machines)
         self.oracle = Oracle(self.clock)
-        self.guilds = [make_guild(f"guild {n}", bot=BOT) for n in range(GUILDS)]
-        users = [self.guilds[0].add_member(f"user {n}").user for n in range(PEOPLE)]
-        users.append(self.guilds[0].add_member("robot", bot=True).user)
-        for user in users:
-            self.guilds[1].add_member(user.name, user=user)
         for guild in self.guilds:
             for n in range(CHANNELS):
                 guild.add_channel(f"channel-{n}")
-        self.users = users
-        self.counting: Counting
-
-    async def live(self, history: list[tuple[Any, ...]]) -> None:
-        await self.begin()
-        try:
-            for step, *values in history:
-                await getattr(self, step)(*values)
-            await self.compare()
-        finally:
-            await self.counting.__aexit__()
-
-    async def begin(self) -> None:
-        counting = Counting(self.folder, self.guilds, clock=self.clock, **RULES)
-        self.counting = await counting.__aenter__()
 
     async def compare(self) -> None:
         for guild in self.guilds:
@@ -142,83 +107,46 @@ class World:
 
     async def act(self, kind: str, g: int, u: int, c: int) -> None:
         guild = self.guilds[g]
-        member = guild.members.get(self.users[u].id)
-        if member is None:
-            return
-        channel = list(guild.channels.values())[c]
-        make: Any = {"typing": typing_json, "message": message_json, "reaction": reaction_json}
-        name = {"typing": "TYPING_START", "message": "MESSAGE_CREATE"}
-        self.oracle.count(kind, guild, member, channel.id)
-        await self.counting.feed(
-            name.get(kind, "MESSAGE_REACTION_ADD"), make[kind](guild, member, channel)
-        )
+        if member := self.member(g, u):
+            channel = list(guild.channels.values())[c]
+            self.oracle.count(kind, guild, member, channel.id)
+            await self.feed_act(kind, guild, member, channel)
 
     async def appear(self, g: int, u: int, status: str) -> None:
-        guild = self.guilds[g]
-        member = guild.members.get(self.users[u].id)
-        if member is None:
-            return
-        if member.status != status:
-            self.oracle.count("presence", guild, member)
-        member.appear(status, {} if status == "offline" else {"desktop": status})
-        await self.counting.feed("PRESENCE_UPDATE", presence_json(guild, member))
+        if member := self.member(g, u):
+            if member.status != status:
+                self.oracle.count("presence", self.guilds[g], member)
+            await self.feed_presence(self.guilds[g], member, status)
 
     async def rename(self, u: int, name: str) -> None:
         self.users[u].name = name
-        for guild in self.guilds:
-            if member := guild.members.get(self.users[u].id):
-                await self.counting.feed("GUILD_MEMBER_UPDATE", member_add_json(guild, member))
+        for g, guild in enumerate(self.guilds):
+            if member := self.member(g, u):
+                await self.feed_member("GUILD_MEMBER_UPDATE", guild, member)
 
     async def leave(self, g: int, u: int) -> None:
-        guild = self.guilds[g]
-        member = guild.members.pop(self.users[u].id, None)
+        if member := self.remove(g, u):
+            await self.feed_member("GUILD_MEMBER_REMOVE", self.guilds[g], member)
+
+    def remove(self, g: int, u: int) -> Member | None:
+        member = self.guilds[g].members.pop(self.users[u].id, None)
         if member is not None:
-            self.oracle.drop(guild, member)
-            await self.counting.feed("GUILD_MEMBER_REMOVE", member_remove_json(guild, member))
+            self.oracle.drop(self.guilds[g], member)
+        return member
 
     async def join(self, g: int, u: int) -> None:
-        guild, user = self.guilds[g], self.users[u]
-        if user.id not in guild.members:
-            member = guild.add_member(user.name, user=user)
-            await self.counting.feed("GUILD_MEMBER_ADD", member_add_json(guild, member))
-
-    async def wait(self, seconds: float) -> None:
-        self.clock.time += seconds
-
-    async def flush(self) -> None:
-        await self.counting.flush()
+        if self.member(g, u) is None:
+            member = self.guilds[g].add_member(self.users[u].name, user=self.users[u])
+            await self.feed_member("GUILD_MEMBER_ADD", self.guilds[g], member)
 
     async def restart(self, g: int, leaver: int, hours: int) -> None:
         """While it is down somebody leaves, and time passes."""
         await self.compare()
         await self.counting.__aexit__()
-        member = self.guilds[g].members.pop(self.users[leaver].id, None)
-        if member is not None:
-            self.oracle.drop(self.guilds[g], member)
+        self.remove(g, leaver)
         self.oracle.started.clear()
         self.clock.time += hours * HOUR
         await self.begin()
-
-
-class SharedWorld(World):
-    """The same, where each start is at another machine: all that it finds is in Redis."""
-
-    def __init__(self, folder: Path, redis: RedisServer, link: Link) -> None:
-        super().__init__(folder)
-        self.redis = redis
-        self.link = link
-        self.term = 0
-
-    async def begin(self) -> None:
-        self.term += 1
-        await self.redis.ask("SET", TERM, self.term)
-        share = partial(SharedTables, self.link, self.term)
-        path = f"machine{self.term}.db"
-        counting = Counting(
-            self.folder, self.guilds, clock=self.clock, path=path, share=share, **RULES
-        )
-        self.counting = await counting.__aenter__()
-        await self.flush()
 
 
 guild, user = st.sampled_from([0, 0, 0, 1]), st.integers(0, PEOPLE)
@@ -240,21 +168,11 @@ steps = st.one_of(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(steps, min_size=30, max_size=90))
-def test_the_lists_are_those_of_a_plain_computation(history: list[tuple[Any, ...]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(World(Path(folder)).live(history))
+def test_the_lists_are_those_of_a_plain_computation(history: list[Step]) -> None:
+    live_alone(Watched, history)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(steps, min_size=30, max_size=90))
-def test_they_are_so_where_each_restart_is_at_another_machine(
-    history: list[tuple[Any, ...]],
-) -> None:
-    async def live(folder: Path) -> None:
-        async with RedisServer(folder) as redis:
-            link = Link(RedisSettings(url=redis.url), "")
-            await SharedWorld(folder, redis, link).live(history)
-            await link.close()
-
-    with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(live(Path(folder)))
+def test_they_are_so_where_each_restart_is_at_another_machine(history: list[Step]) -> None:
+    live_on_machines(Watched, history)

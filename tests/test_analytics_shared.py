@@ -66,11 +66,6 @@ class Machines:
 
 
 @pytest.fixture
-def owls() -> Guild:
-    return make_guild("Night Owls", bot=BOT)
-
-
-@pytest.fixture
 def ada(owls: Guild) -> Member:
     return owls.add_member("ada")
 

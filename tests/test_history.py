@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counting import BOT, HOUR, ROOT, Counting
+from counting import HOUR, ROOT, Counting
 from service import running, tables_for, write_settings
 from waiting import eventually
 from watching import Watching
@@ -20,7 +20,6 @@ from simulator import (
     Json,
     Member,
     PretendDiscord,
-    make_guild,
     member_add_json,
     member_remove_json,
     message_json,
@@ -32,11 +31,6 @@ from simulator import (
 UPDATE = "history:update"
 SOON = {UPDATE: 0.2}
 WEEK = 168 * HOUR
-
-
-@pytest.fixture
-def owls() -> Guild:
-    return make_guild("Night Owls", bot=BOT)
 
 
 @pytest.fixture

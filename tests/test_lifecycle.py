@@ -9,12 +9,14 @@ import signal
 import sqlite3
 import time
 from bisect import bisect
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import hikari
 import pytest
 import tornado.websocket
+from hikari.impl.shard import _GatewayTransport
 from jsclient import JavaScript
 from service import (
     SECRET,
@@ -29,7 +31,7 @@ from service import (
 from waiting import eventually
 
 from simulator import Guild, PretendDiscord
-from spywatcher import GOING_AWAY, Gateway, Keys, Server, Tokens
+from spywatcher import GOING_AWAY, Bot, Gateway, Keys, PluginHost, Server, Tokens
 
 GRACE = 5.0
 
@@ -164,6 +166,50 @@ async def test_a_plugin_that_never_finishes_does_not_hold_up_the_stop(
     tables = {"plugins": {"folders": [str(tmp_path)]}, "server": {"shutdown_grace": 0.5}}
     async with server_for(discord, **tables):
         await discord.wait_for_bot()
+        started = time.monotonic()
+    assert time.monotonic() - started < 2
+
+
+async def swallow_one_cancellation(*_: object) -> None:
+    """Go on for ever, as a library does that meets an answer when it is cancelled."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(Bot, "join"), (PluginHost, "start"), (hikari.impl.GatewayShardImpl, "_poll_events")],
+    ids=["the session", "the plugins' start", "the connection"],
+)
+async def test_a_cancellation_that_a_library_swallows_holds_up_no_stop(
+    discord: PretendDiscord, monkeypatch: pytest.MonkeyPatch, owner: type, step: str
+) -> None:
+    monkeypatch.setattr(owner, step, swallow_one_cancellation)
+    async with server_for(discord) as server:
+        await asyncio.wait([server._gateway_task], timeout=0.3)  # by then it is at that step
+        started = time.monotonic()
+    assert time.monotonic() - started < 2
+
+
+async def test_a_stop_as_a_lost_connection_is_closed_ends_the_shard(
+    discord: PretendDiscord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hikari closes sockets with what may swallow that the shard is to end, and would connect anew."""
+    close, closing = _GatewayTransport.send_close, asyncio.Event()
+
+    async def swallow(transport: _GatewayTransport, **how: Any) -> None:
+        closing.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await close(transport, **how)
+
+    async with server_for(discord):
+        await discord.wait_for_bot()
+        monkeypatch.setattr(_GatewayTransport, "send_close", swallow)
+        await discord.drop()
+        await closing.wait()
+        monkeypatch.undo()
         started = time.monotonic()
     assert time.monotonic() - started < 2
 

@@ -789,7 +789,7 @@ async def test_memory_is_bounded_and_forgets_what_is_over(monkeypatch):
     assert len(counters._counts) == 10
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
-    assert await counters.read("k99") == 0
+    assert await counters.seconds_left("k99") == 0
     assert await counters.count("k99", 60) == 1
     assert len(counters._counts) == 1
 

@@ -237,7 +237,7 @@ class History:
         await eventually(lambda: all(map(self.is_known, self.guilds)), timeout=60)
         for _ in range(50):  # listeners begin some turns after the cache is new
             await asyncio.sleep(0)
-        self.spy.server.rights.look_through(1.0)  # else so many changes are judged together
+        self.spy.server.rights.checking.run(1.0)  # else so many changes are judged together
         self.oracle.judge()
 
     def is_known(self, guild_id: str) -> bool:

@@ -133,12 +133,12 @@ class Pair:
 
 @pytest.fixture
 def pair(discord: PretendDiscord, guild: Guild, js: JavaScript, tmp_path: Path) -> Callable:
-    """Starts two nodes with these settings of Redis."""
+    """Starts two nodes with these settings of Redis; where that is of no use, a stop takes the grace."""
 
     @asynccontextmanager
-    async def start(**redis: str) -> AsyncIterator[Pair]:
+    async def start(grace: float = 1.0, **redis: str) -> AsyncIterator[Pair]:
         async with AsyncExitStack() as stack:
-            tables = {"redis": redis, "server": {"shutdown_grace": 1.0}}
+            tables = {"redis": redis, "server": {"shutdown_grace": grace}}
             servers = [
                 server_for(discord, **tables, storage={"path": str(tmp_path / f"{number}.db")})
                 for number in range(2)
@@ -503,7 +503,7 @@ async def test_two_nodes_meet_where_sentinel_says(pair, watched):
 @pytest.mark.parametrize("killed", [False, True], ids=["SENTINEL FAILOVER", "master killed"])
 async def test_a_failover_loses_no_event_and_takes_seconds(pair, watched, killed):
     await eventually(watched.sentinel.sees_replica, timeout=20)
-    async with pair(url=watched.url) as nodes:
+    async with pair(url=watched.url, grace=5.0) as nodes:
         await nodes.ready()
         await nodes.connect()
         async with nodes.talking() as sent:
@@ -523,11 +523,39 @@ async def test_a_failover_loses_no_event_and_takes_seconds(pair, watched, killed
         await eventually(lambda: [sorted(heard) for heard in nodes.heard()] == [expected] * 2)
 
 
+async def events_of(redis: RedisServer, guild: Guild) -> set[bytes]:
+    """Of which nodes Redis has an event of this guild."""
+    kept = await redis.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
+    notes = [msgspec.msgpack.decode(fields[b"n"], type=Note) for _, fields in kept]
+    return set(re.findall(b'"node":[01]', b"".join(note.body for note in notes)))
+
+
+@pytest.mark.faults
+@pytest.mark.logs("no connection to Redis", required=False)
+async def test_nodes_leave_a_master_that_does_not_know_yet_that_it_was_replaced(
+    pair, watched, guild
+):
+    await eventually(watched.sentinel.sees_replica, timeout=20)
+    async with pair(url=watched.url, grace=5.0) as nodes:
+        await nodes.ready()
+        await nodes.connect()
+        await watched.sentinel.ask("SENTINEL", "FAILOVER", "mymaster")
+        await eventually(watched.is_replaced, timeout=20)
+        nodes.say(1)
+
+        async def both_came() -> bool:
+            return len(await events_of(watched.replica, guild)) == 2
+
+        await eventually(both_came, timeout=4)
+        assert not await watched.master.is_replica()
+        await eventually(lambda: nodes.heard() == [[1, 1], [1, 1]])
+
+
 @pytest.mark.faults
 @pytest.mark.logs("no connection to Redis", required=False)
 async def test_what_a_replica_has_missed_it_gets_when_it_becomes_the_master(pair, watched, guild):
     await eventually(watched.sentinel.sees_replica, timeout=20)
-    async with pair(url=watched.url) as nodes:
+    async with pair(url=watched.url, grace=5.0) as nodes:
         await nodes.ready()
         await nodes.connect()
         watched.replica.freeze()
@@ -540,11 +568,7 @@ async def test_what_a_replica_has_missed_it_gets_when_it_becomes_the_master(pair
         await eventually(lambda: nodes.problems() == [None, None], timeout=10)
 
         async def everything_is_kept() -> bool:
-            kept = await watched.replica.ask("XRANGE", f"spywatcher:guild:{guild.id}", "-", "+")
-            notes = [msgspec.msgpack.decode(fields[b"n"], type=Note) for _, fields in kept]
-            bodies = b"".join(note.body for note in notes)
-            assert {*re.findall(b'"node":[01]', bodies)} == {b'"node":0', b'"node":1'}
-            return True
+            return await events_of(watched.replica, guild) == {b'"node":0', b'"node":1'}
 
         await eventually(everything_is_kept)
         assert nodes.heard() == [[1, 1], [1, 1]]

@@ -80,7 +80,8 @@ async def test_the_status_line_tells_guilds_and_dashboards(
     service: Service, systemd: Systemd, js: JavaScript
 ) -> None:
     await js.connect(service.url, token=viewer_token())
-    await eventually(lambda: "STATUS=1 guilds, 1 dashboards" in systemd.heard("STATUS="))
+    # on a busy machine a problem may follow: how late the loop was
+    await eventually(lambda: systemd.heard("STATUS=1 guilds, 1 dashboards"))
 
 
 async def test_a_reload_is_told_from_its_beginning_to_its_end(

@@ -179,6 +179,13 @@ def test_a_token_of_later_is_refused(nbf):
     assert code_of(signed(SOUND | {"nbf": nbf})) == "claims"
 
 
+@pytest.mark.parametrize(
+    "claims", [{"discordId": "\ud800"}, {"role": "\ud800"}, {"guilds": ["\ud800"]}, {"\ud800": 1}]
+)
+def test_half_a_surrogate_pair_is_nobodys_name(claims):
+    assert code_of(signed(SOUND | claims)) == "claims"
+
+
 def test_no_second_is_forgiven_after_exp():
     assert code_of(signed(SOUND | {"exp": int(time.time()) - 1})) == "expired"
 

@@ -66,7 +66,8 @@ export class Members {
   #note(found) {
     const { truncated, members, memberCount } = this.#guild;
     if (truncated) return `${number(members.size)} of ${number(memberCount)} known here`;
-    return found < members.size ? `${number(found)} of ${number(members.size)}` : count(found, "member");
+    if (found < members.size) return `${number(found)} of ${number(members.size)}`;
+    return count(found, "member") + (memberCount > found ? ", bots left out" : "");
   }
 
   #whyEmpty() {
