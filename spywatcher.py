@@ -4730,7 +4730,8 @@ def check_names(module: ModuleType) -> None:
     hooks = [name for name in HOOKS if name.isidentifier()]
     for name, value in own_things(module):
         function = inspect.isfunction(value) and MARKS not in vars(value)
-        looked_for = hooks if function else ["needs"] if isinstance(value, COLLECTIONS) else []
+        constant = isinstance(value, (*COLLECTIONS, str))
+        looked_for = hooks if function else ["needs"] if constant else []
         plain = name.replace("_", "").lower()
         near = difflib.get_close_matches(plain, looked_for, n=1, cutoff=0.85)
         if near and name not in looked_for and name[0] != "_":
@@ -5170,7 +5171,7 @@ def contents_of(path: Path) -> Contents:
     return contents
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=65_536)  # with fewer than there are files, each look reads them all
 def digest_of(file: Path, written: tuple[int, ...]) -> bytes:
     """A file is read once for each time that it was written."""
     return hashlib.sha256(file.read_bytes()).digest()
