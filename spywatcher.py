@@ -8525,18 +8525,14 @@ class TextFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-class JournalFormatter(logging.Formatter):
-    """Another form, with the level before each line as journald reads it (sd-daemon(3))."""
+class JournalHandler(logging.StreamHandler[Any]):
+    """Writes the level before each line, as journald reads it (sd-daemon(3))."""
 
     LEVELS: Final = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6}
 
-    def __init__(self, form: logging.Formatter) -> None:
-        super().__init__()
-        self._form = form
-
     def format(self, record: logging.LogRecord) -> str:
         number = self.LEVELS.get(record.levelname, 7)
-        return "\n".join(f"<{number}>{line}" for line in self._form.format(record).splitlines())
+        return "\n".join(f"<{number}>{line}" for line in super().format(record).splitlines())
 
 
 def logs_to_journal(environ: Mapping[str, str]) -> bool:
@@ -8553,8 +8549,8 @@ def set_up_logging(settings: LogSettings) -> None:
     journal = logs_to_journal(os.environ)
     as_json = settings.format == "json"
     form = JsonFormatter() if as_json else TextFormatter(dated=not journal)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JournalFormatter(form) if journal else form)
+    handler = JournalHandler(sys.stderr) if journal else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(form)
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     quiet = settings.level != "debug"
     # Tornado reports clients' mistakes there, at any level; its bugs go to "tornado.application".
