@@ -4473,7 +4473,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) 
             task.exception()  # asyncio complains of one that nobody has looked at
 
 
-async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+async def until_one_ends(*works: Coroutine[Any, Any, object]) -> None:
     """Run these until one of them ends, then end the others; raises what that one raises."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
@@ -8845,16 +8845,10 @@ async def run_server(
     loop.add_signal_handler(signal.SIGHUP, on_sighup)
     async with server:
         systemd.tell("READY=1")
-        closed = asyncio.create_task(server.wait_closed())
-        stopped = asyncio.create_task(stopping.wait())
-        watching = asyncio.create_task(systemd.watch(server))
-        await asyncio.wait([closed, stopped], return_when=asyncio.FIRST_COMPLETED)
-        systemd.tell("STOPPING=1", "STATUS=draining")
-        for task in (watching, stopped):
-            task.cancel()
-        if closed.done():
-            closed.result()
-        closed.cancel()
+        try:
+            await until_one_ends(server.wait_closed(), stopping.wait(), systemd.watch(server))
+        finally:
+            systemd.tell("STOPPING=1", "STATUS=draining")
 
 
 def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
