@@ -4636,7 +4636,6 @@ class Guarded:
 
 # -- one plugin
 
-Routes = list[tuple[PathMatches, type[RequestHandler]]]
 #: What `needs` may be.
 COLLECTIONS: Final = (set, frozenset, list, tuple)
 
@@ -5360,17 +5359,6 @@ class PluginLoader:
             if name not in there
         ]
 
-    def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The settings of each plugin as of these tables; raises OperatorError."""
-        faults: list[str] = []
-        checked = {}
-        for name, plugin in self.plugins.items():
-            with collecting(faults):
-                checked[name] = plugin.check_settings(tables.get(name, {}))
-        if faults:
-            raise OperatorError(*faults)
-        return checked
-
     def check_secret(self, tokens: Tokens) -> None:
         """Raises OperatorError for each plugin that signs where nothing can be signed."""
         signing = [n for n, p in self.plugins.items() if getattr(p.settings, "needs_secret", False)]
@@ -5607,12 +5595,21 @@ class PluginHost:
             "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, tables: Mapping[str, dict[str, Any]], checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `PluginLoader.check` made of these."""
+    def reconfigure(self, tables: Mapping[str, dict[str, Any]]) -> None:
+        """From now on each plugin reads these tables in `spy.settings`.
+
+        Raises OperatorError, and then nothing has changed.
+        """
+        faults: list[str] = []
+        checked = []
+        for name, runner in self.runners.items():
+            with collecting(faults):
+                checked.append((runner, runner.plugin.check_settings(tables.get(name, {}))))
+        if faults:
+            raise OperatorError(*faults)
         self.loader.tables = tables
-        for name, settings in checked.items():
-            self.plugins[name].settings = settings
-            self.runners[name].spy.settings = settings
+        for runner, settings in checked:
+            runner.plugin.settings = runner.spy.settings = settings
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -8352,9 +8349,8 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.loader.check(settings.plugin)
+        self.plugins.reconfigure(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(settings.plugin, plugin_settings)
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
