@@ -4447,7 +4447,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) 
             task.exception()  # asyncio complains of one that nobody has looked at
 
 
-async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+async def until_one_ends(*works: Coroutine[Any, Any, object]) -> None:
     """Run these until one of them ends, then end the others; raises what that one raises."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
@@ -4610,7 +4610,6 @@ class Guarded:
 
 # -- one plugin
 
-Routes = list[tuple[PathMatches, type[RequestHandler]]]
 #: What `needs` may be.
 COLLECTIONS: Final = (set, frozenset, list, tuple)
 
@@ -4704,7 +4703,8 @@ def check_names(module: ModuleType) -> None:
     hooks = [name for name in HOOKS if name.isidentifier()]
     for name, value in own_things(module):
         function = inspect.isfunction(value) and MARKS not in vars(value)
-        looked_for = hooks if function else ["needs"] if isinstance(value, COLLECTIONS) else []
+        constant = isinstance(value, (*COLLECTIONS, str))
+        looked_for = hooks if function else ["needs"] if constant else []
         plain = name.replace("_", "").lower()
         near = difflib.get_close_matches(plain, looked_for, n=1, cutoff=0.85)
         if near and name not in looked_for and name[0] != "_":
@@ -5144,7 +5144,7 @@ def contents_of(path: Path) -> Contents:
     return contents
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=65_536)  # with fewer than there are files, each look reads them all
 def digest_of(file: Path, written: tuple[int, ...]) -> bytes:
     """A file is read once for each time that it was written."""
     return hashlib.sha256(file.read_bytes()).digest()
@@ -5299,7 +5299,7 @@ class PluginLoader:
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
-        for hidden in self.files.all()[name][1:]:
+        for hidden in self.files.all().get(name, [])[1:]:
             log.info("plugin %s: %s replaces %s", name, path, hidden)
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
@@ -5332,17 +5332,6 @@ class PluginLoader:
             for key, name in named
             if name not in there
         ]
-
-    def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The settings of each plugin as of these tables; raises OperatorError."""
-        faults: list[str] = []
-        checked = {}
-        for name, plugin in self.plugins.items():
-            with collecting(faults):
-                checked[name] = plugin.check_settings(tables.get(name, {}))
-        if faults:
-            raise OperatorError(*faults)
-        return checked
 
     def check_secret(self, tokens: Tokens) -> None:
         """Raises OperatorError for each plugin that signs where nothing can be signed."""
@@ -5580,12 +5569,21 @@ class PluginHost:
             "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, tables: Mapping[str, dict[str, Any]], checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `PluginLoader.check` made of these."""
+    def reconfigure(self, tables: Mapping[str, dict[str, Any]]) -> None:
+        """From now on each plugin reads these tables in `spy.settings`.
+
+        Raises OperatorError, and then nothing has changed.
+        """
+        faults: list[str] = []
+        checked = []
+        for name, runner in self.runners.items():
+            with collecting(faults):
+                checked.append((runner, runner.plugin.check_settings(tables.get(name, {}))))
+        if faults:
+            raise OperatorError(*faults)
         self.loader.tables = tables
-        for name, settings in checked.items():
-            self.plugins[name].settings = settings
-            self.runners[name].spy.settings = settings
+        for runner, settings in checked:
+            runner.plugin.settings = runner.spy.settings = settings
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -8315,9 +8313,8 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.loader.check(settings.plugin)
+        self.plugins.reconfigure(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(settings.plugin, plugin_settings)
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -8487,19 +8484,14 @@ class TextFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-class JournalFormatter(logging.Formatter):
-    """Another form, with the level before each line as journald reads it (sd-daemon(3))."""
+class JournalHandler(logging.StreamHandler[Any]):
+    """Writes the level before each line, as journald reads it (sd-daemon(3))."""
 
-    LEVELS: Final = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4))
-
-    def __init__(self, form: logging.Formatter) -> None:
-        super().__init__()
-        self._form = form
+    LEVELS: Final = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6}
 
     def format(self, record: logging.LogRecord) -> str:
-        usual = 6 if record.levelno >= logging.INFO else 7
-        number = next((number for level, number in self.LEVELS if record.levelno >= level), usual)
-        return "\n".join(f"<{number}>{line}" for line in self._form.format(record).splitlines())
+        number = self.LEVELS.get(record.levelname, 7)
+        return "\n".join(f"<{number}>{line}" for line in super().format(record).splitlines())
 
 
 def logs_to_journal(environ: Mapping[str, str]) -> bool:
@@ -8516,8 +8508,8 @@ def set_up_logging(settings: LogSettings) -> None:
     journal = logs_to_journal(os.environ)
     as_json = settings.format == "json"
     form = JsonFormatter() if as_json else TextFormatter(dated=not journal)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JournalFormatter(form) if journal else form)
+    handler = JournalHandler(sys.stderr) if journal else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(form)
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     quiet = settings.level != "debug"
     # Tornado reports clients' mistakes there, at any level; its bugs go to "tornado.application".
@@ -8812,16 +8804,10 @@ async def run_server(
     loop.add_signal_handler(signal.SIGHUP, on_sighup)
     async with server:
         systemd.tell("READY=1")
-        closed = asyncio.create_task(server.wait_closed())
-        stopped = asyncio.create_task(stopping.wait())
-        watching = asyncio.create_task(systemd.watch(server))
-        await asyncio.wait([closed, stopped], return_when=asyncio.FIRST_COMPLETED)
-        systemd.tell("STOPPING=1", "STATUS=draining")
-        for task in (watching, stopped):
-            task.cancel()
-        if closed.done():
-            closed.result()
-        closed.cancel()
+        try:
+            await until_one_ends(server.wait_closed(), stopping.wait(), systemd.watch(server))
+        finally:
+            systemd.tell("STOPPING=1", "STATUS=draining")
 
 
 def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
@@ -8867,7 +8853,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(parsed.config)
         set_up_logging(settings.log)
         with naming_source(settings):
-            parsed.command(settings, parsed)
+            try:
+                parsed.command(settings, parsed)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as in `types | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):
