@@ -3774,14 +3774,13 @@ def timestamp(moment: datetime | None = None) -> str:
     if moment is not None:
         utc = moment.astimezone(UTC)
         return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    seconds, more = divmod(time.time_ns(), 1_000_000_000)
-    return f"{second_as_text(seconds)}.{more // 1_000_000:03d}Z"
+    return moment_as_text(time.time_ns() // 1_000_000)
 
 
 @functools.lru_cache(maxsize=1)
-def second_as_text(seconds: int) -> str:
-    """Made once a second: most events go out with the time of now."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+def moment_as_text(milliseconds: int) -> str:
+    """Made once a millisecond: most events go out with the time of now."""
+    return timestamp(datetime.fromtimestamp(milliseconds / 1000, UTC))
 
 
 class News(NamedTuple):
@@ -5612,13 +5611,8 @@ CACHED: Final = (
 
 def intents_for(event_types: Iterable[type[hikari.Event]]) -> hikari.Intents:
     """The least intents that bring these events from guilds (Discord documentation: Gateway Intents)."""
-    intents = hikari.Intents.GUILDS
-    for event_type in event_types:
-        choices = base_events.get_required_intents_for(event_type)
-        in_guilds = [choice for choice in choices if not choice & hikari.Intents.ALL_DMS]
-        for choice in sorted(in_guilds or choices, key=int)[:1]:
-            intents |= choice
-    return intents
+    needed = (missing_intents(one, hikari.Intents.NONE) for one in event_types)
+    return functools.reduce(or_, needed, hikari.Intents.GUILDS)
 
 
 class PresenceUpdate(msgspec.Struct):
@@ -5825,13 +5819,8 @@ def retry_after(response: HTTPResponse) -> float:
 def reason_of(error: BaseException | None) -> str:
     """What went wrong, in a few words; nothing that was sent is quoted at length."""
     said = clean_text(str(error)).strip()
-    name = type(error).__name__
-    return shortened(
-        said
-        if isinstance(error, OSError | hikari.HikariError | HTTPError) and said
-        else f"{name}: {said}",
-        120,
-    )
+    speaks = said and isinstance(error, OSError | hikari.HikariError | HTTPError)
+    return shortened(said if speaks else f"{type(error).__name__}: {said}", 120)
 
 
 def closed_with(error: object) -> str:
@@ -5899,24 +5888,29 @@ class GatewayEvents(hikari.impl.EventManagerImpl):
             self._increment_listener_group_count(event_type, 1)
 
     def unsubscribe(self, event_type: type[Any], callback: Callable[[Any], Any]) -> None:
-        plain = self._plain.get(event_type, ())
+        plain = self._plain.pop(event_type, ())
+        if left := tuple(one for one in plain if one != callback):
+            self._plain[event_type] = left
         if callback in plain:
-            self._plain[event_type] = tuple(one for one in plain if one != callback)
             self._increment_listener_group_count(event_type, -1)
         else:
             super().unsubscribe(event_type, callback)
 
     def _enabled_for_event(self, event_type: type[hikari.Event], /) -> bool:
-        for one in event_type.dispatches():
-            if one in self._listeners or one in self._waiters or self._plain.get(one):
-                return True
-        return False
+        types = event_type.dispatches()
+        return not self._plain.keys().isdisjoint(types) or self._has_async(types)
+
+    def _has_async(self, types: Iterable[type[hikari.Event]]) -> bool:
+        return not (
+            self._listeners.keys().isdisjoint(types) and self._waiters.keys().isdisjoint(types)
+        )
 
     def dispatch(self, event: hikari.Event, *, return_tasks: bool = False) -> Any:
-        for event_type in event.dispatches():
+        types = event.dispatches()
+        for event_type in types:
             for callback in self._plain.get(event_type, ()):
                 callback(event)
-        if return_tasks or self._listeners or self._waiters:
+        if return_tasks or self._has_async(types):
             return super().dispatch(event, return_tasks=return_tasks)
         return None
 

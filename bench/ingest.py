@@ -1,6 +1,6 @@
 """How much CPU an event from Discord's gateway costs: SpyWatcher beside discord.js and discord.py.
 
-    python bench/ingest.py [--quick] [--checkout FOLDER] [--members N]
+    python bench/ingest.py [--quick] [--mix status] [--checkout FOLDER] [--members N]
 
 A pretend Discord writes frames, made beforehand, to the gateway socket of one bot after the other,
 as fast as that reads them. SpyWatcher is the whole product with a dashboard in the guild's room,
@@ -332,9 +332,9 @@ def show_memory(roots: dict[str, Path], members: int) -> None:
     report.keep("ingest_memory", {"members": members, "resident_mb": figures})
 
 
-def show_mixes(roots: dict[str, Path], count: int, rounds: int) -> None:
+def show_mixes(roots: dict[str, Path], mixes: list[str], count: int, rounds: int) -> None:
     kept = {}
-    for name, mix in MIXES.items():
+    for name, mix in ((name, MIXES[name]) for name in mixes):
         runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in roots}
         for _ in range(rounds):
             for kind, root in roots.items():
@@ -361,6 +361,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, help="another version of SpyWatcher")
     parser.add_argument("--members", type=int, help="nothing but the memory of so many")
     parser.add_argument("--only", nargs="*", choices=NAMES, help="only these bots")
+    parser.add_argument("--mix", nargs="*", choices=MIXES, default=[*MIXES], help="only these")
     options = parser.parse_args()
     roots = dict.fromkeys(NAMES, ROOT) | {"other": options.checkout}
     wanted = options.only or roots
@@ -368,7 +369,7 @@ def main() -> None:
     if options.members:
         show_memory(roots, options.members)
     else:
-        show_mixes(roots, *((20_000, 1) if options.quick else (100_000, 3)))
+        show_mixes(roots, options.mix, *((20_000, 1) if options.quick else (100_000, 3)))
 
 
 if __name__ == "__main__":

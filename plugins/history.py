@@ -257,7 +257,9 @@ class History:
         self._now = now
         self._hour = self._this_hour()
         self._fresh: dict[tuple[int, int], Row] = {}  # by hour and guild
-        self._active: set[tuple[int, int, int]] = set()  # hour, guild, member
+        self._active: set[tuple[int, int]] = set()  # guild, member; in this hour
+        self._acted: list[Row] = []  # of these, since they were handed over
+        self._announced: set[int] = set()  # guilds, since the same
         self._online: dict[int, set[int]] = {}
         self._peaks: dict[int, int] = {}  # of this hour
         self._members: dict[int, int] = {}
@@ -281,10 +283,14 @@ class History:
     def act(self, guild: int, member: int) -> None:
         """A member wrote, typed or reacted."""
         self._turn()
-        key = self._hour, guild, member
-        if key not in self._active and self._row(guild) and len(self._active) < MOST_WAITING:
-            self._active.add(key)
-            self._announce(guild)
+        key = guild, member
+        if key in self._active or len(self._acted) >= MOST_WAITING or not self._row(guild):
+            return
+        if len(self._active) >= MOST_WAITING:
+            self._active.clear()  # to hand them over again does no harm
+        self._active.add(key)
+        self._acted.append([self._hour, *key, 0, 0, 0, 0, 0, None])
+        self._announce(guild)
 
     def appear(self, guild: int, present: Iterable[int], absent: Iterable[int] = ()) -> None:
         """Some are online, others are not any more."""
@@ -320,7 +326,8 @@ class History:
         hour = self._this_hour()
         if hour != self._hour:
             self._hour = hour
-            self._peaks.clear()
+            for ended in (self._active, self._announced, self._peaks):
+                ended.clear()
             for guild in self._online:
                 self._note_peak(guild)
 
@@ -343,13 +350,13 @@ class History:
     async def flush(self) -> None:
         """Hand over all counts."""
         self._turn()
-        rows, self._fresh = list(self._fresh.values()), {}
-        rows += [[*key, 0, 0, 0, 0, 0, None] for key in self._active]
-        self._active = set()
+        rows, self._fresh, self._acted = [*self._fresh.values(), *self._acted], {}, []
+        self._announced.clear()
         await self.keeper.run(self._store.take, rows, self._this_hour(), self._spy.settings)
 
     async def begin(self) -> None:
         """The hours of before are here."""
+        self._active.clear()  # what another server had this one drop counts again
         await self.keeper.run(self._store.begin)
         for guild in self._waiting | self._changed.keys():
             make = functools.partial(self.window if guild in self._waiting else self._news, guild)
@@ -358,6 +365,7 @@ class History:
 
     async def forget(self, guild: int | None, member: int) -> None:
         """Forget that a member was active."""
+        self._active.clear()
         await self.flush()
         await self.keeper.run(self._store.forget, guild, member)
 
@@ -379,6 +387,9 @@ class History:
 
     def _announce(self, guild: int) -> None:
         """This hour of the guild has changed."""
+        if guild in self._announced:
+            return
+        self._announced.add(guild)
         changed = self._changed.setdefault(guild, set())
         if self._hour not in changed:
             changed -= {hour for hour in changed if hour <= self._hour - STAYS_NEWS}
@@ -485,8 +496,10 @@ def left(event: hikari.MemberDeleteEvent) -> None:
 
 @on(PresenceUpdateEvent)
 def presence(event: PresenceUpdateEvent) -> None:
-    member, gone = [int(event.user_id)], event.now.status == "offline"
-    history.appear(int(event.guild_id), () if gone else member, member if gone else ())
+    gone = event.now.status == "offline"
+    if event.before is None or gone != (event.before.status == "offline"):
+        member = [int(event.user_id)]
+        history.appear(int(event.guild_id), () if gone else member, member if gone else ())
 
 
 @on(hikari.GuildAvailableEvent)

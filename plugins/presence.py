@@ -134,7 +134,7 @@ class Roster:
         self._rows: dict[int, Row] = {}
         self._latest: dict[int, PresenceSnapshot] = {}  # by how many it names
         self.asked = time.monotonic()
-        self.changed = set(map(int, self._cache.get_members_view_for_guild(guild_id)))
+        self.changed: set[int] = set(self._cache.get_members_view_for_guild(guild_id))
 
     async def snapshot(self, longest: int) -> PresenceSnapshot:
         """True at the moment at which it returns; the same for all who ask before it changes."""
@@ -165,7 +165,9 @@ class Roster:
         presence = self._spy.presence(self._guild_id, user_id)
         status = presence.status if presence else "offline"
         name = user_name(member.user)
-        self._rows[user_id] = Row(status == "offline", name.casefold(), user_id, name, status)
+        folded = name.casefold()
+        sorted_by = name if folded == name else folded  # most are: one text in memory, not two
+        self._rows[user_id] = Row(status == "offline", sorted_by, user_id, name, status)
 
     def _present(self, row: Row) -> Present:
         presence = self._spy.presence(self._guild_id, row.user_id)

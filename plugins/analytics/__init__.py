@@ -102,14 +102,10 @@ def member_renamed(event: hikari.MemberUpdateEvent) -> None:
 @on(hikari.GuildAvailableEvent)
 async def guild_arrived(event: hikari.GuildAvailableEvent) -> None:
     size = event.guild.member_count or 0
-    await analytics.guild_arrived(
-        int(event.guild_id), event.chunk_nonce, set(map(int, event.members)), size
-    )
+    await analytics.guild_arrived(int(event.guild_id), event.chunk_nonce, set(event.members), size)
 
 
 @on(hikari.MemberChunkEvent)
 async def members_arrived(event: hikari.MemberChunkEvent) -> None:
     last = event.chunk_index + 1 == event.chunk_count
-    await analytics.chunk_arrived(
-        int(event.guild_id), event.nonce, set(map(int, event.members)), last
-    )
+    await analytics.chunk_arrived(int(event.guild_id), event.nonce, set(event.members), last)

@@ -143,10 +143,9 @@ class Analytics:
         if not self.keeper.complete:
             self._arrived[guild] = ids
             return
-        cached = self._spy.bot.cache.get_members_view_for_guild(guild)
-        present = list(ids.union(map(int, cached)))  # some may have joined meanwhile
+        ids.update(self._spy.bot.cache.get_members_view_for_guild(guild))  # who joined meanwhile
         await self.flush()
-        anybody = await self.keeper.run(self._store.keep, guild, present)
+        anybody = await self.keeper.run(self._store.keep, guild, ids)
         if anybody or self._spy.shared is not None:
             self.announce(guild)
 

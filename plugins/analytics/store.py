@@ -1,5 +1,6 @@
 """What analytics keep: counts by member, channel and hour, and the window of them summed up."""
 
+from collections.abc import Container
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -77,12 +78,10 @@ class Totals:
             run(EXPLORERS, (guild, settings.channel_diversity)).fetchall(),
         )
 
-    def absent(self, guild: int, present: list[int]) -> list[Person]:
-        """Who was counted in a guild and is not present any more."""
+    def counted(self, guild: int) -> list[Person]:
+        """Everybody who was counted in a guild."""
         return self._db.execute(
-            "SELECT guild, member FROM totals WHERE guild = ?"
-            " AND member NOT IN (SELECT value FROM json_each(?))",
-            (guild, to_json(present)),
+            "SELECT guild, member FROM totals WHERE guild = ?", (guild,)
         ).fetchall()
 
     def known_as(self, guild: int | None, member: int) -> list[Person]:
@@ -107,7 +106,7 @@ class Totals:
             " ON CONFLICT DO UPDATE SET last = max(last, excluded.last)",
             horizon,
         )
-        self._count_channels(f"SELECT guild, member FROM {table}")
+        self._count_channels(f"SELECT guild, member FROM {table} WHERE channel > 0")
 
     def drop(self, people: list[Person]) -> None:
         for table in ("totals", "places"):
@@ -181,9 +180,9 @@ class Store:
         """Ghosts (member, score), lurkers (member, score, channels), explorers (member, channels)."""
         return self._totals.lists(guild, self._settings)
 
-    def keep(self, guild: int, present: list[int]) -> bool:
+    def keep(self, guild: int, present: Container[int]) -> bool:
         """Drop everybody of a guild who is not present any more; whether there was anybody."""
-        absent = self._totals.absent(guild, present)
+        absent = [person for person in self._totals.counted(guild) if person[1] not in present]
         with transaction(self._db):
             self._drop(absent)
         return bool(absent)
