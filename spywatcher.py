@@ -1068,10 +1068,7 @@ class Tokens:
         if not isinstance(token, str) or len(token) > MAX_TOKEN_BYTES:
             raise RefusedConnectionError("Invalid token", code="malformed")
         try:
-            algorithm = jwt.get_unverified_header(token).get("alg")
-            if algorithm not in self._algorithms:
-                raise jwt.InvalidAlgorithmError
-            return self._decode(token, str(algorithm))
+            return self._decode(token)
         except jwt.ExpiredSignatureError:
             code = "expired"
         except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidKeyError):
@@ -1082,10 +1079,11 @@ class Tokens:
             code = "claims"
         raise RefusedConnectionError("Invalid token", code=code)
 
-    def _decode(self, token: str, algorithm: str) -> dict[str, Any]:
-        for key in self._keys.of(algorithm):
-            with contextlib.suppress(jwt.InvalidSignatureError):
-                return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
+    def _decode(self, token: str) -> dict[str, Any]:
+        for algorithm in self._algorithms:
+            for key in self._keys.of(algorithm):
+                with contextlib.suppress(jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
+                    return jwt.decode(token, key, algorithms=[algorithm], options=JWT_CHECKS)
         raise jwt.InvalidSignatureError
 
     @staticmethod
@@ -1249,7 +1247,8 @@ class Access:
         self._cache = cache
         self._begun: set[ShardRange] = set()  # shards whose READY came
         self._states: dict[int, Cached] = {}  # of guilds that are not WHOLE
-        self._gone_meanwhile: dict[int, set[int]] = {}  # by guild whose members are coming
+        #: By guild whose members are coming: the nonce with which they were asked for, and who has left.
+        self.members_coming: dict[int, tuple[str, set[int]]] = {}
 
     def reconfigure(self, auth: AuthSettings) -> None:
         self._admin_roles = frozenset(auth.admin_roles)
@@ -1294,19 +1293,19 @@ class Access:
         """The bot goes, and with it all that the cache holds."""
         self._begun.clear()
         self._states.clear()
-        self._gone_meanwhile.clear()
+        self.members_coming.clear()
 
-    def expect_members(self, guild_id: int) -> None:
+    def expect_members(self, guild_id: int, nonce: str) -> None:
         """All of this guild is in the cache but its members, who are about to come."""
         self._set(guild_id, Cached.MEMBERS_COMING)
-        self._gone_meanwhile[guild_id] = set()
+        self.members_coming[guild_id] = nonce, set()
 
     def fill(self, guild_id: int) -> None:
         """All of this guild is in the cache, or it is gone."""
         self._set(guild_id, Cached.WHOLE)
 
     def _set(self, guild_id: int, state: Cached) -> None:
-        self._gone_meanwhile.pop(guild_id, None)
+        self.members_coming.pop(guild_id, None)
         self._states[guild_id] = state
         if state is Cached.WHOLE:
             del self._states[guild_id]
@@ -1317,13 +1316,14 @@ class Access:
 
     def leave(self, guild_id: int, user_id: int) -> None:
         """This member has left, so it is not among those who are coming."""
-        self._gone_meanwhile.get(guild_id, set()).add(user_id)
+        if guild_id in self.members_coming:
+            self.members_coming[guild_id][1].add(user_id)
 
     def _is_sure(self, viewer: Viewer, guild_id: int) -> bool:
         """Whether what the cache does not have of the guild or the viewer in it is not there."""
         state = self._state(guild_id)
         if state is Cached.MEMBERS_COMING:
-            gone = self._gone_meanwhile[guild_id]
+            _, gone = self.members_coming[guild_id]
             return self._member(viewer, guild_id) is not None or viewer.discord_id in map(str, gone)
         return state in (Cached.LOST, Cached.WHOLE)
 
@@ -1382,7 +1382,7 @@ class Access:
         is_user = is_snowflake(viewer.discord_id)
         return self._cache.guilds_of(int(viewer.discord_id)) if is_user else ()
 
-    def summary(self, viewer: Viewer, guild_id: int) -> GuildSummary | None:
+    def summary(self, viewer: Viewer, guild_id: int) -> dict[str, str | None] | None:
         """What `guilds:list` says of a guild; None where this viewer may not see it."""
         if not self.may_view(viewer, str(int(guild_id))):
             return None
@@ -1418,37 +1418,18 @@ class Access:
         if member is None:  # named by a `guilds` claim, but perhaps a member not yet sent
             return viewer.guilds is not None and self._is_sure(viewer, guild.id)
         granted = self._granted(viewer, guild, member)
-        needed, overwrites = self._channel(int(channel_id))
+        needed, overwrites = read_channel(self._cache, int(channel_id))
         if granted != ALL_PERMISSIONS:
-            roles = [one for one in member.role_ids if one != guild.id and self._exists(one)]
+            # A role that is gone grants and denies nothing, whoever still carries its id.
+            roles = [
+                one for one in member.role_ids if one != guild.id and self._cache.get_role(one)
+            ]
             for ids in ((guild.id,), roles, (int(viewer.discord_id),)):
                 granted = overwritten(granted, overwrites, ids)
             granted = left_by_timeout(member, granted)
         return granted & needed == needed
 
-    def _channel(self, channel_id: int) -> tuple[int, Mapping[int, Any]]:
-        """What it takes to read a channel or thread, and its overwrites.
-
-        What is not known, only who holds all permissions may read.
-        """
-        needed = VIEW_CHANNEL
-        thread = self._cache.get_thread(channel_id)
-        if thread is not None:
-            channel_id = thread.parent_id
-            if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
-                # Who else was invited to a private thread, hikari's cache cannot say.
-                needed |= MANAGE_THREADS
-        channel = self._cache.get_guild_channel(channel_id)
-        if getattr(channel, "type", None) in VOICE_TYPES:
-            needed |= CONNECT
-        overwrites = getattr(channel, "permission_overwrites", None)
-        return (ALL_PERMISSIONS, {}) if overwrites is None else (needed, overwrites)
-
     # -- members
-
-    def _exists(self, role_id: int) -> bool:
-        """A role that is gone grants and denies nothing, whoever still carries its id."""
-        return self._cache.get_role(role_id) is not None
 
     def _member(self, viewer: Viewer, guild_id: int) -> Any:
         if not is_snowflake(viewer.discord_id):
@@ -1466,6 +1447,25 @@ class Access:
         return ALL_PERMISSIONS if granted & ADMINISTRATOR else granted
 
 
+def read_channel(directory: Directory, channel_id: int) -> tuple[int, Mapping[int, Any]]:
+    """What it takes to read a channel or thread, and its overwrites.
+
+    What is not known, only who holds all permissions may read.
+    """
+    needed = VIEW_CHANNEL
+    thread = directory.get_thread(channel_id)
+    if thread is not None:
+        channel_id = thread.parent_id
+        if thread.type is hikari.ChannelType.GUILD_PRIVATE_THREAD:
+            # Who else was invited to a private thread, hikari's cache cannot say.
+            needed |= MANAGE_THREADS
+    channel = directory.get_guild_channel(channel_id)
+    if getattr(channel, "type", None) in VOICE_TYPES:
+        needed |= CONNECT
+    overwrites = getattr(channel, "permission_overwrites", None)
+    return (ALL_PERMISSIONS, {}) if overwrites is None else (needed, overwrites)
+
+
 def overwritten(granted: int, overwrites: Mapping[int, Any], ids: Iterable[int]) -> int:
     """What a channel leaves of permissions by what it says of these (Discord documentation:
     Permissions, Overwrites).
@@ -1475,10 +1475,6 @@ def overwritten(granted: int, overwrites: Mapping[int, Any], ids: Iterable[int])
         if one is not None:
             allow, deny = allow | int(one.allow), deny | int(one.deny)
     return granted & ~deny | allow
-
-
-#: An entry of `guilds:list`.
-GuildSummary = dict[str, str | None]
 
 
 def left_by_timeout(member: Any, granted: int) -> int:
@@ -1859,62 +1855,49 @@ CONTROL_BYTES: Final = 256
 MAX_ATTACHMENTS: Final = 8
 #: The one name under which a handler hears what clients send.
 REQUEST: Final = "request"
-#: The name under which a handler hears that the reply to CONNECT is on its way.
-CONNECTED: Final = "connected"
 
 Sid = str
 Hidden = frozenset[Sid]
 NOBODY: Final[Hidden] = frozenset()
 
 
-class Frame:
-    """An Engine.IO packet, encoded once for all recipients: `bytes` is its WebSocket frame.
+def frame_of(payload: bytes, *, binary: bool = False) -> bytes:
+    """An Engine.IO packet as a WebSocket frame, unmasked and final (RFC 6455 §5.2)."""
+    size, start = len(payload), b"\x82" if binary else b"\x81"
+    if size < 126:
+        return start + size.to_bytes(1, "big") + payload
+    if size < 65_536:
+        return start + b"\x7e" + size.to_bytes(2, "big") + payload
+    return start + b"\x7f" + size.to_bytes(8, "big") + payload
 
-    Unmasked and final (RFC 6455 §5.2). Where python-engineio expects a packet, this is one.
+
+def packets_in(frames: bytes) -> Iterator[str]:
+    """Such frames as parts of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
+    rest = memoryview(frames)
+    while rest:
+        begin = {126: 4, 127: 10}.get(rest[1], 2)
+        end = begin + int.from_bytes(rest[2:begin] or rest[1:2], "big")
+        payload = rest[begin:end]
+        yield str(payload, "utf-8") if rest[0] == 0x81 else "b" + b64encode(payload).decode()
+        rest = rest[end:]
+
+
+class RoomFrame(NamedTuple):
+    """An event of a room in both its forms, encoded once for all recipients.
+
+    `frame[session.tracks]` is that which a session gets.
     """
 
-    __slots__ = ("bytes",)
-
-    def __init__(self, payload: bytes, *, binary: bool = False) -> None:
-        size, start = len(payload), b"\x82" if binary else b"\x81"
-        if size < 126:
-            self.bytes = start + size.to_bytes(1, "big") + payload
-        elif size < 65_536:
-            self.bytes = start + b"\x7e" + size.to_bytes(2, "big") + payload
-        else:
-            self.bytes = start + b"\x7f" + size.to_bytes(8, "big") + payload
+    plain: bytes
+    #: For clients that can recover: its offset is one more argument.
+    tracked: bytes
 
     @classmethod
-    def of(cls, packet: engineio_packet.Packet) -> Frame:
-        encoded = packet.encode()
-        return cls(encoded, binary=True) if packet.binary else cls(encoded.encode())
-
-    def encode(self) -> str:
-        """The packet as one part of a poll's body (Engine.IO protocol v4, HTTP long-polling)."""
-        payload = self.bytes[{126: 4, 127: 10}.get(self.bytes[1], 2) :]
-        return payload.decode() if self.bytes[0] == 0x81 else "b" + b64encode(payload).decode()
-
-
-class RoomFrame(Frame):
-    """An event of a room. Clients that can recover get it with its offset as last argument.
-
-    Both forms are encoded once. Without an offset they are the same.
-    """
-
-    __slots__ = ("_offset", "_packet", "_tracked")
-
-    def __init__(self, packet: bytes, offset: str | None = None) -> None:
-        super().__init__(packet)
-        self._packet = packet
-        self._offset = offset
-        self._tracked: Frame | None = None if offset else self
-
-    @property
-    def tracked(self) -> Frame:
-        """The form for clients that can recover."""
-        if self._tracked is None:
-            self._tracked = Frame(b'%b,"%b"]' % (self._packet[:-1], str(self._offset).encode()))
-        return self._tracked
+    def of(cls, packet: bytes, offset: str = "") -> RoomFrame:
+        plain = frame_of(packet)
+        if not offset:
+            return cls(plain, plain)
+        return cls(plain, frame_of(b'%b,"%b"]' % (packet[:-1], offset.encode())))
 
 
 def event_packet(event: str, *arguments: object) -> bytes:
@@ -1922,13 +1905,18 @@ def event_packet(event: str, *arguments: object) -> bytes:
     return b"42" + msgspec.json.encode((event, *arguments))
 
 
-def event_frame(event: str, *arguments: object) -> Frame:
-    return Frame(event_packet(event, *arguments))
+def event_frame(event: str, *arguments: object) -> bytes:
+    return frame_of(event_packet(event, *arguments))
 
 
-PING: Final = Frame(b"2")
-NOOP: Final = Frame(b"6")
-PROBED: Final = Frame(b"3probe")
+def connect_frame(sid: Sid, **more: str) -> bytes:
+    """The reply to CONNECT: to who can recover, it says a `pid` too (Socket.IO protocol v5)."""
+    return frame_of(b"40" + msgspec.json.encode({"sid": sid, **more}))
+
+
+PING: Final = frame_of(b"2")
+NOOP: Final = frame_of(b"6")
+PROBED: Final = frame_of(b"3probe")
 CLOSE: Final = "1"
 PONG: Final = "3"
 MESSAGE: Final = "4"
@@ -2002,7 +1990,7 @@ class PollQueue:
     __slots__ = ("_answered", "_poll", "bytes", "frames", "poller")
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []
+        self.frames: list[bytes] = []
         #: How much waits, with that answer.
         self.bytes = 0
         self._answered = 0  # bytes of it
@@ -2020,9 +2008,9 @@ class PollQueue:
         """Whether the kernel has taken all of the latest answer."""
         return self.poller is None or not stream_of(self.poller).writing()
 
-    def put(self, frames: Sequence[Frame], size: int) -> None:
-        self.frames += frames
-        self.bytes += size
+    def put(self, frames: bytes) -> None:
+        self.frames.append(frames)
+        self.bytes += len(frames)
         self.wake()
 
     def begin(self, poller: SocketHandler) -> None:
@@ -2041,10 +2029,10 @@ class PollQueue:
         if self._poll is not None and not self._poll.done():
             self._poll.set_result(None)
 
-    def take(self) -> list[Frame]:
+    def take(self) -> bytes:
         """All of it, to be sent."""
-        frames, self.frames = self.frames, []
-        self._answered = sum(len(frame.bytes) for frame in frames)
+        frames = b"".join(self.frames)
+        self.frames, self._answered = [], len(frames)
         return frames
 
 
@@ -2067,7 +2055,7 @@ class Heartbeat:
 
     def _ping(self) -> None:
         self._awaits_pong = True
-        self._session.write((PING,), PING.bytes)
+        self._session.write(PING)
         engine = self._session.server
         self._call_later(engine.ping_timeout, self._session.lose, engine.reason.PING_TIMEOUT)
 
@@ -2122,6 +2110,7 @@ class Session:
     queue: PollQueue = dataclasses.field(default_factory=PollQueue)
     _prober: SocketHandler | None = None
     heartbeat: Heartbeat = dataclasses.field(init=False)
+    _end: asyncio.Task[None] | None = None  # what is left to do, once it is closed
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self)
@@ -2150,17 +2139,17 @@ class Session:
 
     async def send(self, pkt: engineio_packet.Packet) -> None:
         """What the libraries call for each packet."""
-        frame = Frame.of(pkt)
-        self.write((frame,), frame.bytes)
+        encoded = pkt.encode()
+        self.write(frame_of(encoded, binary=True) if pkt.binary else frame_of(encoded.encode()))
 
-    def write(self, frames: Sequence[Frame], data: bytes) -> bool:
-        """Send `frames`; `data` is their bytes joined. Never waits, never raises.
+    def write(self, frames: bytes) -> bool:
+        """Send whole frames. Never waits, never raises.
 
         Returns whether the client has been keeping up: nothing of it waits in this process.
         """
         direct, sent = self._direct or self._idle_socket(), 0
         try:
-            if direct is not None and (sent := direct.send(data)) == len(data):
+            if direct is not None and (sent := direct.send(frames)) == len(frames):
                 return True  # IOStream.write costs three times as much as this system call
         except BlockingIOError:
             pass
@@ -2168,7 +2157,7 @@ class Session:
             self.lose()
             return True
         self._direct = None
-        return self._write_later(frames, memoryview(data)[sent:])
+        return self._write_later(frames, sent)
 
     def _idle_socket(self) -> socket.socket | None:
         """The socket, if there is one and nothing waits to be written to it."""
@@ -2182,37 +2171,38 @@ class Session:
         """Tornado writes to the stream as well: it has been asked for a pong."""
         self._alone, self._direct = False, None
 
-    def _write_later(self, frames: Sequence[Frame], data: memoryview) -> bool:
-        if not data or self.state in (State.ENDING, State.CLOSED):
+    def _write_later(self, frames: bytes, sent: int) -> bool:
+        """The same for what is left of them after so many bytes."""
+        if not frames or self.state in (State.ENDING, State.CLOSED):
             return True
         if self._stream is None:
-            if self.queue.bytes + len(data) > self.server.max_queue_bytes:
+            if self.queue.bytes + len(frames) > self.server.max_queue_bytes:
                 self.cut("too slow")
             else:
-                self.queue.put(frames, len(data))
+                self.queue.put(frames)
             return True
         try:
-            write_within(self.server.max_queue_bytes, self._stream, data)
+            write_within(self.server.max_queue_bytes, self._stream, memoryview(frames)[sent:])
         except StreamBufferFullError:
             self.cut("too slow")
         except StreamClosedError:
             self.lose()
         return False
 
-    async def poll(self, handler: SocketHandler) -> list[Frame]:
-        """What a poll is answered with; returns once there is something, nothing when it is over.
+    async def poll(self, handler: SocketHandler) -> bytes:
+        """The frames that a poll is answered with; returns once there is something, nothing when it is over.
 
         Two polls at a time end the session, as they do in Node's: which is read first?
         """
         if self.queue.polled or not self.queue.read:
             self.cut("overlapping polls")
-            return []
+            return b""
         self.queue.begin(handler)
         self.carried_by(handler.connection, "GET")
         if self.state is State.POLLING and not self.queue.frames:
             await self.queue.wait()
         if self.state in (State.PROBING, State.WEBSOCKET):
-            return [NOOP]
+            return NOOP
         if self.state is State.ENDING:
             self.lose(self.server.reason.SERVER_DISCONNECT)
         return self.queue.take()
@@ -2268,8 +2258,7 @@ class Session:
         self._stream = websocket_stream(handler)
         if not isinstance(self._stream, SSLIOStream):
             self._socket = self._stream.socket
-        for frame in self.queue.take():
-            self.write((frame,), frame.bytes)
+        self.write(self.queue.take())
 
     def detach(self, handler: SocketHandler) -> None:
         """This connection is gone: with it the session, or only the attempt to upgrade."""
@@ -2315,12 +2304,15 @@ class Session:
         """The transport is gone, or shall be."""
         if self._become(State.CLOSED):
             reason = reason or self.server.reason.TRANSPORT_CLOSE
-            self.server.start_background_task(self._finish, reason)
+            self._end = self.server.start_background_task(self._finish, reason)
 
     async def close(self, reason: str | None = None) -> None:
-        """End the session and its transport at once."""
-        if self._become(State.CLOSED):
-            await self._finish(reason or self.server.reason.SERVER_DISCONNECT)
+        """End the session and its transport at once; returns when all who care know of it, also
+        where it had been lost before and they were still to hear.
+        """
+        self.lose(reason or self.server.reason.SERVER_DISCONNECT)
+        assert self._end is not None
+        await asyncio.wait([self._end])
 
     async def _finish(self, reason: str) -> None:
         """Tell Socket.IO, once; then let go of everything."""
@@ -2398,8 +2390,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has
             "pingTimeout": int(self.ping_timeout * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
-        frame = Frame(b"0" + msgspec.json.encode(hello))
-        session.write((frame,), frame.bytes)
+        session.write(frame_of(b"0" + msgspec.json.encode(hello)))
         session.heartbeat.beat()
         await self.trigger("connect", session.sid, {})
         return session
@@ -2522,7 +2513,8 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
 
     async def _handle_connect(self, eio_sid: str, namespace: str | None, data: Any) -> None:
         """Stock python-socketio calls a handler that fails once more, and keeps for ever who went
-        meanwhile; its refusals are no objects and leave the transport open.
+        meanwhile; its refusals are no objects and leave the transport open. Here the handler
+        sends the reply itself, with all that is to follow it, in one write.
         """
         try:
             await self._connect(self.eio.sockets[eio_sid], namespace or NAMESPACE, data)
@@ -2536,6 +2528,8 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
     async def _connect(self, session: Session, namespace: str, auth: Any) -> None:
         if namespace != NAMESPACE:
             raise RefusedConnectionError("Invalid namespace")
+        if session.state in POLLED and self.manager.sid_from_eio_sid(session.sid, NAMESPACE):
+            return  # a browser sends a POST again whose connection was reset
         session.connects += 1
         if session.connects > 1 and (seconds := await self.eio.limits.attempt(session.address)):
             session.end_soon()
@@ -2544,17 +2538,12 @@ class SocketIO(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio h
         if sid is None:
             raise RefusedConnectionError("Already connected")
         try:
-            welcome = await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
+            await self._trigger_event("connect", NAMESPACE, sid, {}, auth)
         except Exception:
             session.end_soon()
             await self.manager.disconnect(sid, NAMESPACE)
             raise
-        self._rooms.add(sid, session)
-        kind = socketio.packet.CONNECT
-        reply = {"sid": sid, **welcome}
-        await self._send_packet(session.sid, self.packet_class(kind, reply))
         await self.manager.connect(sid, NAMESPACE)
-        await self._trigger_event(CONNECTED, NAMESPACE, sid)
         if session.closed:  # meanwhile
             await self._handle_eio_disconnect(session.sid, self.reason.TRANSPORT_CLOSE)
 
@@ -2592,13 +2581,10 @@ def library_log(name: str) -> logging.Logger:
 class Room:
     """Who listens to one room, and what waits for them while it rests."""
 
-    __slots__ = ("members", "plain", "rest", "sids", "tracking", "waiting")
+    __slots__ = ("members", "rest", "sids", "waiting")
 
     def __init__(self) -> None:
         self.members: dict[Sid, Session] = {}
-        #: The same once more, by the form in which they get events.
-        self.plain: dict[Sid, Session] = {}
-        self.tracking: dict[Sid, Session] = {}
         self.sids: tuple[Sid, ...] | None = None  # of `members`; None: not asked for since a change
         self.waiting: collections.deque[Outgoing] = collections.deque()
         self.rest: asyncio.Handle | None = None  # runs out when the room may be written to
@@ -2611,10 +2597,6 @@ class Outgoing(NamedTuple):
     room: Room
     frame: RoomFrame
     hidden: Hidden
-
-    def form(self, tracks: bool) -> Frame:
-        """What goes to a client."""
-        return self.frame.tracked if tracks else self.frame
 
 
 class Outbox:
@@ -2638,7 +2620,7 @@ class Outbox:
     def send(self, room: Room, frame: RoomFrame, hidden: Hidden) -> None:
         room.waiting.append(Outgoing(next(self._numbers), room, frame, hidden))
         self._busy[room] = None
-        self._bytes += len(frame.bytes)
+        self._bytes += len(frame.plain)
         if room.rest is None or self._bytes > MAX_BACKLOG_BYTES:
             self._flush(room)
 
@@ -2648,18 +2630,18 @@ class Outbox:
             return
         had = self._had.get(session, 0)
         due = [
-            out.form(session.tracks)
+            out.frame[session.tracks]
             for out in in_order(room for room in self._busy if sid in room.members)
             if out.number > had and sid not in out.hidden
         ]
         if due:
-            session.write(due, b"".join(frame.bytes for frame in due))
+            session.write(b"".join(due))
             self._deliveries.inc(len(due))
         self._had[session] = next(self._numbers)
 
     def forget(self, room: Room) -> None:
         """Drop what waits for a room that nobody is in any more."""
-        self._bytes -= sum(len(out.frame.bytes) for out in room.waiting)
+        self._bytes -= sum(len(out.frame.plain) for out in room.waiting)
         room.waiting.clear()
         self._busy.pop(room, None)
         if room.rest is not None:
@@ -2705,12 +2687,12 @@ class Outbox:
         batch: list[Outgoing] = []
         size = 0
         for out in in_order(self._busy) if shared else room.waiting:
-            size += len(out.frame.tracked.bytes)
+            size += len(out.frame.tracked)
             if batch and size > self._max_write:
                 break
             batch.append(out)
         for out in batch:
-            self._bytes -= len(out.frame.bytes)
+            self._bytes -= len(out.frame.plain)
             out.room.waiting.popleft()
             if not out.room.waiting:
                 del self._busy[out.room]
@@ -2736,11 +2718,10 @@ def deliver(batch: Sequence[Outgoing], had: Mapping[Session, int]) -> tuple[int,
         due = batch
         if len(ways) > 1 or number:
             due = [o for o in batch if ways[o.room, o.hidden] & bits and o.number > number]
-        frames = [out.form(tracks) for out in due]
-        data = b"".join([frame.bytes for frame in frames])
-        written += len(frames) * len(audience)
+        frames = b"".join([out.frame[tracks] for out in due])
+        written += len(due) * len(audience)
         for session in audience:
-            if session.write(frames, data):
+            if session.write(frames):
                 keeping_up += 1
             else:
                 behind += 1
@@ -2753,8 +2734,9 @@ def audiences(
     """Who gets the same: in which form, the bits of the ways that reach them, what they `had`."""
     (room, hidden), bit = next(iter(ways.items()))
     if len(ways) == 1 and not hidden and not had:
-        both = {(False, bit, 0): room.plain.values(), (True, bit, 0): room.tracking.values()}
-        return {kind: audience for kind, audience in both.items() if audience}
+        sessions = room.members.values()
+        forms = {tracks: [s for s in sessions if s.tracks is tracks] for tracks in (False, True)}
+        return {(tracks, bit, 0): some for tracks, some in forms.items() if some}
     reached: dict[Session, int] = {}
     for (room, hidden), bit in ways.items():
         for sid, session in room.members.items():
@@ -2824,7 +2806,6 @@ class Rooms:
             self._outbox.catch_up(sid, session)
             target = self._rooms.setdefault(room, Room())
             target.members[sid] = session
-            (target.tracking if session.tracks else target.plain)[sid] = session
             target.sids = None
             self._rooms_of.setdefault(sid, set()).add(room)
 
@@ -2843,8 +2824,7 @@ class Rooms:
         self._rooms_of.get(sid, set()).discard(room)
         target = self._rooms.get(room)
         if target is not None:
-            for members in (target.members, target.plain, target.tracking):
-                members.pop(sid, None)
+            target.members.pop(sid, None)
             target.sids = None
             if not target.members:
                 self._outbox.forget(target)
@@ -2892,49 +2872,46 @@ class Logged(NamedTuple):
     position: int
     moment: float
     to: Destination
-    frame: Frame
-
-    @classmethod
-    def of(cls, to: Destination, frame: RoomFrame, position: int) -> Logged:
-        """As of now; kept is the form with the offset."""
-        return cls(position, time.monotonic(), to, frame.tracked)
+    #: In the form with the offset.
+    frame: bytes
 
 
 class GuildLog:
     """The latest events of one guild; knows up to where it has none."""
 
-    def __init__(self, begin: int) -> None:
+    def __init__(self, settings: RecoverySettings, begin: int) -> None:
+        self._window, self._max_events = settings.window, settings.max_events
         self._events: collections.deque[Logged] = collections.deque()
         self._trimmed = begin
-        self.filled = math.inf  # from there on all is here, also what was not heard here
+        self._filled = math.inf  # from there on all is here, also what was not heard here
         self.bytes = 0
 
-    def add(self, event: Logged, window: float, max_events: int) -> None:
+    def add(self, event: Logged) -> None:
         self._events.append(event)
-        self.bytes += len(event.frame.bytes)
-        oldest = event.moment - window
+        self.bytes += len(event.frame)
+        oldest = event.moment - self._window
         while (
-            len(self._events) > max_events
+            len(self._events) > self._max_events
             or self.bytes > MAX_LOG_BYTES
             or self._events[0].moment < oldest
         ):
             self._trimmed = self._events[0].position
-            self.bytes -= len(self._events.popleft().frame.bytes)
+            self.bytes -= len(self._events.popleft().frame)
 
-    def reaches(self, position: int) -> bool:
-        """Whether all is here that came after it."""
-        return position >= self._trimmed
+    def reaches(self, position: int, heard_elsewhere: bool = False) -> bool:
+        """Whether all is here that came after it, to the clients of this node or of all."""
+        return position >= (max(self._trimmed, self._filled) if heard_elsewhere else self._trimmed)
 
-    def fill(self, since: int, events: Iterable[Logged], max_events: int) -> bool:
+    def fill(self, since: int, events: Iterable[Logged]) -> bool:
         """Have all that came after `since`, if that may be kept: these, and what is here."""
         first = self._events[0].position if self._events else math.inf
         older = [event for event in events if event.position < first]
-        size = sum(len(event.frame.bytes) for event in older)
-        if len(older) + len(self._events) > max_events or size + self.bytes > MAX_LOG_BYTES:
+        size = sum(len(event.frame) for event in older)
+        if len(older) + len(self._events) > self._max_events or size + self.bytes > MAX_LOG_BYTES:
             return False
         self._events.extendleft(reversed(older))
         self.bytes += size
-        self._trimmed, self.filled = min(self._trimmed, since), min(self.filled, since)
+        self._trimmed, self._filled = min(self._trimmed, since), min(self._filled, since)
         return True
 
     def since(self, position: int) -> list[Logged] | None:
@@ -3018,7 +2995,7 @@ class GuildLogs:
 
     def keep(self, guild_id: str) -> None:
         """Somebody is owed from now on what comes in this guild."""
-        self._logs.setdefault(guild_id, GuildLog(self.position))
+        self._logs.setdefault(guild_id, GuildLog(self._settings, self.position))
 
     def drop(self, guild_id: str) -> None:
         """Nobody is any more."""
@@ -3026,13 +3003,13 @@ class GuildLogs:
 
     def add(self, to: Destination, packet: bytes, position: int = 0) -> RoomFrame:
         """The event as it goes out, of the next position if of none; it is kept where somebody is owed it."""
-        self.reach(position or self.position + 1)
+        position = position or self.position + 1
+        self.reach(position)
         guild_log = self._logs.get(to.guild_id)
         if guild_log is None:
-            return RoomFrame(packet)
-        frame = RoomFrame(packet, encode_offset(position or self.position))
-        event = Logged.of(to, frame, position or self.position)
-        guild_log.add(event, self._settings.window, self._settings.max_events)
+            return RoomFrame.of(packet)
+        frame = RoomFrame.of(packet, encode_offset(position))
+        guild_log.add(Logged(position, time.monotonic(), to, frame.tracked))
         return frame
 
     def since(self, guild_id: str, position: int) -> list[Logged] | None:
@@ -3041,18 +3018,16 @@ class GuildLogs:
 
     def reaches(self, guild_id: str, position: int, heard_elsewhere: bool) -> bool:
         """Whether all is here that came in the guild after that, to the clients of this node or of all."""
-        found = self._logs.get(guild_id)
-        if found is None or not found.reaches(position):
-            return False
-        return position >= found.filled or not heard_elsewhere
+        guild_log = self._logs.get(guild_id)
+        return guild_log is not None and guild_log.reaches(position, heard_elsewhere)
 
     def fill(self, guild_id: str, since: int, events: Iterable[Logged]) -> bool:
         """Put before what is here of a guild what else has come after `since`, oldest first.
 
         Returns whether all that came since is here then.
         """
-        guild_log, most = self._logs.get(guild_id), self._settings.max_events
-        return guild_log is not None and guild_log.fill(since, events, most)
+        guild_log = self._logs.get(guild_id)
+        return guild_log is not None and guild_log.fill(since, events)
 
 
 class Pids:
@@ -3188,14 +3163,13 @@ class Recovery:
         """Whose clients these are, by Discord id."""
         return tuple(self._of_viewer)
 
-    def awaited(self, guild_id: str, discord_id: str | None = None) -> list[Ticket]:
-        """Those of clients that have lost their connection in a room of this guild, or of one viewer."""
+    def awaited(self, guild_id: str) -> list[Ticket]:
+        """Those of clients that have lost their connection in a room of this guild."""
         self._forget_late()
         return [
             ticket
             for ticket in (self._awaited.values() if guild_id in self._in_guild else ())
-            if discord_id in (None, ticket.viewer.discord_id)
-            and any(room_guild(room) == guild_id for room in ticket.rooms)
+            if guild_id in map(room_guild, ticket.rooms)
         ]
 
     def _forget_late(self) -> None:
@@ -4472,7 +4446,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) 
             task.exception()  # asyncio complains of one that nobody has looked at
 
 
-async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+async def until_one_ends(*works: Coroutine[Any, Any, object]) -> None:
     """Run these until one of them ends, then end the others; raises what that one raises."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
@@ -4635,7 +4609,6 @@ class Guarded:
 
 # -- one plugin
 
-Routes = list[tuple[PathMatches, type[RequestHandler]]]
 #: What `needs` may be.
 COLLECTIONS: Final = (set, frozenset, list, tuple)
 
@@ -4729,7 +4702,8 @@ def check_names(module: ModuleType) -> None:
     hooks = [name for name in HOOKS if name.isidentifier()]
     for name, value in own_things(module):
         function = inspect.isfunction(value) and MARKS not in vars(value)
-        looked_for = hooks if function else ["needs"] if isinstance(value, COLLECTIONS) else []
+        constant = isinstance(value, (*COLLECTIONS, str))
+        looked_for = hooks if function else ["needs"] if constant else []
         plain = name.replace("_", "").lower()
         near = difflib.get_close_matches(plain, looked_for, n=1, cutoff=0.85)
         if near and name not in looked_for and name[0] != "_":
@@ -5169,7 +5143,7 @@ def contents_of(path: Path) -> Contents:
     return contents
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=65_536)  # with fewer than there are files, each look reads them all
 def digest_of(file: Path, written: tuple[int, ...]) -> bytes:
     """A file is read once for each time that it was written."""
     return hashlib.sha256(file.read_bytes()).digest()
@@ -5324,7 +5298,7 @@ class PluginLoader:
 
     def load(self, name: str, path: Path, others: Mapping[str, Plugin]) -> Plugin:
         """A plugin as its file is now, which claims no event of others."""
-        for hidden in self.files.all()[name][1:]:
+        for hidden in self.files.all().get(name, [])[1:]:
             log.info("plugin %s: %s replaces %s", name, path, hidden)
         with fresh_modules(name):
             plugin = Plugin(name, path, load_module(name, path), self.tables.get(name, {}))
@@ -5357,17 +5331,6 @@ class PluginLoader:
             for key, name in named
             if name not in there
         ]
-
-    def check(self, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The settings of each plugin as of these tables; raises OperatorError."""
-        faults: list[str] = []
-        checked = {}
-        for name, plugin in self.plugins.items():
-            with collecting(faults):
-                checked[name] = plugin.check_settings(tables.get(name, {}))
-        if faults:
-            raise OperatorError(*faults)
-        return checked
 
     def check_secret(self, tokens: Tokens) -> None:
         """Raises OperatorError for each plugin that signs where nothing can be signed."""
@@ -5605,12 +5568,21 @@ class PluginHost:
             "paused": sorted(name for one in running.values() for name in one.paused()),
         }
 
-    def reconfigure(self, tables: Mapping[str, dict[str, Any]], checked: dict[str, Any]) -> None:
-        """From now on each plugin reads in `spy.settings` what `PluginLoader.check` made of these."""
+    def reconfigure(self, tables: Mapping[str, dict[str, Any]]) -> None:
+        """From now on each plugin reads these tables in `spy.settings`.
+
+        Raises OperatorError, and then nothing has changed.
+        """
+        faults: list[str] = []
+        checked = []
+        for name, runner in self.runners.items():
+            with collecting(faults):
+                checked.append((runner, runner.plugin.check_settings(tables.get(name, {}))))
+        if faults:
+            raise OperatorError(*faults)
         self.loader.tables = tables
-        for name, settings in checked.items():
-            self.plugins[name].settings = settings
-            self.runners[name].spy.settings = settings
+        for runner, settings in checked:
+            runner.plugin.settings = runner.spy.settings = settings
 
 
 # ------------------------------------------------------------------------------ gateway
@@ -5696,10 +5668,6 @@ class Report:
     def unreadable(self, name: str, what: str) -> None:
         if self._may_say(f"unreadable {name}"):
             log.error("cannot read Discord's %s: %s; it is left out", name, what)
-
-    def open(self) -> None:
-        """Say from now on what changes."""
-        self._closed, self._said = False, ""
 
     def close(self) -> None:
         """Say nothing any more."""
@@ -6358,7 +6326,7 @@ class Gateway:
     async def run(self) -> None:
         """Stay connected until cancelled; raises UpstreamError once Discord refuses us for good."""
         failures = 0
-        self._report.open()
+        self._report = Report(self.patience.quiet)  # that of the last time is closed
         while True:
             asked = 0.0
             try:
@@ -6468,9 +6436,9 @@ class Gateway:
         self._up.clear()
         self._unread_guilds.clear()
         if self.bot.is_alive:  # hikari 2.7 cannot close what was cancelled as it closed
-            self._closing = self._closing or asyncio.create_task(self.bot.close())
+            if self._closing is None or self._closing.done():
+                self._closing = asyncio.create_task(self.bot.close())
             await asyncio.shield(self._closing)
-        self._closing = None
         self.presences.clear()
 
     # -- refused for good
@@ -6608,9 +6576,10 @@ class Node:
         return True
 
     async def lead(self, work: Work, rest: Work) -> None:
-        """Have gateway and plugins `work` whenever they are this process's, then `rest`.
+        """Have gateway and plugins `work` whenever they are this process's, and then `rest`.
 
-        `work` is cancelled, `rest` is not. Raises what `work` raises.
+        To end it, `work` is cancelled until it ends, and `rest` takes its time. Raises what `work`
+        raises.
         """
         try:
             await until_one_ends(work())
@@ -6914,7 +6883,7 @@ class SocketHandler(Handler, WebSocketHandler):
     async def _poll(self) -> None:
         session = self._engine.sockets.get(self._sid)
         self._session = session or await self._engine.admit(self._address, "polling")
-        self._answer("\x1e".join([frame.encode() for frame in await self._session.poll(self)]))
+        self._answer("\x1e".join(packets_in(await self._session.poll(self))))
 
     async def post(self) -> None:
         """Two at a time end the session, as they do in Node's: which is to be taken first?"""
@@ -7009,7 +6978,7 @@ class SocketHandler(Handler, WebSocketHandler):
             await session.feed(message)
         elif message == PROBE and session.probe(self):
             with contextlib.suppress(StreamClosedError):
-                self._stream.write(PROBED.bytes)
+                self._stream.write(PROBED)
         elif message != UPGRADE or not session.upgrade(self):
             self.close()
 
@@ -7155,7 +7124,7 @@ class Acceptor:
         if self._limits.log_once("", "full"):
             log.error("no connection can be accepted: %s; raise LimitNOFILE", error.strerror)
         IOLoop.current().update_handler(self, 0)
-        asyncio.get_running_loop().call_later(seconds, self._go_on)
+        call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         if self.fileno() >= 0:  # else it is listened on no more
@@ -7238,8 +7207,7 @@ class Dashboard:
     session: Session
     viewer: Viewer
     ticket: Ticket | None
-    comeback: Comeback
-    _expiry: asyncio.TimerHandle | None = None
+    _expiry: Timer | None = None
 
     def __post_init__(self) -> None:
         #: Rooms that it is to be in once it is known that it may; those of its ticket, if it has one.
@@ -7247,11 +7215,7 @@ class Dashboard:
         self.take_token(self.viewer)
 
     def tell(self, event: str, *arguments: object) -> None:
-        self.write([event_frame(event, *arguments)])
-
-    def write(self, frames: Sequence[Frame]) -> None:
-        if frames:
-            self.session.write(frames, b"".join([frame.bytes for frame in frames]))
+        self.session.write(event_frame(event, *arguments))
 
     # -- the life of its token
 
@@ -7263,8 +7227,7 @@ class Dashboard:
         self.forget_token()
         if viewer.expires is not None:
             warning = viewer.expires - time.time() - EXPIRY_WARNING
-            later = asyncio.get_running_loop().call_later
-            self._expiry = later(warning, self._warn, viewer.expires)
+            self._expiry = call_later(warning, self._warn, viewer.expires)
 
     def forget_token(self) -> None:
         if self._expiry is not None:
@@ -7274,8 +7237,7 @@ class Dashboard:
     def _warn(self, expires: float) -> None:
         moment = datetime.fromtimestamp(expires, UTC)
         self.tell("auth:expiring", {"expiresAt": timestamp(moment)})
-        later = asyncio.get_running_loop().call_later
-        self._expiry = later(expires - time.time(), self._expire)
+        self._expiry = call_later(expires - time.time(), self._expire)
 
     def _expire(self) -> None:
         """Only the transport ends: a stock client comes back with what its `auth` gives then."""
@@ -7328,6 +7290,7 @@ class Subscriptions:
 
     def add(self, dashboard: Dashboard) -> None:
         """A dashboard is connected, and in no room yet."""
+        self._rooms.add(dashboard.sid, dashboard.session)
         self.connected[dashboard.sid] = dashboard
         if dashboard.ticket is not None:
             self.by_pid[dashboard.ticket.pid] = dashboard
@@ -7490,13 +7453,13 @@ class InSlices(Generic[ThingT]):
     def __init__(self, work: Callable[[ThingT], None]) -> None:
         self._work = work
         self._waiting: OrderedDict[ThingT, None] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
 
     def add(self, things: Iterable[ThingT], delay: float = 0.0) -> None:
         """What waits already keeps its place."""
         self._waiting.update(dict.fromkeys(things))
         if self._waiting and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(delay, self.run)
+            self._timer = call_later(delay, self.run)
 
     def run(self, seconds: float = SLICE) -> None:
         """Go on for so long; the rest has its turn after whatever else waits."""
@@ -7518,7 +7481,7 @@ class GuildList:
         self.until = access.timed_out_until(viewer, guild_ids)
 
     @functools.cached_property
-    def update(self) -> Frame:
+    def update(self) -> bytes:
         """Encoded once for all who are told."""
         return event_frame("guilds:update", {"guilds": msgspec.Raw(self.encoded)})
 
@@ -7572,7 +7535,7 @@ class GuildLists:
         if told is not None:
             now = self._news_for(dashboard)
             if told.encoded != now.encoded or told.complete < now.complete:
-                dashboard.write([now.update])
+                dashboard.session.write(now.update)
 
     def _news_for(self, dashboard: Dashboard) -> GuildList:
         """The list as things stand, which it is about to be told."""
@@ -7610,7 +7573,6 @@ class RightsWatcher:
         self.checking = InSlices(self._look_through)
         #: Who may not see a channel, until something changes in its guild.
         self._judged: dict[str, dict[Destination, Judged]] = {}
-        self._awaited: dict[int, str] = {}  # the nonce of the members asked for, by guild
 
     # Each by its own class: hikari calls who hears a base class after all others, plugins too.
     #: What of a guild can change which channels its viewers may see,
@@ -7653,7 +7615,7 @@ class RightsWatcher:
         events.subscribe(hikari.ShardResumedEvent, self._on_resumed)
         events.subscribe(hikari.GuildAvailableEvent, self._on_guild)
         events.subscribe(hikari.GuildJoinEvent, self._on_guild)
-        events.subscribe(hikari.GuildLeaveEvent, self._on_guild_gone)
+        events.subscribe(hikari.GuildLeaveEvent, self._on_guild)
         events.subscribe(hikari.MemberChunkEvent, self._on_members)
 
     # -- to dashboards
@@ -7684,12 +7646,6 @@ class RightsWatcher:
     def end(self, pid: str) -> None:
         if (dashboard := self.subscriptions.by_pid.get(pid)) is not None:
             dashboard.session.lose()
-
-    def remove(self, sid: Sid) -> Dashboard:
-        """A dashboard is gone."""
-        dashboard = self.subscriptions.remove(sid)
-        self.lists.remove(dashboard)
-        return dashboard
 
     # -- what is judged anew
 
@@ -7752,32 +7708,33 @@ class RightsWatcher:
 
     async def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         """What was asked for on the connection that broke may never have been heard."""
-        for guild_id, nonce in tuple(self._awaited.items()):
+        for guild_id, (nonce, _) in tuple(self._access.members_coming.items()):
             if shard_range_of(event.shard).has(guild_id):
                 await event.shard.request_guild_members(guild_id, nonce=nonce)
 
-    def _on_guild(self, event: hikari.GuildAvailableEvent | hikari.GuildJoinEvent) -> None:
-        if event.chunk_nonce is None:
+    def _on_guild(self, event: hikari.GuildEvent) -> None:
+        """It came, or it is gone."""
+        nonce = getattr(event, "chunk_nonce", None)
+        if nonce is None:
             self._fill(event.guild_id)
         else:  # hikari has asked for the rest of the members
-            self._awaited[event.guild_id] = event.chunk_nonce
-            self._access.expect_members(event.guild_id)
+            self._access.expect_members(event.guild_id, nonce)
             self.check(str(event.guild_id))
 
     def _on_members(self, event: hikari.MemberChunkEvent) -> None:
-        awaited = event.nonce == self._awaited.get(event.guild_id)
-        if awaited and event.chunk_index == event.chunk_count - 1:
+        nonce, _ = self._access.members_coming.get(event.guild_id, (None, None))
+        if nonce and event.nonce == nonce and event.chunk_index == event.chunk_count - 1:
             self._fill(event.guild_id)
         else:
             self.check(str(event.guild_id))
 
-    def _on_guild_gone(self, event: hikari.GuildLeaveEvent) -> None:
-        self._fill(event.guild_id)
-
     def _fill(self, guild_id: int) -> None:
-        self._awaited.pop(guild_id, None)
         self._access.fill(guild_id)
         self.check(str(guild_id))
+
+
+#: What follows the reply to CONNECT for who cannot recover.
+NEW_SESSION: Final = event_frame("session", {"recovered": False, "rooms": []})
 
 
 class Comebacks:
@@ -7806,52 +7763,87 @@ class Comebacks:
         await half_open.session.close()
         return True
 
-    def ticket_for(self, session: Session, viewer: Viewer, comeback: Comeback) -> Ticket | None:
-        """That which the client had, if it can be given all that it missed, or a new one."""
+    def let_in(self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback) -> None:
+        """The reply to CONNECT, in the same write what was missed, then `session`.
+
+        All in one turn of the loop: nothing that comes meanwhile is lost, or comes before.
+        """
+        ticket, missed = self._ticket_for(session, viewer, comeback)
+        session.tracks = ticket is not None
+        dashboard = Dashboard(sid, session, viewer, ticket)
+        self._subscriptions.add(dashboard)
+        if ticket is None:
+            session.write(connect_frame(sid) + NEW_SESSION)
+            return
+        unseen = self._recovery.rooms_without_snapshot(ticket, comeback.offset)
+        start = connect_frame(sid, pid=ticket.pid)
+        if missed is not None:
+            session.write(start + missed)
+            start = b""
+            self._metrics.recovered.inc()
+            self._subscriptions.resume(dashboard, ticket)
+        rooms = sorted(ticket.rooms.keys() | ticket.pending)
+        state = {"recovered": missed is not None, "rooms": rooms}
+        session.write(start + event_frame("session", state, self._recovery.logs.offset))
+        for room in unseen:
+            self._subscriptions.send_snapshots_soon(dashboard, room)
+
+    def _ticket_for(
+        self, session: Session, viewer: Viewer, comeback: Comeback
+    ) -> tuple[Ticket | None, bytes | None]:
+        """That which the client had, with what it has missed; else a new one, if it can recover."""
         recover = comeback.recover
         wanted = recover if isinstance(recover, bool) else session.from_browser
         if not wanted or not self._recovery.enabled:
-            return None
-        return self._take_back(viewer, comeback) or self._recovery.issue(viewer)
+            return None, None
+        ticket, missed = self._take_back(viewer, comeback)
+        return ticket or self._recovery.issue(viewer), missed
 
-    def _take_back(self, viewer: Viewer, comeback: Comeback) -> Ticket | None:
+    def _take_back(
+        self, viewer: Viewer, comeback: Comeback
+    ) -> tuple[Ticket, bytes] | tuple[None, None]:
+        """The ticket that the client had with the frames that it has missed, if all are here."""
         ticket = self._recovery.find(comeback.pid, viewer.discord_id)
         if comeback.pid is None or (ticket and ticket.pid in self._subscriptions.by_pid):
-            return None
-        obstacle = self._obstacle(ticket, viewer, comeback)
-        if ticket is not None and obstacle is None:
+            return None, None
+        if ticket is None:
+            obstacle = "unknown or too late"
+        elif not self._leave_forbidden(ticket, viewer):
+            obstacle = "rights not known"
+        elif (missed := self._missed(ticket, viewer, comeback.offset)) is None:
+            obstacle = "too much missed"
+        else:
             ticket.viewer = viewer
             self._recovery.hold(ticket)
-            return ticket
+            return ticket, missed
         self._metrics.not_recovered.labels(obstacle).inc()
         if ticket is not None:
             self._recovery.forget(ticket)
-        return None
+        return None, None
 
-    def _obstacle(self, ticket: Ticket | None, viewer: Viewer, comeback: Comeback) -> str | None:
-        """Why the client has to begin anew, if so. Leaves the rooms that it may not view any more."""
-        if ticket is None:
-            return "unknown or too late"
+    def _leave_forbidden(self, ticket: Ticket, viewer: Viewer) -> bool:
+        """Leave the rooms that it may not view any more; returns whether all is known of that."""
         for room in tuple(ticket.rooms):
             may_view = self._access.may_view(viewer, room_guild(room))
             if may_view is None:
-                return "rights not known"
+                return False
             if not may_view:
                 self._recovery.leave(ticket, room)
-        return None if self._due(ticket, viewer, comeback) is not None else "too much missed"
+        return True
 
-    def _due(self, ticket: Ticket, viewer: Viewer, comeback: Comeback) -> list[Frame] | None:
-        """What the client has missed and may have; None where that is not here whole, or too much."""
-        missed = self._recovery.missed(ticket, comeback.offset)
+    def _missed(self, ticket: Ticket, viewer: Viewer, offset: object) -> bytes | None:
+        """The frames that the client has missed and may have; None where they are not here whole,
+        or too much.
+        """
+        missed = self._recovery.missed(ticket, offset)
         if missed is None:
             return None
-        frames = [
+        frames = b"".join(
             event.frame
             for event in missed
             if self._access.may_have(viewer, event.to.guild_id, event.to.channel_id)
-        ]
-        size = sum(len(frame.bytes) for frame in frames)
-        return frames if size <= self._most_bytes else None
+        )
+        return frames if len(frames) <= self._most_bytes else None
 
     def expect(self, ticket: Ticket, session: Session) -> None:
         """Keep for its client what comes from now on, unless it has said DISCONNECT."""
@@ -7859,28 +7851,6 @@ class Comebacks:
             self._recovery.await_return(ticket)
         else:
             self._recovery.forget(ticket)
-
-    def welcome(self, dashboard: Dashboard) -> None:
-        """After the reply to CONNECT: what was missed, in one turn of the loop, then `session`."""
-        ticket, comeback = dashboard.ticket, dashboard.comeback
-        if ticket is None:
-            dashboard.tell("session", {"recovered": False, "rooms": []})
-            return
-        recovered = ticket.pid == comeback.pid
-        unseen = self._recovery.rooms_without_snapshot(ticket, comeback.offset)
-        if recovered:
-            due = self._due(ticket, dashboard.viewer, comeback)
-            if due is None:
-                dashboard.session.cut("recovery was overtaken")
-                return
-            dashboard.write(due)
-            self._metrics.recovered.inc()
-            self._subscriptions.resume(dashboard, ticket)
-        rooms = sorted(ticket.rooms.keys() | ticket.pending)
-        state = {"recovered": recovered, "rooms": rooms}
-        dashboard.tell("session", state, self._recovery.logs.offset)
-        for room in unseen:
-            self._subscriptions.send_snapshots_soon(dashboard, room)
 
 
 @dataclasses.dataclass(eq=False)
@@ -7897,7 +7867,6 @@ class Dashboards:
     def __post_init__(self) -> None:
         self._subscriptions = self._rights.subscriptions
         self._sio.on("connect", self._connect)
-        self._sio.on(CONNECTED, self._welcome)
         self._sio.on("disconnect", self._disconnect)
         self._sio.on(REQUEST, self._request)
 
@@ -7906,8 +7875,8 @@ class Dashboards:
 
     # -- coming and going
 
-    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> Mapping[str, str]:
-        """Let a client in; returns what the reply to its CONNECT says beside its `sid`."""
+    async def _connect(self, sid: Sid, environ: dict[str, Any], auth: object) -> None:
+        """Let a client in, and tell it so."""
         session = self._sio.session_of(sid)
         if session is None:  # to nobody: it has left right after it sent CONNECT
             raise RefusedConnectionError("Gone")
@@ -7919,12 +7888,9 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        ticket = self._comebacks.ticket_for(session, viewer, comeback)
-        session.tracks = ticket is not None
-        self._subscriptions.add(Dashboard(sid, session, viewer, ticket, comeback))
+        self._comebacks.let_in(sid, session, viewer, comeback)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._node.viewer_entered(viewer.discord_id)
-        return {} if ticket is None else {"pid": ticket.pid}
 
     async def _identify(self, session: Session, comeback: Comeback) -> Viewer:
         if session.refusal is not None and comeback.pid is None:
@@ -7945,12 +7911,9 @@ class Dashboards:
         await self._limits.enter(viewer.discord_id, replaces=replaced)
         return viewer
 
-    async def _welcome(self, sid: Sid) -> None:
-        if (dashboard := self._subscriptions.connected.get(sid)) is not None:
-            self._comebacks.welcome(dashboard)
-
     async def _disconnect(self, sid: Sid, reason: str) -> None:
-        dashboard = self._rights.remove(sid)
+        dashboard = self._subscriptions.remove(sid)
+        self._rights.lists.remove(dashboard)
         dashboard.forget_token()
         session = dashboard.session
         if dashboard.ticket is not None:
@@ -8189,7 +8152,6 @@ class Server:
         self._sockets = list(sockets)
         self.metrics = Metrics()
         self.pulse = Pulse()
-        self.draining = False
         loader = PluginLoader(settings.plugins, settings.plugin, settings.folder, self.metrics)
         loader.load_all()
         wanted, cached = wanted_events(loader), loader.cached()
@@ -8242,7 +8204,7 @@ class Server:
 
     def health(self) -> dict[str, dict[str, Any]]:
         """Each part's `problem`, None or a sentence, with its figures."""
-        stopping = "draining: the server is stopping" if self.draining else None
+        stopping = "draining: the server is stopping" if self.door.closed else None
         return {
             "server": {"problem": stopping or self.web.problem},
             "loop": self.pulse.health(),
@@ -8345,9 +8307,8 @@ class Server:
         Returns the key paths of changes that need a restart. Raises OperatorError, and then
         nothing has changed.
         """
-        plugin_settings = self.plugins.loader.check(settings.plugin)
+        self.plugins.reconfigure(settings.plugin)
         changed = changed_keys(self._started_with, settings)
-        self.plugins.reconfigure(settings.plugin, plugin_settings)
         self.tokens.reconfigure(keys, settings.auth.algorithms)
         self.access.reconfigure(settings.auth)
         self.limits.reconfigure(settings.limits, settings.auth.connect_timeout)
@@ -8364,7 +8325,7 @@ class Server:
         Takes `shutdown_grace`, and a tenth of it where plugins take longer. They are torn down, so
         that what they count is kept.
         """
-        self.draining = self.door.closed = True
+        self.door.closed = True
         self.web.stop()
         grace = self._settings.server.shutdown_grace
         until = time.monotonic() + grace
@@ -8387,9 +8348,8 @@ class Server:
                 task.cancel()
             if self._tasks:
                 await asyncio.wait(self._tasks)
-            await asyncio.gather(
-                *self._tasks, return_exceptions=True
-            )  # `wait_closed` tells of them
+            # `wait_closed` tells of what they raised.
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:  # a stop that takes too long is cancelled
             grace = self._settings.server.shutdown_grace
             await self.node.stop(min(max(until - time.monotonic(), grace / 10), grace / 2))
@@ -8518,19 +8478,14 @@ class TextFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-class JournalFormatter(logging.Formatter):
-    """Another form, with the level before each line as journald reads it (sd-daemon(3))."""
+class JournalHandler(logging.StreamHandler[Any]):
+    """Writes the level before each line, as journald reads it (sd-daemon(3))."""
 
-    LEVELS: Final = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4))
-
-    def __init__(self, form: logging.Formatter) -> None:
-        super().__init__()
-        self._form = form
+    LEVELS: Final = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6}
 
     def format(self, record: logging.LogRecord) -> str:
-        usual = 6 if record.levelno >= logging.INFO else 7
-        number = next((number for level, number in self.LEVELS if record.levelno >= level), usual)
-        return "\n".join(f"<{number}>{line}" for line in self._form.format(record).splitlines())
+        number = self.LEVELS.get(record.levelname, 7)
+        return "\n".join(f"<{number}>{line}" for line in super().format(record).splitlines())
 
 
 def logs_to_journal(environ: Mapping[str, str]) -> bool:
@@ -8547,8 +8502,8 @@ def set_up_logging(settings: LogSettings) -> None:
     journal = logs_to_journal(os.environ)
     as_json = settings.format == "json"
     form = JsonFormatter() if as_json else TextFormatter(dated=not journal)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JournalFormatter(form) if journal else form)
+    handler = JournalHandler(sys.stderr) if journal else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(form)
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     quiet = settings.level != "debug"
     # Tornado reports clients' mistakes there, at any level; its bugs go to "tornado.application".
@@ -8843,16 +8798,10 @@ async def run_server(
     loop.add_signal_handler(signal.SIGHUP, on_sighup)
     async with server:
         systemd.tell("READY=1")
-        closed = asyncio.create_task(server.wait_closed())
-        stopped = asyncio.create_task(stopping.wait())
-        watching = asyncio.create_task(systemd.watch(server))
-        await asyncio.wait([closed, stopped], return_when=asyncio.FIRST_COMPLETED)
-        systemd.tell("STOPPING=1", "STATUS=draining")
-        for task in (watching, stopped):
-            task.cancel()
-        if closed.done():
-            closed.result()
-        closed.cancel()
+        try:
+            await until_one_ends(server.wait_closed(), stopping.wait(), systemd.watch(server))
+        finally:
+            systemd.tell("STOPPING=1", "STATUS=draining")
 
 
 def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
@@ -8898,7 +8847,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(parsed.config)
         set_up_logging(settings.log)
         with naming_source(settings):
-            parsed.command(settings, parsed)
+            try:
+                parsed.command(settings, parsed)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as in `types | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OperatorError as error:
         faults = list(error.faults)
         if isinstance(error, SettingsError) and parsed.command in (serve_command, check_command):

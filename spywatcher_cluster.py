@@ -3,6 +3,17 @@
 Events travel through one Redis stream per guild, everything else through one control stream; one node
 holds the gateway; what it knows of guilds is told to all. It knows no event by name and no
 plugin; nothing in here is made unless `[redis] url` is set, and nothing here makes an event wait.
+
+    Link · Line · WriteBehind                   the ways to Redis
+    Publisher · Tail · Reader                   what goes into streams, and comes out of them once
+    Lease · Terms                               who holds the gateway, and what runs there then
+    KnownGuilds · SharedAccess · GuildReporter  what decides who may see what, and is told of it
+    Peers · Hearing                             what nodes say of their clients; who takes all notes
+    Tickets                                     what a client is owed that comes back elsewhere
+    Snapshots · Windows                         what the holder makes for all, and the next goes on with
+    ClusterNode                                 all of that, in the place of `spywatcher.Node`
+    SharedTables · SharedMarks                  what plugins keep for all nodes
+    SharedCounters · SharedConnections          what limits count
 """
 
 from __future__ import annotations
@@ -91,64 +102,45 @@ from spywatcher import (
     without_login,
 )
 
-CONTROL: Final = "spywatcher:control"
-GUILDS: Final = "spywatcher:guilds"  # hash: guild id -> GuildState
+# What Redis keeps.
+
+CONTROL: Final = "spywatcher:control"  # stream: of all notes but events
 GATEWAY: Final = "spywatcher:gateway"  # who holds it; empty: free
 TERM: Final = "spywatcher:term"  # the fencing counter
-#: hash: Topic -> when its window ends, what is to be sent then
-WINDOWS: Final = "spywatcher:windows"
-#: Topics of notes before which GUILDS has what they are about.
-OF_A_GUILD: Final = ("guild", "change")
+GUILDS: Final = "spywatcher:guilds"  # hash: guild id -> GuildNews
+WINDOWS: Final = (
+    "spywatcher:windows"  # hash: Topic -> when its window ends, what is to be sent then
+)
+TICKET: Final = "spywatcher:ticket:"  # by pid: the run of a node, Ticket
+OPEN: Final = "spywatcher:open:"  # by run of a node, hash: whose -> connections that are open there
+MARKS: Final = "spywatcher:marks"
+#: What plugins keep for all nodes: SHARED:PLUGIN:GUILD:ANYTHING is a hash of texts by member,
+#: SHARED:PLUGIN the term and number of the last write. The list of whom to forget is short-lived.
+SHARED: Final = "spywatcher:shared"
+FORGOTTEN: Final = "spywatcher:forgotten"
 
-#: Seconds until a holder that does not renew has lost the gateway. A holder counts fewer, from
-#: before it asked, so that it has stopped when another begins.
+# What several parts go by, in seconds.
+
+#: Until a holder that does not renew has lost the gateway. A holder counts fewer, from before it
+#: asked, so that it has stopped when another begins.
 LOCK_TIME: Final = 8.0
 TERM_TIME: Final = 7.5
 RENEWAL: Final = 0.5
-#: Seconds of contact with Redis before a gateway that nobody holds may be taken, so that a holder
-#: that is alive comes first: where it has run out; where Redis knows no term, and nobody told of
-#: one (else LOCK_TIME: a holder that is cut off from Redis counts on that).
-EXPIRED_PATIENCE: Final = 1.0
-#: Seconds, by Redis' clock, in which a claim counts: a Redis that was frozen does not act on old ones.
-CLAIM_LASTS: Final = 1.0
-FIRST_PATIENCE: Final = 1.5
-REDIS_TIMEOUT: Final = 2.0
-#: Seconds that a client may be kept waiting for Redis; and those, from then on, in which no other is.
-PATIENCE: Final = 0.25
-SLOW_FOR: Final = 1.0
-FIRST_DELAY: Final = 0.05
-LAST_DELAY: Final = 0.5
-#: Milliseconds of a stream's entries that are kept, and the most entries of one.
-STREAM_AGE: Final = 60_000
-STREAM_LENGTH: Final = 20_000
-#: Milliseconds for which a stream lasts that gets nothing: its last entry tells who comes back that
-#: nothing was missed.
-STREAM_LASTS: Final = 86_400_000
-#: Entries and bytes that may wait for Redis, and that are kept to be sent again to an emptied one.
-MOST_WAITING: Final = 100_000
-MOST_WAITING_BYTES: Final = 67_108_864
-MOST_RECENT: Final = 20_000
-RECENT_AGE: Final = 30.0
-BATCH: Final = 256
-BATCH_READ: Final = 1_000  # of one stream
-#: Seconds between two reads or writes while there is much to do: a burst then shares them.
-BUSY_REST: Final = 0.005
-#: Seconds for which a guild that nobody watches any more is still read: a page that reloads.
-LINGER: Final = 15.0
-PROBE_INTERVAL: Final = 5.0
 BEAT_INTERVAL: Final = 1.0
-#: Seconds that what the last holder was to send waits for Discord to send its guild.
-FILL_PATIENCE: Final = 30.0
-#: Milliseconds by which another holder may be behind this node's own gateway: for so long after
+#: Between two tellings of who watches here; what was not told three times is forgotten.
+ROLL_CALL: Final = 20.0
+REDIS_TIMEOUT: Final = 2.0
+#: Between two reads or writes while there is much to do: a burst then shares them.
+BUSY_REST: Final = 0.005
+#: In milliseconds: for how long a stream's entries are kept.
+STREAM_AGE: Final = 60_000
+#: In milliseconds, by which another holder may be behind this node's own gateway: for so long after
 #: this node has lost the gateway its clients hear nothing of the next holder, so as to hear
 #: nothing twice.
 CHANGE_OF_SOURCE: Final = 1_000
-#: Snapshots that may be under way to this node's new subscribers.
-MOST_SNAPSHOTS: Final = 1_000
-#: Seconds between two tellings of who watches here; what was not told three times is forgotten.
-ROLL_CALL: Final = 20.0
-#: Positions that the last holder may have come to since it was heard: ten seconds.
-UNHEARD_POSITIONS: Final = 1_000_000
+#: Entries or keys that are written at a time.
+BATCH: Final = 256
+
 CLAIM: Final = """
 local holder, term = redis.call('GET', KEYS[1]), tonumber(redis.call('GET', KEYS[2]) or 0)
 local me, ttl, mine, known = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -172,8 +164,6 @@ return {term, now, term}
 RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], '', 'PX', 60000) end
 """
-#: Milliseconds for which Redis keeps windows that have ended: a takeover takes less.
-WINDOWS_LAST: Final = 60_000
 KEEP_WINDOWS: Final = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 local time = redis.call('TIME')
@@ -189,18 +179,6 @@ end
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1
 """
-#: By node: how many connections are open there, by whose they are.
-OPEN: Final = "spywatcher:open:"
-#: What plugins keep for all nodes: SHARED:PLUGIN:GUILD:ANYTHING is a hash of texts by member,
-#: SHARED:PLUGIN the term and number of the last write. The list of whom to forget is short-lived.
-SHARED: Final = "spywatcher:shared"
-MARKS: Final = "spywatcher:marks"
-TICKET: Final = "spywatcher:ticket:"  # by pid: the run of a node, Ticket
-FORGOTTEN: Final = "spywatcher:forgotten"
-#: Seconds for which the holder, or one that takes over meanwhile, can read whom to forget.
-FORGOTTEN_AGE: Final = 300
-#: Members read at a time: a few milliseconds of Redis, and of whoever takes them.
-SHARED_CHUNK: Final = 2_000
 #: Term and number let no write count that was overtaken by a later one: of a holder that slept,
 #: or over a connection that was given up.
 WRITE_SHARED: Final = """
@@ -290,6 +268,13 @@ class Entry(NamedTuple):
 class Link:
     """Redis, and whether it can be reached."""
 
+    #: Seconds that a client may be kept waiting; and those, from then on, in which no other is.
+    PATIENCE: Final = 0.25
+    SLOW_FOR: Final = 1.0
+    #: Seconds between two tries, first and later on.
+    FIRST_DELAY: Final = 0.05
+    LAST_DELAY: Final = 0.5
+
     def __init__(self, settings: RedisSettings, password: str) -> None:
         self._open = functools.partial(open_redis, settings.url, password)
         self._closed = False
@@ -311,10 +296,10 @@ class Link:
         if not self.up or time.monotonic() < self._slow_until:
             raise TimeoutError
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self.PATIENCE):
                 yield
         except TimeoutError:
-            self._slow_until = time.monotonic() + SLOW_FOR
+            self._slow_until = time.monotonic() + self.SLOW_FOR
             raise
 
     @contextlib.contextmanager
@@ -327,7 +312,7 @@ class Link:
 
     async def keep(self, work: Callable[[], Coroutine[Any, Any, object]]) -> NoReturn:
         """Do `work`, and again whenever Redis is lost: soon at first, then twice a second."""
-        delay = FIRST_DELAY
+        delay = self.FIRST_DELAY
         while True:
             began = time.monotonic()
             try:
@@ -336,16 +321,16 @@ class Link:
                 self._lost(error)
             except Exception:  # a bug, which must not end what has to go on
                 log.exception("%s failed, and begins anew", work.__qualname__)
-            if time.monotonic() - began > LAST_DELAY + REDIS_TIMEOUT:
-                delay = FIRST_DELAY
+            if time.monotonic() - began > self.LAST_DELAY + REDIS_TIMEOUT:
+                delay = self.FIRST_DELAY
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
-            delay = min(delay * 2, LAST_DELAY)
+            delay = min(delay * 2, self.LAST_DELAY)
 
     def client(self, may_connect: Callable[[], bool]) -> Any:
         """A client of one's own, whose connections are made, or made anew, only where one may."""
         client = self._open(lambda: not self._closed and may_connect())
         self._pools.append(client.connection_pool)
-        self._sentinels += sentinel_pools(client)  # now: redis-py 8.1 may lose one as it asks them
+        self._sentinels += sentinel_pools(client)
         return client
 
     @property
@@ -355,11 +340,10 @@ class Link:
 
     async def follow_master(self) -> None:
         """Leave a master in whose place Sentinel has put another: for seconds it may not know that."""
-        manager, name = self._pools[0].sentinel_manager, self._pools[0].service_name
         while True:
-            with contextlib.suppress(*REDIS_ERRORS):  # that Sentinels are away is no fault of Redis
-                master = await manager.discover_master(name)
-                for pool in self._pools:
+            for pool in self._pools:  # each may ask another Sentinel, and these may not agree
+                with contextlib.suppress(*REDIS_ERRORS):  # that they are away is no fault of Redis
+                    master = await pool.sentinel_manager.discover_master(pool.service_name)
                     if pool.master_address not in (None, master):
                         await pool.disconnect()
             await asyncio.sleep(BEAT_INTERVAL)
@@ -387,7 +371,7 @@ class Link:
         self.up = False
         self._why, self._fault = str(error), fault_of(error)
         if self._fault:  # longer than any work waits before it tries again
-            self._faulty_until = time.monotonic() + LAST_DELAY * 2
+            self._faulty_until = time.monotonic() + self.LAST_DELAY * 2
         if self._timer is None and self._said != ("faulty" if self._fault else "lost"):
             self._timer = asyncio.get_running_loop().call_later(1.0, self._tell)
 
@@ -562,17 +546,29 @@ def open_redis(url: str, password: str, may_connect: Callable[[], bool] = lambda
     return client
 
 
+class Sentinels(Sentinel):
+    """Asked by one connection at a time: of two, redis-py 8.1 loses the Sentinel that is away."""
+
+    def __init__(self, *places: Any, **options: Any) -> None:
+        super().__init__(*places, **options)  # type: ignore[no-untyped-call]  # it has no types
+        self._asking = asyncio.Lock()
+
+    async def discover_master(self, name: str) -> Any:
+        """Where it is."""
+        async with self._asking:
+            return await super().discover_master(name)
+
+
 def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[str, Any]) -> Any:
     """A client for the Redis of which the Sentinels say that it is the master now.
 
     Sentinels are asked without user and password, as they are by default.
     """
-    make: Any = Sentinel  # it has no types
     urls = [parse_url(f"redis://{host}") for host in found["hosts"].split(",")]
     places = [(one["host"], one.get("port", 26379)) for one in urls]
     login = parse_url(f"redis://{found['login'] or ''}@host/{found['db'] or 0}")
     del login["host"]
-    sentinel = make(places, sentinel_kwargs=options, **{**options, **login, **more})
+    sentinel = Sentinels(places, sentinel_kwargs=options, **{**options, **login, **more})
     return sentinel.master_for(found["name"] or "mymaster")
 
 
@@ -599,6 +595,19 @@ class Waiting(NamedTuple):
 
 class Publisher:
     """Puts notes into streams, in order, behind a bounded queue that outlives Redis."""
+
+    #: Topics of notes before which GUILDS has what they are about.
+    OF_A_GUILD: Final = ("guild", "change")
+    #: The most entries of a stream, and of those that are kept to be sent again to an emptied Redis;
+    #: and for how many seconds these are.
+    STREAM_LENGTH: Final = 20_000
+    RECENT_AGE: Final = 30.0
+    #: Milliseconds for which a stream lasts that gets nothing: its last entry tells who comes back
+    #: that nothing was missed.
+    STREAM_LASTS: Final = 86_400_000
+    #: Entries and bytes that may wait for Redis.
+    MOST_WAITING: Final = 100_000
+    MOST_WAITING_BYTES: Final = 67_108_864
 
     def __init__(
         self,
@@ -673,10 +682,10 @@ class Publisher:
     def _put(self, stream: str, note: Note) -> None:
         """Never waits; past the bounds the oldest goes."""
         data = msgspec.msgpack.encode(note)
-        guild = note.detail if stream == CONTROL and note.topic in OF_A_GUILD else ""
+        guild = note.detail if stream == CONTROL and note.topic in self.OF_A_GUILD else ""
         self._queue.append(Waiting(stream, note.term, data, guild, time.monotonic()))
         self._bytes += len(data)
-        while len(self._queue) > MOST_WAITING or self._bytes > MOST_WAITING_BYTES:
+        while len(self._queue) > self.MOST_WAITING or self._bytes > self.MOST_WAITING_BYTES:
             self._numbers[self._drop_oldest().stream] += 1  # a gap for readers to see
             if not self.dropped:
                 log.error("other nodes miss events: Redis was away for too long or took too little")
@@ -749,15 +758,17 @@ class Publisher:
             fields = {"n": item.data, "i": item.number}
             pipe.xadd(item.stream, fields, minid=max(0, self._now - self._age))
         for stream in streams:
-            pipe.xtrim(stream, maxlen=STREAM_LENGTH, approximate=True)
-            pipe.pexpire(stream, STREAM_LASTS)
+            pipe.xtrim(stream, maxlen=self.STREAM_LENGTH, approximate=True)
+            pipe.pexpire(stream, self.STREAM_LASTS)
         answers = await pipe.execute()
         self._now = int(next(a for a in answers if isinstance(a, bytes)).partition(b"-")[0])
         self._bytes -= sum(len(item.data) for item in self._batch)
         self._recent.extend(self._batch)
         self._batch = []
-        oldest = time.monotonic() - RECENT_AGE
-        while self._recent and (len(self._recent) > MOST_RECENT or self._recent[0].since < oldest):
+        oldest = time.monotonic() - self.RECENT_AGE
+        while self._recent and (
+            len(self._recent) > self.STREAM_LENGTH or self._recent[0].since < oldest
+        ):
             self._recent.popleft()
 
 
@@ -792,6 +803,12 @@ class Tail:
 
 class Reader:
     """Reads the control stream and those of the guilds that this node's clients are in."""
+
+    #: Entries of one stream that are read at a time.
+    BATCH_READ: Final = 1_000
+    #: Seconds for which a guild that nobody watches any more is still read: a page may only reload.
+    LINGER: Final = 15.0
+    PROBE_INTERVAL: Final = 5.0
 
     def __init__(self, link: Link, source: str, hearing: Hearing) -> None:
         self._link = link
@@ -839,7 +856,7 @@ class Reader:
         for stream, tail in list(self._tails.items()):
             is_needed = stream in needed or stream in (CONTROL, self._own)
             tail.idle_since = math.inf if is_needed else min(tail.idle_since, now)
-            if now - tail.idle_since >= LINGER:
+            if now - tail.idle_since >= self.LINGER:
                 del self._tails[stream]
 
     # -- hearing oneself
@@ -856,13 +873,13 @@ class Reader:
     @property
     def deaf(self) -> bool:
         """Whether two of its own probes went unheard."""
-        return time.monotonic() - self._heard > PROBE_INTERVAL * 2.5
+        return time.monotonic() - self._heard > self.PROBE_INTERVAL * 2.5
 
     async def probe(self) -> None:
         """Hear oneself through Redis, or read anew."""
         while True:
             await self.poke()
-            await asyncio.sleep(PROBE_INTERVAL)
+            await asyncio.sleep(self.PROBE_INTERVAL)
             if self.deaf and self._link.up:
                 log.error("this node does not hear itself through Redis; it subscribes anew")
                 await self._link.redis.connection_pool.disconnect()
@@ -880,7 +897,7 @@ class Reader:
                 await self._hearing.catch_up()
                 self.missed = False
             where = {stream: tail.last for stream, tail in self._tails.items()}
-            answer = await self._link.redis.xread(where, count=BATCH_READ, block=1000)
+            answer = await self._link.redis.xread(where, count=self.BATCH_READ, block=1000)
             self._link.found()
             self._notice_gap()
             found = {stream.decode(): entries for stream, entries in answer}
@@ -912,7 +929,7 @@ class Reader:
         cut = [
             counted[-1][0]
             for stream, counted in streams.items()
-            if counted and len(found[stream]) == BATCH_READ
+            if counted and len(found[stream]) == self.BATCH_READ
         ]
         limit = min(cut, default=math.inf)
         await self._hearing.prepare([entry.note for _, entry in streams.get(CONTROL, ())])
@@ -1011,6 +1028,14 @@ class LeaseState(enum.Enum):
 
 class Lease:
     """The right to hold the gateway, as Redis gives it to this node and takes it away."""
+
+    #: Seconds of contact with Redis before a gateway that nobody holds may be taken, so that a
+    #: holder that is alive comes first: where it has run out; where Redis knows no term, and nobody
+    #: told of one (else LOCK_TIME: a holder that is cut off from Redis counts on that).
+    EXPIRED_PATIENCE: Final = 1.0
+    FIRST_PATIENCE: Final = 1.5
+    #: Seconds, by Redis' clock, in which a claim counts: who was frozen does not act on old ones.
+    CLAIM_LASTS: Final = 1.0
 
     def __init__(self, link: Link, source: str) -> None:
         self._link = link
@@ -1113,10 +1138,10 @@ class Lease:
         now = boot_clock()
         if self._offset is None:
             return 0, 0
-        until = int(self._offset + (now + CLAIM_LASTS) * 1000)
+        until = int(self._offset + (now + self.CLAIM_LASTS) * 1000)
         empty = min(contact, now - self._empty_since)
-        patience = LOCK_TIME if self.known else FIRST_PATIENCE
-        return until * (contact >= EXPIRED_PATIENCE), until * (empty >= patience)
+        patience = LOCK_TIME if self.known else self.FIRST_PATIENCE
+        return until * (contact >= self.EXPIRED_PATIENCE), until * (empty >= patience)
 
     async def _become(self, term: int, until: float) -> None:
         before, self.term, self._until = self.term, term, until
@@ -1834,12 +1859,16 @@ def has_all_after(entries: list[Entry], position: int) -> bool:
 
 
 def logged(guild_id: str, note: Note) -> Logged:
-    frame = RoomFrame(note.body, encode_offset(note.position))
-    return Logged.of(Destination(guild_id, note.topic, note.detail), frame, note.position)
+    frame = RoomFrame.of(note.body, encode_offset(note.position))
+    to = Destination(guild_id, note.topic, note.detail)
+    return Logged(note.position, time.monotonic(), to, frame.tracked)
 
 
 class Snapshots:
     """What the plugins at the holder have for new subscribers of any node."""
+
+    #: That may be under way to this node's.
+    MOST_SNAPSHOTS: Final = 1_000
 
     def __init__(self, plugins: PluginHost, publisher: Publisher) -> None:
         self._plugins = plugins
@@ -1853,7 +1882,7 @@ class Snapshots:
             return
         ticket = secrets.token_hex(8)
         self._waiting[ticket] = tell
-        if len(self._waiting) > MOST_SNAPSHOTS:
+        if len(self._waiting) > self.MOST_SNAPSHOTS:
             self._waiting.popitem(last=False)
         self._publisher.tell("subscribed", ticket, (kind, guild_id, viewer))
 
@@ -1887,6 +1916,9 @@ class Snapshots:
 class Windows:
     """The throttle's open windows, kept in Redis for whoever holds the gateway next."""
 
+    #: Milliseconds for which Redis keeps those that have ended: a takeover takes less.
+    WINDOWS_LAST: Final = 60_000
+
     def __init__(self, link: Link, lease: Lease, throttle: Throttle) -> None:
         self._link = link
         self._lease = lease
@@ -1912,7 +1944,7 @@ class Windows:
             return True
         lasts = max(self._throttle.windows.values(), default=0.0) * 1000
         rows = [value for topic in topics for value in self._row(topic)]
-        args = [self._lease.source, int(lasts) + WINDOWS_LAST, *rows]
+        args = [self._lease.source, int(lasts) + self.WINDOWS_LAST, *rows]
         return bool(await self._keep(keys=[GATEWAY, WINDOWS], args=args))
 
     def _row(self, topic: Topic) -> tuple[bytes, int | str, bytes]:
@@ -1962,6 +1994,11 @@ class Windows:
 class Terms:
     """Runs gateway and plugins in each term of this node, from where the last holder was."""
 
+    #: Seconds that what the last holder was to send waits for Discord to send its guild.
+    FILL_PATIENCE: Final = 30.0
+    #: Positions that the last holder may have come to since it was heard: ten seconds.
+    UNHEARD_POSITIONS: Final = 1_000_000
+
     def __init__(self, node: ClusterNode, parts: Parts) -> None:
         self._node = node
         self._parts = parts
@@ -1986,7 +2023,7 @@ class Terms:
         """All hear of the term before anything else is told in it."""
         node, logs = self._node, self._parts.recovery.logs
         node.lease.led = term
-        logs.reach(max(clock_position(), logs.position + UNHEARD_POSITIONS))
+        logs.reach(max(clock_position(), logs.position + self.UNHEARD_POSITIONS))
         node.publisher.begin_term(logs.position)
         node.publisher.tell_as_holder("beat", content=False)
         node.hearing.begin_term(term)
@@ -2004,7 +2041,7 @@ class Terms:
     async def _remake(self, topic: Topic) -> None:
         """What was to be sent by the last holder; names are there once Discord has sent the guild."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FILL_PATIENCE):
+            async with asyncio.timeout(self.FILL_PATIENCE):
                 while not self._node.access.is_whole(int(topic.guild_id)):
                     await self._node.known.wait()
         make = functools.partial(self._node.snapshots.make, topic)
@@ -2226,6 +2263,9 @@ def measure(node: ClusterNode, gauge: Callable[[str, str, Callable[[], float]], 
 class SharedTables(Shared):
     """What one plugin keeps in Redis, for as long as the gateway is this node's by `term`."""
 
+    #: Members read at a time: a few milliseconds of Redis, and of whoever takes them.
+    CHUNK: Final = 2_000
+
     def __init__(self, link: Link, term: int, plugin: str) -> None:
         self._link = link
         self._term = term
@@ -2245,7 +2285,7 @@ class SharedTables(Shared):
                 page, keys = await self._link.redis.scan(page, match=f"{prefix}*", count=1000)
                 cursor = b"0"
                 while keys:
-                    args = [SHARED_CHUNK, cursor, len(prefix) + 1]
+                    args = [self.CHUNK, cursor, len(prefix) + 1]
                     chunk, done, cursor = await self._read(keys=keys, args=args)
                     keys = keys[done:]
                     yield chunk.decode()
@@ -2295,6 +2335,10 @@ def decode_forgotten(entry: bytes) -> tuple[int | None, int] | None:
         return None
 
 
+#: Seconds for which the holder, or one that takes over meanwhile, can read whom to forget.
+FORGOTTEN_AGE: Final = 300
+
+
 async def forget_shared(settings: Settings, member_id: int, guild_id: int | None) -> int:
     """Remove a member from what plugins keep in Redis, and have the holder of the gateway follow.
 
@@ -2325,11 +2369,11 @@ class SharedCounters(Counters):
         super().__init__()
         self._link = link
 
-    async def _ask(self, *commands: tuple[Any, ...]) -> list[Any] | None:
-        """The answers to some commands; None when Redis is not there in time."""
+    async def _ask(self, key: str, *commands: tuple[Any, ...]) -> list[Any] | None:
+        """The answers to some commands about a key; None when Redis is not there in time."""
         pipe = self._link.redis.pipeline()
-        for command in commands:
-            pipe.execute_command(*command)
+        for name, *rest in commands:
+            pipe.execute_command(name, f"spywatcher:limits:{key}", *rest)
         try:
             async with self._link.patience():
                 return list(await pipe.execute())
@@ -2337,18 +2381,16 @@ class SharedCounters(Counters):
             return None
 
     async def count(self, key: str, seconds: float) -> int:
-        name = f"spywatcher:limits:{key}"
-        counted = await self._ask(
-            ("SET", name, 0, "PX", math.ceil(seconds * 1000), "NX"), ("INCR", name)
-        )
+        once = "SET", 0, "PX", math.ceil(seconds * 1000), "NX"
+        counted = await self._ask(key, once, ("INCR",))
         return int(counted[1]) if counted else await super().count(key, seconds)
 
     async def seconds_left(self, key: str) -> float:
-        left = await self._ask(("PTTL", f"spywatcher:limits:{key}"))
+        left = await self._ask(key, ("PTTL",))
         return max(0.0, left[0] / 1000) if left else await super().seconds_left(key)
 
     async def clear(self, key: str) -> None:
-        await self._ask(("DEL", f"spywatcher:limits:{key}"))
+        await self._ask(key, ("DEL",))
         await super().clear(key)
 
 
@@ -2401,7 +2443,8 @@ class SharedConnections(OpenConnections):
         own, others = OPEN + self._source, list(self._others())
         here = {whose: self[whose] for whose in news if whose in self and not self._closed}
         pipe = self._link.redis.pipeline()
-        pipe.hdel(own, *news)
+        if gone := news.keys() - here.keys():
+            pipe.hdel(own, *gone)
         if here:
             pipe.hset(own, mapping=here)
         pipe.pexpire(own, int(ROLL_CALL * 3000))

@@ -16,11 +16,16 @@ import peers
 import report
 
 CLIENTS = 1_000
+SIZES = {"single": 1, "burst 100": 100, "burst 1000": 1_000}
 SCALE = (1, 10, 100, 1_000, 10_000)
-#: How long one turn of single events lasts, and how many turns make a round: short ones, so that
-#: what slows the machine for a while slows all servers.
+#: How long one turn of a server lasts at least, and how many make a round: short ones, so that what
+#: slows the machine for a while slows all servers. The order stays the same: whoever had two turns
+#: in a row would find its memory in the processor's cache, and be 5% faster.
 SECONDS = 0.1
 TURNS = 8
+#: To clients that can recover, and beside it what tells why it differs: the bytes of an offset in
+#: the payload, and one more server like the first, which shows how much is chance.
+RECOVERY = ["spywatcher", "spywatcher again", "spywatcher+bytes", "spywatcher+recovery"]
 #: What a server needs too long for is left out: (kind, burst) -> rounds at most.
 MOST_ROUNDS = {("stock", 100): 1, ("stock", 1000): 0, ("node", 1000): 2, ("bare", 1000): 2}
 
@@ -31,7 +36,8 @@ class Bench:
     def __init__(self, peer: peers.Peer, clients: int) -> None:
         self.peer = peer
         recover = peer.kind == "spywatcher+recovery"
-        self.load = load.Load(peer.port, awake=True, recover=recover)
+        longer = peer.kind == "spywatcher+bytes"
+        self.load = load.Load(peer.port, awake=True, recover=recover, longer=longer)
         self.load.connect(clients)
         if recover:
             self.load.first_offset = peer.usage()["offset"] + 1
@@ -44,21 +50,15 @@ class Bench:
         self.peer.send("emit", count)
         return self.load.receive(self.sent)
 
-    def singles(self) -> tuple[float, list[float]]:
-        """One turn: how long it took, and for each event the seconds from first to last client."""
+    def turn(self, size: int) -> tuple[float, list[float]]:
+        """Bursts of one size: how long all took, and for each the seconds from first to last byte."""
         spreads = []
-        self.load.expect(self.sent + 5_000)
+        self.load.expect(self.sent + 5 * max(size, 1_000))
         start = time.perf_counter()
         while (spent := time.perf_counter() - start) < SECONDS:
-            first, last = self.emit(1)
+            first, last = self.emit(size)
             spreads.append(last - first)
         return spent, spreads
-
-    def burst(self, count: int) -> float:
-        self.load.expect(self.sent + count)
-        start = time.perf_counter()
-        self.emit(count)
-        return self.clients * count / (time.perf_counter() - start)
 
     def steady(self, rate: int, seconds: float) -> dict[str, float]:
         """Latency in ms from when an event was due, CPU share of one core, and how late it ended."""
@@ -93,18 +93,20 @@ def latencies_ms(
     ]
 
 
-def singles(benches: list[Bench]) -> dict[str, tuple[float, list[float]]]:
-    """One round, in turns: deliveries a second, and seconds from first to last client."""
+def measure(
+    benches: list[Bench], size: int, turns: int = TURNS
+) -> dict[str, tuple[float, list[float]]]:
+    """One round of bursts, in turns: deliveries a second, and seconds from first to last byte."""
     spent: dict[str, float] = defaultdict(float)
     spreads: dict[str, list[float]] = defaultdict(list)
-    for number in range(TURNS):
-        for bench in benches if number % 2 else reversed(benches):
-            seconds, found = bench.singles()
+    for _ in range(turns):
+        for bench in benches:
+            seconds, found = bench.turn(size)
             spent[bench.peer.kind] += seconds
             spreads[bench.peer.kind] += found
     return {
         bench.peer.kind: (
-            bench.clients * len(spreads[bench.peer.kind]) / spent[bench.peer.kind],
+            bench.clients * size * len(spreads[bench.peer.kind]) / spent[bench.peer.kind],
             spreads[bench.peer.kind],
         )
         for bench in benches
@@ -117,19 +119,40 @@ def compare(kinds: list[str], rounds: int) -> dict[str, Any]:
     with peers.started(kinds) as started:
         benches = [Bench(peer, CLIENTS) for peer in started]
         for _ in range(rounds * 4):
-            for kind, (rate, spreads) in singles(benches).items():
+            for kind, (rate, spreads) in measure(benches, 1).items():
                 figures[kind]["single"].append(rate)
                 figures[kind]["spread"] += spreads
         for size in (100, 1000):
             for number in range(rounds):
-                for bench in benches:
-                    if number < MOST_ROUNDS.get((bench.peer.kind, size), rounds):
-                        figures[bench.peer.kind][f"burst {size}"].append(bench.burst(size))
+                turn = [
+                    bench
+                    for bench in benches
+                    if number < MOST_ROUNDS.get((bench.peer.kind, size), rounds)
+                ]
+                for kind, (rate, _) in measure(turn, size, turns=1).items():
+                    figures[kind][f"burst {size}"].append(rate)
         for _ in range(rounds):
             for bench in benches:
                 if bench.peer.kind.startswith("spywatcher"):
                     figures[bench.peer.kind]["steady"].append(bench.steady(1_000, 3.0))
     return figures
+
+
+def cost_of_recovery(starts: int, rounds: int) -> dict[str, Any]:
+    """Deliveries a second as a share of the first server's in the same round; by kind and measure.
+
+    Each start is of new processes: one may be some percent faster than its equal while it lives.
+    """
+    shares: dict[str, Any] = defaultdict(lambda: defaultdict(list))
+    for number in range(starts):
+        with peers.started(RECOVERY[:: -1 if number % 2 else 1]) as started:
+            benches = [Bench(peer, CLIENTS) for peer in started]
+            for _ in range(rounds):
+                for name, size in SIZES.items():
+                    rates = {kind: rate for kind, (rate, _) in measure(benches, size).items()}
+                    for kind, rate in rates.items():
+                        shares[kind][name].append(rate / rates["spywatcher"])
+    return shares
 
 
 def scale(kinds: list[str], sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
@@ -144,8 +167,8 @@ def scale(kinds: list[str], sizes: tuple[int, ...], rounds: int) -> dict[str, An
             for kind in kinds:
                 with peers.started([kind]) as [peer]:
                     bench = Bench(peer, size)
-                    rates[kind]["single"].append(singles([bench])[kind][0])
-                    rates[kind]["burst 100"].append(bench.burst(100))
+                    rates[kind]["single"].append(measure([bench], 1)[kind][0])
+                    rates[kind]["burst 100"].append(measure([bench], 100, turns=1)[kind][0])
                     bench.load.close()
         for kind in kinds:
             figures[kind][str(size)] = {
@@ -198,6 +221,18 @@ def show(results: dict[str, Any]) -> None:
     report.show(f"Steady stream, {CLIENTS:,} clients", header, rows)
 
 
+def show_recovery(shares: dict[str, Any]) -> dict[str, Any]:
+    """Also returns what it shows: by kind and measure, the median of all rounds."""
+    found = {
+        kind: {name: report.median(values) for name, values in by_name.items()}
+        for kind, by_name in shares.items()
+    }
+    rows = [[peers.NAMES[kind], *(found[kind][name] for name in SIZES)] for kind in RECOVERY[1:]]
+    header = ["by SpyWatcher to clients that cannot recover", *SIZES]
+    report.show("What recovery costs: deliveries a second, and how much is chance", header, rows)
+    return found
+
+
 def main() -> None:
     options = report.parse_arguments(__doc__ or "", compares=True)
     quick = options.quick
@@ -206,6 +241,9 @@ def main() -> None:
         kinds.append(peers.add_checkout(options.checkout))
     results = summary(compare(kinds, rounds=1 if quick else 3))
     show(results)
+    recovery = {}
+    if "spywatcher+recovery" in kinds:
+        recovery = show_recovery(cost_of_recovery(starts=1 if quick else 4, rounds=3))
     if options.only:
         return
     sizes = SCALE[:4] if quick else SCALE
@@ -217,7 +255,8 @@ def main() -> None:
     ]
     header = ["deliveries a second", *(f"{size:,} clients" for size in sizes)]
     report.show("Scaling", header, rows)
-    report.keep("fanout", {"clients": CLIENTS, "servers": results, "scaling": scaling})
+    figures = {"clients": CLIENTS, "servers": results, "recovery": recovery, "scaling": scaling}
+    report.keep("fanout", figures)
 
 
 if __name__ == "__main__":

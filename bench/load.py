@@ -86,12 +86,17 @@ class Load:
     come: to wake a sleeper up is work for who sends, and comes and goes as the two fall in step.
     """
 
-    def __init__(self, port: int, *, awake: bool = False, recover: bool = False) -> None:
-        """With `recover` each event has its offset, and the number of the first is `first_offset`."""
+    def __init__(
+        self, port: int, *, awake: bool = False, recover: bool = False, longer: bool = False
+    ) -> None:
+        """With `recover` each event has its offset, and the number of the first is `first_offset`;
+        its payload can be `longer` by as many bytes.
+        """
         self._port = port
         self._recover = recover
         self.first_offset = 0
-        self.frame_bytes = len(bare_server.event_frame(0, 10**12)) if recover else FRAME_BYTES
+        self._longer = event.OFFSET_BYTES if longer else 0
+        self.frame_bytes = len(self._frame(0))
         self._awake = awake
         self._epoll = select.epoll()
         self.clients: dict[int, Client] = {}
@@ -148,9 +153,8 @@ class Load:
         self._expected += b"".join(map(self._frame, range(have, count)))
 
     def _frame(self, number: int) -> bytes:
-        return bare_server.event_frame(
-            number, self.first_offset + number if self._recover else None
-        )
+        offset = self.first_offset + number if self._recover else None
+        return bare_server.event_frame(number, offset, self._longer)
 
     def receive(self, upto: int, timeout: float = 120.0) -> tuple[float, float]:
         """Read until every client has had event `upto - 1`; returns when the first and last byte came."""

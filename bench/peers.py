@@ -26,7 +26,9 @@ NODE = ["node", "--expose-gc", str(SERVERS / "node_server.mjs"), event.GUILD, ev
 COMMANDS = {
     "spywatcher": [sys.executable, str(SERVERS / "spywatcher_server.py")],
     "spywatcher+uvloop": [sys.executable, str(SERVERS / "spywatcher_server.py"), "--uvloop"],
+    "spywatcher again": [sys.executable, str(SERVERS / "spywatcher_server.py")],
     "spywatcher+recovery": [sys.executable, str(SERVERS / "spywatcher_server.py")],
+    "spywatcher+bytes": [sys.executable, str(SERVERS / "spywatcher_server.py"), "--longer"],
     "node": NODE,
     "stock": [sys.executable, str(SERVERS / "stock_server.py")],
     "bare": [sys.executable, str(SERVERS / "bare_server.py")],
@@ -34,7 +36,9 @@ COMMANDS = {
 NAMES = {
     "spywatcher": "SpyWatcher",
     "spywatcher+uvloop": "SpyWatcher on uvloop",
+    "spywatcher again": "SpyWatcher once more",
     "spywatcher+recovery": "SpyWatcher, to clients that can recover",
+    "spywatcher+bytes": "SpyWatcher, as many bytes in the payload instead",
     "node": "Node socket.io",
     "stock": "python-socketio",
     "bare": "bare send loop",

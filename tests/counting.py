@@ -121,8 +121,7 @@ class Counting:
 
     def reconfigure(self, **settings: Any) -> None:
         """New settings, as a reload brings them."""
-        tables = {self.plugin: settings}
-        self._host.reconfigure(tables, self._plugins.check(tables))
+        self._host.reconfigure({self.plugin: settings})
 
     async def flush(self) -> None:
         """Hand all counts to the disk or to Redis, as happens twice a second."""

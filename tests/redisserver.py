@@ -81,7 +81,10 @@ class RedisServer:
             shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
             (self.folder / "appendonly.aof").unlink(missing_ok=True)
         self.process = await asyncio.create_subprocess_exec(
-            self._program, *self._arguments(), stdout=asyncio.subprocess.DEVNULL
+            self._program,
+            *self._arguments(),
+            stdout=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl+C is for who uses it, and it goes last
         )
         await eventually(self.answers, timeout=10)
 
@@ -116,7 +119,8 @@ class RedisServer:
     async def kill(self) -> None:
         """End it as a power cut does."""
         if self.process is not None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # somebody else has ended it
+                self.process.kill()
             await self.process.wait()
             self.process = None
 
@@ -210,7 +214,7 @@ class Proxy:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            while data := await reader.read(65_536):
+            while not writer.is_closing() and (data := await reader.read(65_536)):
                 await self._flowing.wait()
                 if self.delay:
                     await asyncio.sleep(self.delay)

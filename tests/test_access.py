@@ -486,7 +486,7 @@ class Ear:
     def take(self) -> list[Any]:
         """What has come since, without an answer to a poll."""
         queue = self.session.queue
-        packets = [frame.encode() for frame in queue.take()]
+        packets = spywatcher.packets_in(queue.take())
         queue.begin(None)
         return [json.loads(packet[2:]) for packet in packets if packet.startswith("42")]
 

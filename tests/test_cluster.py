@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import signal
 import sys
@@ -42,7 +43,7 @@ import spywatcher
 import spywatcher_cluster
 from simulator import GatewaySocket, Guild, Op, Packet, Permission, PretendDiscord, hidden_except
 from spywatcher import Keys, Server, Tokens, Topic, Viewer
-from spywatcher_cluster import Windows
+from spywatcher_cluster import Link, Publisher, Reader, Windows
 
 pytestmark = pytest.mark.logs(
     r"no connection to Redis",
@@ -231,7 +232,7 @@ async def all_recover(dashboards: list[Dashboard], count: int) -> None:
 
 
 async def test_who_comes_back_to_its_node_gets_what_it_missed_once(nodes, guild, monkeypatch):
-    monkeypatch.setattr(spywatcher_cluster, "LINGER", 0.1)
+    monkeypatch.setattr(Reader, "LINGER", 0.1)
     for _ in range(2):
         await nodes.add()
     await nodes.ready()
@@ -242,7 +243,7 @@ async def test_who_comes_back_to_its_node_gets_what_it_missed_once(nodes, guild,
 
 
 async def test_a_node_reads_on_for_who_may_come_back_alone(nodes, guild, monkeypatch):
-    monkeypatch.setattr(spywatcher_cluster, "LINGER", 0.1)
+    monkeypatch.setattr(Reader, "LINGER", 0.1)
     for _ in range(2):
         await nodes.add()
     await nodes.ready()
@@ -551,7 +552,7 @@ async def test_who_was_cut_off_for_long_learns_anew_who_may_see_what(nodes, guil
 async def test_what_waited_for_long_is_sent_and_not_kept_to_be_sent_again(
     nodes, guild, monkeypatch
 ):
-    monkeypatch.setattr(spywatcher_cluster, "RECENT_AGE", 0.0)
+    monkeypatch.setattr(Publisher, "RECENT_AGE", 0.0)
     dashboards = await two_nodes(nodes)
     for number in range(3):
         say(nodes.servers[0], guild, number)
@@ -625,6 +626,31 @@ async def test_a_cancellation_that_redis_swallows_at_a_takeover_holds_up_no_stop
     started = time.monotonic()
     await server.stop()
     assert time.monotonic() - started < 2
+
+
+async def test_a_node_that_holds_the_gateway_again_says_when_it_is_connected(nodes, caplog):
+    caplog.set_level(logging.INFO, "spywatcher")
+    lease = (await nodes.add()).node.lease
+    for times in (1, 2):
+        await eventually(
+            lambda n=times: caplog.text.count("connected to Discord: a new session") == n,
+            timeout=15,
+        )
+        await lease.release()
+        lease.wanted = True
+
+
+@pytest.mark.logs("plugins and gateway not closed within 0.5 s")
+async def test_a_holder_whose_plugins_never_finish_lets_go_of_the_gateway(nodes, tmp_path):
+    (tmp_path / "stuck.py").write_text(
+        "import asyncio\nasync def teardown(spy):\n    await asyncio.Event().wait()\n"
+    )
+    holder = await nodes.add(plugins={"folders": [str(tmp_path)]}, server={"shutdown_grace": 0.5})
+    await nodes.ready()
+    next_one = await nodes.add()
+    await nodes.ready()
+    await holder.stop()
+    await eventually(next_one.node.lease.holds, timeout=2)
 
 
 @asynccontextmanager
@@ -953,7 +979,7 @@ async def test_connections_are_counted_on_all_nodes_together(nodes, redis, limit
 async def test_of_clients_that_come_at_once_at_two_nodes_no_more_get_in_than_may(
     nodes, redis, monkeypatch
 ):
-    monkeypatch.setattr(spywatcher_cluster, "PATIENCE", 5.0)  # on a busy machine Redis seems slow
+    monkeypatch.setattr(Link, "PATIENCE", 5.0)  # on a busy machine Redis seems slow
     for _ in range(2):
         await nodes.add(limits={"connections_per_viewer": 10})
     await nodes.ready()
@@ -1085,7 +1111,7 @@ async def grown(redis: RedisServer, stream: str, length: int) -> bool:
 
 @pytest.mark.logs("does not hear itself")
 async def test_a_deaf_node_says_so_and_subscribes_anew(nodes, redis, monkeypatch):
-    monkeypatch.setattr(spywatcher_cluster, "PROBE_INTERVAL", 0.2)
+    monkeypatch.setattr(Reader, "PROBE_INTERVAL", 0.2)
     await two_nodes(nodes)
     server = nodes.servers[0]
     own = f"spywatcher:node:{server.node.source}"
@@ -1102,7 +1128,7 @@ async def test_a_deaf_node_says_so_and_subscribes_anew(nodes, redis, monkeypatch
 async def test_what_waits_for_redis_is_bounded_and_the_oldest_goes(
     nodes, redis, guild, monkeypatch
 ):
-    monkeypatch.setattr(spywatcher_cluster, "MOST_WAITING", 100)
+    monkeypatch.setattr(Publisher, "MOST_WAITING", 100)
     dashboards = await two_nodes(nodes)
     say(nodes.servers[0], guild, 0)
     await eventually(lambda: len(numbers(dashboards[1])) == 1)
@@ -1128,7 +1154,7 @@ def streams(server: Server) -> float | None:
 
 
 async def test_a_node_reads_only_the_guilds_of_its_own_clients(nodes, redis, guild, monkeypatch):
-    monkeypatch.setattr(spywatcher_cluster, "LINGER", 0.1)
+    monkeypatch.setattr(Reader, "LINGER", 0.1)
     await nodes.add()
     await nodes.add()
     await nodes.ready()

@@ -1,7 +1,9 @@
 """The commands, as an operator types them."""
 
+import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 
@@ -254,6 +256,18 @@ def test_check_refuses_bad_settings(tmp_path, command):
     status, out, log = command("--config", write_settings(tmp_path, {"sever": {}}), "check")
     assert (status, out) == (2, [])
     assert log[0].endswith("sever: unknown table, did you mean server?")
+
+
+@pytest.mark.parametrize("name", ["types", "check"])
+async def test_who_reads_only_the_beginning_of_what_is_printed_sees_no_traceback(name):
+    read, write = os.pipe()
+    os.close(read)  # as `head` does, once it has enough
+    arguments = [sys.executable, str(ROOT / "spywatcher.py"), name]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*arguments, stdout=write, stderr=pipe)
+    os.close(write)
+    _, said = await process.communicate()
+    assert (process.returncode, said) == (1, b"")
 
 
 # ---- token

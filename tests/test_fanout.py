@@ -39,7 +39,7 @@ def cut_off(spy, reason="too slow"):
 
 def broadcast(rooms, room, event, payload, hidden=None):
     packet = spywatcher.event_packet(event, payload)
-    rooms.send(room, spywatcher.RoomFrame(packet), hidden)
+    rooms.send(room, spywatcher.RoomFrame.of(packet), hidden)
 
 
 def session_of(spy, client):
@@ -160,9 +160,9 @@ def writes(monkeypatch):
     noted = []
     original = Session.write
 
-    def write(session, frames, data):
-        noted.append((session, len(frames), data))
-        return original(session, frames, data)
+    def write(session, frames):
+        noted.append((session, len(list(spywatcher.packets_in(frames))), frames))
+        return original(session, frames)
 
     monkeypatch.setattr(Session, "write", write)
     return noted

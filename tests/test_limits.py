@@ -337,6 +337,17 @@ async def test_a_connect_on_a_transport_that_is_in_is_refused_with_a_message(spy
     assert (await raw.read()).startswith('431[{"ok":true')
 
 
+async def test_a_connect_that_a_browser_posts_again_is_not_refused(spy):
+    """Its connection was reset before the answer; a refusal would end the stock client for good."""
+    path = await open_poll(spy)
+    token = json.dumps({"token": spy.token(role="ADMIN")})
+    for _ in range(2):
+        assert (await fetch(spy, path, method="POST", body=f"40{token}")).code == 200
+    packets = (await fetch(spy, path)).body.decode().split("\x1e")
+    assert [packet[:2] for packet in packets] == ["40", "42"]
+    assert len(spy.server.dashboards) == 1
+
+
 TIGHT = {"events_per_connection": "3/minute", "rooms_per_connection": 1}
 
 

@@ -257,9 +257,13 @@ def held(doing: Callable[[], object]) -> float:
     return spywatcher.seconds_held(time.perf_counter() - began, before)
 
 
+#: A thread that had to make way for others while it blocked is given the benefit of the doubt.
+TRIES = 20
+
+
 @pytest.mark.parametrize("blocks", [work, time.sleep], ids=["computes", "sleeps"])
 def test_who_works_or_sleeps_is_named_with_how_long(blocks: Callable[[float], None]) -> None:
-    assert any(held(lambda: blocks(0.15)) > 0.14 for _ in range(3))
+    assert any(held(lambda: blocks(0.15)) > 0.14 for _ in range(TRIES))
 
 
 def test_who_starts_a_thread_on_a_busy_machine_is_not_named() -> None:
@@ -276,7 +280,7 @@ def test_who_starts_a_thread_on_a_busy_machine_is_not_named() -> None:
 
 def test_many_short_waits_are_a_long_one() -> None:
     naps = [0.003] * 40
-    assert any(held(lambda: [time.sleep(nap) for nap in naps]) > 0.1 for _ in range(3))
+    assert any(held(lambda: [time.sleep(nap) for nap in naps]) > 0.1 for _ in range(TRIES))
 
 
 def test_who_waited_for_the_interpreter_is_not_named() -> None:

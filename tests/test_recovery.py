@@ -464,6 +464,17 @@ async def test_a_return_replaces_its_half_open_connection(watching: Watching) ->
         assert len(spy.server.dashboards) == 1
 
 
+async def test_who_is_back_before_its_lost_connection_is_cleared_away_recovers(spy: Watch) -> None:
+    """As on a busy machine, where both are read in one turn of the loop."""
+    said, _, _ = await bare_page(spy)
+    [lost] = spy.server.socketio.eio.sockets.values()
+    back = await spy.raw(headers=PAGE)
+    [session] = [one for one in spy.server.socketio.eio.sockets.values() if one is not lost]
+    lost.lose()
+    await session.feed("40" + json.dumps(said))
+    assert json.loads(str(await back.read())[2:])["pid"] == said["pid"]
+
+
 async def test_metrics_tell_who_recovered_and_why_not(spy: Watch) -> None:
     dashboard = await page(spy)
     await away(spy, dashboard)

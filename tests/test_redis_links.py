@@ -498,6 +498,27 @@ async def test_two_nodes_meet_where_sentinel_says(pair, watched):
         await nodes.exchange()
 
 
+async def test_a_sentinel_that_is_away_as_a_node_comes_is_asked_later_on(watched) -> None:
+    """They are looked at by name: that of the test that is there must not go, or no master is known."""
+    link = Link(RedisSettings(url=watched.url), "")
+    manager = link.redis.connection_pool.sentinel_manager
+    named = set(manager.sentinels)
+    await asyncio.gather(*(link.redis.ping() for _ in range(10)))
+    assert set(manager.sentinels) == named
+    await link.close()
+
+
+async def test_a_sentinel_that_is_asked_while_a_node_stops_is_left(watched) -> None:
+    for turns in range(0, 60, 3):
+        link = Link(RedisSettings(url=watched.url), "")
+        asking = asyncio.create_task(link.redis.ping())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await link.close()
+        await asyncio.gather(asking, return_exceptions=True)
+    await eventually(lambda: no_clients(watched.sentinel))
+
+
 @pytest.mark.faults
 @pytest.mark.logs("no connection to Redis", "Redis refuses this node", required=False)
 @pytest.mark.parametrize("killed", [False, True], ids=["SENTINEL FAILOVER", "master killed"])

@@ -20,9 +20,9 @@ def frame(payload: bytes) -> bytes:
     return b"\x81" + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")) + payload
 
 
-def event_frame(number: int, offset: int | None = None) -> bytes:
+def event_frame(number: int, offset: int | None = None, longer: int = 0) -> bytes:
     """With an offset as clients get it that can recover (docs/websocket-api.md, Reconnecting)."""
-    said: list[object] = ["message:new", event.message(number)]
+    said: list[object] = ["message:new", event.message(number, longer)]
     if offset is not None:
         said.append(base64.urlsafe_b64encode(offset.to_bytes(6, "big")).decode())
     return frame(b"42" + json.dumps(said, separators=(",", ":")).encode())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 GUILD = "613425648685547541"
 ROOM = f"guild:{GUILD}"
+#: What an offset adds to an event (docs/websocket-api.md, Reconnecting).
+OFFSET_BYTES = len(',"12345678"')
 SECRET = "the key that all servers of the benchmarks check tokens with"
 
 
@@ -12,11 +14,11 @@ def elsewhere(number: int) -> str:
     return str(int(GUILD) + 1 + number % 1000)
 
 
-def message(number: int) -> dict[str, str]:
-    """The payload of event `number`; its frame is 190 bytes or so, always the same."""
+def message(number: int, longer: int = 0) -> dict[str, str]:
+    """The payload of event `number`; its frame is 190 bytes or so and `longer`, always the same."""
     return {
         "userId": f"1{number:017}",
-        "username": "owl",
+        "username": "owl" + "-" * longer,
         "channelId": "417719834231439",
         "channelName": "chat",
         "timestamp": "2026-01-01T00:00:00.000Z",

@@ -67,8 +67,10 @@ def elsewhere_from(server: Server) -> control.Emit:
 
 
 def emit_from(server: Server) -> control.Emit:
+    longer = event.OFFSET_BYTES if "--longer" in sys.argv else 0
+
     def emit(number: int) -> None:
-        server.node.deliver("message:new", event.GUILD, event.message(number), "guild")
+        server.node.deliver("message:new", event.GUILD, event.message(number, longer), "guild")
 
     return emit
 
