@@ -35,6 +35,8 @@ from spywatcher import Shared, Spy
 
 #: Keys that wait in memory: about 100 bytes each.
 MOST_WAITING = 500_000
+#: The largest number in SQLite. Discord gives out larger ids from 2084 on.
+LARGEST = 2**63 - 1
 #: Rows of one statement: well within the 32,766 values that SQLite takes.
 MOST_INSERTED = 500
 #: Members that are written to Redis at a time, and seconds between two such writes: a few
@@ -235,7 +237,10 @@ class Rows:
             some = rows[first : first + MOST_INSERTED]
             places = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
             values = list(itertools.chain.from_iterable(some))
-            self.db.execute(f"INSERT INTO {table} VALUES {places}", values)
+            try:
+                self.db.execute(f"INSERT INTO {table} VALUES {places}", values)
+            except OverflowError:
+                self._insert(table, [row for row in some if max(row[1:4]) <= LARGEST])
 
     def _merge(self, table: str, into: str) -> None:
         self.db.execute(f"INSERT INTO {into} SELECT * FROM {table} WHERE true {self.shape.merge}")

@@ -75,6 +75,16 @@ async def test_repeats_of_a_typing_start_are_one(
     assert await score(counting, owls) == [("ada", 2.0)]
 
 
+async def test_an_id_too_large_for_the_store_takes_no_other_counts_along(
+    counting: Counting, owls: Guild, ada: Member
+) -> None:
+    await types(counting, owls, ada)
+    packet = typing_json(owls, ada, owls.general)
+    packet["member"]["user"]["id"] = str(2**64 - 1)
+    await counting.feed("TYPING_START", packet)
+    assert await score(counting, owls) == [("ada", 1.0)]
+
+
 async def test_scores_have_three_decimals(counting: Counting, owls: Guild, ada: Member) -> None:
     await types(counting, owls, ada)
     for _ in range(2):
