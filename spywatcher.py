@@ -2282,10 +2282,6 @@ class Session:
         """The same once this turn of the loop has sent what it has to say."""
         asyncio.get_running_loop().call_soon(self.end)
 
-    def drop(self, reason: str) -> None:
-        """It has not authenticated. Strangers come by the thousand: counted, but hardly logged."""
-        self.cut(reason, logging.DEBUG)
-
     def cut(self, reason: str, level: int = logging.INFO) -> None:
         """Drop the client now, without waiting for it; the reason is logged and counted."""
         if self.closed:
@@ -2299,6 +2295,9 @@ class Session:
             self._stream.close()
         elif self.queue.poller is not None and not self.queue.polled:
             stream_of(self.queue.poller).close()  # an answer that nobody reads
+
+    #: It has not authenticated. Strangers come by the thousand: counted, but hardly logged.
+    drop = functools.partialmethod(cut, level=logging.DEBUG)
 
     def lose(self, reason: str | None = None) -> None:
         """The transport is gone, or shall be."""
