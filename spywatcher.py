@@ -2306,9 +2306,7 @@ class Session:
             self._end = self.server.start_background_task(self._finish, reason)
 
     async def close(self, reason: str | None = None) -> None:
-        """End the session and its transport at once; returns when all who care know of it, also
-        where it had been lost before and they were still to hear.
-        """
+        """End the session and its transport at once; returns when all who care know of its end."""
         self.lose(reason or self.server.reason.SERVER_DISCONNECT)
         assert self._end is not None
         await asyncio.wait([self._end])
