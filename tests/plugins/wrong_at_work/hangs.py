@@ -24,13 +24,13 @@ async def stubborn(event):
 
 @on(hikari.GuildMessageCreateEvent)
 def blocks(event):
-    time.sleep(0.15)
+    time.sleep(0.3)
 
 
 @on(hikari.GuildMessageCreateEvent)
 async def blocks_later(event):
     await asyncio.sleep(0)
-    time.sleep(0.15)
+    time.sleep(0.3)
 
 
 @on_subscribe("guild", emit="hangs:hello")
