@@ -86,7 +86,15 @@ class RedisServer:
             stdout=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl+C is for who uses it, and it goes last
         )
-        await eventually(self.answers, timeout=10)
+        await eventually(self._answers_or_ended, timeout=10)
+
+    async def _answers_or_ended(self) -> bool:
+        return self.has_ended or await self.answers()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process is over, though nobody killed it: somebody else has its port."""
+        return self.process is not None and self.process.returncode is not None
 
     def _arguments(self) -> list[str]:
         return [
@@ -133,8 +141,12 @@ class RedisServer:
         self.process.send_signal(signal.SIGCONT)
 
     async def __aenter__(self) -> Self:
-        await self.start()
-        return self
+        for _ in range(5):
+            await self.start()
+            if not self.has_ended:
+                return self
+            self.port = free_port()
+        raise AssertionError(f"Redis does not start; {self.folder / 'redis.log'} says why")
 
     async def __aexit__(self, *exception: object) -> None:
         await self.kill()
