@@ -90,7 +90,19 @@ async def watching(
         await discord.wait_for_bot()
         yield bot
     finally:
-        await bot.close()
+        await close(bot)
+
+
+async def close(bot: Bot) -> None:
+    """hikari 2.7 waits for ever where Python 3.11's `wait_for` has swallowed that a shard is to end:
+    then the shard is told again.
+    """
+    closing = asyncio.create_task(bot.close())
+    while not (await asyncio.wait([closing], timeout=1.0))[0]:
+        for task in asyncio.all_tasks():
+            if task.get_name().startswith("keep alive (shard"):
+                task.cancel()
+    await closing
 
 
 @pytest.fixture
