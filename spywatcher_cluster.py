@@ -685,7 +685,9 @@ class Publisher:
         guild = note.detail if stream == CONTROL and note.topic in self.OF_A_GUILD else ""
         self._queue.append(Waiting(stream, note.term, data, guild, time.monotonic()))
         self._bytes += len(data)
-        while len(self._queue) > self.MOST_WAITING or self._bytes > self.MOST_WAITING_BYTES:
+        while self._queue and (
+            len(self) > self.MOST_WAITING or self._bytes > self.MOST_WAITING_BYTES
+        ):
             self._numbers[self._drop_oldest().stream] += 1  # a gap for readers to see
             if not self.dropped:
                 log.error("other nodes miss events: Redis was away for too long or took too little")
