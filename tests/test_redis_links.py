@@ -184,14 +184,19 @@ async def test_two_nodes_meet_over_valkey(pair, tmp_path):
             await nodes.exchange()
 
 
+async def stop_while_asking(url: str, turns: int) -> None:
+    """A node asks Redis, and so many turns of the loop later it stops."""
+    link = Link(RedisSettings(url=url), "")
+    asking = asyncio.create_task(link.redis.ping())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await link.close()
+    await asyncio.gather(asking, return_exceptions=True)
+
+
 async def test_a_connection_that_is_made_while_its_node_stops_is_closed(redis) -> None:
     for turns in range(12):
-        link = Link(RedisSettings(url=redis.url), "")
-        asking = asyncio.create_task(link.redis.ping())
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        await link.close()
-        await asyncio.gather(asking, return_exceptions=True)
+        await stop_while_asking(redis.url, turns)
     await eventually(lambda: no_clients(redis))
 
 
@@ -510,12 +515,7 @@ async def test_a_sentinel_that_is_away_as_a_node_comes_is_asked_later_on(watched
 
 async def test_a_sentinel_that_is_asked_while_a_node_stops_is_left(watched) -> None:
     for turns in range(0, 60, 3):
-        link = Link(RedisSettings(url=watched.url), "")
-        asking = asyncio.create_task(link.redis.ping())
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        await link.close()
-        await asyncio.gather(asking, return_exceptions=True)
+        await stop_while_asking(watched.url, turns)
     await eventually(lambda: no_clients(watched.sentinel))
 
 
