@@ -658,7 +658,8 @@ class Keeper:
             await self.run(self._file.detach)
             if self._has_turn:
                 self._spy.alone.release()
-            self._thread.shutdown()
+            # It has done all; to wait for its end would hold up the loop.
+            self._thread.shutdown(wait=False)
 
     async def _close(self) -> None:
         if not self._has_turn:

@@ -7,6 +7,8 @@ import collections
 import os
 import sqlite3
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -442,6 +444,20 @@ async def test_a_fresh_instance_counts_on_where_the_old_one_ends(
         await fresh.flush()
         assert await score(fresh, owls) == [("ada", 3.0)]
     assert rows(fresh.path, "SELECT sum(typing) FROM counts") == [(3,)]
+
+
+class Slow:
+    """Takes a while to go."""
+
+    def __del__(self) -> None:
+        time.sleep(0.3)
+
+
+async def test_the_end_of_its_thread_holds_up_nobody(tmp_path: Path) -> None:
+    """Else the log would name the teardown."""
+    of_thread = threading.local()
+    async with Counting(tmp_path) as counting:
+        await counting.counter.keeper.run(lambda: setattr(of_thread, "last", Slow()))
 
 
 async def test_a_clock_that_jumps_makes_no_repeat_of_typing_a_start(
