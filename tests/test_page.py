@@ -309,6 +309,34 @@ async def test_history_is_drawn_from_its_counts(browser: Browser, watching: Watc
         await expect(page.locator("#figures div", has_text="Members")).to_contain_text("1,234")
 
 
+def noon_zone() -> str:
+    """A time zone in which it is past noon: no midnight is near."""
+    return f"Etc/GMT{datetime.now(UTC).hour - 12:+d}"
+
+
+async def test_todays_numbers_are_right_where_the_browsers_clock_is_wrong(
+    browser: Browser, watching: Watching
+) -> None:
+    history = {"hours": [[24 * 7, 10, 0, 0, 1, 9], [0, 40, 0, 0, 1, 3]]}
+    async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:
+        page = await browser.open("about:blank", timezone_id=noon_zone())
+        await page.clock.install(time=datetime.now(UTC) - timedelta(hours=1))
+        await page.goto(address(spy))
+        figure = page.locator("#figures div", has_text="Messages today")
+        await expect(figure.locator(".value")).to_have_text("40")
+        await expect(figure.locator(".change")).to_have_text("compared in 1 day")
+
+
+async def test_who_is_online_is_set_beside_the_most_of_that_hour_a_week_ago(
+    browser: Browser, watching: Watching
+) -> None:
+    history = {"hours": [[24 * 8, 1, 0, 0, 1, 3], [24 * 7, 10, 0, 0, 1, 9]]}
+    async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:
+        page = await browser.open(address(spy), timezone_id=noon_zone())
+        figure = page.locator("#figures div", has_text="Online")
+        await expect(figure.locator(".change")).to_have_text("up to 9 a week ago")
+
+
 async def test_where_nothing_has_been_counted_the_page_says_what_will_come(
     browser: Browser, watching: Watching
 ) -> None:

@@ -139,6 +139,13 @@ test("a server whose clock differs changes nothing in the live charts", () => {
   assert.equal(guild.live.columns(NOW + STEP).messages.at(-1), 1);
 });
 
+test("hours are read by the clock of the server that counts them", () => {
+  const guild = watched();
+  const late = NOW + 2 * HOUR;
+  guild.take("presence:snapshot", { counts: {}, members: [], truncated: false, timestamp: stamp(NOW) }, late);
+  assert.equal(guild.serverTime(late), NOW);
+});
+
 test("the stream keeps the latest events, and those that nobody here knows", () => {
   const guild = watched();
   for (let number = 0; number < KEPT + 10; number += 1) {

@@ -64,6 +64,11 @@ export class Guild {
     this.#skew = now - Date.parse(timestamp);
   }
 
+  /** By the server's clock, which its hours are counted by. */
+  serverTime(now) {
+    return now - this.#skew;
+  }
+
   changeStatus({ userId, username, status, platforms }, now) {
     const before = this.members.get(userId);
     if (this.counts) {
