@@ -288,6 +288,18 @@ async def test_no_more_than_500_events_are_kept(browser: Browser, spy: Watch) ->
     await expect(page.locator("#events li")).to_have_count(500)
 
 
+async def test_where_not_all_who_are_online_are_named_devices_are_those_of_the_named(
+    browser: Browser, watching: Watching, guild: Guild
+) -> None:
+    guild.add_member("ada").appear("online", ["desktop", "web"])
+    for name in ("bob", "carol"):
+        guild.add_member(name).appear("online", ["web"])
+    async with watching(plugins=OWN_PLUGINS, plugin={"presence": {"snapshot_members": 2}}) as spy:
+        page = await browser.open(address(spy))
+        figure = page.locator("#figures div", has_text="On several devices")
+        await expect(figure).to_contain_text("50% of the 2 known here")
+
+
 # ---- over time, people -----------------------------------------------------
 
 

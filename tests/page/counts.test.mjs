@@ -130,6 +130,32 @@ test("devices are those of the last alert, and none when offline", () => {
   assert.equal(guild.onSeveralDevices, 0);
 });
 
+const entryNow = (online) => ({ hours: [entry(NOW - (NOW % HOUR), { online })], members: 100, timestamp: stamp(NOW) });
+
+test("in a guild whose list does not name all who are online, their number stays right as far as can be told", () => {
+  const guild = new Guild({ id: "9", name: "Owls" }, NOW);
+  const counts = { online: 10, idle: 0, dnd: 0, offline: 90 };
+  const members = [{ ...ada, status: "online", platforms: ["web"] }];
+  guild.take("presence:snapshot", { counts, members, truncated: true, timestamp: stamp(NOW) }, NOW);
+  const unnamed = (userId, status) =>
+    guild.take("presence:update", { userId, username: userId, status, timestamp: stamp(NOW) }, NOW);
+  unnamed("2", "offline");
+  assert.equal(guild.online, 9);
+  unnamed("3", "idle");
+  assert.equal(guild.online, 9);
+  unnamed("2", "online");
+  assert.equal(guild.online, 10);
+  guild.take("history:update", entryNow(8), NOW);
+  assert.equal(guild.online, 8);
+  assert.equal(guild.online + guild.counts.offline, 100);
+});
+
+test("where all who are online are named, the number is theirs", () => {
+  const guild = watched([{ ...ada, status: "online", platforms: ["web"] }]);
+  guild.take("history:update", entryNow(0), NOW);
+  assert.equal(guild.online, 1);
+});
+
 test("a server whose clock differs changes nothing in the live charts", () => {
   const guild = new Guild({ id: "9", name: "Owls" }, NOW - 60 * STEP);
   const behind = NOW - 3 * HOUR;

@@ -105,7 +105,7 @@ export class History {
   }
 }
 
-const hourOf = (at) => at - (at % HOUR);
+export const hourOf = (at) => at - (at % HOUR);
 
 /** The start of that day where the viewer is. */
 function midnight(at) {

@@ -22,9 +22,16 @@ const FIGURES = [
   {
     label: "On several devices",
     now: (guild) => guild.counts && guild.onSeveralDevices,
-    instead: (guild) => (guild.online ? `${number((100 * guild.onSeveralDevices) / guild.online)}% of those online` : ""),
+    instead: severalOf,
   },
 ];
+
+/** Of a list cut short not all devices are known: "25% of the 500 known here". */
+function severalOf({ online, knownOnline, onSeveralDevices }) {
+  if (!knownOnline) return "";
+  const share = `${number((100 * onSeveralDevices) / knownOnline)}% of`;
+  return knownOnline < online ? `${share} the ${number(knownOnline)} known here` : `${share} those online`;
+}
 
 function today(what) {
   return (guild, _ago, now) => (guild.history.known ? guild.history.today(now)[what] : null);
