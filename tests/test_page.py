@@ -439,6 +439,20 @@ async def test_after_a_short_cut_not_a_row_is_missed(
         await expect(page.locator("#events li p")).to_have_text(["ada wrote in #general"] * 2)
 
 
+async def test_a_laptop_that_slept_says_since_when_events_are_missing(
+    browser: Browser, watching: Watching
+) -> None:
+    async with watching(recovery={"window": 0.0}) as spy:
+        page = await browser.open(address(spy), fake_clock=True, timezone_id=noon_zone())
+        await looks_on(page, spy)
+        await page.clock.fast_forward(10 * 60_000)
+        row = page.locator("#events [data-kind=gap]")
+        await expect(row).to_contain_text("connection was lost after")
+        times = re.findall(r"(\d\d):(\d\d):\d\d", await row.inner_text())
+        noticed, lost = (60 * int(hour) + int(minute) for hour, minute in times)
+        assert noticed - lost >= 9
+
+
 @pytest.mark.logs("not connected to Discord")
 @pytest.mark.logs("failed to communicate with server", required=False)
 async def test_the_page_says_when_discord_is_away(

@@ -93,6 +93,17 @@ test("live charts put what comes late where it belongs, and go on with who was o
   assert.equal(live.columns(NOW + 3600 * 1000).online.at(-1), 3);
 });
 
+test("live charts show nothing for the time in which nothing could be heard", () => {
+  const live = new Live(NOW - 60 * STEP);
+  live.setOnline(3, NOW - 60 * STEP);
+  live.count("messages", NOW - 6 * STEP);
+  live.lose(NOW - 5 * STEP, NOW - 2 * STEP);
+  const { messages, joins, online } = live.columns(NOW);
+  assert.deepEqual(messages.slice(-7), [1, null, null, null, 0, 0, 0]);
+  assert.deepEqual(joins.slice(-7), [0, null, null, null, 0, 0, 0]);
+  assert.deepEqual(online.slice(-7), [3, null, null, null, 3, 3, 3]);
+});
+
 test("numbers on an axis or in a comparison take five characters", () => {
   const written = [0, 500, 9_000, 20_000, 250_000, 1_500_000].map((value) => brief(value).toLowerCase()); // 20K or 20k, by the browser
   assert.deepEqual(written, ["0", "500", "9,000", "20k", "250k", "1.5m"]);

@@ -44,6 +44,7 @@ export class Guild {
 
   /** The connection was lost for a while, and what happened meanwhile did not come. */
   gap(from, now = Date.now()) {
+    this.live.lose(from, now);
     this.#keep("gap", { from }, now);
   }
 
