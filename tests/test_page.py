@@ -475,6 +475,23 @@ async def test_the_page_says_when_discord_is_away(
         await state(page).to_have_text("Live")
 
 
+async def test_a_page_behind_others_keeps_no_work_for_its_return(
+    browser: Browser, spy: Watch
+) -> None:
+    page = await browser.open(address(spy), fake_clock=True)
+    await looks_on(page, spy)
+    await page.evaluate(
+        """() => {
+            globalThis.frames = 0;
+            const ask = requestAnimationFrame;
+            globalThis.requestAnimationFrame = (look) => { frames += 1; return ask(look); };
+            Object.defineProperty(document, "hidden", { get: () => true });
+        }"""
+    )
+    await page.clock.run_for(60_000)
+    assert await page.evaluate("frames") == 0
+
+
 # ---- for everybody ---------------------------------------------------------
 
 
