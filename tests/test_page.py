@@ -173,6 +173,27 @@ async def test_discord_signs_in_and_a_reload_keeps_one_signed_in(
         await expect(page.locator("#door-why")).to_contain_text("Sign in to see the guilds")
 
 
+async def test_who_signs_in_as_another_in_a_second_tab_is_that_one_in_the_first_too(
+    browser: Browser, discord: PretendDiscord, guild: Guild
+) -> None:
+    guild.add_member("ada")
+    tables = signing_tables(discord, plugins=OWN_PLUGINS)
+    tables["plugin"]["signin"]["token_ttl"] = 62.0  # renewed when half of it is over
+    async with server_of(discord, tables):
+        url = tables["plugin"]["signin"]["public_url"]
+        page = await browser.open(url, fake_clock=True)
+        await sign_in(page, "owner")
+        second = await page.context.new_page()
+        await second.goto(f"{url}/signin?next=/")
+        await second.get_by_role("button", name="ada").click()
+        await state(second).to_have_text("Live")
+        async with page.expect_response("**/signin/token"):
+            await page.clock.fast_forward(40_000)
+        await expect(page.locator("#no-guild")).to_be_visible()
+        await expect(page.get_by_role("button", name="Sign out ada")).to_be_visible()
+        await state(page).to_have_text("Live")
+
+
 # ---- what happens ----------------------------------------------------------
 
 

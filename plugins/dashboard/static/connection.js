@@ -221,7 +221,11 @@ export class Connection extends EventTarget {
   }
 
   async #renew(expiresAt) {
-    if (this.#tokens.user && (await this.#tokens.renew()) && (await this.#refresh(await this.#tokens.current()))) return;
+    if (this.#tokens.user && (await this.#tokens.renew())) {
+      // Another one has signed in, in another tab: what this one sees is that viewer's from now on.
+      if (this.#tokens.viewer !== this.#viewer) return this.start();
+      if (await this.#refresh(await this.#tokens.current())) return;
+    }
     this.#turnedAway("expiring", expiresAt);
   }
 
