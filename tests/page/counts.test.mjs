@@ -81,6 +81,19 @@ test("what is counted live is replaced by the next update", () => {
   assert.equal(history.today(NOW).messages, before + 1);
 });
 
+test("what an update was too early for stays counted until the next one", () => {
+  const history = steady();
+  const thisHour = (messages) => ({ hours: [entry(NOW - (NOW % HOUR), { messages })], members: 1000 });
+  const before = history.today(NOW).messages;
+  for (let seen = 0; seen < 3; seen += 1) history.count("messages");
+  history.merge(thisHour(2), NOW); // made after the first of the three
+  assert.equal(history.today(NOW).messages, before + 3);
+  history.count("messages");
+  assert.equal(history.today(NOW).messages, before + 4);
+  history.merge(thisHour(5), NOW);
+  assert.equal(history.today(NOW).messages, before + 4);
+});
+
 test("live charts put what comes late where it belongs, and go on with who was online", () => {
   const live = new Live(NOW - 10 * STEP);
   live.setOnline(3, NOW - 10 * STEP);
