@@ -370,6 +370,17 @@ async def test_who_is_online_is_set_beside_the_most_of_that_hour_a_week_ago(
         await expect(figure.locator(".change")).to_have_text("up to 9 a week ago")
 
 
+async def test_numbers_on_an_axis_are_not_cut_off(browser: Browser, watching: Watching) -> None:
+    history = {"hours": [[24 * 28, 1, 0, 0, 1, 3], [30, 9_000, 1, 0, 2, 5]]}
+    async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:
+        page = await browser.open(address(spy, "time"))
+        canvas = page.get_by_role("group", name="Messages a day").locator("canvas")
+        await expect(canvas).to_be_visible()
+        ink = "(c) => c.getContext('2d').getImageData(0, 0, 1, c.height).data.some(Boolean)"
+        await eventually(lambda: canvas.evaluate(ink.replace("0, 0, 1", "0, 0, c.width")))
+        assert not await canvas.evaluate(ink)
+
+
 async def test_where_nothing_has_been_counted_the_page_says_what_will_come(
     browser: Browser, watching: Watching
 ) -> None:
