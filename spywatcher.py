@@ -65,12 +65,12 @@ import math
 import os
 import random
 import re
-import resource
 import secrets
 import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
 import tomllib
 import traceback
@@ -4359,8 +4359,6 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Seconds for which a thread may have to wait each time that it makes way for another process.
-LONGEST_TURN: Final = 0.04
 #: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
@@ -4371,15 +4369,19 @@ class Standing(NamedTuple):
     #: Seconds that it ran, and that the others did.
     ran: float
     others: float
-    #: How often one of all these had to make way for another process (getrusage(2)).
-    interrupted: int
+    #: Nanoseconds for which each of all these could have run and had no processor.
+    waited: collections.Counter[int | None]
 
 
 def standing() -> Standing:
     """Of the thread that asks."""
     ran = time.thread_time()
-    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    return Standing(ran, time.process_time() - ran, interrupted)
+    waited = collections.Counter[int | None]()
+    for thread in threading.enumerate():
+        path = f"/proc/self/task/{thread.native_id}/schedstat"  # kernel's sched-stats.rst
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+            waited[thread.native_id] = int(file.read().split()[1])
+    return Standing(ran, time.process_time() - ran, waited)
 
 
 def seconds_held(seconds: float, before: Standing) -> float:
@@ -4388,7 +4390,7 @@ def seconds_held(seconds: float, before: Standing) -> float:
     Not while the others had the interpreter, nor while a busy machine let one of them or itself wait.
     """
     now = standing()
-    waited = now.others - before.others + LONGEST_TURN * (now.interrupted - before.interrupted)
+    waited = now.others - before.others + (now.waited - before.waited).total() / 1e9
     return max(min(seconds, now.ran - before.ran), seconds - waited)
 
 
@@ -4568,7 +4570,7 @@ class Guarded:
         Named again when it was twice as long.
         """
         began = time.perf_counter()
-        if began > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+        if began > self._stood_at + BLOCKING:  # to ask each time would cost more than most calls
             self._standing, self._stood_at = standing(), began
         try:
             return function(*arguments)

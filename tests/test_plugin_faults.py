@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +279,34 @@ def test_who_starts_a_thread_on_a_busy_machine_is_not_named() -> None:
         ended.set()
         for thread in threads:
             thread.join()
+
+
+def test_who_waits_for_a_thread_that_gets_no_processor_is_not_named(busy_processor: int) -> None:
+    """As a plugin does that hands its thread some work, and then needs the interpreter."""
+    with ThreadPoolExecutor(1) as others:
+        others.submit(be_last_on, busy_processor).result()
+        assert held(others.submit(work, 0.02).result) < spywatcher.BLOCKING
+
+
+@pytest.fixture
+def busy_processor() -> Iterator[int]:
+    """The number of one that another process takes as well."""
+    number = min(os.sched_getaffinity(0))
+    command = f"import os; os.sched_setaffinity(0, [{number}]); print(flush=True)\nwhile True: pass"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", command], stdout=pipe) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            yield number
+        finally:
+            process.kill()
+
+
+def be_last_on(processor: int) -> None:
+    """Have this thread run there, for a hundredth of the time at most."""
+    os.sched_setaffinity(0, [processor])
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def test_many_short_waits_are_a_long_one() -> None:
