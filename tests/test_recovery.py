@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from jsclient import QUICK, Dashboard
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 from watching import RawClient, Watch, Watching
 
 import spywatcher
@@ -177,7 +177,7 @@ async def test_python_clients_hear_events_with_handlers_of_one_argument(spy: Wat
     try:
         await client.call("subscribe:guild", str(spy.guild.id))
         broadcast(spy, 1)
-        async with asyncio.timeout(5):
+        async with within(PATIENCE):
             assert (await heard.get())["number"] == 1
     finally:
         await client.shutdown()
