@@ -689,6 +689,21 @@ async def test_a_flood_of_one_client_leaves_the_loop_to_others(spy):
     await asyncio.wait([flood])
 
 
+async def test_a_message_that_is_handled_as_the_process_ends_is_no_error(spy):
+    raw = await spy.raw(spy.token(role="ADMIN"))
+    flood = asyncio.create_task(raw.send(*['42["x"]'] * 5_000))
+
+    def handled():
+        return [task for task in asyncio.all_tasks() if "on_message" in repr(task.get_coro())]
+
+    await eventually(handled)
+    for task in handled():
+        task.cancel()  # as asyncio does at the end
+    await raw.closed()
+    flood.cancel()
+    await asyncio.wait([flood])
+
+
 # ---- what must not pile up, or get anywhere
 
 
