@@ -33,8 +33,8 @@ FOLDER = Path(__file__).parent
 DEADLINE = PATIENCE
 """Seconds that a wait may take unless it says otherwise."""
 
-FOR_EVER = 3_600_000
-"""Milliseconds for which the client waits for an acknowledgement: here it is known how long that may take."""
+LONGER = 5.0
+"""Seconds that the client waits longer for an acknowledgement: who asks knows better whether it is late."""
 
 BESIDES = {"session", "guilds:update"}
 """What a page may be told at any time, whatever it listens to."""
@@ -173,7 +173,11 @@ class Dashboard:
         """
         try:
             answers = await self._ask(
-                "call", timeout, event=event, args=list(args), timeout=FOR_EVER
+                "call",
+                timeout,
+                event=event,
+                args=list(args),
+                timeout=int((timeout + LONGER) * 1000),
             )
         except TimeoutError:
             raise NoAnswerError(f"no answer to {event} within {timeout} s") from None

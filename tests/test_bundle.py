@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from service import ROOT, running, tables_for, write_settings
+from waiting import eventually
 
 from simulator import PretendDiscord
 from spywatcher import __version__
@@ -156,7 +157,11 @@ async def test_the_bundle_serves(
     command = ["/usr/bin/env", f"SHIV_ROOT={unpacked}", sys.executable, str(bundle)]
     async with running(tmp_path, command=command) as service:
         await discord.wait_for_bot()
-        assert (await service.get("/health/ready")).code == 200
+
+        async def is_ready() -> bool:
+            return (await service.get("/health/ready")).code == 200
+
+        await eventually(is_ready)
 
 
 def test_no_path_of_the_machine_that_built_it_is_in_the_bundle(bundle: Path) -> None:

@@ -162,15 +162,18 @@ async def test_what_is_raised_is_told_once_of_its_kind_and_counted_each_time(
     r"plugin hangs: stubborn failed on GuildMessageCreateEvent: took longer than 0.5 s",
     r"plugin hangs: making hangs:hello failed in hello: took longer than 0.5 s",
     r"plugin hangs: teardown failed: took longer than 0.5 s",
-    r"WARNING spywatcher: plugin hangs: blocks held up the server for [1-3]\d\d ms",
-    r"WARNING spywatcher: plugin hangs: blocks_later held up the server for [1-3]\d\d ms",
+    r"WARNING spywatcher: plugin hangs: blocks held up the server for [1-9]\d\d ms",
+    r"WARNING spywatcher: plugin hangs: blocks_later held up the server for [1-9]\d\d ms",
 )
-async def test_what_hangs_or_blocks_is_named_and_holds_up_nobody(watching: Watching) -> None:
+async def test_what_hangs_or_blocks_is_named_and_holds_up_nobody(
+    watching: Watching, caplog: pytest.LogCaptureFixture
+) -> None:
     async with watching(plugins={**at_work("hangs"), "handler_timeout": 0.5}) as spy:
         await still_here(spy)
         failures = spy.server.metrics.plugin_failures.labels("hangs")
         await eventually(lambda: failures._value.get() >= 3)
-        await still_here(spy)
+        while not {"blocks", "blocks_later"} <= set(re.findall(r"(\w+) held up", caplog.text)):
+            await still_here(spy)  # on a busy machine each has the benefit of the doubt
 
 
 @pytest.mark.logs("plugin hangs_at_setup: setup failed: took longer than 0.3 s and was cancelled")
