@@ -214,6 +214,7 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        self._note(asyncio.current_task())
         try:
             other_reader, other = await self.connect()
         except OSError:
@@ -225,9 +226,13 @@ class Proxy:
             return
         self._writers.add(other)
         for source, target in ((reader, other), (other_reader, writer)):
-            task = asyncio.create_task(self._pass(source, target))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._note(asyncio.create_task(self._pass(source, target)))
+
+    def _note(self, task: asyncio.Task[None] | None) -> None:
+        """Have `cut` wait for its end: what it has opened is closed then."""
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
