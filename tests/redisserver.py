@@ -262,10 +262,12 @@ class Proxy:
     async def cut(self) -> None:
         """Break all connections and take no new one."""
         if self._server is not None:
-            self._server.close()
-            self._server = None
+            server, self._server = self._server, None
+            for listener in server.sockets:  # asyncio leaves open what a closed server has accepted
+                asyncio.get_running_loop().remove_reader(listener.fileno())
             for _ in range(10):  # turns of the loop, in which what was accepted gets its writer
                 await asyncio.sleep(0)
+            server.close()
         for writer in [*self._writers]:
             writer.transport.abort()
         self._flowing.set()

@@ -173,7 +173,8 @@ async def test_python_clients_hear_events_with_handlers_of_one_argument(spy: Wat
     heard: asyncio.Queue[Any] = asyncio.Queue()
     client.on("x", heard.put_nowait)
     token = spy.token(role="ADMIN")
-    await client.connect(spy.url, auth={"token": token}, transports=["websocket"])
+    options = {"transports": ["websocket"], "wait_timeout": PATIENCE}
+    await client.connect(spy.url, auth={"token": token}, **options)
     try:
         await client.call("subscribe:guild", str(spy.guild.id))
         broadcast(spy, 1)

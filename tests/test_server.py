@@ -11,7 +11,7 @@ import socketio
 from redisserver import free_port
 from service import SECRET, run, running, tables_for, write_settings
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
-from waiting import eventually, within
+from waiting import PATIENCE, eventually, within
 
 import spywatcher
 from simulator import PretendDiscord
@@ -85,7 +85,8 @@ async def test_python_socketios_polling_client_comes_back_after_a_stop(tmp_path,
         client = socketio.AsyncClient(http_session=http, reconnection_delay=0.1)
         client.on("connect", lambda: connects.append(client.sid))
         async with running(tmp_path) as first:
-            await client.connect(first.url, auth={"token": TOKEN}, transports=["polling"])
+            options = {"transports": ["polling"], "wait_timeout": PATIENCE}
+            await client.connect(first.url, auth={"token": TOKEN}, **options)
             first.process.send_signal(signal.SIGTERM)
             assert await first.exit_status() == 0
         async with running(tmp_path):
