@@ -28,7 +28,7 @@ from service import (
     viewer_token,
     write_settings,
 )
-from waiting import clock, eventually, within
+from waiting import clock, eventually, passed, within
 
 from simulator import Guild, PretendDiscord
 from spywatcher import GOING_AWAY, Bot, Gateway, Keys, PluginHost, Server, Tokens
@@ -247,7 +247,7 @@ async def kill_repeatedly(folder: Path, times: int) -> None:
             async with running(folder) as service:
                 await discord.wait_for_bot()
                 sent = await write_messages(discord, guild, rate=200, seconds=1.3)
-                killed = time.monotonic()
+                killed = clock()
                 service.process.kill()
             before, kept = kept, messages_kept(folder / "kept.db")
             due = sum(moment < killed - MOST_LOST for moment in sent)
@@ -259,12 +259,12 @@ async def write_messages(
     discord: PretendDiscord, guild: Guild, rate: float, seconds: float
 ) -> list[float]:
     """Messages at a steady rate; returns when each was sent."""
-    started = time.monotonic()
+    started = clock()
     sent: list[float] = []
     while len(sent) < rate * seconds:
         await discord.message(guild, guild.owner, guild.general)
-        sent.append(time.monotonic())
-        await asyncio.sleep(started + len(sent) / rate - time.monotonic())
+        sent.append(clock())
+        await passed(started + len(sent) / rate - clock())
     return sent
 
 

@@ -95,6 +95,15 @@ async def within(seconds: float) -> AsyncIterator[None]:
             timer.cancel()
 
 
+async def passed(seconds: float) -> None:
+    """Return once so many seconds have passed by this `clock`."""
+    end = clock() + seconds
+    while True:
+        await asyncio.sleep(max(0.0, end - clock()))
+        if clock() >= end:
+            return
+
+
 async def eventually(condition: Callable[[], T | Awaitable[T]], timeout: float = PATIENCE) -> T:
     """Call `condition` until what it returns (or its coroutine does) is true, and return that.
 
