@@ -277,7 +277,7 @@ def _of_the_host(record: logging.LogRecord) -> bool:
         return False
     seconds = int(found[1]) / 1000
     logged = record.created - time.time() + time.monotonic()
-    return seconds - clock.stood_still(logged - seconds, logged) < BLOCKING
+    return clock.lasted(logged - seconds, logged) < BLOCKING
 
 
 def _cause(record: logging.LogRecord) -> str:

@@ -473,12 +473,7 @@ def last_message(dashboard: Dashboard) -> float:
 def longest_silence(dashboard: Dashboard, since: float) -> float:
     times = [event.monotonic for event in dashboard.events("message:new")]
     times = [since, *(moment for moment in times if moment > since)]
-    return max(lasted(before, after) for before, after in pairwise(times))
-
-
-def lasted(began: float, ended: float) -> float:
-    """Seconds, without those in which the host was elsewhere."""
-    return ended - began - clock.stood_still(began, ended)
+    return max(clock.lasted(before, after) for before, after in pairwise(times))
 
 
 def in_order_and_once(dashboard: Dashboard) -> None:
@@ -743,7 +738,7 @@ async def test_a_holder_that_is_killed_is_replaced_within_ten_seconds(nodes, tmp
         assert longest_silence(dashboard, killed) <= 10
     _, before, after = updates(left[0])
     assert after - before >= 13.0 - 0.1
-    assert lasted(before, after) <= 13.0 + 1
+    assert clock.lasted(before, after) <= 13.0 + 1
 
 
 def updates(dashboard: Dashboard) -> list[float]:
@@ -817,7 +812,7 @@ async def comes_at_the_end(watching: Dashboard, window: float) -> None:
     for name in ("message:new", "analytics:update"):
         before, after = (event.monotonic for event in watching.events(name)[-2:])
         assert window - 0.1 <= after - before
-        assert lasted(before, after) <= window + 1
+        assert clock.lasted(before, after) <= window + 1
 
 
 THROTTLE = {"message:new": 4.0, "analytics:update": 4.0}
@@ -1034,7 +1029,7 @@ async def test_the_share_of_a_node_that_is_gone_is_forgotten_and_that_of_others_
 
     await eventually(gets_in)
     assert time.monotonic() - cut > 1
-    assert lasted(cut, time.monotonic()) < 4
+    assert clock.lasted(cut, time.monotonic()) < 4
     until = time.monotonic() + 4  # longer than a share lasts that is not told again
     while time.monotonic() < until:
         await become(redis, **{"127.0.0.1": 2, "viewer_1": 2})

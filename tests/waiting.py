@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from time import monotonic, process_time, sleep  # by name: tests set those of the module
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Clock:
     def __init__(self) -> None:
         self._ran = 0.0
         self._pauses: deque[Pause] = deque(maxlen=10_000)
-        self._looked, self._worked = time.monotonic(), time.process_time()
+        self._looked, self._worked = monotonic(), process_time()
         threading.Thread(target=self._tick, name="clock of tests", daemon=True).start()
 
     def __call__(self) -> float:
@@ -53,20 +53,20 @@ class Clock:
 
     def _tick(self) -> None:
         while True:
-            time.sleep(self.TICK)
-            now, worked = time.monotonic(), time.process_time()
+            sleep(self.TICK)
+            now, worked = monotonic(), process_time()
             ran = min(now - self._looked, max(self.LONGEST_TICK, worked - self._worked))
             if ran < now - self._looked:
                 self._pauses.append(Pause(self._looked, now, ran))
             self._ran += ran
             self._looked, self._worked = now, worked
 
-    def stood_still(self, began: float, ended: float) -> float:
-        """For how many of these seconds, given in time.monotonic(), it could not run."""
+    def lasted(self, began: float, ended: float) -> float:
+        """How many of the seconds between two moments of time.monotonic() this process could run."""
         pauses = [
             pause for pause in tuple(self._pauses) if pause.began < ended and began < pause.ended
         ]
-        return sum(
+        return (ended - began) - sum(
             max(0.0, min(ended, pause.ended) - max(began, pause.began) - pause.ran)
             for pause in pauses
         )
