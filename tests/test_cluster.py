@@ -27,7 +27,7 @@ import msgspec
 import pytest
 from jsclient import QUICK, Dashboard, JavaScript, State
 from length import length
-from redisserver import Proxy, RedisServer
+from redisserver import Proxy, RedisServer, free_port
 from service import (
     ROOT,
     SECRET,
@@ -386,7 +386,7 @@ async def test_who_comes_back_after_all_nodes_began_anew_misses_nothing_that_oth
             service.process.send_signal(how)
         for number, service in enumerate(services):
             await service.exit_status()
-            await restart(service, tmp_path / f"node{number}", stack)
+            await stack.enter_async_context(process_in(tmp_path / f"node{number}"))
         await asyncio.gather(*(dashboard.reconnected(30) for dashboard in dashboards))
         back = len(sent)
         await eventually(lambda: all(authors(d)[-1] > back + 20 for d in dashboards))
@@ -664,7 +664,8 @@ async def in_processes(
             folder = tmp_path / f"node{number}"
             folder.mkdir()
             redis = {"url": nodes.redis.url}
-            write_settings(folder, tables_for(nodes.discord, redis=redis, **tables))
+            own = {"port": free_port()}  # a restart keeps it
+            write_settings(folder, tables_for(nodes.discord, redis=redis, server=own, **tables))
             services.append(await stack.enter_async_context(process_in(folder, *command)))
         for service in services:
             await eventually(lambda s=service: part(s, "server", "redis"))
@@ -1272,14 +1273,6 @@ async def clients_of(service: Service) -> int:
     return int(float(re.search(r"^spywatcher_dashboards (.+)$", text, re.MULTILINE)[1]))
 
 
-async def restart(service: Service, folder: Path, stack: AsyncExitStack) -> Service:
-    """On the same port."""
-    settings = (folder / "config.toml").read_text()
-    write = settings.replace('"port" = 0', f'"port" = {service.port}')
-    (folder / "config.toml").write_text(write)
-    return await stack.enter_async_context(process_in(folder))
-
-
 @pytest.mark.faults
 async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_once(
     nodes, processes, tmp_path
@@ -1300,7 +1293,7 @@ async def test_a_rolling_restart_brings_every_client_back_soon_and_not_all_at_on
             )
             assert busiest(balancer.moments) <= max(20, leaving / 5)  # of a hundred, twenty
             assert await service.exit_status() == 0
-            again = await restart(service, tmp_path / f"node{number}", stack)
+            again = await stack.enter_async_context(process_in(tmp_path / f"node{number}"))
             await eventually(lambda s=again: part(s, "server", "redis"))
         last = authors(dashboards[0])[-1] + 2
         await eventually(lambda: all(authors(d)[-1] >= last for d in dashboards))
