@@ -79,6 +79,7 @@ clock = Clock()
 async def within(seconds: float) -> AsyncIterator[None]:
     """As asyncio.timeout, by this `clock`: TimeoutError after so many seconds."""
     loop, deadline = asyncio.get_running_loop(), clock() + seconds
+    timer: asyncio.TimerHandle
     async with asyncio.timeout(None) as limit:
 
         def look() -> None:
