@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from service import ROOT
-from waiting import eventually
+from waiting import clock, eventually
 from watching import Watch, Watching
 
 import spywatcher
@@ -258,9 +258,9 @@ def work(seconds: float) -> None:
 
 def held(doing: Callable[[], object]) -> float:
     """For how long this is said to have held up the server."""
-    began, before = time.perf_counter(), spywatcher.standing()
+    began, before = time.monotonic(), spywatcher.standing()
     doing()
-    return spywatcher.seconds_held(time.perf_counter() - began, before)
+    return spywatcher.seconds_held(clock.lasted(began, time.monotonic()), before)
 
 
 #: A thread that had to make way for others while it blocked is given the benefit of the doubt.

@@ -44,7 +44,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._ran = 0.0
-        self._pauses: deque[Pause] = deque(maxlen=10_000)
+        self._pauses: deque[Pause] = deque(maxlen=1_000)
         self._looked, self._worked = monotonic(), process_time()
         threading.Thread(target=self._tick, name="clock of tests", daemon=True).start()
 
@@ -63,12 +63,10 @@ class Clock:
 
     def lasted(self, began: float, ended: float) -> float:
         """How many of the seconds between two moments of time.monotonic() this process could run."""
-        pauses = [
-            pause for pause in tuple(self._pauses) if pause.began < ended and began < pause.ended
-        ]
+        this = Pause(self._looked, monotonic(), self.LONGEST_TICK)  # perhaps nobody has looked yet
         return (ended - began) - sum(
             max(0.0, min(ended, pause.ended) - max(began, pause.began) - pause.ran)
-            for pause in pauses
+            for pause in (*self._pauses, this)
         )
 
 
