@@ -6988,8 +6988,9 @@ class SocketHandler(Handler, WebSocketHandler):
             self._session = None
 
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Only what is not the client's fault; `_refuse` and Tornado have answered the rest."""
-        if not isinstance(error, HTTPError | StreamClosedError | StreamBufferFullError):
+        """Only what is a fault of ours: not what the client did, nor that the process ends meanwhile."""
+        others = HTTPError | StreamClosedError | StreamBufferFullError | asyncio.CancelledError
+        if not isinstance(error, others):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from jsclient import QUICK, Dashboard
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 from watching import RawClient, Watch, Watching
 
 import spywatcher
@@ -179,11 +179,12 @@ async def test_python_clients_hear_events_with_handlers_of_one_argument(spy: Wat
     heard: asyncio.Queue[Any] = asyncio.Queue()
     client.on("x", heard.put_nowait)
     token = spy.token(role="ADMIN")
-    await client.connect(spy.url, auth={"token": token}, transports=["websocket"])
+    options = {"transports": ["websocket"], "wait_timeout": PATIENCE}
+    await client.connect(spy.url, auth={"token": token}, **options)
     try:
         await client.call("subscribe:guild", str(spy.guild.id))
         broadcast(spy, 1)
-        async with asyncio.timeout(5):
+        async with within(PATIENCE):
             assert (await heard.get())["number"] == 1
     finally:
         await client.shutdown()
