@@ -275,6 +275,8 @@ def plain_origin(text: str) -> str:
         raise ValueError(f'expected "scheme://host" or "scheme://host:port": {error}') from error
     if not ORIGIN.fullmatch(origin):
         raise ValueError('expected "scheme://host", with * only as "*.host" or alone')
+    if re.search(r":[0-9]*:\*$", small):
+        raise ValueError(f'expected one port or any: "{origin}" or "{origin}:*"')
     if not set("/?#@").isdisjoint(small.partition("://")[2]):
         raise ValueError(f'expected it without what is not host and port: "{origin}"')
     return origin + any_port

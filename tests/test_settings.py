@@ -345,6 +345,8 @@ def test_an_origin_is_any_scheme_host_and_port(written, origin):
         "https://u@a",
         "https://a:99999",
         "https://a:b",
+        "https://a:443:*",
+        "http://[::1]:80:*",
         "https://a*.b",
         "https://*",
         "https://a b",
