@@ -295,11 +295,15 @@ def known_network(text: str) -> str:
 
 def known_host(text: str) -> str:
     """A name or an address; raises ValueError for more than that."""
-    plain = re.sub(r"^\w+://|[/?#].*", "", text)
+    plain = re.sub(r"^\w+://|\[|\].*|[/?#].*|\s", "", text)
     if plain.count(":") == 1:
         plain = plain.partition(":")[0]
     if plain != text:
         raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
+    try:
+        text.encode("idna")  # as it is when it is looked up
+    except UnicodeError as error:
+        raise ValueError(f"expected a name or an address: {error.__cause__ or error}") from error
     return text
 
 
@@ -381,7 +385,13 @@ class DiscordSettings(Section, frozen=True):
     #: Watch only these; empty: every guild the bot is in.
     guilds: tuple[GuildId, ...] = ()
     #: Where Discord's REST API answers.
-    rest_url: str = "https://discord.com/api/v10"
+    rest_url: Annotated[
+        str,
+        Meta(
+            pattern=r"^https?://[^/]",
+            title='a URL in quotes, such as "https://discord.com/api/v10"',
+        ),
+    ] = "https://discord.com/api/v10"
     #: Seconds after a new gateway session without alerts and role changes.
     startup_grace: SecondsOrZero = 5.0
 
@@ -1008,9 +1018,12 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
     """The keys that the settings name; raises OperatorError for one that is missing or too short."""
     listed = auth.secret if isinstance(auth.secret, tuple) else (auth.secret,)
     text = read_secret("\n".join(listed), auth.secret_file, folder, "auth.secret")
+    secrets = text.splitlines()
+    if auth.secret_file:  # of which an editor may have left blanks and empty lines
+        secrets = list(filter(None, map(str.strip, secrets)))
     file = auth.public_key_file
     keys = Keys(
-        secrets=tuple(text.splitlines()),
+        secrets=tuple(secrets),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
     faults = [fault for algorithm in auth.algorithms for fault in key_faults(algorithm, keys)]
@@ -1029,7 +1042,8 @@ def key_faults(algorithm: str, keys: Keys) -> Iterator[str]:
         if size < least:
             yield f"auth.secret: got {size} bytes, expected {least} or more for {algorithm}"
         elif not is_key_for(algorithm, key):
-            yield f"auth: got a key that is none for {algorithm}"
+            name = "auth.secret" if least else "auth.public_key_file"
+            yield f"{name}: got a key that is none for {algorithm}"
 
 
 def is_key_for(algorithm: str, key: str) -> bool:

@@ -261,6 +261,18 @@ MISTAKES = {
         '[server]\nhost = "0.0.0.0:3001"',
         'host: got "0.0.0.0:3001", expected a name or an address alone, such as "0.0.0.0"',
     ),
+    "brackets at the host": (
+        '[server]\nhost = "[::1]:3001"',
+        'host: got ".*", expected a name or an address alone, such as "::1"',
+    ),
+    "a host that no name can be": (
+        '[server]\nhost = "watch..example"',
+        "host: .* expected a name or an address: label empty or too long",
+    ),
+    "a URL of Discord without scheme": (
+        '[discord]\nrest_url = "discord.com/api/v10"',
+        'rest_url: .* expected a URL in quotes, such as "https://discord.com/api/v10"',
+    ),
     "a URL for the host": (
         '[server]\nhost = "http://localhost:3001/"',
         'expected a name or an address alone, such as "localhost"',
