@@ -585,6 +585,7 @@ async def test_entries_that_do_not_decode_are_skipped_counted_and_told_once(node
 async def test_guilds_in_the_form_of_another_version_are_one_line_and_told_anew(
     nodes, redis, guild, caplog
 ):
+    caplog.set_level("INFO")
     for guild_id in (guild.id, 1, 2):
         await redis.ask("HSET", "spywatcher:guilds", guild_id, b"\x93\x01")
     await two_nodes(nodes)
