@@ -238,6 +238,10 @@ class RefusedConnectionError(SpyWatcherError):
 Port = Annotated[int, Meta(ge=0, le=65535, title="a whole number from 0 to 65535")]
 Positive = Annotated[int, Meta(ge=1, title="a whole number, 1 or more")]
 Seconds = Annotated[float, Meta(gt=0, title="a number of seconds above 0, such as 5.0")]
+#: Browsers' and the kernel's timers count milliseconds in 31 bits.
+HeartbeatSeconds = Annotated[
+    float, Meta(gt=0, le=86_400, title="a number of seconds above 0, a day (86400) at most")
+]
 SecondsOrZero = Annotated[float, Meta(ge=0, title="a number of seconds, such as 5.0")]
 GuildId = Annotated[
     str, Meta(pattern=r"^[0-9]{1,20}$", title='a guild id in quotes, such as "123456789012345678"')
@@ -247,7 +251,7 @@ Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
 Rate = Annotated[
     str,
     Meta(
-        pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$",
+        pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
         title='a rate in quotes, such as "60/minute" (second, minute, hour or day)',
     ),
 ]
@@ -353,9 +357,9 @@ class ServerSettings(Section, frozen=True):
 
 class HeartbeatSettings(Section, frozen=True):
     #: Seconds between two pings to a client.
-    interval: Seconds = 25.0
+    interval: HeartbeatSeconds = 25.0
     #: Seconds a client has to answer a ping.
-    timeout: Seconds = 60.0
+    timeout: HeartbeatSeconds = 60.0
 
 
 class AuthSettings(Section, frozen=True):
@@ -6416,7 +6420,12 @@ class Gateway:
 
     @property
     def guilds(self) -> int:
-        return len(self.bot.cache.get_guilds_view())
+        """Watched ones that are here."""
+        return self._count_watched(self.bot.cache.get_guilds_view())
+
+    def _count_watched(self, guild_ids: Collection[int]) -> int:
+        named = self._settings.guilds
+        return sum(str(one) in named for one in guild_ids) if named else len(guild_ids)
 
     def health(self) -> dict[str, Any]:
         """How the link to Discord stands, for /health/ready."""
@@ -6492,7 +6501,7 @@ class Gateway:
     def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
+        self._how = f"a new session, guilds: {self._count_watched(event.unavailable_guilds)}"
 
     def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
@@ -8540,6 +8549,13 @@ def parse_id(text: str) -> int:
     return int(text)
 
 
+def parse_port(text: str) -> int:
+    """A port; 0 picks a free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 0 to 65535")
+    return int(text)
+
+
 def parse_folder(text: str) -> Path:
     """A folder that is there, whatever is the working directory later."""
     path = Path(text).resolve()
@@ -8565,7 +8581,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
-    demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
+    demo("--port", type=parse_port, metavar="N", help="port to listen on; 0 picks a free one")
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
@@ -8610,6 +8626,10 @@ def bot_token_of(settings: Settings) -> str:
     token = read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
     if token.lower().startswith("bot "):
         raise OperatorError(f'{key}: begins with "Bot ", expected only what comes after that')
+    if not re.fullmatch("[!-~]*", token):  # the error of a header quotes it, and would be logged
+        raise OperatorError(
+            f"{key}: got blanks, lines or other letters too, expected a token alone"
+        )
     return token
 
 

@@ -187,6 +187,10 @@ MISTAKES = {
         '[discord]\ntoken = "Bot x.y.z"',
         'token: begins with "Bot ", expected only',
     ),
+    "a token of two lines": (
+        '[discord]\ntoken = "x.y.z\\nx.y.z"',
+        "token: got blanks, lines or other letters too, expected a token alone",
+    ),
     "ids as numbers": (
         "[discord]\nguilds = [123456789012345678]",
         r"guilds: got \[123456789012345678\], expected a list in \[ \] of each a guild id in quotes",
@@ -222,6 +226,10 @@ MISTAKES = {
     "a rate of an unknown unit": (
         '[limits]\nattempts_per_ip = "60/min"',
         r'got "60/min", expected a rate in quotes, such as "60/minute" \(second, minute',
+    ),
+    "a heartbeat that never comes": (
+        "[heartbeat]\ninterval = inf",
+        "interval: got Infinity, expected a number of seconds above 0, a day",
     ),
     "seconds with a unit": (
         '[limits]\nblock_for = "10m"',
