@@ -1030,23 +1030,26 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
         secrets=tuple(secrets),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
-    faults = [fault for algorithm in auth.algorithms for fault in key_faults(algorithm, keys)]
+    key = "auth.secret_file" if auth.secret_file else "auth.secret"
+    faults = [fault for one in auth.algorithms for fault in key_faults(one, keys, key)]
     if faults:
         raise OperatorError(*faults)
     return keys
 
 
-def key_faults(algorithm: str, keys: Keys) -> Iterator[str]:
-    """What is wrong with the keys that tokens of this algorithm would be checked with."""
+def key_faults(algorithm: str, keys: Keys, secret: str) -> Iterator[str]:
+    """What is wrong with the keys that tokens of this algorithm would be checked with; `secret` is the
+    setting that holds those for HS*.
+    """
     least = LEAST_SECRET_BYTES.get(algorithm, 0)
     if not least and not keys.public:
         yield f"auth.public_key_file: not set, expected the key for {algorithm}"
     for key in keys.of(algorithm):
         size = len(key.encode())
         if size < least:
-            yield f"auth.secret: got {size} bytes, expected {least} or more for {algorithm}"
+            yield f"{secret}: got {size} bytes, expected {least} or more for {algorithm}"
         elif not is_key_for(algorithm, key):
-            name = "auth.secret" if least else "auth.public_key_file"
+            name = secret if least else "auth.public_key_file"
             yield f"{name}: got a key that is none for {algorithm}"
 
 

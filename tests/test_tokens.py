@@ -238,7 +238,7 @@ def test_what_could_not_be_taken_is_not_made(wanted, fault):
         ({"secret": f"ssh-rsa {LONG}"}, "auth.secret: got .* none for HS256"),
         ({"algorithms": ("ES256",), "public_key_file": "rsa"}, "none for ES256"),
         ({"algorithms": ("RS256", "ES256"), "public_key_file": "rsa"}, "none for ES256"),
-        ({"secret_file": "rsa"}, "expected 32 or more"),
+        ({"secret_file": "rsa"}, "auth.secret_file: got .* expected 32 or more"),
         ({"algorithms": ("ES256",), "public_key_file": "junk"}, "none for ES256"),
     ],
 )
