@@ -469,7 +469,10 @@ def fault_of(error: Exception) -> str:
     """What an operator has to mend, where Redis is there and will not have this node; else empty."""
     if isinstance(error, AuthenticationError | ResponseError):
         said = QUOTED_ERROR.sub(r"\1", str(error))
-        return f"Redis refuses this node ({said}): see redis.url and redis.password_file"
+        advice = "see redis.url and redis.password_file"
+        if "Invalid stream ID" in said:  # what an older one takes MINID of XADD for
+            advice = "expected Redis 6.2 or newer"
+        return f"Redis refuses this node ({said}): {advice}"
     if isinstance(error.__context__, ssl.SSLError):
         return f"no TLS with Redis ({error}): see redis.url and its ssl_ca_certs"
     return ""

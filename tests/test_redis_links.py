@@ -281,6 +281,12 @@ async def test_a_redis_that_takes_no_writes_is_told_in_its_own_words(pair, redis
         await eventually(lambda: all(said in str(problem) for problem in nodes.problems()))
 
 
+async def test_a_redis_that_is_too_old_is_told_by_the_version_that_is_needed(redis) -> None:
+    with pytest.raises(RedisError) as raised:  # a word where none is known, as MINID was before 6.2
+        await redis.ask("XADD", "stream", "NEWER", "0", "*", "key", "value")
+    assert spywatcher_cluster.fault_of(raised.value).endswith(": expected Redis 6.2 or newer")
+
+
 @pytest.mark.logs(REFUSED)
 async def test_nodes_go_on_once_the_password_is_right(pair, locked, tmp_path, caplog):
     """Redis' password is put right; theirs they read at their start alone."""
