@@ -280,7 +280,8 @@ def plain_origin(text: str) -> str:
     if not ORIGIN.fullmatch(origin):
         raise ValueError('expected "scheme://host", with * only as "*.host" or alone')
     if re.search(r":[0-9]*:\*$", small):
-        raise ValueError(f'expected one port or any: "{origin}" or "{origin}:*"')
+        any_of_it = re.sub(r":[0-9]+$", "", origin) + ":*"
+        raise ValueError(f'expected one port or any: "{origin}" or "{any_of_it}"')
     if not set("/?#@").isdisjoint(small.partition("://")[2]):
         raise ValueError(f'expected it without what is not host and port: "{origin}"')
     return origin + any_port
@@ -1022,12 +1023,12 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
     """The keys that the settings name; raises OperatorError for one that is missing or too short."""
     listed = auth.secret if isinstance(auth.secret, tuple) else (auth.secret,)
     text = read_secret("\n".join(listed), auth.secret_file, folder, "auth.secret")
-    secrets = text.splitlines()
-    if auth.secret_file:  # of which an editor may have left blanks and empty lines
-        secrets = list(filter(None, map(str.strip, secrets)))
+    lines = text.splitlines()
+    if auth.secret_file:  # in which an editor may have left blanks and empty lines
+        lines = list(filter(None, map(str.strip, lines)))
     file = auth.public_key_file
     keys = Keys(
-        secrets=tuple(secrets),
+        secrets=tuple(lines),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
     key = "auth.secret_file" if auth.secret_file else "auth.secret"

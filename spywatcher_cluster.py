@@ -460,8 +460,10 @@ class WriteBehind(Generic[NewsT]):
         return taken and bool(self.news)
 
 
-#: What Redis says to one of several commands, between what was sent and how Python writes a tuple.
-QUOTED_ERROR: Final = re.compile(r""".* of pipeline caused error: \(["'](.*)["'],\)""", re.DOTALL)
+#: What Redis says to one of several commands: behind what was sent, and as Python writes a tuple.
+QUOTED_ERROR: Final = re.compile(
+    r""".* of pipeline caused error: (?:\(["'])?(.*?)(?:["'],\))?$""", re.DOTALL
+)
 
 
 def fault_of(error: Exception) -> str:

@@ -207,6 +207,10 @@ MISTAKES = {
         '[server]\ncors_origins = ["https://dash.example/"]',
         'got "https://dash.example/", expected it without .*: "https://dash.example"',
     ),
+    "an origin with two ports": (
+        '[server]\ncors_origins = ["http://dash.example:8080:*"]',
+        'expected one port or any: "http://dash.example:8080" or "http://dash.example:\\*"',
+    ),
     "an origin without scheme": (
         '[server]\ncors_origins = ["dash.example"]',
         'got "dash.example", expected a scheme: "http://dash.example" or "https://dash.example"',
