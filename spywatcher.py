@@ -2922,9 +2922,10 @@ class GuildLog:
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
 # count of all events, which one process keeps at a time, so one of them says how far a client is in every
-# guild. The count begins at what the clock says: a stock client may still say an offset from before a
-# restart, which is then before all that its new ticket is owed. A snapshot is sent to one client, between
-# two events: its offset adds the number of the client's snapshots.
+# guild. A process begins at 0, which keeps offsets short, and counts on from the furthest that a client
+# says it had from one before: a stock client may say that offset again, which then is before all that
+# its new ticket is owed. A snapshot is sent to one client, between two events: its offset adds the
+# number of the client's snapshots.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -2973,7 +2974,7 @@ class GuildLogs:
     def __init__(self, settings: RecoverySettings) -> None:
         self._settings = settings
         #: Of the latest event.
-        self.position = clock_position()
+        self.position = 0
         self._logs: dict[str, GuildLog] = {}
 
     @property
@@ -3241,35 +3242,26 @@ def room_guild(room: str) -> str:
     return room.partition(":")[2]
 
 
-#: Nanoseconds of the clock for each position: no process has had more events since it began.
-POSITION_NS: Final = 10_000
-#: Bytes of a position, enough until 2059. They go out with every event, so they are few.
-POSITION_BYTES: Final = 6
-#: Bytes of the number of a client's snapshots, which follow in a snapshot's offset.
-SNAPSHOTS_BYTES: Final = 3
-#: An offset as this server makes them.
-OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}([A-Za-z0-9_-]{4})?")
-
-
-def clock_position() -> int:
-    """Where a count begins now."""
-    return time.time_ns() // POSITION_NS
+#: An offset as this server makes them, in base64 without padding: at most 48 bits, and a number.
+OFFSET: Final = re.compile(r"((?:[\w-]{4})?[\w-]{2,4})(?:\.(\d{1,9}))?", re.ASCII)
+#: What is believed of another process's count: a client that lies could have all offsets be longer.
+MOST_BELIEVED: Final = 1 << 40
 
 
 def encode_offset(position: int, snapshots: int = 0) -> str:
-    data = position.to_bytes(POSITION_BYTES, "big")
-    if snapshots:
-        data += snapshots.to_bytes(SNAPSHOTS_BYTES, "big")
-    return urlsafe_b64encode(data).decode()
+    """In as few bytes as can be: they go out with every event."""
+    data = position.to_bytes((position.bit_length() + 7) // 8 or 1, "big")
+    offset = urlsafe_b64encode(data).decode().rstrip("=")
+    return f"{offset}.{snapshots}" if snapshots else offset
 
 
 def decode_offset(offset: object) -> Seen | None:
     """How far a client is that says this; None for what is no offset."""
-    if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
+    found = OFFSET.fullmatch(offset) if isinstance(offset, str) else None
+    if found is None:
         return None
-    data = urlsafe_b64decode(offset)
-    position, snapshots = data[:POSITION_BYTES], data[POSITION_BYTES:]
-    return Seen(int.from_bytes(position, "big"), int.from_bytes(snapshots, "big"))
+    position, snapshots = found.groups(default="0")
+    return Seen(int.from_bytes(urlsafe_b64decode(position + "=="), "big"), int(snapshots))
 
 
 # ----------------------------------------------------------------------------- throttle
@@ -6627,6 +6619,9 @@ class Node:
 
         Returns whether it was another process's client: its connection there counts no more.
         """
+        recovery, seen = self._parts.recovery, decode_offset(offset)
+        if seen and seen.position < MOST_BELIEVED and recovery.find(pid, viewer.discord_id) is None:
+            recovery.logs.reach(seen.position)  # a process before this one has counted so far
         return False
 
     def viewer_entered(self, discord_id: str) -> None:

@@ -117,9 +117,15 @@ async def test_a_client_recovers_again_and_again(spy: Watch) -> None:
 
 async def test_an_offset_from_before_a_restart_hides_nothing(watching: Watching) -> None:
     async with watching() as spy:
-        before, _, _ = await bare_page(spy)
+        before, raw, _ = await bare_page(spy)
+        await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+        await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
+        broadcast(spy, 1, 2, 3)
+        while not (packet := str(await raw.read())).startswith('42["x",{"number":3}'):
+            pass
+        before["offset"] = json.loads(packet[2:])[-1]
     async with watching() as spy:
-        said, raw, _ = await bare_page(spy)
+        said, raw, _ = await bare_page(spy, pid=before["pid"], offset=before["offset"])
         await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
         await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
         await lose(spy, raw)
