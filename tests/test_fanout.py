@@ -77,8 +77,10 @@ class Wire:
     async def get(self):
         url = f"http://{self._url}&transport=polling"
         sid = f"&sid={self.engine_sid}" if self.engine_sid else ""
-        response = await AsyncHTTPClient().fetch(url + sid, request_timeout=30)
-        return response.body.decode()
+        fetching = AsyncHTTPClient().fetch(url + sid, request_timeout=30)
+        # Tornado logs what comes of one that was cancelled, and asyncio what nobody has looked at.
+        fetching.add_done_callback(lambda done: done.exception())
+        return (await asyncio.shield(fetching)).body.decode()
 
     async def post(self, body):
         url = f"http://{self._url}&transport=polling&sid={self.engine_sid}"
