@@ -6418,12 +6418,7 @@ class Gateway:
 
     @property
     def guilds(self) -> int:
-        """Watched ones that are here."""
-        return self._count_watched(self.bot.cache.get_guilds_view())
-
-    def _count_watched(self, guild_ids: Collection[int]) -> int:
-        named = self._settings.guilds
-        return sum(str(one) in named for one in guild_ids) if named else len(guild_ids)
+        return watched(self.bot.cache.get_guilds_view(), self._settings)
 
     def health(self) -> dict[str, Any]:
         """How the link to Discord stands, for /health/ready."""
@@ -6499,7 +6494,7 @@ class Gateway:
     def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._how = f"a new session, guilds: {self._count_watched(event.unavailable_guilds)}"
+        self._how = f"a new session, guilds: {watched(event.unavailable_guilds, self._settings)}"
 
     def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
@@ -6526,6 +6521,12 @@ class Gateway:
     def packet_read(self, name: str, payload: Any) -> None:
         if self._unread_guilds and name in (*GUILD_CONTENT, "GUILD_DELETE"):
             self._unread_guilds.pop(str(payload.get(GUILD_CONTENT.get(name, "id"))), None)
+
+
+def watched(guild_ids: Collection[int], settings: DiscordSettings) -> int:
+    """How many of these are watched."""
+    named = settings.guilds
+    return sum(str(one) in named for one in guild_ids) if named else len(guild_ids)
 
 
 def finite(number: float) -> float | None:
