@@ -4530,8 +4530,8 @@ class Guarded:
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
         if self.time_limit is None:
-            return await self._in_steps(result)
-        task = asyncio.create_task(self._in_steps(result))
+            return await self.in_steps(result)
+        task = asyncio.create_task(self.in_steps(result))
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -4542,12 +4542,12 @@ class Guarded:
         finally:
             task.cancel()
 
-    async def _in_steps(self, result: Awaitable[Any]) -> Any:
+    async def in_steps(self, result: Awaitable[Any]) -> Any:
+        """What comes of it; each step of it is counted, for each holds up the loop."""
         return await self._steps(result)
 
     @coroutine
     def _steps(self, result: Awaitable[Any]) -> Generator[Any, Any, Any]:
-        """Awaits it, and has each step of it counted: each holds up the loop."""
         steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
@@ -4787,6 +4787,23 @@ class PluginHandler(RequestHandler):
 
     spy: Spy
     _guarded: Guarded
+    _fault: BaseException | None = None
+
+    def initialize(self) -> None:
+        """Tornado closes the connection of a handler that cannot be made: tell it as any other fault."""
+        try:
+            super().initialize()
+        except FAULTS as error:
+            self._fault = error
+
+    def prepare(self) -> Awaitable[None] | None:
+        if self._fault is not None:
+            raise self._fault
+        return super().prepare()
+
+    async def _execute(self, *arguments: Any, **groups: Any) -> None:
+        """All that answers a request; whoever holds up the server is named."""
+        await self._guarded.in_steps(super()._execute(*arguments, **groups))
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
