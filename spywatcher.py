@@ -5120,6 +5120,11 @@ class PluginFiles:
         self._taken = {name: contents_of(path) for name, path in found.items()}
         return found
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Have these taken once more, though they are as they were."""
+        for name in names:
+            self._taken.pop(name, None)
+
     @property
     def resting(self) -> bool:
         """Whether nothing has changed that was not taken, when last looked."""
@@ -5260,6 +5265,11 @@ def check_free(event: str, name: str, plugins: Mapping[str, Plugin]) -> None:
                 f"plugins {other} and {name} both claim the event {event};"
                 " disable one of them in [plugins] disabled"
             )
+
+
+def events_of(plugins: Iterable[Plugin]) -> set[str]:
+    """All that these send, or will by `spy.emit`."""
+    return {event for one in plugins for event in (*one.events, *dict(one.emitted))}
 
 
 class PluginLoader:
@@ -5499,13 +5509,18 @@ class PluginHost:
             ending = [runner for runner in ending if runner.end()]
             for runner in coming if self._leading else ():
                 runner.begin()
+            freed = events_of(self.plugins.values())
             self._take_over(after)
+            freed -= events_of(self.plugins.values())
             for name in (name for name, path in changed.items() if path is None):
                 take_modules(name)
                 self.failures.pop(name, None)
                 log.info("plugin %s: gone", name)
             for runner in coming:
                 self._say_loaded(runner.plugin)
+            if freed and self.failures:  # one of them may claim what is free now
+                self.loader.files.forget(self.failures)
+                self.look()
             await asyncio.gather(*(runner.tear_down() for runner in ending))
 
     async def _prepare(self, name: str, path: Path, after: Mapping[str, Runner]) -> Runner | None:

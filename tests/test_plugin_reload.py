@@ -137,6 +137,22 @@ async def test_a_renamed_file_keeps_its_event(live: Any, folder: Path) -> None:
         assert await version(spy, dashboard) == 1
 
 
+@pytest.mark.logs("plugin copy: not loaded: plugins mine and copy both claim the event version;")
+@pytest.mark.parametrize("watch", [True, False])
+async def test_a_copy_is_loaded_once_the_event_is_free(
+    live: Any, folder: Path, watch: bool
+) -> None:
+    (folder / "mine.py").write_text(VERSION.format(number=1))
+    async with live(plugins={"watch": watch}) as spy:
+        (folder / "copy.py").write_text(VERSION.format(number=2))
+        spy.server.plugins.look()
+        await eventually(lambda: "copy" in spy.server.plugins.failures, SOON)
+        (folder / "mine.py").unlink()
+        spy.server.plugins.look()
+        await eventually(lambda: list(spy.server.plugins.plugins) == ["copy"], SOON)
+        assert spy.server.plugins.failures == {}
+
+
 async def test_a_folder_is_reloaded_as_a_whole(live: Any, folder: Path) -> None:
     home = folder / "one"
     home.mkdir()
