@@ -507,7 +507,7 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
     try:
         return to(**{key: value for key, value in values.items() if value is not msgspec.UNSET})
     except ValueError as error:  # what the section itself says of values that do not fit together
-        faults += [f"{path}.{fault}" for fault in error.args]
+        faults += [f"{path}.{fault}" for fault in error.args] or [f"{path}: does not fit together"]
         return to()
 
 
@@ -526,8 +526,9 @@ def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
     except msgspec.ValidationError as error:
         key = path.rpartition(".")[2]
         came = "a value not shown here" if is_secret(key, value) else shown(without_login(value))
-        wanted = expected(kind) or str(error).removeprefix("Expected ")
-        faults.append(f"{path}: got {came}, expected {wanted}")
+        wanted = expected(kind)
+        why = f"expected {wanted}" if wanted else str(error)[:1].lower() + str(error)[1:]
+        faults.append(f"{path}: got {came}, {why}")
         return msgspec.UNSET
     if path not in READ_EACH:
         return read
@@ -552,6 +553,8 @@ PLAIN_WORDS: Final[dict[Any, str]] = {
     int: "a whole number",
     float: "a number",
 }
+#: What a list in TOML, or in a plugin, may be for.
+COLLECTIONS: Final = (set, frozenset, list, tuple)
 BOUNDS: Final = {
     "gt": "above {:g}",
     "ge": "from {:g}",
@@ -576,8 +579,14 @@ def expected(kind: Any) -> str:
         return titles[0] if titles else " ".join([expected(get_args(kind)[0]), *bounds]).strip()
     if get_origin(kind) is Literal:
         return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
-    if get_origin(kind) is tuple:
-        return f"a list in [ ] of each {expected(get_args(kind)[0])}"
+    if isinstance(kind, enum.EnumType):
+        choices: Iterable[enum.Enum] = kind
+        return f"one of {', '.join(shown(choice.value) for choice in choices)}"
+    if get_origin(kind) is dict:
+        return "a table"
+    if get_origin(kind) in COLLECTIONS:
+        each = expected(get_args(kind)[0])
+        return f"a list in [ ] of each {each}" if each else "a list in [ ]"
     if get_args(kind):
         return " or ".join(filter(None, map(expected, get_args(kind))))
     return PLAIN_WORDS.get(kind, "")
@@ -4605,9 +4614,6 @@ class Guarded:
 
 
 # -- one plugin
-
-#: What `needs` may be.
-COLLECTIONS: Final = (set, frozenset, list, tuple)
 
 
 class Hook(NamedTuple):
