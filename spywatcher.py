@@ -4596,7 +4596,7 @@ class Guarded:
     def _failed(self, error: BaseException) -> None:
         self.report(error)
         self._failed_in_row += 1
-        if self._failed_in_row % MOST_FAILURES == 0:
+        if self._failed_in_row % MOST_FAILURES == 0 and not self.paused:
             self._paused_until = time.monotonic() + PAUSE
             self.metrics.plugin_pauses.labels(self.plugin).inc()
             paused = "plugin %s: %s%s failed %d times in a row and is paused for %.0f s"

@@ -5,6 +5,7 @@ The plugins are files, in tests/plugins/wrong_at_load and tests/plugins/wrong_at
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -217,6 +218,24 @@ async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.Monke
     assert metrics.plugin_pauses.labels("any")._value.get() == 1
     guarded.call(20)
     assert calls == [*range(21)]
+
+
+@pytest.mark.logs(
+    "plugin any: slow failed: took longer than 0.01 s",
+    "plugin any: slow failed 20 times in a row and is paused for 60 s",
+)
+async def test_a_pause_is_told_once_though_many_calls_were_under_way() -> None:
+    metrics = Metrics()
+
+    async def slow(event: object) -> None:
+        await asyncio.Event().wait()
+
+    guarded = spywatcher.Guarded("any", metrics, slow, "slow", 0.01)
+    for number in range(100):
+        guarded.call(number)
+    await guarded.wait()
+    assert metrics.plugin_failures.labels("any")._value.get() == 100
+    assert metrics.plugin_pauses.labels("any")._value.get() == 1
 
 
 FAILS_TO_MAKE = """
