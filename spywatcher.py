@@ -7987,8 +7987,9 @@ class Dashboards:
 
     def _refresh(self, dashboard: Dashboard, args: tuple[object, ...]) -> dict[str, Any]:
         """A new token for the same viewer; what it no longer allows is left."""
+        token = only_argument(args, "the token")
         try:
-            viewer = self._tokens.verify(args[0] if len(args) == 1 else None)
+            viewer = self._tokens.verify(token)
         except RefusedConnectionError as refusal:
             if refusal.message == BANNED:  # out, once it has been told
                 dashboard.session.end_soon()
@@ -8005,11 +8006,16 @@ def shard_range_of(shard: hikari.api.GatewayShard) -> ShardRange:
     return ShardRange(shard.id, shard.shard_count)
 
 
+def only_argument(args: tuple[object, ...], name: str) -> object:
+    """The argument of a request that takes one; None without any."""
+    if len(args) > 1:
+        raise ClientError("bad_request", f"Expected one argument, {name}; got {len(args)}")
+    return args[0] if args else None
+
+
 def guild_argument(args: tuple[object, ...]) -> str:
     """The one argument of a subscription: a guild id, a string of 1 to 20 digits."""
-    if len(args) > 1:
-        raise ClientError("bad_request", f"Expected one argument, the guild id; got {len(args)}")
-    guild_id = args[0] if args else None
+    guild_id = only_argument(args, "the guild id")
     if isinstance(guild_id, str) and is_snowflake(guild_id):
         return guild_id
     came = quoted(guild_id)
