@@ -3625,7 +3625,8 @@ def on(
     telling how things stand.
     """
     check_source(event, emit)
-    check_name("emit", emit or "x")
+    if emit is not None:
+        check_name("emit", emit)
     check_kind(room)
     return lambda function: marked(function, Mark("@on", event, emit, room, settled, bots))
 

@@ -43,6 +43,7 @@ WHY = {
     "needs_more": r"old_state stays empty without needs = \{\"voice\"\}",
     "needs_what": "needs: got .*coffee.*, expected some of activities, emojis, invites, messages, stickers, voice",
     "no_arguments": r"broken takes \(\), expected \(spy\)",
+    "no_name": r"emit: got \"\", expected an event's name \(no_name.py, line 6\)",
     "no_guild": r"on\(StartedEvent\) has no guild_id: leave emit= out, use spy.emit.*line 6",
     "no_event": r"on\(Member\): expected a class of hikari's events.*no_event.py, line 6",
     "not_called": r"every\(.*\): expected seconds.*not_called.py, line 4",
