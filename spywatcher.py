@@ -2964,6 +2964,8 @@ class Ticket(msgspec.Struct, eq=False):
     snapshots: int = 0
     #: and by room where the latest is that may not have reached it; None: not sent yet.
     unseen: dict[str, Seen | None] = {}
+    #: Whether its client has asked which guilds there are, and so is told of changes.
+    lists: bool = False
     until: float = math.inf  # awaited until then, by the monotonic clock
 
     def since(self, seen: int) -> dict[str, int]:
@@ -3197,6 +3199,12 @@ class Recovery:
         """Its client is to be in the room once it is known that it may."""
         ticket.pending.add(room)
         self._changed(ticket)
+
+    def list_for(self, ticket: Ticket) -> None:
+        """Its client is told which guilds there are, also after it has come back."""
+        if not ticket.lists:
+            ticket.lists = True
+            self._changed(ticket)
 
     def leave(self, ticket: Ticket, room: str) -> None:
         """Its client is owed nothing more of the room."""
@@ -7565,6 +7573,12 @@ class GuildLists:
         now = self._news_for(dashboard)
         return {"guilds": msgspec.Raw(now.encoded), "complete": now.complete}
 
+    def resume(self, dashboard: Dashboard) -> None:
+        """It is back, and may have missed a change: it is told how things stand."""
+        now = self._news_for(dashboard)
+        if now.complete:
+            dashboard.session.write(now.update)
+
     def remove(self, dashboard: Dashboard) -> None:
         """It is told no more."""
         self._told.pop(dashboard, None)
@@ -7823,7 +7837,7 @@ class Comebacks:
         await half_open.session.close()
         return True
 
-    def let_in(self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback) -> None:
+    def let_in(self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback) -> Dashboard:
         """The reply to CONNECT, in the same write what was missed, then `session`.
 
         All in one turn of the loop: nothing that comes meanwhile is lost, or comes before.
@@ -7834,7 +7848,7 @@ class Comebacks:
         self._subscriptions.add(dashboard)
         if ticket is None:
             session.write(connect_frame(sid) + NEW_SESSION)
-            return
+            return dashboard
         unseen = self._recovery.rooms_without_snapshot(ticket, comeback.offset)
         start = connect_frame(sid, pid=ticket.pid)
         if missed is not None:
@@ -7847,6 +7861,7 @@ class Comebacks:
         session.write(start + event_frame("session", state, self._recovery.logs.offset))
         for room in unseen:
             self._subscriptions.send_snapshots_soon(dashboard, room)
+        return dashboard
 
     def _ticket_for(
         self, session: Session, viewer: Viewer, comeback: Comeback
@@ -7905,6 +7920,11 @@ class Comebacks:
         )
         return frames if len(frames) <= self._most_bytes else None
 
+    def remember_list(self, dashboard: Dashboard) -> None:
+        """It has asked which guilds there are, and is told of changes after a return too."""
+        if dashboard.ticket is not None:
+            self._recovery.list_for(dashboard.ticket)
+
     def expect(self, ticket: Ticket, session: Session) -> None:
         """Keep for its client what comes from now on, unless it has said DISCONNECT."""
         if session.closed:
@@ -7948,7 +7968,9 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        self._comebacks.let_in(sid, session, viewer, comeback)
+        dashboard = self._comebacks.let_in(sid, session, viewer, comeback)
+        if dashboard.ticket is not None and dashboard.ticket.lists:
+            self._rights.lists.resume(dashboard)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._node.viewer_entered(viewer.discord_id)
 
@@ -8000,6 +8022,7 @@ class Dashboards:
         self, event: object, dashboard: Dashboard, args: tuple[object, ...]
     ) -> dict[str, Any]:
         if event == "guilds:list":
+            self._comebacks.remember_list(dashboard)
             return self._rights.lists.ask(dashboard)
         if event == "auth:refresh":
             return self._refresh(dashboard, args)
