@@ -4445,18 +4445,21 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) -> None:
+async def end_tasks(
+    tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25, within: float = math.inf
+) -> None:
     """Cancel these, and again after `patience` seconds as long as they go on; what they raise is lost.
+    After `within` seconds those that still go on are left alone.
 
     `asyncio.wait_for` of Python 3.11, and so redis-py 8.1 and hikari 2.7, may swallow a cancellation
     that meets an answer. What a task has to do at its end must take less.
     """
-    tasks = set(tasks)
-    while left := {task for task in tasks if not task.done()}:
+    tasks, until = set(tasks), time.monotonic() + within
+    while (left := {one for one in tasks if not one.done()}) and time.monotonic() < until:
         for task in left:
             task.cancel()
         await asyncio.wait(left, timeout=patience)
-    for task in tasks:
+    for task in tasks - left:
         with contextlib.suppress(asyncio.CancelledError):
             task.exception()  # asyncio complains of one that nobody has looked at
 
@@ -4857,8 +4860,10 @@ class PluginHandler(RequestHandler):
 class Runner:
     """One plugin at work: events, time and new subscribers reach it here, and its events leave here."""
 
-    #: Seconds that `setup` may take.
+    #: Seconds that `setup` may take,
     setup_limit: ClassVar[float] = 10.0
+    #: and what is repeated once it is cancelled, which it is twice: it may have to clean up.
+    end_limit: ClassVar[float] = 2.0
 
     def __init__(
         self,
@@ -4948,7 +4953,10 @@ class Runner:
 
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
-        await end_tasks(self._tasks, patience=1.0)  # they may have to clean up
+        await end_tasks(self._tasks, self.end_limit / 2, self.end_limit)
+        for (_, guarded), task in zip(self.hooks["@every"], self._tasks, strict=False):
+            if not task.done():
+                guarded.report(PluginError("goes on though it was cancelled"))
         for _, guarded in self.hooks["@on"]:
             await guarded.wait()
         with caught(self.teardown.report):
@@ -8905,8 +8913,19 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
     # never through what was imported: that alone takes 50 ms.
     gc.set_threshold(*GC_THRESHOLDS)
     gc.freeze()
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    runner = asyncio.Runner(loop_factory=loop_factory)
+    try:
         runner.run(main)
+    finally:
+        if runner.run(everything_ends()):
+            runner.close()
+
+
+async def everything_ends() -> bool:
+    """Cancel all that is left; whether it heeded that. What does not, asyncio would wait for for ever."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    await end_tasks(left, within=0.5)
+    return all(task.done() for task in left)
 
 
 @contextlib.contextmanager
