@@ -1169,19 +1169,19 @@ class Gateway:
         """Let every `wait_until` look again."""
         self._changed.set()
 
-    async def wait_until(self, condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    async def wait_until(self, condition: Callable[[], bool], timeout: float = 30.0) -> None:
         """Wait for something to be true of this object; TimeoutError after that many seconds."""
         async with asyncio.timeout(timeout):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def wait_for_bot(self, timeout: float = 10.0, *, shards: int = 1) -> None:
+    async def wait_for_bot(self, timeout: float = 30.0, *, shards: int = 1) -> None:
         """Wait until so many shards are connected and have digested all that was sent to them."""
         await self.wait_until(lambda: len(self._connected_sessions()) >= shards, timeout)
         await self.caught_up(timeout)
 
-    async def caught_up(self, timeout: float = 10.0) -> None:
+    async def caught_up(self, timeout: float = 30.0) -> None:
         """Wait until connected bots have seen every packet, by asking each for a heartbeat.
 
         By then hikari's cache is current and its listeners are started. It allows itself 120

@@ -65,12 +65,12 @@ import math
 import os
 import random
 import re
-import resource
 import secrets
 import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
 import tomllib
 import traceback
@@ -2931,9 +2931,10 @@ class GuildLog:
 # On the wire: the reply to CONNECT carries the ticket's private id, `pid`, and every room event an
 # offset, a string as last argument. A client that comes back says both. Offsets are positions in one
 # count of all events, which one process keeps at a time, so one of them says how far a client is in every
-# guild. The count begins at what the clock says: a stock client may still say an offset from before a
-# restart, which is then before all that its new ticket is owed. A snapshot is sent to one client, between
-# two events: its offset adds the number of the client's snapshots.
+# guild. A process begins at 0, which keeps offsets short, and counts on from the furthest that a client
+# says it had from one before: a stock client may say that offset again, which then is before all that
+# its new ticket is owed. A snapshot is sent to one client, between two events: its offset adds the
+# number of the client's snapshots.
 #
 #   a ticket is   from                       until                    its rooms have a listener
 #   held          CONNECT                    its connection is lost   yes
@@ -2984,7 +2985,7 @@ class GuildLogs:
     def __init__(self, settings: RecoverySettings) -> None:
         self._settings = settings
         #: Of the latest event.
-        self.position = clock_position()
+        self.position = 0
         self._logs: dict[str, GuildLog] = {}
 
     @property
@@ -3258,35 +3259,26 @@ def room_guild(room: str) -> str:
     return room.partition(":")[2]
 
 
-#: Nanoseconds of the clock for each position: no process has had more events since it began.
-POSITION_NS: Final = 10_000
-#: Bytes of a position, enough until 2059. They go out with every event, so they are few.
-POSITION_BYTES: Final = 6
-#: Bytes of the number of a client's snapshots, which follow in a snapshot's offset.
-SNAPSHOTS_BYTES: Final = 3
-#: An offset as this server makes them.
-OFFSET: Final = re.compile(r"[A-Za-z0-9_-]{8}([A-Za-z0-9_-]{4})?")
-
-
-def clock_position() -> int:
-    """Where a count begins now."""
-    return time.time_ns() // POSITION_NS
+#: An offset as this server makes them, in base64 without padding: at most 48 bits, and a number.
+OFFSET: Final = re.compile(r"((?:[\w-]{4})?[\w-]{2,4})(?:\.(\d{1,9}))?", re.ASCII)
+#: What is believed of another process's count: a client that lies could have all offsets be longer.
+MOST_BELIEVED: Final = 1 << 40
 
 
 def encode_offset(position: int, snapshots: int = 0) -> str:
-    data = position.to_bytes(POSITION_BYTES, "big")
-    if snapshots:
-        data += snapshots.to_bytes(SNAPSHOTS_BYTES, "big")
-    return urlsafe_b64encode(data).decode()
+    """In as few bytes as can be: they go out with every event."""
+    data = position.to_bytes((position.bit_length() + 7) // 8 or 1, "big")
+    offset = urlsafe_b64encode(data).decode().rstrip("=")
+    return f"{offset}.{snapshots}" if snapshots else offset
 
 
 def decode_offset(offset: object) -> Seen | None:
     """How far a client is that says this; None for what is no offset."""
-    if not isinstance(offset, str) or not OFFSET.fullmatch(offset):
+    found = OFFSET.fullmatch(offset) if isinstance(offset, str) else None
+    if found is None:
         return None
-    data = urlsafe_b64decode(offset)
-    position, snapshots = data[:POSITION_BYTES], data[POSITION_BYTES:]
-    return Seen(int.from_bytes(position, "big"), int.from_bytes(snapshots, "big"))
+    position, snapshots = found.groups(default="0")
+    return Seen(int.from_bytes(urlsafe_b64decode(position + "=="), "big"), int(snapshots))
 
 
 # ----------------------------------------------------------------------------- throttle
@@ -4377,8 +4369,6 @@ MOST_FAILURES: Final = 20
 PAUSE: Final = 60.0
 #: Seconds that a function may hold up the loop before it is named.
 BLOCKING: Final = 0.1
-#: Seconds for which a thread may have to wait each time that it makes way for another process.
-LONGEST_TURN: Final = 0.04
 #: Kinds of faults remembered as told.
 MOST_KINDS: Final = 100
 
@@ -4389,15 +4379,19 @@ class Standing(NamedTuple):
     #: Seconds that it ran, and that the others did.
     ran: float
     others: float
-    #: How often one of all these had to make way for another process (getrusage(2)).
-    interrupted: int
+    #: Nanoseconds for which each of all these could have run and had no processor.
+    waited: collections.Counter[int | None]
 
 
 def standing() -> Standing:
     """Of the thread that asks."""
     ran = time.thread_time()
-    interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    return Standing(ran, time.process_time() - ran, interrupted)
+    waited = collections.Counter[int | None]()
+    for thread in threading.enumerate():
+        path = f"/proc/self/task/{thread.native_id}/schedstat"  # kernel's sched-stats.rst
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+            waited[thread.native_id] = int(file.read().split()[1])
+    return Standing(ran, time.process_time() - ran, waited)
 
 
 def seconds_held(seconds: float, before: Standing) -> float:
@@ -4406,7 +4400,7 @@ def seconds_held(seconds: float, before: Standing) -> float:
     Not while the others had the interpreter, nor while a busy machine let one of them or itself wait.
     """
     now = standing()
-    waited = now.others - before.others + LONGEST_TURN * (now.interrupted - before.interrupted)
+    waited = now.others - before.others + (now.waited - before.waited).total() / 1e9
     return max(min(seconds, now.ran - before.ran), seconds - waited)
 
 
@@ -4589,7 +4583,7 @@ class Guarded:
         Named again when it was twice as long.
         """
         began = time.perf_counter()
-        if began > self._stood_at + 0.01:  # to ask each time would cost more than most calls
+        if began > self._stood_at + BLOCKING:  # to ask each time would cost more than most calls
             self._standing, self._stood_at = standing(), began
         try:
             return function(*arguments)
@@ -6704,6 +6698,9 @@ class Node:
 
         Returns whether it was another process's client: its connection there counts no more.
         """
+        recovery, seen = self._parts.recovery, decode_offset(offset)
+        if seen and seen.position < MOST_BELIEVED and recovery.find(pid, viewer.discord_id) is None:
+            recovery.logs.reach(seen.position)  # a process before this one has counted so far
         return False
 
     def viewer_entered(self, discord_id: str) -> None:
@@ -7070,8 +7067,9 @@ class SocketHandler(Handler, WebSocketHandler):
             self._session = None
 
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Only what is not the client's fault; `_refuse` and Tornado have answered the rest."""
-        if not isinstance(error, HTTPError | StreamClosedError | StreamBufferFullError):
+        """Only what is a fault of ours: not what the client did, nor that the process ends meanwhile."""
+        others = HTTPError | StreamClosedError | StreamBufferFullError | asyncio.CancelledError
+        if not isinstance(error, others):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
 
 

@@ -87,7 +87,6 @@ from spywatcher import (
     Topic,
     Viewer,
     Work,
-    clock_position,
     decode_offset,
     destination_of,
     encode_offset,
@@ -2000,6 +1999,8 @@ class Terms:
     FILL_PATIENCE: Final = 30.0
     #: Positions that the last holder may have come to since it was heard: ten seconds.
     UNHEARD_POSITIONS: Final = 1_000_000
+    #: Nanoseconds of the clock for each position: no holder has had more events since its term began.
+    POSITION_NS: Final = 10_000
 
     def __init__(self, node: ClusterNode, parts: Parts) -> None:
         self._node = node
@@ -2025,7 +2026,8 @@ class Terms:
         """All hear of the term before anything else is told in it."""
         node, logs = self._node, self._parts.recovery.logs
         node.lease.led = term
-        logs.reach(max(clock_position(), logs.position + self.UNHEARD_POSITIONS))
+        by_clock = time.time_ns() // self.POSITION_NS  # beyond those in tickets that Redis has kept
+        logs.reach(max(by_clock, logs.position + self.UNHEARD_POSITIONS))
         node.publisher.begin_term(logs.position)
         node.publisher.tell_as_holder("beat", content=False)
         node.hearing.begin_term(term)
@@ -2077,7 +2079,6 @@ class ClusterNode(Node):
 
     def attach(self, parts: Parts) -> None:
         super().attach(parts)
-        parts.recovery.logs.position = 0  # nothing has been heard yet
         told = self.lease, self.publisher, self.known, self.reporter
         self.peers = Peers(*told, self.connections, parts)
         self.hearing = Hearing(self.link, self.lease, self.known, self.reporter, self.peers, parts)

@@ -57,7 +57,7 @@ SWITCHES = (
     "--test-third-party-cookie-phaseout",  # no page of ours may need cookies of others
 )
 LAPTOP = {"width": 1366, "height": 860}
-DEADLINE_MS = 10_000
+DEADLINE_MS = 30_000
 expect.set_options(timeout=DEADLINE_MS)
 
 
@@ -96,7 +96,7 @@ def running_chromium(folder: Path, names: Iterable[str] = BROWSERS) -> Iterator[
         yield found[1]
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
 
 
 class Browser:

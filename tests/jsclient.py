@@ -26,10 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from waiting import PATIENCE, within
+
 FOLDER = Path(__file__).parent
 
-DEADLINE = 5.0
+DEADLINE = PATIENCE
 """Seconds that a wait may take unless it says otherwise."""
+
+LONGER = 5.0
+"""Seconds that the client waits longer for an acknowledgement: who asks knows better whether it is late."""
 
 BESIDES = {"session", "guilds:update"}
 """What a page may be told at any time, whatever it listens to."""
@@ -131,7 +136,7 @@ class Inbox:
 
     async def take(self, *names: str, timeout: float) -> tuple[str, Any]:
         """Return and consume the oldest of the first of `names` that has one; TimeoutError if none comes."""
-        async with asyncio.timeout(timeout):
+        async with within(timeout):
             while True:
                 for name in names:
                     if self._unread[name]:
@@ -166,9 +171,16 @@ class Dashboard:
 
         Raises NoAnswerError if it does not come within `timeout` seconds or the connection is lost.
         """
-        answers = await self._ask(
-            "call", timeout, event=event, args=list(args), timeout=int(timeout * 1000)
-        )
+        try:
+            answers = await self._ask(
+                "call",
+                timeout,
+                event=event,
+                args=list(args),
+                timeout=int((timeout + LONGER) * 1000),
+            )
+        except TimeoutError:
+            raise NoAnswerError(f"no answer to {event} within {timeout} s") from None
         return answers[0] if len(answers) == 1 else tuple(answers)
 
     async def disconnect(self) -> None:
@@ -337,7 +349,7 @@ class Dashboard:
 
     async def _ask(self, command: str, deadline: float, **fields: Any) -> list[Any]:
         return await self._process.ask(
-            {"command": command, "socket": self.number, **fields}, deadline + DEADLINE
+            {"command": command, "socket": self.number, **fields}, deadline
         )
 
 
@@ -495,7 +507,8 @@ class JavaScript:
         self._calls[number] = asyncio.get_running_loop().create_future()
         try:
             await self.send(command | {"call": number})
-            return await asyncio.wait_for(self._calls[number], deadline)
+            async with within(deadline):
+                return await self._calls[number]
         finally:
             del self._calls[number]
 

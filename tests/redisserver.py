@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import os
 import random
 import secrets
 import shutil
@@ -20,6 +22,7 @@ import signal
 import socket
 import ssl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,12 +56,25 @@ def knows_tls(program: str) -> bool:
     return "tls-cert-file" in said.stdout
 
 
-def free_port() -> int:
-    """A port that nobody has, nor is given for a connection of its own before it is used: those begin
-    at 32,768 (ip(7), ip_local_port_range).
+def own_ports() -> Iterator[int]:
+    """A thousand ports of this process of pytest's, again and again.
+
+    So none that a test lets go for a while is given to another test. Those that outgoing connections
+    are given begin at 32,768 (ip(7), ip_local_port_range).
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = secrets.randbelow(1_000)  # others may run tests on this machine as well
+    for number in itertools.count(first):
+        yield 20_000 + worker % 12 * 1_000 + number % 1_000
+
+
+PORTS = own_ports()
+
+
+def free_port() -> int:
+    """A port that nobody has."""
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = next(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -214,6 +230,7 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        self._note(asyncio.current_task())
         try:
             other_reader, other = await self.connect()
         except OSError:
@@ -225,9 +242,13 @@ class Proxy:
             return
         self._writers.add(other)
         for source, target in ((reader, other), (other_reader, writer)):
-            task = asyncio.create_task(self._pass(source, target))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._note(asyncio.create_task(self._pass(source, target)))
+
+    def _note(self, task: asyncio.Task[None] | None) -> None:
+        """Have `cut` wait for its end: what it has opened is closed then."""
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -257,10 +278,12 @@ class Proxy:
     async def cut(self) -> None:
         """Break all connections and take no new one."""
         if self._server is not None:
-            self._server.close()
-            self._server = None
+            server, self._server = self._server, None
+            for listener in server.sockets:  # asyncio leaves open what a closed server has accepted
+                asyncio.get_running_loop().remove_reader(listener.fileno())
             for _ in range(10):  # turns of the loop, in which what was accepted gets its writer
                 await asyncio.sleep(0)
+            server.close()
         for writer in [*self._writers]:
             writer.transport.abort()
         self._flowing.set()

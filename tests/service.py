@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+from waiting import within
 
 from simulator import PretendDiscord
 from spywatcher import Keys, Server, Tokens, node_type, parse_settings
@@ -54,9 +55,13 @@ HAND_OVER = (
 
 
 def plain_tables(discord: PretendDiscord) -> Tables:
-    """Tables of config.toml for a server on a free port in front of `discord`, all else by default."""
+    """Tables of config.toml for a server on a free port in front of `discord`, all else by default.
+
+    On a machine as busy as tests make it a stop and a plugin may take longer than an operator waits.
+    """
     return {
-        "server": {"port": 0},
+        "server": {"port": 0, "shutdown_grace": 20.0},
+        "plugins": {"handler_timeout": 20.0},
         "auth": {"secret": SECRET},
         "discord": {"token": discord.token, "rest_url": discord.rest_url, "startup_grace": 0.0},
     }
@@ -160,7 +165,7 @@ class Service:
 
     async def exit_status(self, timeout: float = START) -> int:
         """Wait for the end of the process and of its output."""
-        async with asyncio.timeout(timeout):
+        async with within(timeout):
             await asyncio.shield(self._reading)
             return await self.process.wait()
 

@@ -86,9 +86,10 @@ class Asker:
 
     def __init__(self, server: Server, token: str) -> None:
         self.token, self.viewer = token, server.tokens.verify(token)
+        self.session = self
 
     def write(self, frames: object) -> None:
-        """What is told is what is asked for next."""
+        """What is told within a second is what is asked for next."""
 
 
 class LongHistory(History):

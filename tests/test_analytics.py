@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from counting import BOT, HOUR, ROOT, Counting
 from service import running, tables_for, write_settings
-from waiting import eventually
+from waiting import eventually, passed
 from watching import Watch, Watching
 
 import spywatcher
@@ -671,6 +671,6 @@ async def test_a_kill_loses_at_most_the_last_second(
         for number in range(20):
             await discord.typing(guild, ada, guild.add_channel(f"c{number}"))
         await discord.caught_up()
-        await asyncio.sleep(1.0)  # the promise itself
+        await passed(1.0)  # the promise itself
         service.process.kill()
     assert rows(tmp_path / "kept.db", "SELECT sum(typing) FROM counts") == [(20,)]

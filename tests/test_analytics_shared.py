@@ -16,7 +16,7 @@ from counting import BOT, HOUR, ROOT, Counting
 from jsclient import Dashboard, JavaScript
 from redisserver import RedisServer
 from service import Service, running, tables_for, viewer_token, write_settings
-from waiting import eventually
+from waiting import eventually, passed
 
 from simulator import (
     Guild,
@@ -500,7 +500,7 @@ async def test_the_lists_go_on_at_another_machine_after_a_kill(
     ada = await discord.join(guild, "ada")
     dashboard = await watch(js, nodes[1], guild)
     await type_everywhere(discord, guild, ada)
-    await asyncio.sleep(1.5)  # the promise itself: more than a second ago
+    await passed(1.5)  # the promise itself: more than a second ago
     nodes[0].process.kill()
     assert await told_since(dashboard, timestamp()) == {"ada": 10}
 
@@ -512,7 +512,7 @@ async def test_the_hours_go_on_at_another_machine_after_a_kill(
     ada = await discord.join(guild, "ada")
     await discord.message(guild, ada, guild.general)
     await discord.caught_up()
-    await asyncio.sleep(1.5)  # the promise itself: more than a second ago
+    await passed(1.5)  # the promise itself: more than a second ago
     nodes[0].process.kill()
     await nodes[1].wrote("connected to Discord")
     await discord.wait_for_bot()

@@ -95,14 +95,14 @@ async def test_secrets_may_come_from_files(tmp_path, discord):
     }
     config = write_settings(tmp_path, tables_for(discord, **files))
     async with running(tmp_path, "--config", config) as service:
-        await discord.wait_for_bot(timeout=20)
+        await discord.wait_for_bot()
         await service.wrote("connected to Discord: a new session, guilds: 0$")
 
 
 async def test_json_logs_are_json_line_by_line(tmp_path, discord, js):
     write_settings(tmp_path, tables_for(discord, log={"format": "json", "level": "debug"}))
     async with running(tmp_path) as service:
-        await discord.wait_for_bot(timeout=20)
+        await discord.wait_for_bot()
         await js.refused(service.url, token="hush.hush.hush")
         service.process.send_signal(signal.SIGTERM)
         assert await service.exit_status() == 0
@@ -116,7 +116,7 @@ async def test_no_level_shows_a_secret_or_what_people_write(tmp_path, discord, g
     token = spywatcher.Tokens(spywatcher.Keys((SECRET,)), ["HS256"]).issue("1", role="ADMIN")
     write_settings(tmp_path, tables_for(discord, log={"level": level}))
     async with running(tmp_path) as service:
-        await discord.wait_for_bot(timeout=20)
+        await discord.wait_for_bot()
         dashboard = await js.connect(service.url, token=token)
         await dashboard.call("subscribe:guild", str(guild.id))
         await discord.message(guild, guild.owner, guild.general, "top secret")

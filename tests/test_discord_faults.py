@@ -16,7 +16,7 @@ import time
 import pytest
 from faultydiscord import Fault, FaultyDiscord, gateway_info, ready_json
 from service import server_for, viewer_token
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 
 from simulator import Op, guild_create_json, make_guild, message_json, presence_json
 from spywatcher import Gateway, Patience, UpstreamError
@@ -375,7 +375,7 @@ async def test_what_only_the_operator_can_mend_ends_it(place, act, told):
         if place == "resumed":
             await eventually(lambda: server.gateway.connected)
             next(iter(discord.sockets)).close(4000)
-        async with asyncio.timeout(5):
+        async with within(PATIENCE):
             with pytest.raises(UpstreamError, match=told):
                 await server.wait_closed()
 

@@ -263,10 +263,10 @@ async def test_nonsense_makes_no_exception_and_leaves_nothing_behind(service, js
     await fuzz(service, min(3.0, SECONDS / 4), SEED + 1)  # what is kept for all has been made now
     memory = resident(service)
     rounds = await fuzz(service, SECONDS, SEED)
-    await eventually(lambda: len(os.listdir(folder)) <= files + 2, timeout=10)
+    await eventually(lambda: len(os.listdir(folder)) <= files + 2)
     grown = resident(service) - memory
     print(f"{rounds} rounds of seed {SEED}, {grown:+.1f} MB")
-    await eventually(lambda: is_empty(service), timeout=10)
+    await eventually(lambda: is_empty(service))
     bad = re.findall(r".*(?:Traceback|ERROR|WARNING|CRITICAL|Warning).*", service.output)
     assert bad == [], f"seed {SEED}"
     assert grown < 20, f"seed {SEED}"

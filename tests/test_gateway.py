@@ -7,7 +7,7 @@ import time
 import hikari
 import pytest
 from service import run, tables_for, write_settings
-from waiting import eventually
+from waiting import eventually, within
 
 import spywatcher
 from simulator import PRIVILEGED, CloseCode, Intent, PretendDiscord
@@ -96,9 +96,8 @@ async def test_of_a_guild_that_went_while_the_bot_was_away_nobody_is_online(spy,
 
 
 async def test_stopping_while_it_connects_takes_no_time(watching, discord):
-    async with asyncio.timeout(3):
-        async with watching(ready=False):
-            await discord.wait_until(lambda: discord.identifies == 1)
+    async with within(3), watching(ready=False):
+        await discord.wait_until(lambda: discord.identifies == 1)
 
 
 async def test_intents_are_the_least_that_the_plugins_need(spy, discord):

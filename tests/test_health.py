@@ -126,7 +126,7 @@ async def test_a_loop_that_was_held_up_shows(discord: PretendDiscord) -> None:
     async with server_for(discord) as server:
         await ready(server)
         time.sleep(Pulse.TOO_LATE + 0.3)  # what a blocking plugin does  # noqa: ASYNC251
-        assert "the event loop is 1." in await not_ready(server, "loop")
+        assert "the event loop is " in await not_ready(server, "loop")
 
 
 async def test_a_stopping_server_says_so_on_connections_that_are_open_already(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from counting import HOUR, ROOT, Counting
 from service import running, tables_for, write_settings
-from waiting import eventually
+from waiting import eventually, passed
 from watching import Watching
 
 from simulator import (
@@ -278,7 +278,7 @@ async def test_a_kill_loses_at_most_the_last_second(
         for _ in range(20):
             await discord.message(guild, ada, guild.general)
         await discord.caught_up()
-        await asyncio.sleep(1.0)  # the promise itself
+        await passed(1.0)  # the promise itself
         service.process.kill()
     path = tmp_path / "kept.history.db"
     assert await eventually(lambda: rows(path, "SELECT sum(messages) FROM counts")) == [(20,)]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from waiting import PATIENCE, within
+
+from spywatcher import Pulse
 
 SOCKET = "/socket.io/?EIO=4&transport=polling"
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "BREW")
@@ -56,7 +60,8 @@ async def status_of(port: int, method: str, path: str, headers: str) -> int | No
     writer.write(text.encode("latin-1"))
     line = b"HTTP/1.1 100"
     while line.startswith((b"HTTP/1.1 100", b"\r\n")):
-        line = await asyncio.wait_for(reader.readline(), 5)
+        async with within(PATIENCE):
+            line = await reader.readline()
     writer.close()
     return int(line.split()[1]) if line else None
 
@@ -75,7 +80,8 @@ async def answers(spy: Any, rows: Rows) -> dict[str, int | None]:
     return told
 
 
-async def test_each_method_on_each_path_is_answered_the_same_whatever_headers_say(spy):
+async def test_each_method_on_each_path_is_answered_the_same_whatever_headers_say(spy, monkeypatch):
+    monkeypatch.setattr(Pulse, "TOO_LATE", math.inf)  # so many requests make a busy machine late
     told = await answers(spy, itertools.product(METHODS, PATHS, HEADERS.items()))
     right = {
         f"{method} {path} with {name}": PATHS[path].get(method, 405)

@@ -1,12 +1,11 @@
 """Who comes in, and what they may see: over the JavaScript client, by hikari's cache."""
 
-import asyncio
 import time
 
 import jwt
 import pytest
 from service import SECRET
-from waiting import eventually
+from waiting import eventually, within
 
 from simulator import Permission
 
@@ -91,7 +90,7 @@ async def test_a_refusal_says_nothing_of_the_secret_or_the_server(spy):
 async def test_who_is_refused_loses_the_transport(spy, auth):
     """Stock python-socketio leaves it open, for further attempts without end."""
     raw = await spy.raw()
-    async with asyncio.timeout(2):
+    async with within(2):
         await raw.send("40" + auth)
         said = await raw.closed()
     assert said[0].startswith('44{"message":"')

@@ -28,7 +28,7 @@ from service import (
     viewer_token,
     write_settings,
 )
-from waiting import eventually
+from waiting import clock, eventually, passed, within
 
 from simulator import Guild, PretendDiscord
 from spywatcher import GOING_AWAY, Bot, Gateway, Keys, PluginHost, Server, Tokens
@@ -67,7 +67,7 @@ async def ends(sockets: list[tornado.websocket.WebSocketClientConnection]) -> li
         socket.close()
         return ended
 
-    async with asyncio.timeout(GRACE * 3):
+    async with within(GRACE * 3):
         return list(await asyncio.gather(*map(end, sockets)))
 
 
@@ -91,6 +91,7 @@ async def test_a_stop_tells_the_dashboards_and_they_come_back_by_themselves(
         assert await service.exit_status() == 0
 
 
+@pytest.mark.logs("connections not closed within", required=False)  # on a busy machine
 async def test_clients_are_told_of_a_stop_one_after_the_other_and_not_all_at_once(
     discord: PretendDiscord, guild: Guild
 ) -> None:
@@ -121,10 +122,9 @@ async def test_a_thousand_clients_are_told_within_the_grace_and_the_process_is_g
         for _ in range(50):
             await discord.message(guild, guild.owner, guild.general)
         await discord.caught_up()
-        started = time.monotonic()
-        service.process.send_signal(signal.SIGTERM)
-        assert await service.exit_status() == 0
-        assert time.monotonic() - started < GRACE + 1
+        async with within(GRACE + 1):
+            service.process.send_signal(signal.SIGTERM)
+            assert await service.exit_status() == 0
         assert len(await told) == 1000
     assert messages_kept(tmp_path / "spywatcher.db") == 50
 
@@ -166,8 +166,8 @@ async def test_a_plugin_that_never_finishes_does_not_hold_up_the_stop(
     tables = {"plugins": {"folders": [str(tmp_path)]}, "server": {"shutdown_grace": 0.5}}
     async with server_for(discord, **tables):
         await discord.wait_for_bot()
-        started = time.monotonic()
-    assert time.monotonic() - started < 2
+        started = clock()
+    assert clock() - started < 2
 
 
 async def test_a_plugin_that_heeds_no_cancellation_does_not_keep_the_process(
@@ -215,8 +215,8 @@ async def test_a_cancellation_that_a_library_swallows_holds_up_no_stop(
     monkeypatch.setattr(owner, step, swallow_one_cancellation)
     async with server_for(discord) as server:
         await asyncio.wait([server._gateway_task], timeout=0.3)  # by then it is at that step
-        started = time.monotonic()
-    assert time.monotonic() - started < 2
+        started = clock()
+    assert clock() - started < 2
 
 
 async def test_a_stop_as_a_lost_connection_is_closed_ends_the_shard(
@@ -237,8 +237,8 @@ async def test_a_stop_as_a_lost_connection_is_closed_ends_the_shard(
         await discord.drop()
         await closing.wait()
         monkeypatch.undo()
-        started = time.monotonic()
-    assert time.monotonic() - started < 2
+        started = clock()
+    assert clock() - started < 2
 
 
 async def test_a_stop_before_discord_answered_is_a_clean_one(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ async def kill_repeatedly(folder: Path, times: int) -> None:
             async with running(folder) as service:
                 await discord.wait_for_bot()
                 sent = await write_messages(discord, guild, rate=200, seconds=1.3)
-                killed = time.monotonic()
+                killed = clock()
                 service.process.kill()
             before, kept = kept, messages_kept(folder / "kept.db")
             due = sum(moment < killed - MOST_LOST for moment in sent)
@@ -286,12 +286,12 @@ async def write_messages(
     discord: PretendDiscord, guild: Guild, rate: float, seconds: float
 ) -> list[float]:
     """Messages at a steady rate; returns when each was sent."""
-    started = time.monotonic()
+    started = clock()
     sent: list[float] = []
     while len(sent) < rate * seconds:
         await discord.message(guild, guild.owner, guild.general)
-        sent.append(time.monotonic())
-        await asyncio.sleep(started + len(sent) / rate - time.monotonic())
+        sent.append(clock())
+        await passed(started + len(sent) / rate - clock())
     return sent
 
 

@@ -17,7 +17,7 @@ from redisserver import Proxy
 from service import SECRET
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httputil import HTTPHeaders
-from waiting import eventually
+from waiting import clock, eventually, within
 
 import spywatcher
 from spywatcher import Allowance, Counters, FrontDoor, Quota, ServerSettings, Strangers
@@ -61,10 +61,11 @@ async def dial(spy, text="", local="127.0.0.1"):
 
 
 async def seconds_until_closed(reader):
-    started = time.monotonic()
+    started = clock()
     with contextlib.suppress(ConnectionError):
-        await asyncio.wait_for(reader.read(), 10)
-    return time.monotonic() - started
+        async with within(10):
+            await reader.read()
+    return clock() - started
 
 
 async def fetch(spy, path="/socket.io/?EIO=4&transport=polling", **options):
@@ -561,14 +562,15 @@ async def test_naming_a_session_lifts_no_connection_out_of_the_limits(watching, 
         path = await one_session(spy, spy.token())
         text = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
         lines = [await dial(spy, text) for _ in range(30)]
-        await eventually(lambda: count(spy, "cut", "made room") >= 10)
+        why = ("made room", "not authenticated in time")  # the second on a busy machine
+        await eventually(lambda: sum(count(spy, "cut", reason) for reason in why) >= 10)
         for reader, _ in lines:
             assert await seconds_until_closed(reader) < 3
         assert (await fetch(spy, path, method="POST", body="3")).code == 200
 
 
 async def test_of_many_connections_that_post_for_one_session_only_the_latest_is_its_own(watching):
-    async with watching(auth={"connect_timeout": 0.5}) as spy:
+    async with watching(auth={"connect_timeout": 1.0}) as spy:
         path = await one_session(spy, spy.token())
         text = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n3"
         lines = []
@@ -576,9 +578,9 @@ async def test_of_many_connections_that_post_for_one_session_only_the_latest_is_
             lines.append(await dial(spy, text))
             assert b" 200 " in await lines[-1][0].readline()
         for reader, _ in lines[:-1]:
-            assert await seconds_until_closed(reader) < 2
+            assert await seconds_until_closed(reader) < 2.5
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(lines[-1][0].read(), 1.0)
+            await asyncio.wait_for(lines[-1][0].read(), 1.5)
 
 
 async def test_asking_again_and_again_does_not_prolong_it(watching):
@@ -595,17 +597,17 @@ async def test_who_leaves_socketio_and_stays_is_a_stranger_again(watching):
     async with watching(auth={"connect_timeout": 0.5}) as spy:
         raw = await spy.raw(spy.token())
         await raw.send("41")
-        async with asyncio.timeout(2.5):
+        async with within(2.5):
             await raw.closed()
         assert not spy.server.limits.open
 
 
 @TRANSPORTS
 async def test_who_has_authenticated_stays(watching, transport):
-    async with watching(auth={"connect_timeout": 0.3}) as spy:
+    async with watching(auth={"connect_timeout": 1.0}) as spy:
         dashboard = await spy.dashboard(transports=[transport])
         with pytest.raises(AssertionError):
-            await dashboard.disconnected(timeout=1.0)
+            await dashboard.disconnected(timeout=1.5)
         assert (await dashboard.call("guilds:list"))["ok"]
         assert len(spy.server.limits.strangers) <= 1  # a spare connection of the poller
 
@@ -680,10 +682,25 @@ async def test_a_flood_of_one_client_leaves_the_loop_to_others(spy):
     flood = asyncio.create_task(raw.send(*['42["x"]'] * 5_000))
     slowest = 0.0
     for _ in range(20):
-        started = time.monotonic()
+        started = clock()
         await other.call("guilds:list")
-        slowest = max(slowest, time.monotonic() - started)
+        slowest = max(slowest, clock() - started)
     assert slowest < 1
+    flood.cancel()
+    await asyncio.wait([flood])
+
+
+async def test_a_message_that_is_handled_as_the_process_ends_is_no_error(spy):
+    raw = await spy.raw(spy.token(role="ADMIN"))
+    flood = asyncio.create_task(raw.send(*['42["x"]'] * 5_000))
+
+    def handled():
+        return [task for task in asyncio.all_tasks() if "on_message" in repr(task.get_coro())]
+
+    await eventually(handled)
+    for task in handled():
+        task.cancel()  # as asyncio does at the end
+    await raw.closed()
     flood.cancel()
     await asyncio.wait([flood])
 

@@ -8,6 +8,7 @@ import logging
 
 import pytest
 from tornado.httpclient import AsyncHTTPClient
+from waiting import PATIENCE, within
 
 from spywatcher import OperatorError, Origins, parse_settings
 
@@ -52,7 +53,8 @@ async def status_of(spy, transport, origin):
     lines += [f"{name}: {value}" for name, value in headers.items()]
     reader, writer = await asyncio.open_connection("127.0.0.1", spy.server.port)
     writer.write("\r\n".join([*lines, "", ""]).encode())
-    line = await asyncio.wait_for(reader.readline(), 5)
+    async with within(PATIENCE):
+        line = await reader.readline()
     writer.close()
     return int(line.split()[1])
 

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from browser import Browser, axe_faults
 from playwright.async_api import Page, expect
+from redisserver import free_port
 from service import SECRET, fetch, server_of, viewer_token
 from signing import signing_tables
 from waiting import eventually
@@ -367,15 +368,14 @@ async def test_names_are_text_whatever_they_are(
 async def test_the_page_comes_back_after_a_restart(
     browser: Browser, watching: Watching, guild: Guild
 ) -> None:
-    ada = guild.add_member("ada")
-    async with watching() as spy:
+    ada, port = guild.add_member("ada"), {"port": free_port()}
+    async with watching(server=port) as spy:
         page = await browser.open(address(spy), fake_clock=True)
         await looks_on(page, spy)
         await spy.discord.message(guild, ada, guild.general)
         await expect(page.locator("#events li")).to_have_count(1)
-        port = spy.server.port
     await state(page).to_have_text("Reconnecting")
-    async with watching(server={"port": port}) as spy:
+    async with watching(server=port) as spy:
         await page.clock.fast_forward(LONGEST_RETRY_MS)
         await looks_on(page, spy)
         await spy.discord.message(guild, ada, guild.general)

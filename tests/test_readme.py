@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from jsclient import node
 from service import ROOT
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 from watching import Watch
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -59,7 +59,7 @@ async def test_the_dashboard_shown_runs(spy: Watch):
         room = f"guild:{spy.guild.id}"
         await eventually(lambda: list(spy.server.rooms.members(room)))
         await spy.discord.message(spy.guild, spy.guild.owner, spy.guild.general)
-        async with asyncio.timeout(5):
+        async with within(PATIENCE):
             assert await page.stdout.readline() == b"owner in #general\n"
 
 
@@ -87,13 +87,13 @@ async def test_pages_that_were_there_eight_seconds_before_discord_show_events(wa
         opened(spy, "early", block("js")) as readme,
         opened(spy, "component", COMPONENT) as component,
     ):
-        await eventually(lambda: len(spy.server.dashboards) == 2, timeout=8)
+        await eventually(lambda: len(spy.server.dashboards) == 2, timeout=PATIENCE)
         await eventually(lambda: time.monotonic() > began + 8, timeout=9)
         await discord.accept()
         room = f"guild:{spy.guild.id}"
-        await eventually(lambda: len(spy.server.rooms.members(room)) == 2, timeout=30)
+        await eventually(lambda: len(spy.server.rooms.members(room)) == 2)
         await discord.message(spy.guild, spy.guild.owner, spy.guild.general)
-        async with asyncio.timeout(5):
+        async with within(PATIENCE):
             assert await readme.stdout.readline() == b"owner in #general\n"
             heard = {await component.stdout.readline() for _ in range(2)}
             assert heard == {b"analytics\n", b"owner in #general\n"}

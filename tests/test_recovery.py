@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from jsclient import QUICK, Dashboard
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 from watching import RawClient, Watch, Watching
 
 import spywatcher
@@ -143,9 +143,15 @@ async def test_who_has_not_asked_is_told_of_no_guilds_after_a_return(spy: Watch)
 
 async def test_an_offset_from_before_a_restart_hides_nothing(watching: Watching) -> None:
     async with watching() as spy:
-        before, _, _ = await bare_page(spy)
+        before, raw, _ = await bare_page(spy)
+        await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
+        await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
+        broadcast(spy, 1, 2, 3)
+        while not (packet := str(await raw.read())).startswith('42["x",{"number":3}'):
+            pass
+        before["offset"] = json.loads(packet[2:])[-1]
     async with watching() as spy:
-        said, raw, _ = await bare_page(spy)
+        said, raw, _ = await bare_page(spy, pid=before["pid"], offset=before["offset"])
         await raw.send("420" + json.dumps(["subscribe:guild", str(spy.guild.id)]))
         await eventually(lambda: spy.server.rooms.has_listeners(f"guild:{spy.guild.id}"))
         await lose(spy, raw)
@@ -199,11 +205,12 @@ async def test_python_clients_hear_events_with_handlers_of_one_argument(spy: Wat
     heard: asyncio.Queue[Any] = asyncio.Queue()
     client.on("x", heard.put_nowait)
     token = spy.token(role="ADMIN")
-    await client.connect(spy.url, auth={"token": token}, transports=["websocket"])
+    options = {"transports": ["websocket"], "wait_timeout": PATIENCE}
+    await client.connect(spy.url, auth={"token": token}, **options)
     try:
         await client.call("subscribe:guild", str(spy.guild.id))
         broadcast(spy, 1)
-        async with asyncio.timeout(5):
+        async with within(PATIENCE):
             assert (await heard.get())["number"] == 1
     finally:
         await client.shutdown()

@@ -160,7 +160,7 @@ async def everybody_has_their_due(rights: Rights, looking: list[tuple[Dashboard,
         await rights.write()
         return all(authors(d)[-1:] > [rest] for d, person in looking if person is not bob)
 
-    await eventually(have, timeout=20)
+    await eventually(have)
 
 
 @pytest.mark.faults

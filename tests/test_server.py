@@ -8,9 +8,10 @@ import socket
 import aiohttp
 import pytest
 import socketio
+from redisserver import free_port
 from service import SECRET, run, running, tables_for, write_settings
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 
 import spywatcher
 from simulator import PretendDiscord
@@ -55,9 +56,7 @@ async def test_a_port_that_is_taken_on_either_loopback_is_a_fault():
 async def test_a_signal_stops_it_and_dashboards_come_back_to_the_next(
     tmp_path, discord, js, number
 ):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     write_settings(tmp_path, tables_for(discord, server={"port": port}))
     async with running(tmp_path) as first:
         dashboards = [
@@ -65,22 +64,20 @@ async def test_a_signal_stops_it_and_dashboards_come_back_to_the_next(
             for transport in ("websocket", "polling")
         ]
         first.process.send_signal(number)
-        assert await first.exit_status(timeout=5) == 0
+        assert await first.exit_status() == 0
         assert "Traceback" not in "".join(first.log)
     assert await dashboards[0].disconnected() == "transport close"
     end = await dashboards[1].disconnection()
     assert (end.reason in ("transport close", "transport error"), end.active) == (True, True)
     async with running(tmp_path):
         for dashboard in dashboards:
-            await dashboard.reconnected(timeout=10)
+            await dashboard.reconnected()
             assert (await dashboard.call("guilds:list"))["ok"]
 
 
 async def test_python_socketios_polling_client_comes_back_after_a_stop(tmp_path, discord):
     """It takes Engine.IO's CLOSE packet as final."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     heartbeat = {"interval": 1.0, "timeout": 5.0}  # the client waits out its last poll
     write_settings(tmp_path, tables_for(discord, server={"port": port}, heartbeat=heartbeat))
     connects = []
@@ -88,11 +85,12 @@ async def test_python_socketios_polling_client_comes_back_after_a_stop(tmp_path,
         client = socketio.AsyncClient(http_session=http, reconnection_delay=0.1)
         client.on("connect", lambda: connects.append(client.sid))
         async with running(tmp_path) as first:
-            await client.connect(first.url, auth={"token": TOKEN}, transports=["polling"])
+            options = {"transports": ["polling"], "wait_timeout": PATIENCE}
+            await client.connect(first.url, auth={"token": TOKEN}, **options)
             first.process.send_signal(signal.SIGTERM)
-            assert await first.exit_status(timeout=5) == 0
+            assert await first.exit_status() == 0
         async with running(tmp_path):
-            await eventually(lambda: len(connects) == 2, timeout=10)
+            await eventually(lambda: len(connects) == 2)
             assert (await client.call("guilds:list"))["ok"]
             await client.shutdown()
 
@@ -109,12 +107,13 @@ async def test_nobody_is_let_in_during_a_stop_on_a_connection_that_is_open(spy):
     await writer.wait_closed()
 
 
+@pytest.mark.logs("not closed within", required=False)  # on a busy machine
 async def test_a_client_that_does_not_read_cannot_hold_up_a_stop(watching):
     async with watching(server={"shutdown_grace": 0.5}) as spy:
         raw = await spy.raw(spy.token(role="ADMIN"))
         raw.stop_reading()
         await spy.connect(transports=["polling"])
-        async with asyncio.timeout(2):
+        async with within(2):
             await spy.server.stop()
 
 

@@ -17,6 +17,7 @@ import tornado.web
 from jsclient import JavaScript
 from signing import Browser, Page, picture_of, signing_in
 from tornado.web import create_signed_value
+from waiting import within
 
 from simulator import Guild, Member, PretendDiscord
 from spywatcher import Server, Spy
@@ -625,7 +626,7 @@ async def test_a_silent_discord_is_told_within_thirty_seconds(
 
     async def attack(scene: Scene) -> Page:
         place = (await scene.back()).location
-        async with asyncio.timeout(30):
+        async with within(30):
             return await scene.ada.get(place)
 
     assert (await mounted(discord, people, attack)).status == 502

@@ -20,7 +20,7 @@ import aiohttp
 import hikari
 import pytest
 import tornado.websocket
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 
 import simulator
 from simulator import (
@@ -153,7 +153,8 @@ class Client:
 
     async def hear(self) -> dict[str, Any] | None:
         """The next packet, or None when the socket was closed."""
-        frame = await asyncio.wait_for(self.socket.read_message(), 5)
+        async with within(PATIENCE):
+            frame = await self.socket.read_message()
         raw = self.inflate(frame) if isinstance(frame, bytes) else frame
         return None if raw is None else json.loads(raw)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yarl
 from jsclient import node
-from waiting import eventually
+from waiting import PATIENCE, eventually, within
 
 from simulator import Guild, PretendDiscord
 
@@ -69,7 +69,8 @@ class DiscordJs:
 
     async def says(self) -> dict[str, Any]:
         assert self.process.stdout
-        return json.loads(await asyncio.wait_for(self.process.stdout.readline(), 20))
+        async with within(PATIENCE):
+            return json.loads(await self.process.stdout.readline())
 
 
 async def test_discord_js_asks_posts_and_hears(discord: PretendDiscord, guild: Guild) -> None:
@@ -90,7 +91,7 @@ async def test_discord_js_goes_on_after_an_invalid_session(
         await discord.invalidate(resumable=resumable)
         for number in range(3):
             await discord.message(guild, guild.owner, guild.general, str(number))
-        await discord.wait_for_bot(timeout=20)
+        await discord.wait_for_bot()
         await discord.message(guild, guild.owner, guild.general, "live")
         heard = [(await bot.says())["message"] for _ in [*missed, "live"]]
         assert heard == [*missed, "live"]

@@ -27,6 +27,7 @@ import tornado.websocket
 from jsclient import DEADLINE, Dashboard, JavaScript
 from service import merged, plain_tables, server_of
 from tornado.httpclient import HTTPRequest
+from waiting import within
 
 from simulator import Guild, Member, PretendDiscord
 from spywatcher import Server
@@ -131,7 +132,7 @@ class RawClient:
 
     async def read(self) -> str | bytes | None:
         """The next packet; None once the server has closed."""
-        async with asyncio.timeout(DEADLINE):
+        async with within(DEADLINE):
             return await self.socket.read_message()
 
     def stop_reading(self) -> None:

@@ -24,7 +24,7 @@ def event_frame(number: int, offset: int | None = None, longer: int = 0) -> byte
     """With an offset as clients get it that can recover (docs/websocket-api.md, Reconnecting)."""
     said: list[object] = ["message:new", event.message(number, longer)]
     if offset is not None:
-        said.append(base64.urlsafe_b64encode(offset.to_bytes(6, "big")).decode())
+        said.append(base64.urlsafe_b64encode(offset.to_bytes(3, "big")).decode())
     return frame(b"42" + json.dumps(said, separators=(",", ":")).encode())
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 GUILD = "613425648685547541"
 ROOM = f"guild:{GUILD}"
+#: Where the count of events begins: its offsets then have four characters, as from the 65,536th event to
+#: the 16,777,216th.
+FIRST_POSITION = 1 << 17
 #: What an offset adds to an event (docs/websocket-api.md, Reconnecting).
-OFFSET_BYTES = len(',"12345678"')
+OFFSET_BYTES = len(',"1234"')
 SECRET = "the key that all servers of the benchmarks check tokens with"
 
 

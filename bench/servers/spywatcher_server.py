@@ -54,6 +54,7 @@ async def serve_from(storage: str) -> None:
             else:
                 while not server.node.known.complete:
                     await server.node.known.wait()
+            server.recovery.logs.reach(event.FIRST_POSITION)
             await control.obey(
                 server.port, emit_from(server), figures_of(server), elsewhere_from(server)
             )
