@@ -8922,7 +8922,7 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
 async def everything_ends() -> bool:
     """Cancel all that is left; whether it heeded that. What does not, asyncio would wait for for ever."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
-    await end_tasks(left, within=0.5)
+    await end_tasks(left, within=1.0)
     return all(task.done() for task in left)
 
 
