@@ -4587,6 +4587,8 @@ class Guarded:
             self._standing, self._stood_at = standing(), began
         try:
             return function(*arguments)
+        except SystemExit as error:  # of a task's, asyncio makes it the end of the process
+            raise PluginError(f"SystemExit: {error}") from error
         finally:
             seconds = time.perf_counter() - began
             self.metrics.plugin_seconds.counts[self.plugin] += seconds
@@ -4839,7 +4841,11 @@ class PluginHandler(RequestHandler):
 
     async def _execute(self, *arguments: Any, **groups: Any) -> None:
         """All that answers a request; whoever holds up the server is named."""
-        await self._guarded.in_steps(super()._execute(*arguments, **groups))
+        try:
+            await self._guarded.in_steps(super()._execute(*arguments, **groups))
+        except PluginError as error:  # a SystemExit: Tornado answers what is an Exception
+            self._guarded.report(error)
+            self.send_error(500)
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -8915,13 +8921,17 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
     try:
         runner.run(main)
     finally:
-        if runner.run(everything_ends()):
+        if runner.run(everything_ends(main)):
             runner.close()
 
 
-async def everything_ends() -> bool:
+async def everything_ends(main: Coroutine[Any, Any, None]) -> bool:
     """Cancel all that is left; whether it heeded that. What does not, asyncio would wait for for ever."""
-    left = asyncio.all_tasks() - {asyncio.current_task()}
+    own = asyncio.current_task()
+    for task in [task for task in asyncio.all_tasks() if task.get_coro() is main]:
+        task.cancel()  # something has broken off the loop: it still has to stop, in its own time
+        await asyncio.wait([task])
+    left = asyncio.all_tasks() - {own}
     await end_tasks(left, within=1.0)
     return all(task.done() for task in left)
 

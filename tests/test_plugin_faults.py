@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import ROOT
+from service import ROOT, fetch
 from waiting import clock, eventually
 from watching import Watch, Watching
 
@@ -157,6 +157,44 @@ async def test_what_is_raised_is_told_once_of_its_kind_and_counted_each_time(
         assert (health["problem"], health["paused"]) == (None, ["raises.tick"])
     said = [record.getMessage() for record in caplog.records if "boom" in record.getMessage()]
     assert len(said) == len(set(said))
+
+
+EXITS = """
+import asyncio, sys, hikari
+from spywatcher import on, on_subscribe, route
+from tornado.web import RequestHandler
+
+@on(hikari.GuildMessageCreateEvent)
+async def listener(event):
+    await asyncio.sleep(0)
+    sys.exit(3)
+
+@on_subscribe("guild", emit="exits:hello")
+async def hello(guild_id, spy):
+    sys.exit(4)
+
+@route("/exit")
+class Page(RequestHandler):
+    async def get(self):
+        sys.exit(5)
+"""
+
+
+@pytest.mark.logs(
+    "plugin exits: listener failed on GuildMessageCreateEvent: SystemExit: 3",
+    "plugin exits: making exits:hello failed in hello: SystemExit: 4",
+    "plugin exits: Page failed: SystemExit: 5",
+)
+async def test_no_plugin_ends_the_server_by_sys_exit(watching: Watching, tmp_path: Path) -> None:
+    (tmp_path / "exits.py").write_text(EXITS)
+    good = FOLDER / "wrong_at_work"
+    plugins = at_work() | {"folders": [str(good), str(tmp_path)]}
+    async with watching(plugins=plugins) as spy:
+        await still_here(spy)
+        assert (await fetch(spy.server.port, "/exit")).code == 500
+        failures = spy.server.metrics.plugin_failures.labels("exits")
+        await eventually(lambda: failures._value.get() == 3)
+        await still_here(spy)
 
 
 @pytest.mark.logs(
