@@ -238,6 +238,10 @@ class RefusedConnectionError(SpyWatcherError):
 Port = Annotated[int, Meta(ge=0, le=65535, title="a whole number from 0 to 65535")]
 Positive = Annotated[int, Meta(ge=1, title="a whole number, 1 or more")]
 Seconds = Annotated[float, Meta(gt=0, title="a number of seconds above 0, such as 5.0")]
+#: Browsers' and the kernel's timers count milliseconds in 31 bits.
+HeartbeatSeconds = Annotated[
+    float, Meta(gt=0, le=86_400, title="a number of seconds above 0, a day (86400) at most")
+]
 SecondsOrZero = Annotated[float, Meta(ge=0, title="a number of seconds, such as 5.0")]
 GuildId = Annotated[
     str, Meta(pattern=r"^[0-9]{1,20}$", title='a guild id in quotes, such as "123456789012345678"')
@@ -247,7 +251,7 @@ Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256"]
 Rate = Annotated[
     str,
     Meta(
-        pattern=r"^[1-9][0-9]*/(second|minute|hour|day)$",
+        pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
         title='a rate in quotes, such as "60/minute" (second, minute, hour or day)',
     ),
 ]
@@ -275,6 +279,9 @@ def plain_origin(text: str) -> str:
         raise ValueError(f'expected "scheme://host" or "scheme://host:port": {error}') from error
     if not ORIGIN.fullmatch(origin):
         raise ValueError('expected "scheme://host", with * only as "*.host" or alone')
+    if re.search(r":[0-9]*:\*$", small):
+        any_of_it = re.sub(r":[0-9]+$", "", origin) + ":*"
+        raise ValueError(f'expected one port or any: "{origin}" or "{any_of_it}"')
     if not set("/?#@").isdisjoint(small.partition("://")[2]):
         raise ValueError(f'expected it without what is not host and port: "{origin}"')
     return origin + any_port
@@ -293,11 +300,15 @@ def known_network(text: str) -> str:
 
 def known_host(text: str) -> str:
     """A name or an address; raises ValueError for more than that."""
-    plain = re.sub(r"^\w+://|[/?#].*", "", text)
+    plain = re.sub(r"^\w+://|\[|\].*|[/?#].*|\s", "", text)
     if plain.count(":") == 1:
         plain = plain.partition(":")[0]
     if plain != text:
         raise ValueError(f'expected a name or an address alone, such as "{plain or "localhost"}"')
+    try:
+        text.encode("idna")  # as it is when it is looked up
+    except UnicodeError as error:
+        raise ValueError(f"expected a name or an address: {error.__cause__ or error}") from error
     return text
 
 
@@ -347,9 +358,9 @@ class ServerSettings(Section, frozen=True):
 
 class HeartbeatSettings(Section, frozen=True):
     #: Seconds between two pings to a client.
-    interval: Seconds = 25.0
+    interval: HeartbeatSeconds = 25.0
     #: Seconds a client has to answer a ping.
-    timeout: Seconds = 60.0
+    timeout: HeartbeatSeconds = 60.0
 
 
 class AuthSettings(Section, frozen=True):
@@ -379,7 +390,13 @@ class DiscordSettings(Section, frozen=True):
     #: Watch only these; empty: every guild the bot is in.
     guilds: tuple[GuildId, ...] = ()
     #: Where Discord's REST API answers.
-    rest_url: str = "https://discord.com/api/v10"
+    rest_url: Annotated[
+        str,
+        Meta(
+            pattern=r"^https?://[^/]",
+            title='a URL in quotes, such as "https://discord.com/api/v10"',
+        ),
+    ] = "https://discord.com/api/v10"
     #: Seconds after a new gateway session without alerts and role changes.
     startup_grace: SecondsOrZero = 5.0
 
@@ -1015,28 +1032,35 @@ def read_keys(auth: AuthSettings, folder: Path) -> Keys:
     """The keys that the settings name; raises OperatorError for one that is missing or too short."""
     listed = auth.secret if isinstance(auth.secret, tuple) else (auth.secret,)
     text = read_secret("\n".join(listed), auth.secret_file, folder, "auth.secret")
+    lines = text.splitlines()
+    if auth.secret_file:  # in which an editor may have left blanks and empty lines
+        lines = list(filter(None, map(str.strip, lines)))
     file = auth.public_key_file
     keys = Keys(
-        secrets=tuple(text.splitlines()),
+        secrets=tuple(lines),
         public=read_file(file, folder, "auth.public_key_file") if file else "",
     )
-    faults = [fault for algorithm in auth.algorithms for fault in key_faults(algorithm, keys)]
+    key = "auth.secret_file" if auth.secret_file else "auth.secret"
+    faults = [fault for one in auth.algorithms for fault in key_faults(one, keys, key)]
     if faults:
         raise OperatorError(*faults)
     return keys
 
 
-def key_faults(algorithm: str, keys: Keys) -> Iterator[str]:
-    """What is wrong with the keys that tokens of this algorithm would be checked with."""
+def key_faults(algorithm: str, keys: Keys, secret: str) -> Iterator[str]:
+    """What is wrong with the keys that tokens of this algorithm would be checked with; `secret` is the
+    setting that holds those for HS*.
+    """
     least = LEAST_SECRET_BYTES.get(algorithm, 0)
     if not least and not keys.public:
         yield f"auth.public_key_file: not set, expected the key for {algorithm}"
     for key in keys.of(algorithm):
         size = len(key.encode())
         if size < least:
-            yield f"auth.secret: got {size} bytes, expected {least} or more for {algorithm}"
+            yield f"{secret}: got {size} bytes, expected {least} or more for {algorithm}"
         elif not is_key_for(algorithm, key):
-            yield f"auth: got a key that is none for {algorithm}"
+            name = secret if least else "auth.public_key_file"
+            yield f"{name}: got a key that is none for {algorithm}"
 
 
 def is_key_for(algorithm: str, key: str) -> bool:
@@ -6479,7 +6503,12 @@ class Gateway:
 
     @property
     def guilds(self) -> int:
-        return len(self.bot.cache.get_guilds_view())
+        """Watched ones that are here."""
+        return self._count_watched(self.bot.cache.get_guilds_view())
+
+    def _count_watched(self, guild_ids: Collection[int]) -> int:
+        named = self._settings.guilds
+        return sum(str(one) in named for one in guild_ids) if named else len(guild_ids)
 
     def health(self) -> dict[str, Any]:
         """How the link to Discord stands, for /health/ready."""
@@ -6555,7 +6584,7 @@ class Gateway:
     def _on_ready(self, event: hikari.ShardReadyEvent) -> None:
         self._fresh_since = time.monotonic()
         self._metrics.gateway_changes.labels("new session").inc()
-        self._how = f"a new session, guilds: {len(event.unavailable_guilds)}"
+        self._how = f"a new session, guilds: {self._count_watched(event.unavailable_guilds)}"
 
     def _on_resumed(self, event: hikari.ShardResumedEvent) -> None:
         self._metrics.gateway_changes.labels("resumed").inc()
@@ -8628,6 +8657,13 @@ def parse_id(text: str) -> int:
     return int(text)
 
 
+def parse_port(text: str) -> int:
+    """A port; 0 picks a free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 0 to 65535")
+    return int(text)
+
+
 def parse_folder(text: str) -> Path:
     """A folder that is there, whatever is the working directory later."""
     path = Path(text).resolve()
@@ -8653,7 +8689,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     an_id: dict[str, Any] = {"type": parse_id, "metavar": "ID"}
     add("serve", serve_command, "run the server (the default)")
     demo = add("demo", demo_command, "serve against the built-in pretend Discord")
-    demo("--port", type=int, metavar="N", help="port to listen on; 0 picks a free one")
+    demo("--port", type=parse_port, metavar="N", help="port to listen on; 0 picks a free one")
     check = add("check", check_command, "validate settings and plugins")
     check("--settings", action="store_true", help="print all settings in force")
     types = add("types", types_command, "TypeScript declarations of all events, or AsyncAPI 3")
@@ -8698,6 +8734,10 @@ def bot_token_of(settings: Settings) -> str:
     token = read_secret(discord.token, discord.token_file, settings.folder, "discord.token")
     if token.lower().startswith("bot "):
         raise OperatorError(f'{key}: begins with "Bot ", expected only what comes after that')
+    if not re.fullmatch("[!-~]*", token):  # the error of a header quotes it, and would be logged
+        raise OperatorError(
+            f"{key}: got blanks, lines or other letters too, expected a token alone"
+        )
     return token
 
 

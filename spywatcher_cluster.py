@@ -51,7 +51,7 @@ import msgspec
 from redis import asyncio as aioredis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
@@ -460,11 +460,20 @@ class WriteBehind(Generic[NewsT]):
         return taken and bool(self.news)
 
 
+#: What Redis says to one of several commands: behind what was sent, and as Python writes a tuple.
+QUOTED_ERROR: Final = re.compile(
+    r""".* of pipeline caused error: (?:\(["'])?(.*?)(?:["'],\))?$""", re.DOTALL
+)
+
+
 def fault_of(error: Exception) -> str:
     """What an operator has to mend, where Redis is there and will not have this node; else empty."""
     if isinstance(error, AuthenticationError | ResponseError):
-        said = str(error).rpartition("of pipeline caused error: ")[2]  # before it is what was sent
-        return f"Redis refuses this node ({said}): see redis.url and redis.password_file"
+        said = QUOTED_ERROR.sub(r"\1", str(error))
+        advice = "see redis.url and redis.password_file"
+        if "Invalid stream ID" in said:  # what an older one takes MINID of XADD for
+            advice = "expected Redis 6.2 or newer"
+        return f"Redis refuses this node ({said}): {advice}"
     if isinstance(error.__context__, ssl.SSLError):
         return f"no TLS with Redis ({error}): see redis.url and its ssl_ca_certs"
     return ""
@@ -553,9 +562,13 @@ class Sentinels(Sentinel):
         self._asking = asyncio.Lock()
 
     async def discover_master(self, name: str) -> Any:
-        """Where it is."""
+        """Where it is. What redis-py says where nobody knows is all that it has of each Sentinel."""
         async with self._asking:
-            return await super().discover_master(name)
+            try:
+                return await super().discover_master(name)
+            except MasterNotFoundError as error:
+                said = f"no Sentinel in reach names a master {name!r} that is up"
+                raise MasterNotFoundError(said) from error
 
 
 def sentinel_client(found: re.Match[str], options: dict[str, Any], more: dict[str, Any]) -> Any:
@@ -1687,11 +1700,14 @@ class Hearing:
             return
         self._known.clear()
         found = await self._link.redis.hgetall(GUILDS)
+        unread = 0
         for guild_id, data in found.items():
             try:
                 self._known.load_guild(int(guild_id), decode_state(data, GuildNews))
             except ValueError:
-                log.error("what Redis has of guild %s cannot be read", shown(guild_id))
+                unread += 1
+        if unread:
+            log.info("another version wrote %d guilds in Redis: the holder tells them anew", unread)
         self._peers.call_roll()
 
     async def prepare(self, notes: Iterable[Note]) -> None:

@@ -178,7 +178,7 @@ async def browser(chromium: Chromium) -> AsyncIterator[Browser]:
     browser = Browser(chromium)
     yield browser
     await browser.close()
-    assert browser.unexpected() == []
+    assert browser.unexpected() == [], browser.unexpected()  # pytest rewrites no asserts here
 
 
 @pytest_asyncio.fixture(loop_scope="session")

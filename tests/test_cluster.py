@@ -586,6 +586,18 @@ async def test_entries_that_do_not_decode_are_skipped_counted_and_told_once(node
         await eventually(lambda s=server: figure(s, "redis_unreadable") == 10)
 
 
+async def test_guilds_in_the_form_of_another_version_are_one_line_and_told_anew(
+    nodes, redis, guild, caplog
+):
+    caplog.set_level("INFO")
+    for guild_id in (guild.id, 1, 2):
+        await redis.ask("HSET", "spywatcher:guilds", guild_id, b"\x93\x01")
+    await two_nodes(nodes)
+    told = [r.getMessage() for r in caplog.records if "another version wrote" in r.getMessage()]
+    assert told[0].startswith("another version wrote 3 guilds")
+    await eventually(lambda: all(guild.id in s.node.known.guilds for s in nodes.servers))
+
+
 @pytest.mark.logs("_beat failed, and begins anew")
 async def test_a_holder_whose_beat_fails_once_beats_on(nodes, monkeypatch):
     await two_nodes(nodes)

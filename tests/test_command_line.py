@@ -337,3 +337,10 @@ def test_a_life_time_that_is_none_is_refused(capsys, text):
     with pytest.raises(SystemExit, match="2"):
         spywatcher.main(["token", "--discord-id", "1", f"--ttl={text}"])
     assert "expected e.g. 90s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "", "http"])
+def test_a_port_that_cannot_be_is_told_as_such(capsys, port):
+    with pytest.raises(SystemExit, match="2"):
+        spywatcher.main(["demo", f"--port={port}"])
+    assert f"--port: got {port}, expected 0 to 65535" in capsys.readouterr().err

@@ -116,11 +116,12 @@ async def test_who_types_is_told_once_a_window(example: Any, guild: Guild) -> No
         await spy.nothing(dashboard, "typing:start")
 
 
-async def test_an_alert_is_posted_to_a_webhook(example: Any, guild: Guild) -> None:
-    ada = guild.add_member("ada")
+async def test_an_alert_is_posted_to_a_webhook_and_calls_nobody(example: Any, guild: Guild) -> None:
+    ada = guild.add_member("@everyone")
+    post = {"content": "@everyone is on desktop, mobile", "allowed_mentions": {"parse": []}}
     async with webhook() as (url, posts), example(plugin={"webhook": {"url": url}}) as spy:
         await spy.discord.presence(guild, ada, "online", ["desktop", "mobile"])
-        await eventually(lambda: posts == [{"content": "ada is on desktop, mobile"}])
+        await eventually(lambda: posts == [post])
 
 
 async def test_the_counters_page_shows_messages_and_remembers_them(

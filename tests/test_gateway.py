@@ -69,6 +69,13 @@ async def test_when_the_session_is_lost_a_new_one_goes_on(spy, discord, told):
     assert told()[-1] == "connected to Discord: a new session, guilds: 1"
 
 
+async def test_guilds_that_are_not_watched_are_not_counted(watching, discord, told):
+    async with watching(discord={"guilds": ["123456789012345678"]}) as spy:
+        await eventually(lambda: told() == ["connected to Discord: a new session, guilds: 0"])
+        assert len(spy.server.gateway.bot.cache.get_guilds_view()) == 1
+        assert spy.server.gateway.health()["guilds"] == 0
+
+
 @pytest.mark.logs(AWAY, required=False)
 async def test_after_a_new_session_old_state_is_no_news(watching, discord, guild):
     """Discord tells everything anew then, which is no change."""

@@ -174,6 +174,27 @@ async def test_discord_signs_in_and_a_reload_keeps_one_signed_in(
         await expect(page.locator("#door-why")).to_contain_text("Sign in to see the guilds")
 
 
+async def test_who_signs_in_as_another_in_a_second_tab_is_that_one_in_the_first_too(
+    browser: Browser, discord: PretendDiscord, guild: Guild
+) -> None:
+    guild.add_member("ada")
+    tables = signing_tables(discord, plugins=OWN_PLUGINS)
+    tables["plugin"]["signin"]["token_ttl"] = 62.0  # renewed when half of it is over
+    async with server_of(discord, tables):
+        url = tables["plugin"]["signin"]["public_url"]
+        page = await browser.open(url, fake_clock=True)
+        await sign_in(page, "owner")
+        second = await page.context.new_page()
+        await second.goto(f"{url}/signin?next=/")
+        await second.get_by_role("button", name="ada").click()
+        await state(second).to_have_text("Live")
+        async with page.expect_response("**/signin/token"):
+            await page.clock.fast_forward(40_000)
+        await expect(page.locator("#no-guild")).to_be_visible()
+        await expect(page.get_by_role("button", name="Sign out ada")).to_be_visible()
+        await state(page).to_have_text("Live")
+
+
 # ---- what happens ----------------------------------------------------------
 
 
@@ -289,6 +310,18 @@ async def test_no_more_than_500_events_are_kept(browser: Browser, spy: Watch) ->
     await expect(page.locator("#events li")).to_have_count(500)
 
 
+async def test_where_not_all_who_are_online_are_named_devices_are_those_of_the_named(
+    browser: Browser, watching: Watching, guild: Guild
+) -> None:
+    guild.add_member("ada").appear("online", ["desktop", "web"])
+    for name in ("bob", "carol"):
+        guild.add_member(name).appear("online", ["web"])
+    async with watching(plugins=OWN_PLUGINS, plugin={"presence": {"snapshot_members": 2}}) as spy:
+        page = await browser.open(address(spy))
+        figure = page.locator("#figures div", has_text="On several devices")
+        await expect(figure).to_contain_text("50% of the 2 known here")
+
+
 # ---- over time, people -----------------------------------------------------
 
 
@@ -308,6 +341,45 @@ async def test_history_is_drawn_from_its_counts(browser: Browser, watching: Watc
         await expect(cell).to_have_text("1.5")
         await page.get_by_role("link", name="Now").click()
         await expect(page.locator("#figures div", has_text="Members")).to_contain_text("1,234")
+
+
+def noon_zone() -> str:
+    """A time zone in which it is past noon: no midnight is near."""
+    return f"Etc/GMT{datetime.now(UTC).hour - 12:+d}"
+
+
+async def test_todays_numbers_are_right_where_the_browsers_clock_is_wrong(
+    browser: Browser, watching: Watching
+) -> None:
+    history = {"hours": [[24 * 7, 10, 0, 0, 1, 9], [0, 40, 0, 0, 1, 3]]}
+    async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:
+        page = await browser.open("about:blank", timezone_id=noon_zone())
+        await page.clock.install(time=datetime.now(UTC) - timedelta(hours=1))
+        await page.goto(address(spy))
+        figure = page.locator("#figures div", has_text="Messages today")
+        await expect(figure.locator(".value")).to_have_text("40")
+        await expect(figure.locator(".change")).to_have_text("compared in 1 day")
+
+
+async def test_who_is_online_is_set_beside_the_most_of_that_hour_a_week_ago(
+    browser: Browser, watching: Watching
+) -> None:
+    history = {"hours": [[24 * 8, 1, 0, 0, 1, 3], [24 * 7, 10, 0, 0, 1, 9]]}
+    async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:
+        page = await browser.open(address(spy), timezone_id=noon_zone())
+        figure = page.locator("#figures div", has_text="Online")
+        await expect(figure.locator(".change")).to_have_text("up to 9 a week ago")
+
+
+async def test_numbers_on_an_axis_are_not_cut_off(browser: Browser, watching: Watching) -> None:
+    history = {"hours": [[24 * 28, 1, 0, 0, 1, 3], [30, 9_000, 1, 0, 2, 5]]}
+    async with watching(plugins=OWN_PLUGINS, plugin={"history": history}) as spy:
+        page = await browser.open(address(spy, "time"))
+        canvas = page.get_by_role("group", name="Messages a day").locator("canvas")
+        await expect(canvas).to_be_visible()
+        ink = "(c) => c.getContext('2d').getImageData(0, 0, 1, c.height).data.some(Boolean)"
+        await eventually(lambda: canvas.evaluate(ink.replace("0, 0, 1", "0, 0, c.width")))
+        assert not await canvas.evaluate(ink)
 
 
 async def test_where_nothing_has_been_counted_the_page_says_what_will_come(
@@ -399,6 +471,20 @@ async def test_after_a_short_cut_not_a_row_is_missed(
         await expect(page.locator("#events li p")).to_have_text(["ada wrote in #general"] * 2)
 
 
+async def test_a_laptop_that_slept_says_since_when_events_are_missing(
+    browser: Browser, watching: Watching
+) -> None:
+    async with watching(recovery={"window": 0.0}) as spy:
+        page = await browser.open(address(spy), fake_clock=True, timezone_id=noon_zone())
+        await looks_on(page, spy)
+        await page.clock.fast_forward(10 * 60_000)
+        row = page.locator("#events [data-kind=gap]")
+        await expect(row).to_contain_text("connection was lost after")
+        times = re.findall(r"(\d\d):(\d\d):\d\d", await row.inner_text())
+        noticed, lost = (60 * int(hour) + int(minute) for hour, minute in times)
+        assert noticed - lost >= 9
+
+
 @pytest.mark.logs("not connected to Discord")
 @pytest.mark.logs("failed to communicate with server", required=False)
 async def test_the_page_says_when_discord_is_away(
@@ -419,6 +505,23 @@ async def test_the_page_says_when_discord_is_away(
         await eventually(lambda: answers(spy, "/health/ready", 200))
         await page.clock.fast_forward(HEALTH_INTERVAL_MS)
         await state(page).to_have_text("Live")
+
+
+async def test_a_page_behind_others_keeps_no_work_for_its_return(
+    browser: Browser, spy: Watch
+) -> None:
+    page = await browser.open(address(spy), fake_clock=True)
+    await looks_on(page, spy)
+    await page.evaluate(
+        """() => {
+            globalThis.frames = 0;
+            const ask = requestAnimationFrame;
+            globalThis.requestAnimationFrame = (look) => { frames += 1; return ask(look); };
+            Object.defineProperty(document, "hidden", { get: () => true });
+        }"""
+    )
+    await page.clock.run_for(60_000)
+    assert await page.evaluate("frames") == 0
 
 
 # ---- for everybody ---------------------------------------------------------

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 from certificates import Authority
 from jsclient import Dashboard, Event, JavaScript
+from redis.exceptions import RedisError
 from redisserver import (
     Proxy,
     RedisServer,
@@ -282,6 +283,20 @@ async def test_a_user_without_a_right_is_told_of(pair, redis, caplog):
 
 
 @pytest.mark.logs(REFUSED)
+async def test_a_redis_that_takes_no_writes_is_told_in_its_own_words(pair, redis):
+    await redis.ask("REPLICAOF", "127.0.0.1", free_port())
+    async with pair(url=redis.url) as nodes:
+        said = "Redis refuses this node (You can't write against a read only replica.): see"
+        await eventually(lambda: all(said in str(problem) for problem in nodes.problems()))
+
+
+async def test_a_redis_that_is_too_old_is_told_by_the_version_that_is_needed(redis) -> None:
+    with pytest.raises(RedisError) as raised:  # a word where none is known, as MINID was before 6.2
+        await redis.ask("XADD", "stream", "NEWER", "0", "*", "key", "value")
+    assert spywatcher_cluster.fault_of(raised.value).endswith(": expected Redis 6.2 or newer")
+
+
+@pytest.mark.logs(REFUSED)
 async def test_nodes_go_on_once_the_password_is_right(pair, locked, tmp_path, caplog):
     """Redis' password is put right; theirs they read at their start alone."""
     (tmp_path / "password").write_text("another")
@@ -519,6 +534,15 @@ async def test_a_sentinel_that_is_away_as_a_node_comes_is_asked_later_on(watched
     named = set(manager.sentinels)
     await asyncio.gather(*(link.redis.ping() for _ in range(10)))
     assert set(manager.sentinels) == named
+    await link.close()
+
+
+async def test_a_master_that_no_sentinel_knows_is_told_by_its_name_alone(watched) -> None:
+    link = Link(RedisSettings(url=f"{watched.url}s"), "")
+    with pytest.raises(
+        RedisError, match=r"^no Sentinel in reach names a master 'mymasters' that is up$"
+    ):
+        await link.redis.ping()
     await link.close()
 
 

@@ -227,6 +227,10 @@ MISTAKES = {
         '[discord]\ntoken = "Bot x.y.z"',
         'token: begins with "Bot ", expected only',
     ),
+    "a token of two lines": (
+        '[discord]\ntoken = "x.y.z\\nx.y.z"',
+        "token: got blanks, lines or other letters too, expected a token alone",
+    ),
     "ids as numbers": (
         "[discord]\nguilds = [123456789012345678]",
         r"guilds: got \[123456789012345678\], expected a list in \[ \] of each a guild id in quotes",
@@ -242,6 +246,10 @@ MISTAKES = {
     "an origin with a slash": (
         '[server]\ncors_origins = ["https://dash.example/"]',
         'got "https://dash.example/", expected it without .*: "https://dash.example"',
+    ),
+    "an origin with two ports": (
+        '[server]\ncors_origins = ["http://dash.example:8080:*"]',
+        'expected one port or any: "http://dash.example:8080" or "http://dash.example:\\*"',
     ),
     "an origin without scheme": (
         '[server]\ncors_origins = ["dash.example"]',
@@ -262,6 +270,10 @@ MISTAKES = {
     "a rate of an unknown unit": (
         '[limits]\nattempts_per_ip = "60/min"',
         r'got "60/min", expected a rate in quotes, such as "60/minute" \(second, minute',
+    ),
+    "a heartbeat that never comes": (
+        "[heartbeat]\ninterval = inf",
+        "interval: got Infinity, expected a number of seconds above 0, a day",
     ),
     "seconds with a unit": (
         '[limits]\nblock_for = "10m"',
@@ -300,6 +312,18 @@ MISTAKES = {
     "a port at the host": (
         '[server]\nhost = "0.0.0.0:3001"',
         'host: got "0.0.0.0:3001", expected a name or an address alone, such as "0.0.0.0"',
+    ),
+    "brackets at the host": (
+        '[server]\nhost = "[::1]:3001"',
+        'host: got ".*", expected a name or an address alone, such as "::1"',
+    ),
+    "a host that no name can be": (
+        '[server]\nhost = "watch..example"',
+        "host: .* expected a name or an address: label empty or too long",
+    ),
+    "a URL of Discord without scheme": (
+        '[discord]\nrest_url = "discord.com/api/v10"',
+        'rest_url: .* expected a URL in quotes, such as "https://discord.com/api/v10"',
     ),
     "a URL for the host": (
         '[server]\nhost = "http://localhost:3001/"',
@@ -385,6 +409,8 @@ def test_an_origin_is_any_scheme_host_and_port(written, origin):
         "https://u@a",
         "https://a:99999",
         "https://a:b",
+        "https://a:443:*",
+        "http://[::1]:80:*",
         "https://a*.b",
         "https://*",
         "https://a b",

@@ -77,7 +77,7 @@ def test_a_list_of_secrets_rotates_them(tmp_path):
 
 
 def test_a_file_holds_a_secret_a_line(tmp_path):
-    (tmp_path / "secrets").write_bytes(f"{SECRET}\r\n{LONG}\r\n".encode())
+    (tmp_path / "secrets").write_bytes(f"{SECRET} \r\n \r\n\t{LONG}\r\n".encode())
     keys = read_keys(AuthSettings(secret_file="secrets"), tmp_path)
     assert keys.secrets == (SECRET, LONG)
 
@@ -234,10 +234,11 @@ def test_what_could_not_be_taken_is_not_made(wanted, fault):
         ({"secret": "x" * 32, "algorithms": ("HS512",)}, "got 32 bytes, expected 64"),
         ({"algorithms": ("RS256",)}, "auth.public_key_file: not set"),
         ({"algorithms": ("RS256",), "public_key_file": "no"}, "cannot be read"),
-        ({"algorithms": ("RS256",), "public_key_file": "ec"}, "none for RS256"),
+        ({"algorithms": ("RS256",), "public_key_file": "ec"}, "key_file: got .* none for RS256"),
+        ({"secret": f"ssh-rsa {LONG}"}, "auth.secret: got .* none for HS256"),
         ({"algorithms": ("ES256",), "public_key_file": "rsa"}, "none for ES256"),
         ({"algorithms": ("RS256", "ES256"), "public_key_file": "rsa"}, "none for ES256"),
-        ({"secret_file": "rsa"}, "expected 32 or more"),
+        ({"secret_file": "rsa"}, "auth.secret_file: got .* expected 32 or more"),
         ({"algorithms": ("ES256",), "public_key_file": "junk"}, "none for ES256"),
     ],
 )

@@ -21,7 +21,7 @@ class Settings(PluginSettings, frozen=True):
 async def notify(alert: dict[str, Any], spy: Spy) -> None:
     if not spy.settings.url:
         return
-    text = f"{alert['username']} is on {', '.join(alert['platforms'])}"
+    text = f"{alert['username']} is on {', '.join(alert['platforms'])}"  # or "@everyone is on"
     for pause in (0.0, 0.2, 0.4):  # seconds, before each attempt
         await asyncio.sleep(pause)
         try:
@@ -29,7 +29,7 @@ async def notify(alert: dict[str, Any], spy: Spy) -> None:
                 spy.settings.url,
                 method="POST",
                 headers={"Content-Type": "application/json"},
-                body=json.dumps({"content": text}),
+                body=json.dumps({"content": text, "allowed_mentions": {"parse": []}}),
                 request_timeout=PATIENCE,
             )
         except (OSError, HTTPClientError) as error:

@@ -81,6 +81,19 @@ test("what is counted live is replaced by the next update", () => {
   assert.equal(history.today(NOW).messages, before + 1);
 });
 
+test("what an update was too early for stays counted until the next one", () => {
+  const history = steady();
+  const thisHour = (messages) => ({ hours: [entry(NOW - (NOW % HOUR), { messages })], members: 1000 });
+  const before = history.today(NOW).messages;
+  for (let seen = 0; seen < 3; seen += 1) history.count("messages");
+  history.merge(thisHour(2), NOW); // made after the first of the three
+  assert.equal(history.today(NOW).messages, before + 3);
+  history.count("messages");
+  assert.equal(history.today(NOW).messages, before + 4);
+  history.merge(thisHour(5), NOW);
+  assert.equal(history.today(NOW).messages, before + 4);
+});
+
 test("live charts put what comes late where it belongs, and go on with who was online", () => {
   const live = new Live(NOW - 10 * STEP);
   live.setOnline(3, NOW - 10 * STEP);
@@ -91,6 +104,17 @@ test("live charts put what comes late where it belongs, and go on with who was o
   assert.deepEqual(messages.slice(-12), [null, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1]);
   assert.deepEqual(online.slice(-12), [null, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]);
   assert.equal(live.columns(NOW + 3600 * 1000).online.at(-1), 3);
+});
+
+test("live charts show nothing for the time in which nothing could be heard", () => {
+  const live = new Live(NOW - 60 * STEP);
+  live.setOnline(3, NOW - 60 * STEP);
+  live.count("messages", NOW - 6 * STEP);
+  live.lose(NOW - 5 * STEP, NOW - 2 * STEP);
+  const { messages, joins, online } = live.columns(NOW);
+  assert.deepEqual(messages.slice(-7), [1, null, null, null, 0, 0, 0]);
+  assert.deepEqual(joins.slice(-7), [0, null, null, null, 0, 0, 0]);
+  assert.deepEqual(online.slice(-7), [3, null, null, null, 3, 3, 3]);
 });
 
 test("numbers on an axis or in a comparison take five characters", () => {
@@ -130,6 +154,32 @@ test("devices are those of the last alert, and none when offline", () => {
   assert.equal(guild.onSeveralDevices, 0);
 });
 
+const entryNow = (online) => ({ hours: [entry(NOW - (NOW % HOUR), { online })], members: 100, timestamp: stamp(NOW) });
+
+test("in a guild whose list does not name all who are online, their number stays right as far as can be told", () => {
+  const guild = new Guild({ id: "9", name: "Owls" }, NOW);
+  const counts = { online: 10, idle: 0, dnd: 0, offline: 90 };
+  const members = [{ ...ada, status: "online", platforms: ["web"] }];
+  guild.take("presence:snapshot", { counts, members, truncated: true, timestamp: stamp(NOW) }, NOW);
+  const unnamed = (userId, status) =>
+    guild.take("presence:update", { userId, username: userId, status, timestamp: stamp(NOW) }, NOW);
+  unnamed("2", "offline");
+  assert.equal(guild.online, 9);
+  unnamed("3", "idle");
+  assert.equal(guild.online, 9);
+  unnamed("2", "online");
+  assert.equal(guild.online, 10);
+  guild.take("history:update", entryNow(8), NOW);
+  assert.equal(guild.online, 8);
+  assert.equal(guild.online + guild.counts.offline, 100);
+});
+
+test("where all who are online are named, the number is theirs", () => {
+  const guild = watched([{ ...ada, status: "online", platforms: ["web"] }]);
+  guild.take("history:update", entryNow(0), NOW);
+  assert.equal(guild.online, 1);
+});
+
 test("a server whose clock differs changes nothing in the live charts", () => {
   const guild = new Guild({ id: "9", name: "Owls" }, NOW - 60 * STEP);
   const behind = NOW - 3 * HOUR;
@@ -137,6 +187,13 @@ test("a server whose clock differs changes nothing in the live charts", () => {
   guild.take("presence:snapshot", snapshot, NOW);
   guild.take("message:new", { ...ada, timestamp: stamp(behind + STEP) }, NOW + STEP);
   assert.equal(guild.live.columns(NOW + STEP).messages.at(-1), 1);
+});
+
+test("hours are read by the clock of the server that counts them", () => {
+  const guild = watched();
+  const late = NOW + 2 * HOUR;
+  guild.take("presence:snapshot", { counts: {}, members: [], truncated: false, timestamp: stamp(NOW) }, late);
+  assert.equal(guild.serverTime(late), NOW);
 });
 
 test("the stream keeps the latest events, and those that nobody here knows", () => {

@@ -90,7 +90,7 @@ export class Chart {
       scales: { x: { time: true, range: (_plot, min, max) => this.#span(min, max) }, y: { range: (_plot, min, max) => this.#range(min, max) } },
       axes: [
         { ...axis, grid: { show: false }, size: 2 * em, gap: 4, space: 5.5 * em, values: this.#spec.times },
-        { ...axis, grid: line, size: 3.2 * em, gap: 6, space: 3 * em, incrs: INCREMENTS, values: (_, ticks) => ticks.map(brief) },
+        { ...axis, grid: line, size: (_plot, texts) => em * roomFor(texts ?? []), gap: 6, space: 3 * em, incrs: INCREMENTS, values: (_, ticks) => ticks.map(brief) },
       ],
       series: [{}, ...this.#spec.series.map((each) => series(each, this.#spec.step ? 1 : 0))],
       hooks: { setCursor: [(plot) => this.#read(plot.cursor.idx)] },
@@ -134,6 +134,9 @@ export class Chart {
     this.#plot.setCursor({ left, top: index === null ? -10 : 1 });
   }
 }
+
+/** In widths of an em, beside the axis: digits are narrower than that. */
+const roomFor = (texts) => Math.max(3.2, 0.8 + 0.6 * Math.max(...texts.map(({ length }) => length)));
 
 const SHAPES = {
   bars: (align) => ({ paths: uPlot.paths.bars({ size: [0.72, 48], radius: 0.1, align }), width: 0 }),

@@ -31,6 +31,7 @@ export class Connection extends EventTarget {
   #pending = new Set(); // rooms about which Discord has not said enough
   #discordAway = false;
   #viewer = null;
+  #heard = 0; // when the server said anything last
   #lostAt = null;
   #reconnecting; // timers
   #asking;
@@ -110,10 +111,12 @@ export class Connection extends EventTarget {
     socket.on("auth:expiring", ({ expiresAt }) => this.#onExpiring(expiresAt));
     socket.on("error", (error) => this.#onError(error));
     socket.onAny((name, data) => this.#onEvent(name, data));
+    socket.io.on("ping", () => (this.#heard = Date.now()));
   }
 
   #onConnect() {
     clearTimeout(this.#reconnecting);
+    this.#heard = Date.now();
     if (this.#viewer !== this.#tokens.viewer) this.#forgetGuilds();
     this.#viewer = this.#tokens.viewer;
     if (!this.#socket.recovered) this.#beginAnew();
@@ -137,7 +140,7 @@ export class Connection extends EventTarget {
   }
 
   #onDisconnect(reason) {
-    this.#lostAt ??= Date.now();
+    this.#lostAt ??= this.#heard; // a laptop that slept learns of it when it wakes up
     clearTimeout(this.#renewing); // it is said again on the return
     this.#pending.clear();
     if (reason === "io client disconnect") return;
@@ -166,6 +169,7 @@ export class Connection extends EventTarget {
   }
 
   #onEvent(name, data) {
+    this.#heard = Date.now();
     if (OWN.has(name) || !data?.guildId || !this.#watched.has(data.guildId)) return;
     if (this.#pending.delete(data.guildId)) this.#setLive();
     this.#tell("event", { name, data });
@@ -217,7 +221,11 @@ export class Connection extends EventTarget {
   }
 
   async #renew(expiresAt) {
-    if (this.#tokens.user && (await this.#tokens.renew()) && (await this.#refresh(await this.#tokens.current()))) return;
+    if (this.#tokens.user && (await this.#tokens.renew())) {
+      // Another one has signed in, in another tab: what this one sees is that viewer's from now on.
+      if (this.#tokens.viewer !== this.#viewer) return this.start();
+      if (await this.#refresh(await this.#tokens.current())) return;
+    }
     this.#turnedAway("expiring", expiresAt);
   }
 

@@ -1,6 +1,6 @@
 // What the page knows of one guild, kept up by the server's events alone. Knows neither page nor socket.
 
-import { History } from "./history.js";
+import { History, hourOf } from "./history.js";
 import { Live } from "./live.js";
 
 /** Events kept for the stream. */
@@ -19,6 +19,8 @@ export class Guild {
   members = new Map(); // userId -> {userId, username, status, platforms}
   counts = null; // until presence:snapshot: {online, idle, dnd, offline}
   truncated = false;
+  /** Whether some who are online were not on the list. */
+  unnamedOnline = false;
   /** Grows with each change of members; with each event. */
   memberChanges = 0;
   eventNumber = 0;
@@ -42,6 +44,7 @@ export class Guild {
 
   /** The connection was lost for a while, and what happened meanwhile did not come. */
   gap(from, now = Date.now()) {
+    this.live.lose(from, now);
     this.#keep("gap", { from }, now);
   }
 
@@ -54,9 +57,18 @@ export class Guild {
     return this.counts && this.online + this.counts.offline;
   }
 
+  /** How many of those online are known by name: of a large guild not all. */
+  get knownOnline() {
+    return this.#count(({ status }) => status !== "offline");
+  }
+
   get onSeveralDevices() {
+    return this.#count(onSeveral);
+  }
+
+  #count(passes) {
     let number = 0;
-    for (const member of this.members.values()) if (onSeveral(member)) number += 1;
+    for (const member of this.members.values()) if (passes(member)) number += 1;
     return number;
   }
 
@@ -64,17 +76,40 @@ export class Guild {
     this.#skew = now - Date.parse(timestamp);
   }
 
+  /** By the server's clock, which its hours are counted by. */
+  serverTime(now) {
+    return now - this.#skew;
+  }
+
   changeStatus({ userId, username, status, platforms }, now) {
     const before = this.members.get(userId);
     if (this.counts) {
-      // A list cut short has those who are online first: who is not on it was offline, as far as we know.
-      const counted = before?.status ?? "offline";
-      this.counts[counted] = Math.max(0, this.counts[counted] - 1);
+      this.#countOut(before?.status ?? this.#likelyBefore(status));
       this.counts[status] += 1;
       this.live.setOnline(this.online, now);
     }
     const devices = status === "offline" ? [] : (platforms ?? before?.platforms ?? []);
     this.setMember({ userId, username, status, platforms: devices });
+  }
+
+  /** What a member was who is not on the list. Only changes are told, so who is offline now was not; and a list
+   *  that is cut short names who is online first, so of those missing all are offline unless it ends before them.
+   */
+  #likelyBefore(status) {
+    return status === "offline" || (this.unnamedOnline && status !== "online") ? "online" : "offline";
+  }
+
+  #countOut(status) {
+    this.counts[status] = Math.max(0, this.counts[status] - 1);
+  }
+
+  /** The server counts exactly: what was only likely is put right when an hour begins, with those online then. */
+  lowerOnline(most, now) {
+    const tooMany = Math.min(this.counts.online, this.online - most);
+    if (!this.unnamedOnline || tooMany <= 0) return;
+    this.counts.online -= tooMany;
+    this.counts.offline += tooMany;
+    this.live.setOnline(this.online, now);
   }
 
   setMember(member) {
@@ -85,10 +120,8 @@ export class Guild {
   }
 
   removeMember(userId, now) {
-    const member = this.members.get(userId);
     if (this.counts) {
-      const counted = member?.status ?? "offline";
-      this.counts[counted] = Math.max(0, this.counts[counted] - 1);
+      this.#countOut(this.members.get(userId)?.status ?? "offline");
       this.live.setOnline(this.online, now);
     }
     this.members.delete(userId);
@@ -120,12 +153,15 @@ const QUIET = {
     guild.counts = { ...counts };
     guild.truncated = truncated;
     guild.members = new Map(members.map((member) => [member.userId, member]));
+    guild.unnamedOnline = guild.knownOnline < guild.online;
     guild.memberChanges += 1;
     guild.live.setOnline(guild.online, now);
   },
   "history:update"(guild, data, now) {
     guild.historyError = null;
     guild.history.merge(data, now);
+    const hour = guild.history.at(hourOf(Date.parse(data.timestamp)));
+    if (guild.counts && hour.online) guild.lowerOnline(hour.online, now);
   },
   "analytics:update"(guild, { data }) {
     guild.analytics = data;

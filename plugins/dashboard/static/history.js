@@ -8,12 +8,14 @@ const EMPTY = { messages: 0, joins: 0, leaves: 0, active: 0, online: 0 };
 export class History {
   #hours = new Map(); // start in ms since 1970 -> counts
   #sinceUpdate = { messages: 0, joins: 0, leaves: 0 };
+  #toCome = { messages: 0, joins: 0, leaves: 0 }; // seen before the last update, which was made still earlier
   oldest = Infinity;
   members = null;
   changes = 0;
 
   /** Take in a `history:update`: its hours replace what was known of them. */
   merge({ hours, members }, now) {
+    this.#noteToCome(hours);
     for (const { hour, ...counts } of hours) this.#hours.set(Date.parse(hour), counts);
     const limit = now - (LONGEST_DAYS + 8) * 24 * HOUR;
     for (const hour of this.#hours.keys()) if (hour < limit) this.#hours.delete(hour);
@@ -27,6 +29,14 @@ export class History {
   count(what) {
     this.#sinceUpdate[what] += 1;
     this.changes += 1;
+  }
+
+  /** Of what was seen, note what these hours do not have yet: the next update brings it. */
+  #noteToCome(hours) {
+    for (const [what, seen] of Object.entries(this.#sinceUpdate)) {
+      const came = hours.reduce((sum, counts) => sum + counts[what] - this.at(Date.parse(counts.hour))[what], 0);
+      this.#toCome[what] = Math.min(seen, Math.max(0, this.#toCome[what] + seen - came));
+    }
   }
 
   get known() {
@@ -49,7 +59,7 @@ export class History {
   /** Today so far, in the viewer's time zone. `active` is the busiest hour's. */
   today(now) {
     const day = this.#sum(midnight(now), now, 1);
-    for (const what of Object.keys(this.#sinceUpdate)) day[what] += this.#sinceUpdate[what];
+    for (const what of Object.keys(this.#sinceUpdate)) day[what] += this.#sinceUpdate[what] + this.#toCome[what];
     return day;
   }
 
@@ -105,7 +115,7 @@ export class History {
   }
 }
 
-const hourOf = (at) => at - (at % HOUR);
+export const hourOf = (at) => at - (at % HOUR);
 
 /** The start of that day where the viewer is. */
 function midnight(at) {

@@ -6,6 +6,7 @@ const STEPS = 60;
 export class Live {
   #steps = new Map(); // number of the step since 1970 -> counts
   #onlineBefore = null; // when the first step began
+  #lost = []; // [from, to] in ms since 1970, when nothing was heard
 
   constructor(now) {
     this.since = now;
@@ -21,14 +22,19 @@ export class Live {
     this.#step(now).online = online;
   }
 
-  /** Columns for charts: times in seconds, and null for what was before the page was open. */
+  /** What happened between these times did not come. */
+  lose(from, to) {
+    this.#lost = [...this.#lost, [from, to]].slice(-STEPS);
+  }
+
+  /** Columns for charts: times in seconds, and null for what was before the page was open or did not come. */
   columns(now) {
     const last = Math.floor(now / STEP);
     this.#forgetBefore(last - STEPS + 1);
     const columns = { times: [], messages: [], joins: [], online: [] };
     let online = this.#onlineBefore;
     for (let number = last - STEPS + 1; number <= last; number += 1) {
-      const seen = (number + 1) * STEP > this.since;
+      const seen = this.#isSeen(number * STEP, (number + 1) * STEP);
       const step = this.#steps.get(number);
       online = step?.online ?? online;
       columns.times.push((number * STEP) / 1000);
@@ -37,6 +43,10 @@ export class Live {
       columns.online.push(seen ? online : null);
     }
     return columns;
+  }
+
+  #isSeen(start, end) {
+    return end > this.since && !this.#lost.some(([from, to]) => from <= start && end <= to);
   }
 
   #step(at) {

@@ -53,7 +53,8 @@ class Page {
     if (token !== null) this.#tokens.use(token);
     this.#follow();
     this.#connection.start();
-    setInterval(() => requestAnimationFrame(() => this.#look()), PAINT_INTERVAL);
+    // A page behind others gets no frames, but its timers go on: those looks would wait for its return, all of them.
+    setInterval(() => document.hidden || requestAnimationFrame(() => this.#look()), PAINT_INTERVAL);
   }
 
   #listen() {

@@ -7,10 +7,10 @@ import { brief, count, decimal, hourMinute, number, time } from "./words.js";
 
 const WAITING = "–";
 
-/** What each number is: its value, the one of a week ago, and what it says instead of a comparison. */
+/** What each number is: its value, the one of a week ago (`most`: of that hour), and what it says instead of a comparison. */
 const FIGURES = [
   { label: "Members", now: (guild) => guild.memberCount, then: (_guild, ago) => ago.membersThen },
-  { label: "Online", now: (guild) => guild.online, then: (_guild, ago) => ago.onlineThen },
+  { label: "Online", now: (guild) => guild.online, then: (_guild, ago) => ago.onlineThen, most: true },
   { label: "Messages today", now: today("messages"), then: (_guild, ago) => ago.messages },
   { label: "Joins today", now: today("joins"), then: (_guild, ago) => ago.joins },
   {
@@ -22,9 +22,16 @@ const FIGURES = [
   {
     label: "On several devices",
     now: (guild) => guild.counts && guild.onSeveralDevices,
-    instead: (guild) => (guild.online ? `${number((100 * guild.onSeveralDevices) / guild.online)}% of those online` : ""),
+    instead: severalOf,
   },
 ];
+
+/** Of a list cut short not all devices are known: "25% of the 500 known here". */
+function severalOf({ online, knownOnline, onSeveralDevices }) {
+  if (!knownOnline) return "";
+  const share = `${number((100 * onSeveralDevices) / knownOnline)}% of`;
+  return knownOnline < online ? `${share} the ${number(knownOnline)} known here` : `${share} those online`;
+}
 
 function today(what) {
   return (guild, _ago, now) => (guild.history.known ? guild.history.today(now)[what] : null);
@@ -43,23 +50,28 @@ export class Figures {
     });
   }
 
-  paint(guild, now) {
+  paint(guild, pageTime) {
+    const now = guild.serverTime(pageTime);
     const ago = guild.history.known ? guild.history.weekAgo(now) : null;
-    for (const { now: read, then, instead, value, change } of this.#rows) {
-      const current = read(guild, ago, now);
-      say(value, current === null || current === undefined ? WAITING : number(current));
-      if (instead) say(change, current === null ? "" : instead(guild));
-      else compare(change, current, ago && then(guild, ago), guild, now);
+    for (const figure of this.#rows) {
+      const current = figure.now(guild, ago, now) ?? null;
+      const [words, way = ""] = comparison(figure, current, guild, ago, now);
+      say(figure.value, current === null ? WAITING : number(current));
+      say(figure.change, words);
+      figure.change.dataset.way = way;
     }
   }
 }
 
-/** "▲ 12% · 214 a week ago", "≈ 214 a week ago" */
-function compare(node, current, before, guild, now) {
-  const known = current !== null && before !== null;
-  const way = known && before >= 1 ? wayOf(current / before) : "";
-  node.dataset.way = way;
-  say(node, known ? `${change(way, current / before)}${brief(before)} a week ago` : whyNot(guild, now));
+/** "▲ 12% · 214 a week ago" and which way that is, if any; "≈ 214 a week ago"; "up to 39 a week ago" */
+function comparison({ then, most, instead }, current, guild, ago, now) {
+  if (instead) return [instead(guild)];
+  if (!ago) return [whyNot(guild, now)];
+  if (current === null) return [""];
+  const before = then(guild, ago);
+  if (most) return [`up to ${brief(before)} a week ago`];
+  const way = before >= 1 ? wayOf(current / before) : "";
+  return [`${change(way, current / before)}${brief(before)} a week ago`, way];
 }
 
 /** Less than half a percent is no change. */
@@ -76,7 +88,7 @@ function whyNot(guild, now) {
   if (guild.historyError) return "no history here";
   if (!guild.history.known) return "";
   const days = guild.history.empty ? 7 : Math.ceil(7 - (now - guild.history.oldest) / 86_400_000);
-  return days > 0 && days < 8 ? `compared in ${count(days, "day")}` : "nothing from a week ago";
+  return `compared in ${count(Math.max(1, days), "day")}`;
 }
 
 const last = (column, steps) => column.slice(-steps).reduce((sum, each) => sum + (each ?? 0), 0);

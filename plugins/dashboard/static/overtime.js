@@ -164,11 +164,12 @@ export class OverTime {
     $("#history").hidden = guild.history.empty;
     $("#no-history").hidden = !guild.history.empty;
     if (guild.history.empty) return say($("#no-history"), whyNoHistory(guild));
-    const state = [guild.id, guild.history.changes, Math.floor(now / 60_000), this.#days, this.#measure].join();
+    const at = guild.serverTime(now);
+    const state = [guild.id, guild.history.changes, Math.floor(at / 60_000), this.#days, this.#measure].join();
     if (state === this.#painted) return;
     this.#guild = guild;
     this.#painted = state;
-    this.#show(now);
+    this.#show(at);
   }
 
   #choose({ days = this.#days, measure = this.#measure }) {

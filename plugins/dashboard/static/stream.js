@@ -75,7 +75,7 @@ export class Stream {
     const kind = name === "gap" ? "gap" : kindOf(name);
     const row = el("li", { class: "event", "data-kind": kind }, el("time", { datetime: new Date(at).toISOString() }, time(at)));
     if (kind === "gap") {
-      row.append(el("p", {}, `The connection was lost at ${time(data.from)}; what happened until now is not in this list.`));
+      row.append(el("p", {}, `The connection was lost after ${time(data.from)}; what happened until now is not in this list.`));
       return row;
     }
     const who = data.username ? [el("b", {}, data.username), " "] : [];
