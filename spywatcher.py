@@ -524,7 +524,7 @@ def check_table(table: object, to: type[SectionT], path: str, faults: list[str])
     try:
         return to(**{key: value for key, value in values.items() if value is not msgspec.UNSET})
     except ValueError as error:  # what the section itself says of values that do not fit together
-        faults += [f"{path}.{fault}" for fault in error.args]
+        faults += [f"{path}.{fault}" for fault in error.args] or [f"{path}: does not fit together"]
         return to()
 
 
@@ -543,8 +543,9 @@ def read_value(value: object, kind: Any, path: str, faults: list[str]) -> Any:
     except msgspec.ValidationError as error:
         key = path.rpartition(".")[2]
         came = "a value not shown here" if is_secret(key, value) else shown(without_login(value))
-        wanted = expected(kind) or str(error).removeprefix("Expected ")
-        faults.append(f"{path}: got {came}, expected {wanted}")
+        wanted = expected(kind)
+        why = f"expected {wanted}" if wanted else str(error)[:1].lower() + str(error)[1:]
+        faults.append(f"{path}: got {came}, {why}")
         return msgspec.UNSET
     if path not in READ_EACH:
         return read
@@ -569,6 +570,8 @@ PLAIN_WORDS: Final[dict[Any, str]] = {
     int: "a whole number",
     float: "a number",
 }
+#: What a list in TOML, or in a plugin, may be for.
+COLLECTIONS: Final = (set, frozenset, list, tuple)
 BOUNDS: Final = {
     "gt": "above {:g}",
     "ge": "from {:g}",
@@ -593,8 +596,14 @@ def expected(kind: Any) -> str:
         return titles[0] if titles else " ".join([expected(get_args(kind)[0]), *bounds]).strip()
     if get_origin(kind) is Literal:
         return f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
-    if get_origin(kind) is tuple:
-        return f"a list in [ ] of each {expected(get_args(kind)[0])}"
+    if isinstance(kind, enum.EnumType):
+        choices: Iterable[enum.Enum] = kind
+        return f"one of {', '.join(shown(choice.value) for choice in choices)}"
+    if get_origin(kind) is dict:
+        return "a table"
+    if get_origin(kind) in COLLECTIONS:
+        each = expected(get_args(kind)[0])
+        return f"a list in [ ] of each {each}" if each else "a list in [ ]"
     if get_args(kind):
         return " or ".join(filter(None, map(expected, get_args(kind))))
     return PLAIN_WORDS.get(kind, "")
@@ -2980,6 +2989,8 @@ class Ticket(msgspec.Struct, eq=False):
     snapshots: int = 0
     #: and by room where the latest is that may not have reached it; None: not sent yet.
     unseen: dict[str, Seen | None] = {}
+    #: Whether its client has asked which guilds there are, and so is told of changes.
+    lists: bool = False
     until: float = math.inf  # awaited until then, by the monotonic clock
 
     def since(self, seen: int) -> dict[str, int]:
@@ -3213,6 +3224,12 @@ class Recovery:
         """Its client is to be in the room once it is known that it may."""
         ticket.pending.add(room)
         self._changed(ticket)
+
+    def list_for(self, ticket: Ticket) -> None:
+        """Its client is told which guilds there are, also after it has come back."""
+        if not ticket.lists:
+            ticket.lists = True
+            self._changed(ticket)
 
     def leave(self, ticket: Ticket, room: str) -> None:
         """Its client is owed nothing more of the room."""
@@ -3632,7 +3649,8 @@ def on(
     telling how things stand.
     """
     check_source(event, emit)
-    check_name("emit", emit or "x")
+    if emit is not None:
+        check_name("emit", emit)
     check_kind(room)
     return lambda function: marked(function, Mark("@on", event, emit, room, settled, bots))
 
@@ -4445,18 +4463,21 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25) -> None:
+async def end_tasks(
+    tasks: Iterable[asyncio.Task[Any]], patience: float = 0.25, within: float = math.inf
+) -> None:
     """Cancel these, and again after `patience` seconds as long as they go on; what they raise is lost.
+    After `within` seconds those that still go on are left alone.
 
     `asyncio.wait_for` of Python 3.11, and so redis-py 8.1 and hikari 2.7, may swallow a cancellation
     that meets an answer. What a task has to do at its end must take less.
     """
-    tasks = set(tasks)
-    while left := {task for task in tasks if not task.done()}:
+    tasks, until = set(tasks), time.monotonic() + within
+    while (left := {one for one in tasks if not one.done()}) and time.monotonic() < until:
         for task in left:
             task.cancel()
         await asyncio.wait(left, timeout=patience)
-    for task in tasks:
+    for task in tasks - left:
         with contextlib.suppress(asyncio.CancelledError):
             task.exception()  # asyncio complains of one that nobody has looked at
 
@@ -4548,8 +4569,8 @@ class Guarded:
     async def _awaited(self, result: Awaitable[Any]) -> Any:
         """What comes of it; raises PluginError after so long, even where it heeds no cancellation."""
         if self.time_limit is None:
-            return await self._in_steps(result)
-        task = asyncio.create_task(self._in_steps(result))
+            return await self.in_steps(result)
+        task = asyncio.create_task(self.in_steps(result))
         # nobody may wait for it any more, and asyncio need not complain of what it raised then
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -4560,12 +4581,12 @@ class Guarded:
         finally:
             task.cancel()
 
-    async def _in_steps(self, result: Awaitable[Any]) -> Any:
+    async def in_steps(self, result: Awaitable[Any]) -> Any:
+        """What comes of it; each step of it is counted, for each holds up the loop."""
         return await self._steps(result)
 
     @coroutine
     def _steps(self, result: Awaitable[Any]) -> Generator[Any, Any, Any]:
-        """Awaits it, and has each step of it counted: each holds up the loop."""
         steps: Any = result.__await__()  # a coroutine's or a future's: both have all three
         resume, value = steps.send, None
         while True:
@@ -4590,6 +4611,8 @@ class Guarded:
             self._standing, self._stood_at = standing(), began
         try:
             return function(*arguments)
+        except SystemExit as error:  # of a task's, asyncio makes it the end of the process
+            raise PluginError(f"SystemExit: {error}") from error
         finally:
             seconds = time.perf_counter() - began
             self.metrics.plugin_seconds.counts[self.plugin] += seconds
@@ -4605,7 +4628,7 @@ class Guarded:
     def _failed(self, error: BaseException) -> None:
         self.report(error)
         self._failed_in_row += 1
-        if self._failed_in_row % MOST_FAILURES == 0:
+        if self._failed_in_row % MOST_FAILURES == 0 and not self.paused:
             self._paused_until = time.monotonic() + PAUSE
             self.metrics.plugin_pauses.labels(self.plugin).inc()
             paused = "plugin %s: %s%s failed %d times in a row and is paused for %.0f s"
@@ -4623,9 +4646,6 @@ class Guarded:
 
 
 # -- one plugin
-
-#: What `needs` may be.
-COLLECTIONS: Final = (set, frozenset, list, tuple)
 
 
 class Hook(NamedTuple):
@@ -4651,6 +4671,7 @@ class Plugin:
         self.settings = self.check_settings(table)
         check_names(module)
         self._hooks = hooks_of(module)
+        check_called(name, path, code, self._hooks)
         self.needs = checked_needs(module, code.attributes)
         check_payloads(name, module)
         marks = [hook.mark for hook in self._hooks if hook.mark.emit]
@@ -4748,11 +4769,13 @@ class Code(NamedTuple):
     attributes: dict[str, str]
     #: Event and kind of room of each `spy.emit("event", …)`.
     emitted: set[tuple[str, str]]
+    #: The names of functions under `@on(…)` and the like, by file and first line.
+    marked: dict[tuple[Path, int], str]
 
 
 def read_code(path: Path) -> Code:
     """All files of a plugin."""
-    code = Code({}, set())
+    code = Code({}, set(), {})
     for file in files_of(path):
         for node in ast.walk(ast.parse(file.read_bytes())) if file.suffix == ".py" else ():
             match node:
@@ -4765,7 +4788,28 @@ def read_code(path: Path) -> Code:
                     room = [*more[2:3], *named, ast.Constant("guild")][0]
                     if isinstance(room, ast.Constant):
                         code.emitted.add((event, str(room.value)))
+                case ast.FunctionDef() | ast.AsyncFunctionDef():
+                    if any(map(is_mark, node.decorator_list)):
+                        code.marked[file, node.decorator_list[0].lineno] = node.name
     return code
+
+
+def is_mark(decorator: ast.expr) -> bool:
+    """Whether it is `@on(…)` or another of ours."""
+    match decorator:
+        case ast.Call(func=ast.Name(id=name)):
+            return f"@{name}" in HOOKS
+    return False
+
+
+def check_called(plugin: str, path: Path, code: Code, hooks: Iterable[Hook]) -> None:
+    """Name functions that are marked and not found: two of one name, in a class, in a file apart."""
+    codes = (getattr(inspect.unwrap(hook.function), "__code__", None) for hook in hooks)
+    called = {(Path(one.co_filename), one.co_firstlineno) for one in codes if one}
+    for (file, line), name in code.marked.items():
+        if (file, line) not in called:
+            why = f"{path.name} must have it under a name of its own ({file.name}, line {line})"
+            log.warning("plugin %s: %s is never called: %s", plugin, name, why)
 
 
 def arguments_taken(function: Any, forms: Sequence[str]) -> int:
@@ -4805,6 +4849,27 @@ class PluginHandler(RequestHandler):
 
     spy: Spy
     _guarded: Guarded
+    _fault: BaseException | None = None
+
+    def initialize(self) -> None:
+        """Tornado closes the connection of a handler that cannot be made: tell it as any other fault."""
+        try:
+            super().initialize()
+        except FAULTS as error:
+            self._fault = error
+
+    def prepare(self) -> Awaitable[None] | None:
+        if self._fault is not None:
+            raise self._fault
+        return super().prepare()
+
+    async def _execute(self, *arguments: Any, **groups: Any) -> None:
+        """All that answers a request; whoever holds up the server is named."""
+        try:
+            await self._guarded.in_steps(super()._execute(*arguments, **groups))
+        except PluginError as error:  # a SystemExit: Tornado answers what is an Exception
+            self._guarded.report(error)
+            self.send_error(500)
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -4819,8 +4884,10 @@ class PluginHandler(RequestHandler):
 class Runner:
     """One plugin at work: events, time and new subscribers reach it here, and its events leave here."""
 
-    #: Seconds that `setup` may take.
+    #: Seconds that `setup` may take,
     setup_limit: ClassVar[float] = 10.0
+    #: and what is repeated once it is cancelled, which it is twice: it may have to clean up.
+    end_limit: ClassVar[float] = 2.0
 
     def __init__(
         self,
@@ -4910,7 +4977,10 @@ class Runner:
 
     async def tear_down(self) -> None:
         """Wait for what still runs, then run the plugin's `teardown`."""
-        await end_tasks(self._tasks, patience=1.0)  # they may have to clean up
+        await end_tasks(self._tasks, self.end_limit / 2, self.end_limit)
+        for (_, guarded), task in zip(self.hooks["@every"], self._tasks, strict=False):
+            if not task.done():
+                guarded.report(PluginError("goes on though it was cancelled"))
         for _, guarded in self.hooks["@on"]:
             await guarded.wait()
         with caught(self.teardown.report):
@@ -5121,6 +5191,11 @@ class PluginFiles:
         self._taken = {name: contents_of(path) for name, path in found.items()}
         return found
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Have these taken once more, though they are as they were."""
+        for name in names:
+            self._taken.pop(name, None)
+
     @property
     def resting(self) -> bool:
         """Whether nothing has changed that was not taken, when last looked."""
@@ -5261,6 +5336,11 @@ def check_free(event: str, name: str, plugins: Mapping[str, Plugin]) -> None:
                 f"plugins {other} and {name} both claim the event {event};"
                 " disable one of them in [plugins] disabled"
             )
+
+
+def events_of(plugins: Iterable[Plugin]) -> set[str]:
+    """All that these send, or will by `spy.emit`."""
+    return {event for one in plugins for event in (*one.events, *dict(one.emitted))}
 
 
 class PluginLoader:
@@ -5500,13 +5580,18 @@ class PluginHost:
             ending = [runner for runner in ending if runner.end()]
             for runner in coming if self._leading else ():
                 runner.begin()
+            freed = events_of(self.plugins.values())
             self._take_over(after)
+            freed -= events_of(self.plugins.values())
             for name in (name for name, path in changed.items() if path is None):
                 take_modules(name)
                 self.failures.pop(name, None)
                 log.info("plugin %s: gone", name)
             for runner in coming:
                 self._say_loaded(runner.plugin)
+            if freed and self.failures:  # one of them may claim what is free now
+                self.loader.files.forget(self.failures)
+                self.look()
             await asyncio.gather(*(runner.tear_down() for runner in ending))
 
     async def _prepare(self, name: str, path: Path, after: Mapping[str, Runner]) -> Runner | None:
@@ -7530,6 +7615,12 @@ class GuildLists:
         now = self._news_for(dashboard)
         return {"guilds": msgspec.Raw(now.encoded), "complete": now.complete}
 
+    def resume(self, dashboard: Dashboard) -> None:
+        """It is back, and may have missed a change: it is told how things stand."""
+        now = self._news_for(dashboard)
+        if now.complete:
+            dashboard.session.write(now.update)
+
     def remove(self, dashboard: Dashboard) -> None:
         """It is told no more."""
         self._told.pop(dashboard, None)
@@ -7788,7 +7879,7 @@ class Comebacks:
         await half_open.session.close()
         return True
 
-    def let_in(self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback) -> None:
+    def let_in(self, sid: Sid, session: Session, viewer: Viewer, comeback: Comeback) -> Dashboard:
         """The reply to CONNECT, in the same write what was missed, then `session`.
 
         All in one turn of the loop: nothing that comes meanwhile is lost, or comes before.
@@ -7799,7 +7890,7 @@ class Comebacks:
         self._subscriptions.add(dashboard)
         if ticket is None:
             session.write(connect_frame(sid) + NEW_SESSION)
-            return
+            return dashboard
         unseen = self._recovery.rooms_without_snapshot(ticket, comeback.offset)
         start = connect_frame(sid, pid=ticket.pid)
         if missed is not None:
@@ -7812,6 +7903,7 @@ class Comebacks:
         session.write(start + event_frame("session", state, self._recovery.logs.offset))
         for room in unseen:
             self._subscriptions.send_snapshots_soon(dashboard, room)
+        return dashboard
 
     def _ticket_for(
         self, session: Session, viewer: Viewer, comeback: Comeback
@@ -7870,6 +7962,11 @@ class Comebacks:
         )
         return frames if len(frames) <= self._most_bytes else None
 
+    def remember_list(self, dashboard: Dashboard) -> None:
+        """It has asked which guilds there are, and is told of changes after a return too."""
+        if dashboard.ticket is not None:
+            self._recovery.list_for(dashboard.ticket)
+
     def expect(self, ticket: Ticket, session: Session) -> None:
         """Keep for its client what comes from now on, unless it has said DISCONNECT."""
         if session.closed:
@@ -7913,7 +8010,9 @@ class Dashboards:
                 address = session.address
                 session.log.info("%s refused: %s %s", address, refusal.message, refusal.data or "")
             raise
-        self._comebacks.let_in(sid, session, viewer, comeback)
+        dashboard = self._comebacks.let_in(sid, session, viewer, comeback)
+        if dashboard.ticket is not None and dashboard.ticket.lists:
+            self._rights.lists.resume(dashboard)
         session.log.info("viewer %s is in", clean_text(viewer.discord_id)[:EVENT_SHOWN])
         self._node.viewer_entered(viewer.discord_id)
 
@@ -7965,6 +8064,7 @@ class Dashboards:
         self, event: object, dashboard: Dashboard, args: tuple[object, ...]
     ) -> dict[str, Any]:
         if event == "guilds:list":
+            self._comebacks.remember_list(dashboard)
             return self._rights.lists.ask(dashboard)
         if event == "auth:refresh":
             return self._refresh(dashboard, args)
@@ -7977,8 +8077,9 @@ class Dashboards:
 
     def _refresh(self, dashboard: Dashboard, args: tuple[object, ...]) -> dict[str, Any]:
         """A new token for the same viewer; what it no longer allows is left."""
+        token = only_argument(args, "the token")
         try:
-            viewer = self._tokens.verify(args[0] if len(args) == 1 else None)
+            viewer = self._tokens.verify(token)
         except RefusedConnectionError as refusal:
             if refusal.message == BANNED:  # out, once it has been told
                 dashboard.session.end_soon()
@@ -7995,11 +8096,16 @@ def shard_range_of(shard: hikari.api.GatewayShard) -> ShardRange:
     return ShardRange(shard.id, shard.shard_count)
 
 
+def only_argument(args: tuple[object, ...], name: str) -> object:
+    """The argument of a request that takes one; None without any."""
+    if len(args) > 1:
+        raise ClientError("bad_request", f"Expected one argument, {name}; got {len(args)}")
+    return args[0] if args else None
+
+
 def guild_argument(args: tuple[object, ...]) -> str:
     """The one argument of a subscription: a guild id, a string of 1 to 20 digits."""
-    if len(args) > 1:
-        raise ClientError("bad_request", f"Expected one argument, the guild id; got {len(args)}")
-    guild_id = args[0] if args else None
+    guild_id = only_argument(args, "the guild id")
     if isinstance(guild_id, str) and is_snowflake(guild_id):
         return guild_id
     came = quoted(guild_id)
@@ -8852,8 +8958,23 @@ def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
     # never through what was imported: that alone takes 50 ms.
     gc.set_threshold(*GC_THRESHOLDS)
     gc.freeze()
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    runner = asyncio.Runner(loop_factory=loop_factory)
+    try:
         runner.run(main)
+    finally:
+        if runner.run(everything_ends(main)):
+            runner.close()
+
+
+async def everything_ends(main: Coroutine[Any, Any, None]) -> bool:
+    """Cancel all that is left; whether it heeded that. What does not, asyncio would wait for for ever."""
+    own = asyncio.current_task()
+    for task in [task for task in asyncio.all_tasks() if task.get_coro() is main]:
+        task.cancel()  # something has broken off the loop: it still has to stop, in its own time
+        await asyncio.wait([task])
+    left = asyncio.all_tasks() - {own}
+    await end_tasks(left, within=1.0)
+    return all(task.done() for task in left)
 
 
 @contextlib.contextmanager

@@ -170,6 +170,33 @@ async def test_a_plugin_that_never_finishes_does_not_hold_up_the_stop(
     assert clock() - started < 2
 
 
+async def test_a_plugin_that_heeds_no_cancellation_does_not_keep_the_process(
+    discord: PretendDiscord, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "stubborn.py").write_text(
+        "import asyncio\n"
+        "from spywatcher import every\n"
+        "@every(0.01)\n"
+        "async def stubborn(spy):\n"
+        "    spy.log.info('begun')\n"
+        "    while True:\n"
+        "        try:\n"
+        "            await asyncio.Event().wait()\n"
+        "        except:\n"
+        "            pass\n"
+        "def teardown(spy):\n"
+        "    spy.log.info('torn down')\n"
+    )
+    write_settings(tmp_path, tables_for(discord, plugins={"folders": ["mine"]}))
+    async with running(tmp_path) as service:
+        await service.wrote("begun")
+        service.process.send_signal(signal.SIGTERM)
+        await service.wrote("stubborn: stubborn failed: goes on though it was cancelled")
+        await service.wrote("torn down")
+        assert await service.exit_status() == 0
+
+
 async def swallow_one_cancellation(*_: object) -> None:
     """Go on for ever, as a library does that meets an answer when it is cancelled."""
     with suppress(asyncio.CancelledError):

@@ -282,6 +282,44 @@ async def test_a_page_that_raises_answers_500_without_insides(
         assert spy.server.metrics.plugin_failures.labels("stats")._value.get() == 1
 
 
+@pytest.mark.logs(
+    r"ERROR spywatcher: plugin stats: Lost failed: TypeError: Lost.initialize\(\) missing"
+)
+async def test_a_page_that_cannot_be_made_answers_500(watching: Watching, plugin: Any) -> None:
+    tables = plugin("""
+        from spywatcher import route
+        from tornado.web import RequestHandler
+
+        @route("/lost")
+        class Lost(RequestHandler):
+            def initialize(self, database): self.database = database
+            def get(self): self.finish("not reached")
+    """)
+    async with watching(**tables) as spy:
+        assert (await fetch(spy.server.port, "/lost")).code == 500
+        assert spy.server.metrics.plugin_failures.labels("stats")._value.get() == 1
+
+
+@pytest.mark.logs(r"WARNING spywatcher: plugin stats: Slow held up the server for \d+ ms")
+async def test_a_page_that_blocks_is_named(
+    watching: Watching, plugin: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = plugin("""
+        import time
+        from spywatcher import route
+        from tornado.web import RequestHandler
+
+        @route("/slow")
+        class Slow(RequestHandler):
+            def get(self): time.sleep(0.2)
+    """)
+    async with watching(**tables) as spy:
+        for _ in range(20):  # one that had to make way for others has the benefit of the doubt
+            if "held up" not in caplog.text:
+                assert (await fetch(spy.server.port, "/slow")).code == 200
+        assert spy.server.metrics.plugin_seconds.counts["stats"] > 0.19
+
+
 async def test_a_plugin_issues_tokens_that_let_dashboards_in(
     watching: Watching, plugin: Any
 ) -> None:

@@ -5,6 +5,7 @@ The plugins are files, in tests/plugins/wrong_at_load and tests/plugins/wrong_at
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import ROOT
+from service import ROOT, fetch
 from waiting import clock, eventually
 from watching import Watch, Watching
 
@@ -45,6 +46,7 @@ WHY = {
     "needs_more": r"old_state stays empty without needs = \{\"voice\"\}",
     "needs_what": "needs: got .*coffee.*, expected some of activities, emojis, invites, messages, stickers, voice",
     "no_arguments": r"broken takes \(\), expected \(spy\)",
+    "no_name": r"emit: got \"\", expected an event's name \(no_name.py, line 6\)",
     "no_guild": r"on\(StartedEvent\) has no guild_id: leave emit= out, use spy.emit.*line 6",
     "no_event": r"on\(Member\): expected a class of hikari's events.*no_event.py, line 6",
     "not_called": r"every\(.*\): expected seconds.*not_called.py, line 4",
@@ -157,6 +159,44 @@ async def test_what_is_raised_is_told_once_of_its_kind_and_counted_each_time(
     assert len(said) == len(set(said))
 
 
+EXITS = """
+import asyncio, sys, hikari
+from spywatcher import on, on_subscribe, route
+from tornado.web import RequestHandler
+
+@on(hikari.GuildMessageCreateEvent)
+async def listener(event):
+    await asyncio.sleep(0)
+    sys.exit(3)
+
+@on_subscribe("guild", emit="exits:hello")
+async def hello(guild_id, spy):
+    sys.exit(4)
+
+@route("/exit")
+class Page(RequestHandler):
+    async def get(self):
+        sys.exit(5)
+"""
+
+
+@pytest.mark.logs(
+    "plugin exits: listener failed on GuildMessageCreateEvent: SystemExit: 3",
+    "plugin exits: making exits:hello failed in hello: SystemExit: 4",
+    "plugin exits: Page failed: SystemExit: 5",
+)
+async def test_no_plugin_ends_the_server_by_sys_exit(watching: Watching, tmp_path: Path) -> None:
+    (tmp_path / "exits.py").write_text(EXITS)
+    good = FOLDER / "wrong_at_work"
+    plugins = at_work() | {"folders": [str(good), str(tmp_path)]}
+    async with watching(plugins=plugins) as spy:
+        await still_here(spy)
+        assert (await fetch(spy.server.port, "/exit")).code == 500
+        failures = spy.server.metrics.plugin_failures.labels("exits")
+        await eventually(lambda: failures._value.get() == 3)
+        await still_here(spy)
+
+
 @pytest.mark.logs(
     r"plugin hangs: forever failed on GuildMessageCreateEvent: took longer than 0.5 s",
     r"plugin hangs: stubborn failed on GuildMessageCreateEvent: took longer than 0.5 s",
@@ -223,6 +263,24 @@ async def test_after_a_pause_a_function_is_tried_again(monkeypatch: pytest.Monke
     assert metrics.plugin_pauses.labels("any")._value.get() == 1
     guarded.call(20)
     assert calls == [*range(21)]
+
+
+@pytest.mark.logs(
+    "plugin any: slow failed: took longer than 0.01 s",
+    "plugin any: slow failed 20 times in a row and is paused for 60 s",
+)
+async def test_a_pause_is_told_once_though_many_calls_were_under_way() -> None:
+    metrics = Metrics()
+
+    async def slow(event: object) -> None:
+        await asyncio.Event().wait()
+
+    guarded = spywatcher.Guarded("any", metrics, slow, "slow", 0.01)
+    for number in range(100):
+        guarded.call(number)
+    await guarded.wait()
+    assert metrics.plugin_failures.labels("any")._value.get() == 100
+    assert metrics.plugin_pauses.labels("any")._value.get() == 1
 
 
 FAILS_TO_MAKE = """

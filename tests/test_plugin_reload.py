@@ -136,6 +136,54 @@ async def test_a_renamed_file_keeps_its_event(live: Any, folder: Path) -> None:
         assert await version(spy, dashboard) == 1
 
 
+@pytest.mark.logs("plugin copy: not loaded: plugins mine and copy both claim the event version;")
+@pytest.mark.parametrize("watch", [True, False])
+async def test_a_copy_is_loaded_once_the_event_is_free(
+    live: Any, folder: Path, watch: bool
+) -> None:
+    (folder / "mine.py").write_text(VERSION.format(number=1))
+    async with live(plugins={"watch": watch}) as spy:
+        (folder / "copy.py").write_text(VERSION.format(number=2))
+        spy.server.plugins.look()
+        await eventually(lambda: "copy" in spy.server.plugins.failures, SOON)
+        (folder / "mine.py").unlink()
+        spy.server.plugins.look()
+        await eventually(lambda: list(spy.server.plugins.plugins) == ["copy"], SOON)
+        assert spy.server.plugins.failures == {}
+
+
+STUBBORN = """
+import asyncio
+from spywatcher import every
+
+free = asyncio.Event()
+
+@every(0.01)
+async def stubborn(spy):
+    while not free.is_set():
+        try:
+            await free.wait()
+        except asyncio.CancelledError:
+            spy.log.info("not me")
+"""
+
+
+@pytest.mark.logs("plugin mine: stubborn failed: goes on though it was cancelled")
+async def test_what_heeds_no_cancellation_keeps_no_other_plugin_from_being_saved(
+    live: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spywatcher.Runner, "end_limit", 0.1)
+    (folder / "mine.py").write_text(STUBBORN)
+    async with live() as spy:
+        module = spy.server.plugins.plugins["mine"].module
+        await eventually(lambda: module.free._waiters, SOON)
+        (folder / "mine.py").write_text("new = True\n")
+        await eventually(lambda: spy.server.plugins.plugins["mine"].module is not module, SOON)
+        (folder / "other.py").write_text("other = True\n")
+        await eventually(lambda: "other" in spy.server.plugins.plugins, SOON)
+        module.free.set()
+
+
 async def test_a_folder_is_reloaded_as_a_whole(live: Any, folder: Path) -> None:
     home = folder / "one"
     home.mkdir()

@@ -56,6 +56,7 @@ METHODS = [
     (IOLoop, "update_handler", "fd events"),
     (tornado.web.Application, "find_handler", "request kwargs"),
     (tornado.web.Application, "log_request", "handler"),
+    (tornado.web.RequestHandler, "_execute", "transforms args kwargs"),
     (WebSocketHandler, "_detach_stream", ""),
     (WebSocketHandler, "on_ping", "data"),
 ]

@@ -115,6 +115,32 @@ async def test_a_client_recovers_again_and_again(spy: Watch) -> None:
     await dashboard.quiet("x")
 
 
+async def test_who_has_asked_for_its_guilds_is_told_of_changes_after_a_return(spy: Watch) -> None:
+    async def name() -> str:
+        [guild] = (await dashboard.next("guilds:update"))["guilds"]
+        return str(guild["name"])
+
+    dashboard = await page(spy)
+    await dashboard.call("guilds:list")
+    for number in range(3):
+        await away(spy, dashboard)
+        await spy.discord.guild_update(spy.guild, name=f"while away {number}")
+        await spy.discord.caught_up()
+        await dashboard.reconnected()
+        assert dashboard.recovered
+        assert await name() == f"while away {number}"
+        await spy.discord.guild_update(spy.guild, name=f"later {number}")
+        assert await name() == f"later {number}"
+
+
+async def test_who_has_not_asked_is_told_of_no_guilds_after_a_return(spy: Watch) -> None:
+    dashboard = await page(spy)
+    await away(spy, dashboard)
+    await dashboard.reconnected()
+    await dashboard.call("unsubscribe:history", "1")
+    assert not dashboard.received("guilds:update")
+
+
 async def test_an_offset_from_before_a_restart_hides_nothing(watching: Watching) -> None:
     async with watching() as spy:
         before, raw, _ = await bare_page(spy)

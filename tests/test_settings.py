@@ -1,5 +1,7 @@
 """config.toml: one table of settings, from which files, documents and checks follow."""
 
+import datetime
+import enum
 import functools
 import inspect
 import re
@@ -175,6 +177,44 @@ def test_a_whole_number_may_stand_for_seconds():
 
 def test_a_table_of_a_plugin_must_be_a_table():
     assert faults(plugin={"presence": 3}) == ["plugin.presence: got 3, expected a table"]
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class OfPlugin(spywatcher.PluginSettings, frozen=True):
+    names: list[str] = []  # noqa: RUF012 - msgspec copies it
+    numbers: set[int] = frozenset()
+    counts: dict[str, int] = {}  # noqa: RUF012 - the same
+    colour: Colour = Colour.RED
+    pause: datetime.timedelta = datetime.timedelta(0)
+
+    def __post_init__(self):
+        if self.names == ["nobody"]:
+            raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("names", "ada", 'got "ada", expected a list in [ ] of each a text in quotes'),
+        ("numbers", 1, "got 1, expected a list in [ ] of each a whole number"),
+        ("counts", [1], "got [1], expected a table"),
+        ("colour", "blue", 'got "blue", expected one of "red"'),
+        ("pause", "soon", 'got "soon", invalid ISO8601 duration'),
+    ],
+)
+def test_what_a_plugins_setting_takes_is_said_in_words(key, value, why):
+    told = []
+    spywatcher.check_table({key: value}, OfPlugin, "plugin.mine", told)
+    assert told == [f"plugin.mine.{key}: {why}"]
+
+
+def test_settings_that_a_plugin_refuses_without_a_word_are_a_fault():
+    told = []
+    spywatcher.check_table({"names": ["nobody"]}, OfPlugin, "plugin.mine", told)
+    assert told == ["plugin.mine: does not fit together"]
 
 
 # ---- the likeliest mistakes, each answered by one line that says what to write instead

@@ -332,6 +332,13 @@ async def test_a_refresh_that_is_refused_changes_nothing(spy, token, message):
     assert (await dashboard.call("guilds:list"))["ok"]
 
 
+async def test_a_refresh_of_two_arguments_is_a_bad_request(spy):
+    dashboard = await spy.js.connect(spy.url, token=signed(SOUND))
+    error = {"message": "Expected one argument, the token; got 2", "code": "bad_request"}
+    answer = await dashboard.call("auth:refresh", signed(SOUND), {"now": True})
+    assert answer == {"ok": False, "error": error}
+
+
 @pytest.mark.parametrize("transport", ["websocket", "polling"])
 async def test_who_turns_out_to_be_banned_is_refused_and_out(spy, transport):
     banned = signed(SOUND | {"role": "BANNED"})

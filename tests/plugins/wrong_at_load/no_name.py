@@ -1,0 +1,7 @@
+import hikari
+
+from spywatcher import on
+
+
+@on(hikari.GuildMessageCreateEvent, emit="")
+def broken(event): ...
