@@ -4671,7 +4671,6 @@ class Plugin:
         self.settings = self.check_settings(table)
         check_names(module)
         self._hooks = hooks_of(module)
-        check_called(name, path, code, self._hooks)
         self.needs = checked_needs(module, code.attributes)
         check_payloads(name, module)
         marks = [hook.mark for hook in self._hooks if hook.mark.emit]
@@ -4769,13 +4768,11 @@ class Code(NamedTuple):
     attributes: dict[str, str]
     #: Event and kind of room of each `spy.emit("event", …)`.
     emitted: set[tuple[str, str]]
-    #: The names of functions under `@on(…)` and the like, by file and first line.
-    marked: dict[tuple[Path, int], str]
 
 
 def read_code(path: Path) -> Code:
     """All files of a plugin."""
-    code = Code({}, set(), {})
+    code = Code({}, set())
     for file in files_of(path):
         for node in ast.walk(ast.parse(file.read_bytes())) if file.suffix == ".py" else ():
             match node:
@@ -4788,28 +4785,7 @@ def read_code(path: Path) -> Code:
                     room = [*more[2:3], *named, ast.Constant("guild")][0]
                     if isinstance(room, ast.Constant):
                         code.emitted.add((event, str(room.value)))
-                case ast.FunctionDef() | ast.AsyncFunctionDef():
-                    if any(map(is_mark, node.decorator_list)):
-                        code.marked[file, node.decorator_list[0].lineno] = node.name
     return code
-
-
-def is_mark(decorator: ast.expr) -> bool:
-    """Whether it is `@on(…)` or another of ours."""
-    match decorator:
-        case ast.Call(func=ast.Name(id=name)):
-            return f"@{name}" in HOOKS
-    return False
-
-
-def check_called(plugin: str, path: Path, code: Code, hooks: Iterable[Hook]) -> None:
-    """Name functions that are marked and not found: two of one name, in a class, in a file apart."""
-    codes = (getattr(inspect.unwrap(hook.function), "__code__", None) for hook in hooks)
-    called = {(Path(one.co_filename), one.co_firstlineno) for one in codes if one}
-    for (file, line), name in code.marked.items():
-        if (file, line) not in called:
-            why = f"{path.name} must have it under a name of its own ({file.name}, line {line})"
-            log.warning("plugin %s: %s is never called: %s", plugin, name, why)
 
 
 def arguments_taken(function: Any, forms: Sequence[str]) -> int:

@@ -101,39 +101,6 @@ TYPO = """
 @on("mine:New")
 def heard(fields): ...
 """
-UNCALLED = """
-import hikari
-from spywatcher import on
-
-@on(hikari.GuildMessageCreateEvent)
-def twice(event): ...
-
-@on(hikari.GuildMessageUpdateEvent)
-def twice(event): ...
-
-class Listeners:
-    @on(hikari.GuildMessageDeleteEvent)
-    async def inside(self, event): ...
-"""
-NEEDS_NAME = "must have it under a name of its own"
-
-
-@pytest.mark.logs(
-    rf"plugin mine: twice is never called: mine.py {NEEDS_NAME} \(mine.py, line 5\)",
-    rf"plugin mine: inside is never called: mine.py {NEEDS_NAME} \(mine.py, line 12\)",
-    rf"plugin parts: twice is never called: __init__.py {NEEDS_NAME} \(two.py, line 5\)",
-    rf"plugin parts: twice is never called: __init__.py {NEEDS_NAME} \(two.py, line 8\)",
-    rf"plugin parts: inside is never called: __init__.py {NEEDS_NAME} \(two.py, line 12\)",
-)
-def test_a_function_that_is_marked_and_never_called_is_told(tmp_path, caplog):
-    (tmp_path / "mine.py").write_text(UNCALLED)
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "two.py").write_text(UNCALLED)
-    (tmp_path / "parts" / "__init__.py").write_text("from . import two\n")
-    PluginLoader(PluginsSettings((str(tmp_path),)), {}, ROOT, Metrics()).load_all()
-    assert len(caplog.messages) == 5
-
-
 CHANNELS = """
 class Move(Payload):
     from_channel_id: str
