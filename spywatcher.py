@@ -5080,9 +5080,7 @@ class Dispatcher:
             if guild_id is not None and not self._context.watches(guild_id):
                 return
             person = rule is None or rule(event, presences)
-            if (
-                self._counted is not event
-            ):  # it comes to the subscription of each type that it is of
+            if self._counted is not event:  # it comes once for each type that it is of
                 self._counted = event
                 self._received[type(event).__name__] += 1
             if event_type is hikari.MemberDeleteEvent and event.old_member is None:
