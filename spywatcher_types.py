@@ -343,7 +343,7 @@ def typescript(plugins: spywatcher.PluginLoader) -> str:
         for event in all_of_it.events
         for line in (
             *comment(event.summary),
-            f'"{event.name}": (data: {ts(event.schema)}) => void;',
+            f"{json.dumps(event.name)}: (data: {ts(event.schema)}) => void;",
         )
     ]
     said = [line for request in all_of_it.requests for line in said_in_typescript(request)]
@@ -370,7 +370,7 @@ def said_in_typescript(request: Request) -> list[str]:
         name, schema = request.argument
         argument = f"{name}: {ts(schema)}"
         arguments = f"...args: [{argument}] | [{argument}, {ack}]"
-    return [*comment(request.summary), f'"{request.name}": ({arguments}) => void;']
+    return [*comment(request.summary), f"{json.dumps(request.name)}: ({arguments}) => void;"]
 
 
 def interface(name: str, schema: Schema) -> str:

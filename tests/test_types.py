@@ -92,7 +92,7 @@ OWN = """
         \"\"\"Somebody talks.\"\"\"
         spy.emit("voice:raw", event.guild_id, {}, room="voice")
 
-    @on(hikari.GuildTypingEvent, emit="typing:start")
+    @on(hikari.GuildTypingEvent, emit='typing:"start"')
     def typing(event):
         return {"anything": 1}
 
@@ -115,7 +115,7 @@ socket.on("voice:session", ({ places, pair, guildId }) => {
 });
 socket.on("voice:raw", ({ guildId, timestamp }) => guildId + timestamp);
 socket.on("role:create", ({ channelId }) => channelId.length);
-socket.on("typing:start", ({ guildId, anything }) => [guildId, anything]);
+socket.on('typing:"start"', ({ guildId, anything }) => [guildId, anything]);
 """
 
 
