@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -307,11 +308,11 @@ def test_what_makes_an_event_is_paused_like_any_function(tmp_path: Path) -> None
         assert len(h.host.plugins["mine"].module.tries) == 20
 
 
-def work(seconds: float) -> None:
-    """Compute for so long, by this thread's own clock."""
+def work(seconds: float, step: Callable[[], object] = int) -> None:
+    """Take a step again and again for so long, by this thread's own clock."""
     until = time.thread_time() + seconds
     while time.thread_time() < until:
-        pass
+        step()
 
 
 def held(doing: Callable[[], object]) -> float:
@@ -368,6 +369,10 @@ def be_last_on(processor: int) -> None:
     """Have this thread run there, for a hundredth of the time at most."""
     os.sched_setaffinity(0, [processor])
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def test_who_comes_when_garbage_is_due_is_not_named() -> None:
+    assert held(lambda: work(0.2, gc.collect)) < spywatcher.BLOCKING
 
 
 def test_many_short_waits_are_a_long_one() -> None:
