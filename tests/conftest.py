@@ -236,6 +236,16 @@ def _recording(records: list[logging.LogRecord]) -> Iterator[None]:
         logging.setLogRecordFactory(factory)
 
 
+@pytest.fixture(autouse=True)
+def patience_with_plugins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds up a server for 0.1 s is named where a test is about that; other tests, and the machine's
+    host, hold up each other for longer.
+    """
+    marks = request.node.iter_markers("logs")
+    if not any("held up" in pattern for mark in marks for pattern in mark.args):
+        monkeypatch.setattr("spywatcher.BLOCKING", 1.0)
+
+
 def _left_over() -> list[str]:
     """Collect garbage now, so that what complains at its end complains in the test that made it."""
     complaints: list[str] = []

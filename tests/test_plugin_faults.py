@@ -27,7 +27,7 @@ from watching import Watch, Watching
 
 import spywatcher
 from simulator import Harness
-from spywatcher import Metrics, OperatorError, PluginLoader, PluginsSettings
+from spywatcher import BLOCKING, Metrics, OperatorError, PluginLoader, PluginsSettings
 
 FOLDER = ROOT / "tests" / "plugins"
 #: Why each plugin of tests/plugins/wrong_at_load is not loaded.
@@ -336,7 +336,7 @@ def test_who_starts_a_thread_on_a_busy_machine_is_not_named() -> None:
     ended = threading.Event()
     threads = [threading.Thread(target=ended.wait) for _ in range(10)]
     try:
-        assert max(held(thread.start) for thread in threads) < spywatcher.BLOCKING
+        assert max(held(thread.start) for thread in threads) < BLOCKING
     finally:
         ended.set()
         for thread in threads:
@@ -347,7 +347,7 @@ def test_who_waits_for_a_thread_that_gets_no_processor_is_not_named(busy_process
     """As a plugin does that hands its thread some work, and then needs the interpreter."""
     with ThreadPoolExecutor(1) as others:
         others.submit(be_last_on, busy_processor).result()
-        assert held(others.submit(work, 0.02).result) < spywatcher.BLOCKING
+        assert held(others.submit(work, 0.02).result) < BLOCKING
 
 
 @pytest.fixture
@@ -372,7 +372,7 @@ def be_last_on(processor: int) -> None:
 
 
 def test_who_comes_when_garbage_is_due_is_not_named() -> None:
-    assert held(lambda: work(0.2, gc.collect)) < spywatcher.BLOCKING
+    assert held(lambda: work(0.2, gc.collect)) < BLOCKING
 
 
 def test_many_short_waits_are_a_long_one() -> None:
@@ -387,7 +387,7 @@ def test_who_waited_for_the_interpreter_is_not_named() -> None:
     for other in others:
         other.start()
     try:
-        assert max(held(lambda: work(0.03)) for _ in range(2)) < spywatcher.BLOCKING
+        assert max(held(lambda: work(0.03)) for _ in range(2)) < BLOCKING
     finally:
         ended.set()
         for other in others:
