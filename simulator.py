@@ -3090,7 +3090,7 @@ async def watch(server: spywatcher.Server, token: str, plugins: Path | None) -> 
                 joined.add(kind)
                 for guild in guilds:
                     await client.emit(f"subscribe:{kind}", guild["id"])
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(1.0)  # nobody tells a client of new kinds: it looks now and then
     finally:
         await client.shutdown()
 

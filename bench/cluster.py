@@ -67,7 +67,7 @@ def elsewhere(peers: list[Any], rate: int, seconds: float) -> float:
     if rate:
         peers[0].send("elsewhere", rate, seconds)
         peers[0].answer()
-    time.sleep(seconds)
+    time.sleep(seconds)  # the time that is measured
     spent = [after - b for after, b in zip(cpu(peers[1:]), before, strict=True)]
     return max(spent) / seconds * 100
 
